@@ -1,0 +1,1 @@
+"""Federated LoRA fine-tuning when clients differ: a Flower app."""
