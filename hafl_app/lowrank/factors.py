@@ -1,0 +1,187 @@
+"""Low-rank factors of one adapted weight, and the adapter they make up together."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# PEFT draws lora_A from U(-1/sqrt(in), 1/sqrt(in)): a row's expected norm is 1/sqrt(3).
+INITIAL_ROW_NORM = 3**-0.5
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The update of one weight, ``delta_weight = lora_B @ lora_A``.
+
+    Component ``i`` is the rank-1 matrix made of column ``i`` of ``lora_B`` and row ``i`` of
+    ``lora_A``. The PEFT scaling is already inside ``lora_B``.
+
+    Parameters
+    ----------
+    lora_A
+        Shape ``(rank, in_features)``.
+    lora_B
+        Shape ``(out_features, rank)``, same dtype and device as ``lora_A``.
+
+    Raises
+    ------
+    ValueError
+        If the factors are no matrices, or disagree on the rank.
+    """
+
+    # Plain tensors: the checks below must answer, in the tests as in production.
+    lora_A: Tensor  # (rank, in_features)
+    lora_B: Tensor  # (out_features, rank)
+
+    def __post_init__(self) -> None:
+        if self.lora_A.ndim != 2 or self.lora_B.ndim != 2:
+            raise ValueError(
+                f"lora_A {tuple(self.lora_A.shape)} and lora_B {tuple(self.lora_B.shape)} "
+                "must be matrices"
+            )
+        if self.lora_A.shape[0] != self.lora_B.shape[1]:
+            raise ValueError(
+                f"lora_A {tuple(self.lora_A.shape)} and lora_B {tuple(self.lora_B.shape)} "
+                "disagree on the rank"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return self.lora_A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the adapted layer's input."""
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the adapted layer's output."""
+        return self.lora_B.shape[0]
+
+    def delta_weight(self) -> Float[Tensor, "out_features in_features"]:
+        """Return the dense update. For tests and merging; strategies stay with the factors."""
+        return self.lora_B @ self.lora_A
+
+    def select(self, indices: Iterable[int]) -> "LoraFactors":
+        """Return copies of the components ``indices``, in that order."""
+        index = torch.tensor(list(indices), dtype=torch.long, device=self.lora_A.device)
+        return LoraFactors(self.lora_A[index], self.lora_B[:, index])
+
+    def replace(self, indices: Iterable[int], factors: "LoraFactors") -> "LoraFactors":
+        """Return a copy in which the components ``indices`` are those of ``factors``."""
+        index: Int[Tensor, " k"] = torch.tensor(
+            list(indices), dtype=torch.long, device=self.lora_A.device
+        )
+        lora_A, lora_B = self.lora_A.clone(), self.lora_B.clone()
+        lora_A[index] = factors.lora_A
+        lora_B[:, index] = factors.lora_B
+        return LoraFactors(lora_A, lora_B)
+
+    def scale(self, factor: float) -> "LoraFactors":
+        """Return factors whose ``delta_weight`` is ``factor`` times this one's."""
+        return LoraFactors(self.lora_A, self.lora_B * factor)
+
+    def squared_norm(self) -> Float[Tensor, ""]:
+        """Return ``||lora_B @ lora_A||_F^2`` in float64 from rank x rank Gram matrices.
+
+        ``||BA||_F^2 = trace((B^T B)(A A^T))``, in O(rank^2 (out + in)).
+        """
+        lora_A, lora_B = self.lora_A.double(), self.lora_B.double()
+        return ((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum().clamp(min=0)
+
+    def norm(self) -> Float[Tensor, ""]:
+        """Return ``||lora_B @ lora_A||_F`` in float64, see `squared_norm`."""
+        return self.squared_norm().sqrt()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a federation exchanges: the factors of every adapted module, and the task's head.
+
+    Parameters
+    ----------
+    modules
+        Module name to factors.
+    head
+        Parameter name to tensor; empty if the head does not travel.
+    """
+
+    modules: Mapping[str, LoraFactors]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def map(self, function: Callable[[LoraFactors], LoraFactors]) -> "Adapter":
+        """Return the adapter with ``function`` applied to the factors of every module."""
+        return Adapter({name: function(f) for name, f in self.modules.items()}, self.head)
+
+    def with_head(self, head: Mapping[str, Tensor]) -> "Adapter":
+        """Return the adapter with another head."""
+        return Adapter(self.modules, head)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the factors, head excluded."""
+        return sum(f.lora_A.numel() + f.lora_B.numel() for f in self.modules.values())
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """Size of an adapted layer: ``weight`` has shape ``(out_features, in_features)``."""
+
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def of(cls, factors: LoraFactors) -> "ModuleShape":
+        """Return the shape of the layer that ``factors`` adapts."""
+        return cls(factors.out_features, factors.in_features)
+
+
+def orthogonal_rows(
+    rank: int, in_features: int, generator: torch.Generator
+) -> Float[Tensor, "rank in_features"]:
+    """Return random rows, orthogonal to each other while ``rank <= in_features``.
+
+    Each row has PEFT's expected norm ``1/sqrt(3)``, so that learning rates carry over.
+
+    Parameters
+    ----------
+    rank
+        Rows wanted, at least 1. Above ``in_features`` the rows are orthogonal in blocks.
+    in_features
+        Width of a row.
+    generator
+        Source of randomness, on the CPU.
+    """
+    blocks = []
+    for start in range(0, rank, in_features):
+        rows = min(in_features, rank - start)
+        gaussian = torch.randn(in_features, rows, generator=generator, dtype=torch.float64)
+        blocks.append(torch.linalg.qr(gaussian).Q.T)
+    return (INITIAL_ROW_NORM * torch.cat(blocks)).float()
+
+
+def initial_adapter(shapes: Mapping[str, ModuleShape], rank: int, seed: int) -> Adapter:
+    """Return an adapter without effect that can learn: B = 0, A random with orthogonal rows.
+
+    Parameters
+    ----------
+    shapes
+        Module name to the size of its layer.
+    rank
+        Components per module, at least 1.
+    seed
+        The same seed gives the same adapter, whatever the order of ``shapes``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name in sorted(shapes):
+        shape = shapes[name]
+        modules[name] = LoraFactors(
+            orthogonal_rows(rank, shape.in_features, generator),
+            torch.zeros(shape.out_features, rank),
+        )
+    return Adapter({name: modules[name] for name in shapes})
