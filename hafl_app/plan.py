@@ -1,0 +1,177 @@
+"""TrainPlan: what the server asks one client to do in one round.
+
+The strategy writes the plan, the client executes it; a client knows no method names. Standard
+library only, because every other room reads it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+HeadPolicy = Literal["averaged", "frozen", "local"]
+ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
+
+
+def format_indices(indices: Iterable[int]) -> str:
+    """Write component indices compactly, in their order: ``(0, 1, 2, 5)`` is ``"0-2,5"``."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
+
+
+def parse_indices(text: str) -> tuple[int, ...]:
+    """Read what `format_indices` wrote.
+
+    Raises
+    ------
+    ValueError
+        If ``text`` is not of that form.
+    """
+    indices: list[int] = []
+    for run in text.split(",") if text else []:
+        first, _, last = run.partition("-")
+        indices.extend(range(int(first), int(last or first) + 1))
+    return tuple(indices)
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """Components of one adapted module, as indices into the global adapter.
+
+    Parameters
+    ----------
+    held
+        Components the client receives and keeps in its forward pass, in the order sent.
+    trainable
+        Subset of ``held`` that the client trains and uploads; the others stay frozen.
+    scaling
+        PEFT's scaling in force on the client (``lora_alpha / r``), above 0. The client unfolds
+        it from ``lora_B`` on arrival and folds it in again before the upload.
+    """
+
+    held: tuple[int, ...]
+    trainable: tuple[int, ...]
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(set(self.held)) != len(self.held) or any(i < 0 for i in self.held):
+            raise ValueError(f"held components {self.held} must be distinct and not negative")
+        if not set(self.trainable) <= set(self.held) or len(set(self.trainable)) != len(
+            self.trainable
+        ):
+            raise ValueError(
+                f"trainable components {self.trainable} must be distinct and among the held "
+                f"ones {self.held}"
+            )
+        if not self.scaling > 0:
+            raise ValueError(f"scaling must be above 0, got {self.scaling}")
+
+    @property
+    def trainable_slots(self) -> tuple[int, ...]:
+        """Positions of the trainable components among the held ones."""
+        slot = {component: position for position, component in enumerate(self.held)}
+        return tuple(slot[component] for component in self.trainable)
+
+    @property
+    def frozen_slots(self) -> tuple[int, ...]:
+        """Positions of the frozen components among the held ones."""
+        trainable = set(self.trainable)
+        return tuple(p for p, component in enumerate(self.held) if component not in trainable)
+
+
+@dataclass(frozen=True)
+class TailPruning:
+    """Regularise a client's last components, and drop them if they shrank.
+
+    The loss gains ``weight * ||B_tail||_F * ||A_tail||_F``, with the scaling unfolded, where the
+    tail starts at ``floor(decay * rank)`` of a module's trainable components, but never below
+    ``min_rank``. If, after training, the tail's norm product is below its value before, only the
+    components before the tail are uploaded.
+    """
+
+    decay: float
+    weight: float
+    min_rank: int
+    prune: bool = True
+
+    def start(self, rank: int) -> int:
+        """First component of the tail of a module with ``rank`` components."""
+        return min(rank, max(self.min_rank, int(self.decay * rank)))
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What a client is asked to do.
+
+    Parameters
+    ----------
+    modules
+        Module name to its components.
+    head
+        ``averaged``: the head travels and is trained. ``frozen``: nobody trains it and it does
+        not travel; it follows from the seed. ``local``: each client keeps its own.
+    importance
+        What to measure from the gradients of the trainable components, see
+        `hafl_app.lowrank.importance`.
+    importance_smoothing
+        Decay of the measurement's moving averages over local steps, in [0, 1).
+    probe_batches
+        Batches on which the importance of *all* held components is measured before training;
+        0 for none.
+    tail
+        Tail regulariser and self-pruning, if any.
+    local_epochs
+        Passes over the local training data.
+    max_steps
+        Upper limit of optimiser steps, 0 for none.
+    """
+
+    modules: Mapping[str, ModulePlan]
+    head: HeadPolicy = "averaged"
+    importance: ImportanceMeasure = "none"
+    importance_smoothing: float = 0.85
+    probe_batches: int = 0
+    tail: TailPruning | None = None
+    local_epochs: int = 1
+    max_steps: int = 0
+
+    def training_everything(self) -> "TrainPlan":
+        """Return the plan with every held component trainable."""
+        modules = {n: replace(m, trainable=m.held) for n, m in self.modules.items()}
+        return replace(self, modules=modules)
+
+    def to_json(self) -> str:
+        """Write the plan for the wire; modules with equal plans share one entry."""
+        groups: dict[tuple[str, str, float], list[str]] = {}
+        for name, module in self.modules.items():
+            key = (format_indices(module.held), format_indices(module.trainable), module.scaling)
+            groups.setdefault(key, []).append(name)
+        values = {k: v for k, v in asdict(self).items() if k != "modules"}
+        values["modules"] = [[*key, names] for key, names in groups.items()]
+        return json.dumps(values, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainPlan":
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            If ``text`` is not a plan.
+        """
+        try:
+            values = json.loads(text)
+            modules = {
+                name: ModulePlan(parse_indices(held), parse_indices(trainable), scaling)
+                for held, trainable, scaling, names in values.pop("modules")
+                for name in names
+            }
+            tail = values.pop("tail")
+            return cls(modules=modules, tail=TailPruning(**tail) if tail else None, **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a train plan: {error}") from error
