@@ -1,0 +1,20 @@
+"""The error a user can mend, and the hint at the name that was meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DataError(ValueError):
+    """A user's mistake in the data settings or files, told in one line."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Hint at the candidate nearest to ``name``, to be appended to a message.
+
+    Returns
+    -------
+    str
+        ``"; did you mean '...'?"``, or nothing if no candidate is similar.
+    """
+    close = difflib.get_close_matches(name, list(candidates), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,150 @@
+"""One data set as a federation sees it: training rows per client, validation rows, test rows."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+from hafl_app.data.errors import DataError
+from hafl_app.data.partition import Partitioning, Rows, partition, split_off
+from hafl_app.data.sources import LabelledText, TextSource, load_text
+from hafl_app.data.text import EncodedText, Tokenise, encode
+
+
+class _Share(NamedTuple):
+    """Rows of the training data that one client trains and evaluates on."""
+
+    train: Rows
+    holdout: Rows
+
+
+class FederatedText:
+    """Labelled text shared out to clients, loaded and tokenised when first asked for.
+
+    Validation rows are split off the training data, stratified by label, before it is shared out;
+    each client's held-out rows are split off its share. All follow from the seeds alone, so
+    server and clients agree on them without a message.
+
+    Parameters
+    ----------
+    source
+        Where the text comes from.
+    partitioning
+        How it is shared out; its seed also rules the splits.
+    validation_fraction
+        Share of the training data in [0, 1) that no client gets.
+    holdout_fraction
+        Share of each client's data in [0, 1) that it does not train on.
+    tokenise
+        From a list of texts to their token ids.
+    tokeniser_key
+        All that ``tokenise`` depends on: the tokenizer and the length it cuts to.
+    cache
+        Folder for token ids; None to keep none.
+    """
+
+    def __init__(
+        self,
+        source: TextSource,
+        partitioning: Partitioning,
+        *,
+        validation_fraction: float,
+        holdout_fraction: float,
+        tokenise: Tokenise,
+        tokeniser_key: str,
+        cache: Path | None,
+    ) -> None:
+        self._source = source
+        self._partitioning = partitioning
+        self._validation_fraction = validation_fraction
+        self._holdout_fraction = holdout_fraction
+        self._tokenise = tokenise
+        self._tokeniser_key = tokeniser_key
+        self._cache = cache
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Name of each class."""
+        return self._text.label_names
+
+    @property
+    def num_partitions(self) -> int:
+        """Number of clients the training data is shared out to."""
+        return self._partitioning.num_partitions
+
+    @cached_property
+    def validation(self) -> EncodedText:
+        """Rows of the training data that no client has; none if their share is 0."""
+        return self._encoded_train.select(self._kept_and_validation[1])
+
+    @cached_property
+    def test(self) -> EncodedText:
+        """The test set."""
+        return self._encode(self._text.test)
+
+    def train(self, partition_id: int) -> EncodedText:
+        """Rows that a client trains on.
+
+        Raises
+        ------
+        DataError
+            If ``partition_id`` is not in [0, num_partitions).
+        """
+        return self._encoded_train.select(self._share(partition_id).train)
+
+    def holdout(self, partition_id: int) -> EncodedText:
+        """Rows of a client's share that it evaluates on; none if their share is 0.
+
+        Raises
+        ------
+        DataError
+            If ``partition_id`` is not in [0, num_partitions).
+        """
+        return self._encoded_train.select(self._share(partition_id).holdout)
+
+    def sizes(self) -> list[int]:
+        """Count the rows each client trains on, without tokenising."""
+        return [len(share.train) for share in self._shares]
+
+    def _share(self, partition_id: int) -> _Share:
+        if not 0 <= partition_id < self.num_partitions:
+            raise DataError(f"partition {partition_id}: expected 0 to {self.num_partitions - 1}")
+        return self._shares[partition_id]
+
+    @cached_property
+    def _text(self) -> LabelledText:
+        return load_text(self._source)
+
+    @cached_property
+    def _encoded_train(self) -> EncodedText:
+        # The whole set, also for one client's sake: then all clients share one file of the cache.
+        return self._encode(self._text.train)
+
+    def _encode(self, rows: Dataset) -> EncodedText:
+        columns = rows.with_format(None)
+        return encode(
+            columns["text"][:],
+            columns["label"][:],
+            self._tokenise,
+            self._cache,
+            self._tokeniser_key,
+        )
+
+    @cached_property
+    def _kept_and_validation(self) -> tuple[Rows, Rows]:
+        labels = np.asarray(self._text.train.with_format(None)["label"][:])
+        rows = np.arange(len(labels))
+        return split_off(rows, self._validation_fraction, self._partitioning.seed, labels)
+
+    @cached_property
+    def _shares(self) -> list[_Share]:
+        kept, _ = self._kept_and_validation
+        partitions = partition(self._text.train.select(kept), self._partitioning)
+        seed = self._partitioning.seed
+        return [
+            # Not stratified: where most classes have a row or two, that would leave them out.
+            _Share(*split_off(kept[rows], self._holdout_fraction, (seed, partition_id)))
+            for partition_id, rows in enumerate(partitions)
+        ]

@@ -1,0 +1,221 @@
+"""Who holds which training rows: flwr-datasets' partitioners."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+from datasets import Dataset
+from flwr_datasets.partitioner import (
+    DirichletPartitioner,
+    IidPartitioner,
+    NaturalIdPartitioner,
+    PathologicalPartitioner,
+)
+
+from hafl_app.data.errors import DataError, nearest
+from hafl_app.data.splits import Rows, split_off
+from hafl_app.data.tables import require_column
+
+__all__ = ["PartitionKind", "Partitioning", "Rows", "partition", "split_off"]
+
+logger = logging.getLogger(__name__)
+
+PartitionKind = Literal["iid", "dirichlet", "pathological", "natural"]
+
+
+@dataclass(frozen=True)
+class Partitioning:
+    """How training rows are shared out.
+
+    Parameters
+    ----------
+    kind
+        ``iid``: equal random shares. ``dirichlet``: the rows of each class in shares drawn from
+        a symmetric Dirichlet distribution. ``pathological``: each partition has rows of a few
+        classes only. ``natural``: one partition per value of a column.
+    num_partitions
+        At least 1.
+    seed
+        Not negative.
+    dirichlet_alpha
+        ``dirichlet``: concentration, above 0; the smaller, the more partitions differ.
+    classes_per_partition
+        ``pathological``: from 1 to the number of classes.
+    column
+        ``natural``: column of the training data that names the owner of a row.
+    min_examples
+        Fewest rows a partition may have.
+    """
+
+    kind: PartitionKind
+    num_partitions: int
+    seed: int
+    dirichlet_alpha: float = 0.5
+    classes_per_partition: int = 5
+    column: str | None = None
+    min_examples: int = 4
+
+
+def partition(train: Dataset, partitioning: Partitioning) -> list[Rows]:
+    """Share out the rows of the training data.
+
+    ``pathological`` leaves the classes out that no partition was given; the other kinds use every
+    row.
+
+    Parameters
+    ----------
+    train
+        Has a column ``label`` of ints.
+    partitioning
+        How to share.
+
+    Returns
+    -------
+    list of array (rows of the partition,)
+        Indices of rows of ``train`` per partition, each row in at most one.
+
+    Raises
+    ------
+    DataError
+        If there are more partitions than rows, a partition would have fewer than
+        ``min_examples`` rows, or the data does not have the classes or the column asked for.
+    """
+    if partitioning.kind not in _SHARERS:
+        raise DataError(
+            f"partition.kind: {partitioning.kind!r} is none of {', '.join(get_args(PartitionKind))}"
+            f"{nearest(partitioning.kind, _SHARERS)}"
+        )
+    if not 1 <= partitioning.num_partitions <= len(train):
+        raise DataError(
+            f"federation.num_clients: {partitioning.num_partitions} clients cannot share "
+            f"{len(train)} training examples; expected 1 to {len(train)}"
+        )
+    partitions = _SHARERS[partitioning.kind](train, partitioning)
+    _check_sizes(partitions, partitioning)
+    unused = len(train) - sum(map(len, partitions))
+    if unused:
+        logger.warning("%d of %d training examples are in no partition", unused, len(train))
+    return partitions
+
+
+def _check_sizes(partitions: Sequence[Rows], partitioning: Partitioning) -> None:
+    fewest = max(1, partitioning.min_examples)
+    for partition_id, rows in enumerate(partitions):
+        if len(rows) < fewest:
+            raise DataError(
+                f"partition {partition_id} of {len(partitions)} ({partitioning.kind}) has "
+                f"{len(rows)} examples, fewer than partition.min_examples={fewest}; "
+                "lower that or federation.num_clients"
+            )
+
+
+def _iid(train: Dataset, partitioning: Partitioning) -> list[Rows]:
+    # The partitioner cuts the data where it stands.
+    order = np.random.default_rng(partitioning.seed).permutation(len(train))
+    rows = Dataset.from_dict({"row": order})
+    return _collect(IidPartitioner(partitioning.num_partitions), rows)
+
+
+def _dirichlet(train: Dataset, partitioning: Partitioning) -> list[Rows]:
+    partitioner = DirichletPartitioner(
+        num_partitions=partitioning.num_partitions,
+        partition_by="label",
+        alpha=float(partitioning.dirichlet_alpha),
+        min_partition_size=partitioning.min_examples,
+        self_balancing=False,
+        seed=partitioning.seed,
+    )
+    remedy = (
+        f"no draw with partition.dirichlet_alpha={partitioning.dirichlet_alpha} gave each of "
+        f"{partitioning.num_partitions} clients partition.min_examples="
+        f"{partitioning.min_examples} of {len(train)} examples; raise dirichlet_alpha, or lower "
+        "min_examples or federation.num_clients"
+    )
+    with _as_data_error(remedy):
+        return _collect(partitioner, _with_rows(train, "label"))
+
+
+def _pathological(train: Dataset, partitioning: Partitioning) -> list[Rows]:
+    partitioner = PathologicalPartitioner(
+        num_partitions=partitioning.num_partitions,
+        partition_by="label",
+        num_classes_per_partition=partitioning.classes_per_partition,
+        # As in the paper it comes from: with enough clients every class is used.
+        class_assignment_mode="first-deterministic",
+        seed=partitioning.seed,
+    )
+    classes = len(set(_values(train, "label")))
+    if not 1 <= partitioning.classes_per_partition <= classes:
+        raise DataError(
+            f"partition.classes_per_partition: {partitioning.classes_per_partition} is not "
+            f"between 1 and the {classes} classes of the training data"
+        )
+    remedy = (
+        f"{partitioning.num_partitions} clients with {partitioning.classes_per_partition} of "
+        f"{classes} classes each need a class more often than it has examples; lower "
+        "partition.classes_per_partition or federation.num_clients"
+    )
+    with _as_data_error(remedy):
+        return _collect(partitioner, _with_rows(train, "label"))
+
+
+def _natural(train: Dataset, partitioning: Partitioning) -> list[Rows]:
+    column = partitioning.column
+    names = train.column_names
+    if column is None:
+        raise DataError(
+            f"partition.column: 'natural' needs the column of owners, one of {', '.join(names)}"
+        )
+    require_column(names, column, "partition.column", "the training data")
+    values = _values(train, column)
+    if None in values:
+        raise DataError(f"partition.column: {column!r} is empty in {values.count(None)} rows")
+    num_ids = len(set(values))
+    if num_ids != partitioning.num_partitions:
+        raise DataError(
+            f"partition.column: {column!r} has {num_ids} different ids in the training data, but "
+            f"there are {partitioning.num_partitions} clients; set federation.num_clients={num_ids}"
+        )
+    return _collect(NaturalIdPartitioner(column), _with_rows(train, column))
+
+
+def _values(train: Dataset, column: str) -> list[Any]:
+    values: list[Any] = train.with_format(None)[column][:]
+    return values
+
+
+def _with_rows(train: Dataset, column: str) -> Dataset:
+    """Keep what the partitioner looks at, and number the rows to find them again."""
+    return Dataset.from_dict({column: _values(train, column), "row": np.arange(len(train))})
+
+
+def _collect(partitioner: Any, rows: Dataset) -> list[Rows]:
+    partitioner.dataset = rows
+    # The partitioners tell of every attempt and show a progress bar.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return [
+            np.asarray(partitioner.load_partition(i)["row"][:], dtype=np.int64)
+            for i in range(partitioner.num_partitions)
+        ]
+
+
+@contextlib.contextmanager
+def _as_data_error(message: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(message) from error
+
+
+_SHARERS: Final[dict[str, Callable[[Dataset, Partitioning], list[Rows]]]] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "pathological": _pathological,
+    "natural": _natural,
+}

@@ -1,0 +1,207 @@
+"""Labelled text by source: BANKING77, 20 Newsgroups, the user's own files, or generated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, get_args
+
+import datasets
+import numpy as np
+import pandas as pd
+
+from hafl_app.data.errors import DataError, nearest
+from hafl_app.data.files import read_names, read_table
+from hafl_app.data.folders import both_files, find_split, resolve, train_file
+from hafl_app.data.hub import read_hub
+from hafl_app.data.splits import split_off
+from hafl_app.data.tables import index_labels, sorted_label_names, standardise, to_dataset
+
+__all__ = ["DataError", "LabelledText", "SourceName", "TextSource", "load_text"]
+
+SourceName = Literal["banking77", "newsgroups", "local", "synthetic"]
+
+TEST_FRACTION: Final = 0.1
+"""Share of a local training file that becomes the test set where none is given."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where labelled text comes from.
+
+    Parameters
+    ----------
+    source
+        ``banking77``, ``newsgroups``, ``local`` or ``synthetic``.
+    path
+        ``banking77``: folder with train.csv and test.csv, and categories.json if need be.
+        ``newsgroups``: folder with a train and a test file with the columns label, subject and
+        text, and labels.json. ``local``: the training file, or a folder with a train and
+        optionally a test file. None: from the hub.
+    test_path
+        ``local``: the test file; else a tenth of the training data is split off.
+    hub, revision
+        Hub id and commit of ``banking77`` and ``newsgroups``, used without ``path``.
+    text_column, label_column
+        Columns of the files of ``banking77`` and ``local``.
+    max_examples, max_test_examples
+        Size of a random subset, at least 1; None for all.
+    num_train, num_test
+        ``synthetic``: number of texts, at least 1.
+    data_seed
+        Seed, not negative, of the order, the subsets, the test split and the synthetic texts.
+    """
+
+    source: SourceName
+    path: str | None = None
+    test_path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    max_examples: int | None = None
+    max_test_examples: int | None = None
+    num_train: int = 4000
+    num_test: int = 1000
+    data_seed: int = 0
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A data set for text classification.
+
+    Parameters
+    ----------
+    train, test
+        Columns ``text`` (string) and ``label`` (int, an index into ``label_names``), beside
+        the others of the file.
+    label_names
+        Name of each class.
+    """
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+    label_names: tuple[str, ...]
+
+
+class _Tables(NamedTuple):
+    """Tables whose label is still a name; names None means: those of the training data."""
+
+    train: pd.DataFrame
+    test: pd.DataFrame
+    label_names: tuple[str, ...] | None
+
+
+def load_text(source: TextSource) -> LabelledText:
+    """Load a data set, in a random order that follows from ``data_seed``.
+
+    Raises
+    ------
+    DataError
+        If the source is unknown, a file or column is missing, a file cannot be read, a text or
+        label is null, or a test label does not occur in the training data.
+    """
+    if source.source not in _READERS:
+        raise DataError(
+            f"dataset.source: {source.source!r} is none of {', '.join(get_args(SourceName))}"
+            f"{nearest(source.source, _READERS)}"
+        )
+    train, test, names = _READERS[source.source](source)
+    names = names or sorted_label_names(train["label"])
+    train, test = index_labels(train, names, "train"), index_labels(test, names, "test")
+    return LabelledText(
+        to_dataset(_subset(train, source.max_examples, (source.data_seed, 0)), "train"),
+        to_dataset(_subset(test, source.max_test_examples, (source.data_seed, 1)), "test"),
+        names,
+    )
+
+
+def _subset(table: pd.DataFrame, size: int | None, seed: tuple[int, int]) -> pd.DataFrame:
+    # Always shuffled: files sorted by label are common, and a subset of one must not be.
+    return table.iloc[np.random.default_rng(seed).permutation(len(table))[:size]]
+
+
+def _read_banking77(source: TextSource) -> _Tables:
+    if not source.path:
+        return _from_hub(source)
+    folder = resolve(source.path, "dataset.path")
+    train, test = (_read_file(file, source) for file in both_files(folder))
+    # Sorted, so that a class has the number that it has in the hub's copy.
+    return _Tables(train, test, tuple(sorted(read_names(folder / "categories.json"))) or None)
+
+
+def _read_newsgroups(source: TextSource) -> _Tables:
+    if not source.path:
+        return _from_hub(source)
+    folder = resolve(source.path, "dataset.path")
+    names = read_names(folder / "labels.json")
+    train, test = (_read_posts(file, names) for file in both_files(folder))
+    return _Tables(train, test, names or None)
+
+
+def _read_posts(file: Path, names: tuple[str, ...]) -> pd.DataFrame:
+    """Read posts; the model reads the subject and, on the next line, the body."""
+    table = read_table(file, ())
+    subject, body = (
+        standardise(table, column, "label", str(file), allow_blank=True)
+        for column in ("subject", "text")
+    )
+    by_number = {str(number): name for number, name in enumerate(names)}
+    return body.assign(
+        text=subject["text"] + "\n" + body["text"],
+        label=[by_number.get(label, label) for label in body["label"]],
+    )
+
+
+def _read_local(source: TextSource) -> _Tables:
+    if not source.path:
+        raise DataError("dataset.path: the source 'local' needs a file or folder, got none")
+    path = resolve(source.path, "dataset.path")
+    test_file = resolve(source.test_path, "dataset.test_path") if source.test_path else None
+    if path.is_dir():
+        test_file = test_file or find_split(path, "test")
+    train = _read_file(train_file(path) if path.is_dir() else path, source)
+    if test_file is None:
+        return _split_test_off(train, source.data_seed)
+    return _Tables(train, _read_file(test_file, source), None)
+
+
+def _read_file(file: Path, source: TextSource) -> pd.DataFrame:
+    columns = (source.text_column, source.label_column)
+    return standardise(read_table(file, columns), *columns, str(file))
+
+
+def _split_test_off(table: pd.DataFrame, seed: int) -> _Tables:
+    if len(table) < 2:
+        raise DataError("dataset.test_path: no test set can be split off a single row; give one")
+    rows = np.arange(len(table))
+    kept, test = split_off(rows, TEST_FRACTION, seed, table["label"].to_numpy())
+    return _Tables(table.iloc[kept], table.iloc[test], sorted_label_names(table["label"]))
+
+
+def _read_synthetic(source: TextSource) -> _Tables:
+    # Here, because its word tables concern nobody who brings other data.
+    from hafl_app.data.synthetic import generate  # noqa: PLC0415
+
+    train_texts, train_labels, test_texts, test_labels, names = generate(
+        source.num_train, source.num_test, source.data_seed
+    )
+    train, test = (
+        pd.DataFrame({"text": texts, "label": [names[label] for label in labels]})
+        for texts, labels in ((train_texts, train_labels), (test_texts, test_labels))
+    )
+    return _Tables(train, test, names)
+
+
+def _from_hub(source: TextSource) -> _Tables:
+    if not source.hub:
+        raise DataError(f"dataset.path: {source.source!r} needs a folder (or dataset.hub)")
+    train, test = read_hub(source.hub, source.revision)
+    return _Tables(train, test, None)
+
+
+_READERS: Final[dict[str, Callable[[TextSource], _Tables]]] = {
+    "banking77": _read_banking77,
+    "newsgroups": _read_newsgroups,
+    "local": _read_local,
+    "synthetic": _read_synthetic,
+}

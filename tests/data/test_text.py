@@ -1,0 +1,178 @@
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hafl_app.data.errors import DataError
+from hafl_app.data.text import encode
+
+TEXTS = ["one two three", "", "four", "two four"]
+LABELS = [2, 0, 1, 2]
+
+
+class Tokeniser:
+    """Character codes; counts how often it is called."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, texts):
+        self.calls += 1
+        return [[ord(letter) for letter in text] for text in texts]
+
+
+def plain(encoded):
+    rows = [encoded.row(i).tolist() for i in range(len(encoded))]
+    return rows, encoded.labels.tolist()
+
+
+EXPECTED = ([[ord(letter) for letter in text] for text in TEXTS], LABELS)
+rows_of_text = st.lists(st.tuples(st.text(max_size=6), st.integers(0, 9)), max_size=12)
+
+
+class TestEncodedText:
+    def test_layout(self):
+        encoded = encode(TEXTS, LABELS, Tokeniser(), None, "k")
+
+        assert plain(encoded) == EXPECTED
+        assert encoded.lengths.tolist() == [13, 0, 4, 8]
+        assert encoded.offsets.tolist() == [0, 13, 13, 17, 25]
+        assert [a.dtype for a in (encoded.tokens, encoded.offsets, encoded.labels)] == [
+            np.int32,
+            np.int64,
+            np.int64,
+        ]
+
+    @given(rows=rows_of_text, data=st.data())
+    @settings(max_examples=100, deadline=None)
+    def test_select_is_selecting_rows(self, rows, data):
+        texts, labels = [text for text, _ in rows], [label for _, label in rows]
+        encoded = encode(texts, labels, Tokeniser(), None, "k")
+        index = st.integers(0, max(0, len(rows) - 1))
+        indices = data.draw(st.lists(index, max_size=15 if rows else 0))
+
+        selected = encoded.select(indices)
+
+        tokens, classes = plain(encoded)
+        assert plain(selected) == ([tokens[i] for i in indices], [classes[i] for i in indices])
+        assert len(selected.tokens) == sum(len(tokens[i]) for i in indices)
+
+    @pytest.mark.parametrize("index", [-1, 4])
+    def test_out_of_range(self, index):
+        encoded = encode(TEXTS, LABELS, Tokeniser(), None, "k")
+
+        with pytest.raises(IndexError, match="expected 0 to 3"):
+            encoded.row(index)
+        with pytest.raises(IndexError, match="expected 0 to 3"):
+            encoded.select([0, index])
+
+
+class TestCache:
+    def test_second_time_does_not_tokenise(self, tmp_path):
+        first, second = Tokeniser(), Tokeniser()
+        encode(TEXTS, LABELS, first, tmp_path / "new" / "folder", "k")
+
+        cached = encode(TEXTS, LABELS, second, tmp_path / "new" / "folder", "k")
+
+        assert (first.calls, second.calls) == (1, 0)
+        assert plain(cached) == EXPECTED
+        assert len(list(tmp_path.rglob("*.*"))) == 1  # no unfinished file left
+
+    @pytest.mark.parametrize(
+        ("texts", "labels", "key"),
+        [
+            (TEXTS, LABELS, "other"),
+            (TEXTS, [2, 0, 1, 1], "k"),
+            (["one two threef", "", "our", "two four"], LABELS, "k"),
+            (["one two thre", "e", "four", "two four"], LABELS, "k"),
+        ],
+    )
+    def test_any_difference_is_another_file(self, tmp_path, texts, labels, key):
+        encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
+        again = Tokeniser()
+
+        encoded = encode(texts, labels, again, tmp_path, key)
+
+        assert again.calls == 1
+        assert encoded.labels.tolist() == labels
+        assert len(list(tmp_path.iterdir())) == 2
+
+    @pytest.mark.parametrize(
+        "damage", ["truncated", "empty", "pickle", "shorter", "relabelled", "flipped"]
+    )
+    def test_damaged_file_is_replaced(self, tmp_path, damage):
+        encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
+        (path,) = tmp_path.iterdir()
+        harm(path, damage)
+        again, then = Tokeniser(), Tokeniser()
+
+        encoded = encode(TEXTS, LABELS, again, tmp_path, "k")
+        encode(TEXTS, LABELS, then, tmp_path, "k")
+
+        assert plain(encoded) == EXPECTED
+        assert (again.calls, then.calls) == (1, 0)
+
+    def test_unwritable_cache_only_costs_time(self, tmp_path, caplog):
+        (tmp_path / "file").write_text("in the way")
+
+        encoded = encode(TEXTS, LABELS, Tokeniser(), tmp_path / "file" / "folder", "k")
+
+        assert plain(encoded) == EXPECTED
+        assert "cannot cache tokens" in caplog.text
+
+    def test_interrupted_write_leaves_nothing(self, tmp_path, monkeypatch):
+        def run_out_of_space(file, **_):
+            file.write(b"half of it")
+            raise OSError("no space left")
+
+        monkeypatch.setattr(np, "savez", run_out_of_space)
+
+        assert plain(encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")) == EXPECTED
+        assert not list(tmp_path.iterdir())
+
+    def test_several_processes_at_once(self, tmp_path):
+        context = multiprocessing.get_context("fork")
+        workers = [context.Process(target=encode_often, args=(tmp_path,)) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+
+        assert [worker.exitcode for worker in workers] == [0] * 4
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+def harm(path: Path, damage: str) -> None:
+    content = path.read_bytes()
+    arrays = dict(np.load(path))
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "pickle":
+        np.savez(path, **(arrays | {"tokens": np.array([{"a": 1}], dtype=object)}))
+    elif damage == "shorter":
+        np.savez(path, **(arrays | {"tokens": arrays["tokens"][:-1]}))
+    elif damage == "relabelled":
+        np.savez(path, **(arrays | {"labels": arrays["labels"][::-1]}))
+    else:
+        at = content.index(arrays["tokens"].tobytes())
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
+def encode_often(cache: Path) -> None:
+    for _ in range(20):
+        assert plain(encode(TEXTS, LABELS, Tokeniser(), cache, "k")) == EXPECTED
+        for path in cache.glob("*.npz"):
+            path.unlink(missing_ok=True)
+    encode(TEXTS, LABELS, Tokeniser(), cache, "k")
+
+
+def test_refusals():
+    with pytest.raises(DataError, match=r"labels of shape \(3,\) for 4 texts"):
+        encode(TEXTS, LABELS[:3], Tokeniser(), None, "k")
+    with pytest.raises(DataError, match="made 1 rows of 4 texts"):
+        encode(TEXTS, LABELS, lambda _: [[1]], None, "k")
