@@ -1,0 +1,180 @@
+"""What trackers are told, and the composite that tells several of them."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class TrackingError(RuntimeError):
+    """A tracker cannot work with the settings it was given; trying again will not help."""
+
+
+@dataclass(frozen=True)
+class ClientRow:
+    """One client as known before the first round.
+
+    Attributes
+    ----------
+    partition_id, node_id
+        Which part of the data it holds; which Flower node it is.
+    rank
+        Rank of its adapter.
+    examples
+        Training examples it holds.
+    device
+        Where it trains, e.g. ``"cpu"`` or ``"cuda:0"``.
+    """
+
+    partition_id: int
+    node_id: int
+    rank: int
+    examples: int
+    device: str
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """One client's training in one round.
+
+    Attributes
+    ----------
+    components_trained
+        Rank-one components of the adapter that it trained, at most `rank`.
+    num_examples
+        Its weight in the average.
+    loss
+        Mean training loss; NaN when it did not train.
+    seconds, peak_memory_mb
+        Wall-clock time, and peak memory in MB of 10^6 bytes.
+    bytes_down, bytes_up
+        Sent to it and by it.
+    error
+        Why it failed; empty when it did not.
+    """
+
+    server_round: int
+    partition_id: int
+    node_id: int
+    rank: int
+    components_trained: int
+    num_examples: int
+    loss: float
+    seconds: float
+    peak_memory_mb: float
+    bytes_down: int
+    bytes_up: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round of the federation.
+
+    Attributes
+    ----------
+    server_round
+        From 1; 0 is the evaluation before training.
+    train_loss
+        Mean over the clients that replied; NaN when none trained.
+    bytes_down, bytes_up
+        Over all clients, in this round alone.
+    replies, failures
+        Clients that answered, and clients that did not or answered with an error.
+    metrics
+        ``phase/name`` to value, e.g. ``"validation/accuracy"``, ``"test/macro-f1"``; accuracies
+        and F1 in [0, 1].
+    """
+
+    server_round: int
+    seconds: float
+    train_loss: float
+    bytes_down: int
+    bytes_up: int
+    replies: int
+    failures: int
+    metrics: Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """Hears of a run: `start`, then rounds and clients, then `finish` or `fail`."""
+
+    def start(self, settings: Mapping[str, Any], clients: Sequence[ClientRow]) -> None:
+        """Begin a run with these settings and these clients."""
+
+    def log_round(self, record: RoundRecord) -> None:
+        """Take in one round."""
+
+    def log_client(self, record: ClientRecord) -> None:
+        """Take in one client's part of a round."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """End a run that went well."""
+
+    def fail(self, reason: str) -> None:
+        """End a run that did not; may be called before `start`."""
+
+
+class Trackers:
+    """Tell several trackers.
+
+    Every tracker is told before an error is raised, so a full disk does not leave a run open
+    elsewhere.
+
+    Parameters
+    ----------
+    required
+        Trackers whose errors end the run: losing their record means losing the run.
+    external
+        Trackers that depend on something outside, such as a network. The first error of one is
+        logged, and it is told nothing more. Only a `TrackingError`, which says that the settings
+        are wrong, is raised from here too.
+    """
+
+    def __init__(self, required: Sequence[Tracker], external: Sequence[Tracker] = ()) -> None:
+        self._required = list(required)
+        self._external = list(external)
+
+    def start(self, settings: Mapping[str, Any], clients: Sequence[ClientRow]) -> None:
+        """Begin a run."""
+        self._tell(lambda tracker: tracker.start(settings, clients))
+
+    def log_round(self, record: RoundRecord) -> None:
+        """Take in one round."""
+        self._tell(lambda tracker: tracker.log_round(record))
+
+    def log_client(self, record: ClientRecord) -> None:
+        """Take in one client's part of a round."""
+        self._tell(lambda tracker: tracker.log_client(record))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """End a run that went well."""
+        self._tell(lambda tracker: tracker.finish(summary))
+
+    def fail(self, reason: str) -> None:
+        """End a run that did not."""
+        self._tell(lambda tracker: tracker.fail(reason))
+
+    def _tell(self, call: Callable[[Tracker], None]) -> None:
+        errors: list[Exception] = []
+        for tracker in [*self._required, *self._external]:
+            try:
+                call(tracker)
+            except Exception as error:
+                if tracker in self._required or isinstance(error, TrackingError):
+                    errors.append(error)
+                else:
+                    self._drop(tracker, error)
+        if errors:
+            raise errors[0]
+
+    def _drop(self, tracker: Tracker, error: Exception) -> None:
+        self._external.remove(tracker)
+        logger.warning(
+            "%s failed and is told nothing more of this run: %s: %s",
+            type(tracker).__name__,
+            type(error).__name__,
+            error,
+        )

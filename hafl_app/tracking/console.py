@@ -1,0 +1,261 @@
+"""The run as text: readable in a terminal, and line by line in a log."""
+
+import math
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord
+
+LOG_WIDTH = 100
+ROWS_BEFORE_GROUPING = 20
+MEGABYTE = 1e6
+
+# A rule of ASCII dashes under the header and nothing else, so that a log keeps it as it is.
+_HEADER_RULE = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+
+
+class ConsoleTracker:
+    """Print the clients, a line a round, and the results.
+
+    Parameters
+    ----------
+    console
+        Where to print; ``None`` is standard output, `LOG_WIDTH` wide when it is no terminal.
+    num_rounds
+        Rounds of training the run is to have, for the progress and the time left.
+    """
+
+    def __init__(self, console: Console | None, num_rounds: int) -> None:
+        self._console = console or _standard_output()
+        self._num_rounds = num_rounds
+        self._rounds: list[RoundRecord] = []
+        self._trainings: list[ClientRecord] = []
+
+    def start(
+        self,
+        settings: Mapping[str, Any],
+        clients: Sequence[ClientRow],
+    ) -> None:
+        """Print a table of the clients, by rank when there are many."""
+        examples = sum(client.examples for client in clients)
+        title = f"{len(clients)} clients, {examples:,} examples"
+        if len(clients) > ROWS_BEFORE_GROUPING:
+            self._print_table(title, _RANK_COLUMNS, _rows_by_rank(clients))
+        else:
+            self._print_table(title, _CLIENT_COLUMNS, _rows_by_client(clients))
+        self._console.print()
+
+    def log_round(self, record: RoundRecord) -> None:
+        """Print one line."""
+        self._rounds.append(record)
+        width = len(str(self._num_rounds))
+        parts = [
+            f"round {record.server_round:>{width}}/{self._num_rounds}",
+            f"val {percent(record.metrics.get('validation/accuracy')):>6}",
+            f"test {percent(record.metrics.get('test/accuracy')):>6}",
+            f"loss {_loss(record.train_loss):>6}",
+            f"down {megabytes(record.bytes_down):>8}",
+            f"up {megabytes(record.bytes_up):>8}",
+            f"{duration(record.seconds):>6}",
+            self._time_left(record),
+        ]
+        line = Text("  ".join(part for part in parts if part))
+        if record.failures:
+            asked = record.replies + record.failures
+            line.append(f"  {record.failures} of {asked} clients failed", style="red")
+        self._print(line)
+
+    def log_client(self, record: ClientRecord) -> None:
+        """Print one line for a client that failed, nothing for another."""
+        self._trainings.append(record)
+        if record.error:
+            who = f"client {record.partition_id} (node {record.node_id}, rank {record.rank})"
+            why = textwrap.shorten(record.error, 400)
+            self._print(Text(f"round {record.server_round}: {who} failed: {why}", style="red"))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Print the results, the traffic and, from ``device_ranks``, what each device gains."""
+        if self._rounds:
+            self._print_table("Results", _RESULT_COLUMNS, _result_rows(self._rounds))
+        if self._trainings:
+            title = "Traffic by client rank"
+            self._print_table(title, _TRAFFIC_COLUMNS, _traffic_rows(self._trainings))
+        if devices := summary.get("device_ranks"):
+            title = "What each device gains"
+            self._print_table(title, _DEVICE_COLUMNS, [_device_row(row) for row in devices])
+            self._print(
+                Text(
+                    "federated: the rank-r slice of the global adapter; alone: a client of that "
+                    "rank training\nby itself, mean over the clients counted; "
+                    "gain in percentage points.",
+                    style="dim",
+                )
+            )
+        self._print(Text(f"\n{self._totals()}", style="bold"))
+
+    def fail(self, reason: str) -> None:
+        """Print the reason."""
+        self._print(Text(f"The run failed: {reason}", style="red"))
+
+    def _time_left(self, record: RoundRecord) -> str:
+        left = self._num_rounds - record.server_round
+        if record.server_round == 0:
+            return "untrained"
+        if left <= 0:
+            return ""
+        seconds = [past.seconds for past in self._rounds if past.server_round > 0]
+        return f"ETA {duration(left * statistics.fmean(seconds))}"
+
+    def _totals(self) -> str:
+        trained = sum(record.server_round > 0 for record in self._rounds)
+        seconds = sum(record.seconds for record in self._rounds)
+        down = sum(record.bytes_down for record in self._rounds)
+        up = sum(record.bytes_up for record in self._rounds)
+        return (
+            f"{trained} {'round' if trained == 1 else 'rounds'} in {duration(seconds)}, "
+            f"{megabytes(down)} down and {megabytes(up)} up."
+        )
+
+    def _print(self, line: Text) -> None:
+        # Soft wrap: a log line is one line however long it is.
+        self._console.print(line, soft_wrap=True, highlight=False)
+
+    def _print_table(
+        self, title: str, columns: Mapping[str, str], rows: Sequence[Sequence[str | Text]]
+    ) -> None:
+        table = Table(box=_HEADER_RULE, show_edge=False, pad_edge=False, header_style="bold")
+        for name, justify in columns.items():
+            table.add_column(name, justify="left" if justify == "left" else "right")
+        for row in rows:
+            table.add_row(*row)
+        self._print(Text(f"\n{title}", style="bold"))
+        self._console.print(table, highlight=False)
+
+
+def percent(value: float | None) -> str:
+    """Fraction as a percentage with one decimal; ``-`` when there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.1%}"
+
+
+def points(value: float | None) -> Text:
+    """Difference of two fractions in signed percentage points, green above 0 and red below."""
+    if value is None or not math.isfinite(value):
+        return Text("-")
+    rounded = round(100 * value, 1)
+    if rounded == 0:
+        return Text("0.0")
+    return Text(f"{rounded:+.1f}", style="green" if rounded > 0 else "red")
+
+
+def megabytes(count: float) -> str:
+    """Bytes in MB of 10^6 bytes, with three significant digits."""
+    size = count / MEGABYTE
+    if count == 0:
+        return "0 MB"
+    if size < 0.001:
+        return "<0.001 MB"
+    decimals = max(0, min(3, 2 - math.floor(math.log10(size))))
+    return f"{size:,.{decimals}f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words with two units at most, e.g. ``1 min 05 s``."""
+    if round(seconds, 1) < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _standard_output() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "-"
+
+
+_CLIENT_COLUMNS = {"client": "right", "rank": "right", "examples": "right", "device": "left"}
+_RANK_COLUMNS = dict.fromkeys(["rank", "clients", "examples min", "median", "max"], "right")
+_RESULT_COLUMNS = {
+    "": "left",
+    "round": "right",
+    "validation": "right",
+    "test": "right",
+    "test macro F1": "right",
+}
+_TRAFFIC_COLUMNS = dict.fromkeys(
+    ["rank", "trainings", "down each", "up each", "down total", "up total"], "right"
+)
+_DEVICE_COLUMNS = dict.fromkeys(["rank", "federated", "alone", "gain", "clients alone"], "right")
+
+
+def _rows_by_client(clients: Sequence[ClientRow]) -> list[list[str]]:
+    return [
+        [str(client.partition_id), str(client.rank), f"{client.examples:,}", client.device]
+        for client in sorted(clients, key=lambda client: client.partition_id)
+    ]
+
+
+def _rows_by_rank(clients: Sequence[ClientRow]) -> list[list[str]]:
+    rows = []
+    for rank in sorted({client.rank for client in clients}):
+        sizes = [client.examples for client in clients if client.rank == rank]
+        middle = statistics.median(sizes)
+        counts = [min(sizes), middle, max(sizes)]
+        rows.append([str(rank), str(len(sizes)), *(f"{count:,.0f}" for count in counts)])
+    return rows
+
+
+def _result_rows(rounds: Sequence[RoundRecord]) -> list[list[str]]:
+    chosen = {"last round": rounds[-1]}
+    validated = [
+        record
+        for record in rounds
+        if math.isfinite(record.metrics.get("validation/accuracy", math.nan))
+    ]
+    if validated:
+        best = max(validated, key=lambda record: record.metrics["validation/accuracy"])
+        chosen["best validation"] = best
+    names = ("validation/accuracy", "test/accuracy", "test/macro-f1")
+    return [
+        [label, str(record.server_round), *(percent(record.metrics.get(name)) for name in names)]
+        for label, record in chosen.items()
+    ]
+
+
+def _traffic_rows(records: Sequence[ClientRecord]) -> list[list[str]]:
+    rows = []
+    for rank in sorted({record.rank for record in records}):
+        same = [record for record in records if record.rank == rank]
+        # What a training costs is read off those that went through.
+        whole = [record for record in same if not record.error] or same
+        sizes = [
+            statistics.fmean(record.bytes_down for record in whole),
+            statistics.fmean(record.bytes_up for record in whole),
+            sum(record.bytes_down for record in same),
+            sum(record.bytes_up for record in same),
+        ]
+        rows.append([str(rank), str(len(same)), *(megabytes(size) for size in sizes)])
+    return rows
+
+
+def _device_row(row: Mapping[str, Any]) -> list[str | Text]:
+    return [
+        str(row["rank"]),
+        percent(row["federated"]),
+        percent(row["alone"]),
+        points(row["gain"]),
+        str(row["clients_alone"]),
+    ]

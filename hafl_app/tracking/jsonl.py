@@ -1,0 +1,105 @@
+"""The run as files: one JSON line a record while it goes, one summary when it ends."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, TextIO
+
+from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord
+
+
+class JsonlTracker:
+    """Write ``metrics.jsonl`` and ``summary.json`` into a folder.
+
+    Each line is flushed, so a killed run keeps all it said. A line holds the fields of a
+    `RoundRecord` with ``"kind": "round"``, or of a `ClientRecord` with ``"kind": "client"``.
+    NaN and infinities, which JSON does not have, become null. A later run in the same folder
+    replaces the files of the earlier one.
+
+    Parameters
+    ----------
+    folder
+        Where to write; made when it is not there.
+
+    Raises
+    ------
+    OSError
+        From every method, when the disk does not take what is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: TextIO | None = None
+
+    def start(
+        self,
+        settings: Mapping[str, Any],
+        clients: Sequence[ClientRow],
+    ) -> None:
+        """Open ``metrics.jsonl``, empty, and remove an earlier run's summary."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "summary.json").unlink(missing_ok=True)
+        self._file = (self._folder / "metrics.jsonl").open("w", encoding="utf-8")
+
+    def log_round(self, record: RoundRecord) -> None:
+        """Write one line."""
+        self._write({"kind": "round", **vars(record)})
+
+    def log_client(self, record: ClientRecord) -> None:
+        """Write one line."""
+        self._write({"kind": "client", **vars(record)})
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``: the summary, and ``"status": "finished"``."""
+        self._end({"status": "finished", **summary})
+
+    def fail(self, reason: str) -> None:
+        """Write ``summary.json``: ``"status": "failed"`` and the reason."""
+        self._end({"status": "failed", "reason": reason})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is None:
+            raise RuntimeError(f"{self._folder}: a record came before start or after the end")
+        self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def _end(self, summary: Mapping[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_plain(summary), indent=2, sort_keys=True, allow_nan=False)
+        _replace(self._folder / "summary.json", text + "\n")
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """Turn a value into what JSON has; NumPy's scalars are `numbers` too."""
+    match value:
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case bool() | Integral():
+            return value if isinstance(value, bool) else int(value)
+        case Real():
+            return float(value) if math.isfinite(value) else None
+        case os.PathLike():
+            return os.fspath(value)
+        case _:
+            return value

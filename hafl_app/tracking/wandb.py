@@ -1,0 +1,150 @@
+"""The run in Weights & Biases, one wandb run per federation."""
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord, TrackingError
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+
+class WandbTracker:
+    """Log to one wandb run, with server rounds as its steps.
+
+    wandb is imported when the run starts, and only in the server process: clients never build a
+    tracker.
+
+    Parameters
+    ----------
+    project, entity
+        Where the run belongs; ``entity=None`` is the account's own.
+    mode
+        ``"online"``, or ``"offline"`` to keep the run in `folder` for ``wandb sync``.
+    folder
+        Under which wandb writes its own ``wandb/`` folder.
+    name
+        Of the run.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        entity: str | None,
+        mode: Literal["online", "offline"],
+        folder: Path,
+        name: str,
+    ) -> None:
+        self._project = project
+        self._entity = entity
+        self._mode = mode
+        self._folder = folder
+        self._name = name
+        self._run: Run | None = None
+
+    def start(self, settings: Mapping[str, Any], clients: Sequence[ClientRow]) -> None:
+        """Open the run, with the settings and the clients as its config.
+
+        Raises
+        ------
+        TrackingError
+            When wandb has no account to log in to, or refuses the settings. It never asks.
+        """
+        import wandb  # noqa: PLC0415  slow, and not every run wants it
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with _no_prompt():
+                self._run = wandb.init(
+                    project=self._project,
+                    entity=self._entity,
+                    mode=self._mode,
+                    dir=str(self._folder),
+                    name=self._name,
+                    config={**settings, "clients": [_client_config(row) for row in clients]},
+                    # Flower streams the output elsewhere; wandb must not wrap it a second time.
+                    settings=wandb.Settings(console="off"),
+                )
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            reason = " ".join(str(error).split())
+            is_login = isinstance(error, wandb.errors.AuthenticationError) or "key" in reason
+            advice = ": set WANDB_API_KEY or use tracking.mode=offline" if is_login else ""
+            raise TrackingError(f"wandb did not start ({reason}){advice}") from error
+
+    def log_round(self, record: RoundRecord) -> None:
+        """Log the round's metrics at its step."""
+        values = {
+            **record.metrics,
+            "train/loss": record.train_loss,
+            "round/seconds": record.seconds,
+            "round/replies": record.replies,
+            "round/failures": record.failures,
+            "round/bytes-down": record.bytes_down,
+            "round/bytes-up": record.bytes_up,
+        }
+        self._log(values, record.server_round)
+
+    def log_client(self, record: ClientRecord) -> None:
+        """Log a client's numbers at its round's step, under ``client/<partition>/``."""
+        values = {
+            "loss": record.loss,
+            "seconds": record.seconds,
+            "components-trained": record.components_trained,
+            "peak-memory-mb": record.peak_memory_mb,
+            "bytes-down": record.bytes_down,
+            "bytes-up": record.bytes_up,
+            "failed": int(bool(record.error)),
+        }
+        prefix = f"client/{record.partition_id}/"
+        self._log({prefix + name: value for name, value in values.items()}, record.server_round)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary and close the run with exit code 0."""
+        self._close({"status": "finished", **summary}, exit_code=0)
+
+    def fail(self, reason: str) -> None:
+        """Write the reason and close the run, if one was opened, with exit code 1."""
+        if self._run is not None:
+            self._close({"status": "failed", "reason": reason}, exit_code=1)
+
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        # wandb keeps a step open until a later one comes, so the lines of a round become one.
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._opened().log(finite, step=step)
+
+    def _close(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        run = self._opened()
+        run.summary.update(dict(summary))
+        run.finish(exit_code=exit_code)
+        self._run = None
+
+    def _opened(self) -> "Run":
+        if self._run is None:
+            raise RuntimeError(f"wandb run {self._name!r}: told of before start or after the end")
+        return self._run
+
+
+def _client_config(row: ClientRow) -> dict[str, Any]:
+    return {
+        "partition_id": row.partition_id,
+        "rank": row.rank,
+        "examples": row.examples,
+        "device": row.device,
+    }
+
+
+@contextmanager
+def _no_prompt() -> Iterator[None]:
+    """Take the keyboard away, so that wandb raises where it would ask for a key."""
+    keyboard = sys.stdin
+    with Path(os.devnull).open(encoding="utf-8") as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = keyboard

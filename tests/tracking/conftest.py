@@ -1,0 +1,60 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord
+
+ROUND = RoundRecord(
+    server_round=1,
+    seconds=8.4,
+    train_loss=0.75,
+    bytes_down=12_340_000,
+    bytes_up=4_100_000,
+    replies=3,
+    failures=0,
+    metrics={"validation/accuracy": 0.512, "test/accuracy": 0.487, "test/macro-f1": 0.431},
+)
+CLIENT = ClientRecord(
+    server_round=1,
+    partition_id=7,
+    node_id=9_007_199_254_740_993,  # 2^53 + 1: a float would lose it
+    rank=4,
+    components_trained=3,
+    num_examples=120,
+    loss=0.8,
+    seconds=2.5,
+    peak_memory_mb=310.0,
+    bytes_down=360_000,
+    bytes_up=120_000,
+)
+UNTRAINED = {"seconds": 2.0, "train_loss": math.nan, "bytes_down": 0, "bytes_up": 0}
+
+
+@pytest.fixture
+def round_record():
+    """Make a round; a keyword changes a field."""
+    return lambda **changes: replace(ROUND, **changes)
+
+
+@pytest.fixture
+def client_record():
+    """Make a client's round; a keyword changes a field."""
+    return lambda **changes: replace(CLIENT, **changes)
+
+
+@pytest.fixture
+def untrained(round_record):
+    """Round 0, before training."""
+    metrics = {"validation/accuracy": 0.25, "test/accuracy": 0.24}
+    return round_record(server_round=0, metrics=metrics, **UNTRAINED)
+
+
+@pytest.fixture
+def client_rows():
+    """Three clients of unequal rank and size."""
+    return [
+        ClientRow(partition_id=0, node_id=11, rank=2, examples=1200, device="cpu"),
+        ClientRow(partition_id=1, node_id=12, rank=4, examples=35, device="cuda:0"),
+        ClientRow(partition_id=2, node_id=13, rank=16, examples=410, device="cuda:1"),
+    ]
