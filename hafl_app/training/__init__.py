@@ -1,0 +1,1 @@
+"""Base models, PEFT adapters, local training and evaluation: torch, transformers and peft only."""

@@ -1,0 +1,42 @@
+"""Adapters as plain arrays, as the wire carries them, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+
+Array = NDArray[np.float32]
+
+
+def to_arrays(adapter: Adapter) -> tuple[dict[str, tuple[Array, Array]], dict[str, Array]]:
+    """Return ``(lora_A, lora_B)`` by module and the head's arrays by name."""
+    modules = {
+        name: (_array(factors.lora_A), _array(factors.lora_B))
+        for name, factors in adapter.modules.items()
+    }
+    return modules, {name: _array(tensor) for name, tensor in adapter.head.items()}
+
+
+def from_arrays(modules: Mapping[str, tuple[Array, Array]], head: Mapping[str, Array]) -> Adapter:
+    """Return the adapter made of copies of these arrays.
+
+    Raises
+    ------
+    ValueError
+        If the factors of a module disagree on the rank.
+    """
+    return Adapter(
+        {
+            name: LoraFactors(torch.tensor(lora_A), torch.tensor(lora_B))
+            for name, (lora_A, lora_B) in modules.items()
+        },
+        {name: torch.tensor(array) for name, array in head.items()},
+    )
+
+
+def _array(tensor: torch.Tensor) -> NDArray[Any]:
+    return tensor.detach().float().cpu().contiguous().numpy()

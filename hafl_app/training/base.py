@@ -1,0 +1,237 @@
+"""Where a frozen base model's files are, and loading them: once per process."""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as hf_logging
+
+_LOGGER = logging.getLogger(__name__)
+
+Tokenise = Callable[[list[str]], list[list[int]]]
+
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_TINY_VOCABULARY = 512
+
+
+class ModelError(ValueError):
+    """A base model that is not there, or not the one that was asked for."""
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Identity of a base model.
+
+    Parameters
+    ----------
+    path
+        Hub name or local folder. Empty together with ``random_weights`` is a built-in two-layer
+        model for tests.
+    revision
+        Commit of the hub's repository.
+    sha256
+        What ``model.safetensors`` must hash to; `None` leaves it unchecked.
+    package_path
+        ``package/folder`` of an installed package that carries the same files, used where the hub
+        has them not in its cache.
+    num_layers
+        Keep only the first layers; `None` keeps all.
+    random_weights
+        Random weights in the shape of ``path``'s config.
+    pooling
+        ``mean`` over tokens with a linear head, or ``cls``: the model's own classification head.
+    """
+
+    path: str
+    revision: str | None = None
+    sha256: str | None = None
+    package_path: str | None = None
+    num_layers: int | None = None
+    random_weights: bool = False
+    pooling: str = "mean"
+
+
+def locate(spec: BaseSpec) -> Path:
+    """Return the folder with the model's files: local, hub cache, installed package, hub.
+
+    Raises
+    ------
+    ModelError
+        If none of them has the files, or if they are not the ones of ``spec.sha256``.
+    """
+    folder = _local(spec) or _cached(spec) or _packaged(spec) or _downloaded(spec)
+    if spec.sha256 is not None:
+        _check_sha256(folder / "model.safetensors", spec.sha256)
+    return folder
+
+
+def _local(spec: BaseSpec) -> Path | None:
+    folder = Path(spec.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path={spec.path}: the folder has no config.json")
+        return folder
+    if folder.is_absolute() or spec.path.startswith("."):
+        raise ModelError(f"model.path={spec.path}: no such folder")
+    return None
+
+
+def _cached(spec: BaseSpec) -> Path | None:
+    try:
+        folder = Path(
+            snapshot_download(
+                spec.path,
+                revision=spec.revision,
+                allow_patterns=_PATTERNS,
+                local_files_only=True,
+            )
+        )
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+    return folder if (folder / "model.safetensors").exists() else None
+
+
+def _packaged(spec: BaseSpec) -> Path | None:
+    if spec.package_path is None:
+        return None
+    package, _, inside = spec.package_path.partition("/")
+    # find_spec does not run the package: these packages import far more than their files need.
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        return None
+    return Path(found.origin).parent / inside
+
+
+def _downloaded(spec: BaseSpec) -> Path:
+    try:
+        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=_PATTERNS))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        packaged = f", nor in the package {spec.package_path}" if spec.package_path else ""
+        raise ModelError(
+            f"model.path={spec.path} is no local folder, not in the hub's cache{packaged}, and "
+            f"cannot be downloaded ({type(error).__name__}): give a folder, or go online"
+        ) from error
+
+
+@functools.cache
+def _check_sha256(file: Path, expected: str) -> None:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise ModelError(
+            f"{file.name} of the base model has SHA-256 {digest.hexdigest()}, expected {expected}"
+        )
+
+
+def _tiny_config() -> BertConfig:
+    return BertConfig(
+        vocab_size=_TINY_VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,  # not 32: a transposed factor must fail
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=128,
+    )
+
+
+def _config(spec: BaseSpec) -> Any:
+    if spec.random_weights and not spec.path:
+        config: Any = _tiny_config()
+    else:
+        config = AutoConfig.from_pretrained(locate(spec))
+    if spec.num_layers is not None:
+        layers = config.num_hidden_layers
+        if spec.num_layers > layers:
+            raise ModelError(f"model.num_layers={spec.num_layers}: the base model has {layers}")
+        config.num_hidden_layers = spec.num_layers
+    return config
+
+
+def load_base(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
+    """Load the base model, frozen and in float32; with ``pooling=cls`` including its head.
+
+    Raises
+    ------
+    ModelError
+        See `locate`.
+    """
+    config = _config(spec)
+    if spec.pooling == "cls":
+        config.num_labels = num_labels
+    auto: Any = AutoModelForSequenceClassification if spec.pooling == "cls" else AutoModel
+    model: Any
+    _LOGGER.info("loading the base model %s", spec.path or "with random weights")
+    if spec.random_weights:
+        model = auto.from_config(config)
+    else:
+        with _quiet_transformers():
+            model = auto.from_pretrained(locate(spec), config=config, dtype="float32")
+    if spec.pooling == "mean" and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # nothing reads it, and it would be adapted in vain
+    frozen: PreTrainedModel = model.requires_grad_(False)
+    return frozen
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide the progress bar, and the long report of the weights that a cut stack leaves out."""
+    transformers_logging: Any = hf_logging
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+@functools.lru_cache(maxsize=4)
+def load_tokeniser(spec: BaseSpec, max_length: int) -> Tokenise:
+    """Return a function from texts to token ids, at most ``max_length`` each.
+
+    The built-in random model has no vocabulary: it hashes words.
+    """
+    if spec.random_weights and not spec.path:
+        return functools.partial(_hash_words, max_length=max_length)
+    tokeniser = AutoTokenizer.from_pretrained(locate(spec))
+
+    def tokenise(texts: list[str]) -> list[list[int]]:
+        encoded = tokeniser(
+            texts, truncation=True, max_length=max_length, return_attention_mask=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    return tokenise
+
+
+def _hash_words(texts: list[str], max_length: int) -> list[list[int]]:
+    return [
+        [1 + zlib.crc32(word.encode()) % (_TINY_VOCABULARY - 1) for word in text.split()][
+            :max_length
+        ]
+        or [1]
+        for text in texts
+    ]

@@ -1,0 +1,79 @@
+"""Token ids to padded batches of similar length."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_BATCHES_PER_BUCKET = 16  # texts are sorted by length inside buckets of this many batches
+
+
+class Examples(Protocol):
+    """Labelled token sequences stored end to end.
+
+    Row ``i`` is ``tokens[offsets[i]:offsets[i + 1]]`` with label ``labels[i]``.
+    """
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """All token ids, one row after another."""
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each row starts, and at the end the number of tokens: shape ``(rows + 1,)``."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of each row: shape ``(rows,)``."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows: ``input_ids`` and ``attention_mask`` (rows, length), ``labels`` (rows,)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def make_batch(examples: Examples, rows: NDArray[np.int64], device: torch.device) -> Batch:
+    """Pad ``rows`` of ``examples`` to the longest among them."""
+    starts, ends = examples.offsets[rows], examples.offsets[rows + 1]
+    lengths = ends - starts
+    input_ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        input_ids[row, : end - start] = examples.tokens[start:end]
+    mask = (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    return Batch(
+        *(torch.from_numpy(a).to(device) for a in (input_ids, mask, examples.labels[rows]))
+    )
+
+
+def training_batches(
+    examples: Examples, batch_size: int, rng: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the rows of one epoch's batches: shuffled, and of similar length inside a batch.
+
+    Every row comes once. Sorting by length inside large shuffled buckets saves padding.
+    """
+    lengths = np.diff(examples.offsets)
+    order = rng.permutation(len(examples.labels))
+    batches: list[NDArray[Any]] = []
+    bucket = batch_size * _BATCHES_PER_BUCKET
+    for start in range(0, len(order), bucket):
+        rows = order[start : start + bucket]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    for index in rng.permutation(len(batches)):
+        yield batches[index]
+
+
+def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[NDArray[np.int64]]:
+    """Yield all rows in batches, sorted by length."""
+    order = np.argsort(np.diff(examples.offsets), kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

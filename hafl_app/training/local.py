@@ -1,0 +1,257 @@
+"""Local training: execute a plan on one client's data."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.plan import TailPruning, TrainPlan
+from hafl_app.training.batches import Batch, Examples, make_batch, training_batches
+from hafl_app.training.classifier import LoraClassifier
+from hafl_app.training.device import autocast, peak_memory_mb, reset_peak_memory
+from hafl_app.training.measure import ImportanceMeter
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; nothing of it may be uploaded."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a client trains, whatever the method.
+
+    Parameters
+    ----------
+    batch_size
+        Texts per step, at least 1.
+    learning_rate
+        Of ``lora_A`` and the head, above 0.
+    lora_B_lr_ratio
+        Learning rate of ``lora_B`` over that of ``lora_A``, above 0.
+    optimizer
+        ``adamw`` or ``sgd``.
+    weight_decay
+        Decoupled weight decay, at least 0. Never applied to frozen components.
+    max_grad_norm
+        Clip the gradient's norm to this; 0 leaves it.
+    precision
+        ``auto``, ``fp32`` or ``bf16``.
+    """
+
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    lora_B_lr_ratio: float = 1.0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a client brings back.
+
+    Parameters
+    ----------
+    adapter
+        Trained components (`ModulePlan.trainable`, in that order) and head. A pruned module holds
+        only the first of them.
+    num_examples
+        Texts that took part.
+    loss
+        Mean training loss of the last epoch.
+    steps
+        Optimiser steps.
+    seconds
+        Wall time of the training.
+    probe_seconds
+        Of which the probe of all held components.
+    peak_memory_mb
+        See `hafl_app.training.device.peak_memory_mb`.
+    importance
+        Module name to the scores of its trained components (of all held ones after a probe).
+    """
+
+    adapter: Adapter
+    num_examples: int
+    loss: float
+    steps: int
+    seconds: float
+    probe_seconds: float
+    peak_memory_mb: float
+    importance: Mapping[str, Tensor]
+
+
+def train(
+    classifier: LoraClassifier,
+    adapter: Adapter,
+    plan: TrainPlan,
+    examples: Examples,
+    options: TrainOptions,
+    seed: int,
+) -> TrainResult:
+    """Train the plan's components, and the head unless it is frozen.
+
+    Parameters
+    ----------
+    adapter
+        What the server sent: the held components and the head.
+    seed
+        Of batch order and dropout.
+
+    Raises
+    ------
+    TrainingError
+        If the loss is not finite.
+    """
+    started = time.perf_counter()
+    device = classifier.device
+    reset_peak_memory(device)
+    rng = np.random.default_rng(seed)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        probed, probe_seconds = _probe(classifier, adapter, plan, examples, options, rng)
+        classifier.load(adapter, plan)
+        tail_before = _tail_norms(classifier, plan.tail)
+        meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
+        loss, steps = _optimise(classifier, plan, examples, options, rng, meter)
+    trained = classifier.trained(plan)
+    if plan.tail is not None and plan.tail.prune:
+        shrunk = {n: t < tail_before[n] for n, t in _tail_norms(classifier, plan.tail).items()}
+        trained = _prune(trained, plan.tail, shrunk)
+    return TrainResult(
+        adapter=trained,
+        num_examples=len(examples.labels),
+        loss=loss,
+        steps=steps,
+        seconds=time.perf_counter() - started,
+        probe_seconds=probe_seconds,
+        peak_memory_mb=peak_memory_mb(device),
+        importance=probed or meter.scores(),
+    )
+
+
+def _optimise(
+    classifier: LoraClassifier,
+    plan: TrainPlan,
+    examples: Examples,
+    options: TrainOptions,
+    rng: np.random.Generator,
+    meter: ImportanceMeter,
+) -> tuple[float, int]:
+    optimizer = build_optimizer(classifier, plan, options)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    classifier.train()
+    steps, losses = 0, [0.0]
+    for epoch in range(plan.local_epochs):
+        losses = []
+        for batch in _batches(examples, options, rng, classifier.device):
+            if plan.max_steps and steps >= plan.max_steps:
+                break
+            loss = _loss(classifier, batch, options)
+            total = loss if plan.tail is None else loss + _tail_penalty(classifier, plan.tail)
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()  # type: ignore[no-untyped-call]
+            meter.update(classifier)
+            if options.max_grad_norm:
+                nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+            optimizer.step()
+            steps += 1
+            losses.append(loss.item())
+            if not np.isfinite(losses[-1]):
+                raise TrainingError(f"the loss is {losses[-1]} in step {steps}, epoch {epoch + 1}")
+    return float(np.mean(losses or [0.0])), steps
+
+
+def _batches(
+    examples: Examples, options: TrainOptions, rng: np.random.Generator, device: torch.device
+) -> Iterator[Batch]:
+    for rows in training_batches(examples, options.batch_size, rng):
+        yield make_batch(examples, rows, device)
+
+
+def _loss(classifier: LoraClassifier, batch: Batch, options: TrainOptions) -> Tensor:
+    with autocast(classifier.device, options.precision):
+        logits = classifier(batch.input_ids, batch.attention_mask)
+    return nn.functional.cross_entropy(logits.float(), batch.labels)
+
+
+def build_optimizer(
+    classifier: LoraClassifier, plan: TrainPlan, options: TrainOptions
+) -> torch.optim.Optimizer:
+    """Return the optimiser over the plan's trainable tensors, and nothing frozen."""
+    pairs = list(classifier.trainable_factors().values())
+    head = [] if plan.head == "frozen" else list(classifier.head_module.parameters())
+    groups = [
+        {"params": [a for a, _ in pairs] + head, "lr": options.learning_rate},
+        {"params": [b for _, b in pairs], "lr": options.learning_rate * options.lora_B_lr_ratio},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise TrainingError("the plan trains nothing: no components and a frozen head")
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+
+
+def _probe(
+    classifier: LoraClassifier,
+    adapter: Adapter,
+    plan: TrainPlan,
+    examples: Examples,
+    options: TrainOptions,
+    rng: np.random.Generator,
+) -> tuple[dict[str, Tensor], float]:
+    """Measure the importance of all held components on a few batches, without a step."""
+    if not plan.probe_batches or plan.importance == "none":
+        return {}, 0.0
+    started = time.perf_counter()
+    classifier.load(adapter, plan.training_everything())
+    classifier.train()
+    meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
+    batches = training_batches(examples, options.batch_size, rng)
+    for _, rows in zip(range(plan.probe_batches), batches, strict=False):
+        classifier.zero_grad(set_to_none=True)
+        batch = make_batch(examples, rows, classifier.device)
+        _loss(classifier, batch, options).backward()  # type: ignore[no-untyped-call]
+        meter.update(classifier)
+    return meter.scores(), time.perf_counter() - started
+
+
+def _tail_norms(classifier: LoraClassifier, tail: TailPruning | None) -> dict[str, float]:
+    """Return ``||B_tail||_F * ||A_tail||_F`` by module."""
+    if tail is None:
+        return {}
+    with torch.no_grad():
+        return {
+            name: float(_tail_product(a, b, tail.start(a.shape[0])))
+            for name, (a, b) in classifier.trainable_factors().items()
+        }
+
+
+def _tail_penalty(classifier: LoraClassifier, tail: TailPruning) -> Tensor:
+    pairs = classifier.trainable_factors().values()
+    products = [_tail_product(a, b, tail.start(a.shape[0])) for a, b in pairs]
+    return tail.weight * torch.stack(products).sum()
+
+
+def _tail_product(lora_A: Tensor, lora_B: Tensor, start: int) -> Tensor:
+    # The norm's gradient at B = 0 is NaN without a floor; every LoRA starts there.
+    tail_A, tail_B = lora_A[start:], lora_B[:, start:]
+    return (tail_A.square().sum() * tail_B.square().sum() + 1e-12).sqrt()
+
+
+def _prune(trained: Adapter, tail: TailPruning, shrunk: Mapping[str, bool]) -> Adapter:
+    return Adapter(
+        {
+            name: factors.select(range(tail.start(factors.rank)))
+            if shrunk.get(name, False)
+            else factors
+            for name, factors in trained.modules.items()
+        },
+        trained.head,
+    )
