@@ -1,0 +1,186 @@
+"""Compose `conf/` with overrides into checked settings, or say in one line what is wrong."""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hafl_app.config.schema import Settings
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "at_least": ("at least", lambda value, limit: value >= limit),
+    "above": ("above", lambda value, limit: value > limit),
+    "at_most": ("at most", lambda value, limit: value <= limit),
+    "below": ("below", lambda value, limit: value < limit),
+}
+
+
+class SettingsError(ValueError):
+    """A setting that does not exist, has the wrong type, or is out of its range."""
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra; `conf/config.yaml` names it first in its defaults."""
+    ConfigStore.instance().store(name="schema", node=Settings)
+
+
+def compose(overrides: Sequence[str]) -> Settings:
+    """Compose and check the settings for a list of Hydra overrides.
+
+    Raises
+    ------
+    SettingsError
+        In one line: the value, what was expected, and the nearest right name.
+    """
+    return _compose(tuple(overrides))
+
+
+@functools.lru_cache(maxsize=16)
+def _compose(overrides: tuple[str, ...]) -> Settings:
+    register_schema()
+    try:
+        return to_settings(_merge(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(_explain(error, overrides)) from error
+
+
+def _merge(overrides: Sequence[str]) -> DictConfig:
+    """Let Hydra merge the files; also inside a Hydra job, whose own state comes back after."""
+    singleton: Any = GlobalHydra.instance()
+    running, singleton.hydra = singleton.hydra, None
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra_compose("config", overrides=list(overrides))
+    finally:
+        singleton.hydra = running
+
+
+def to_settings(composed: DictConfig) -> Settings:
+    """Turn a composed config into settings, with every type and range checked.
+
+    Raises
+    ------
+    SettingsError
+        See `compose`.
+    """
+    composed = composed.copy()
+    composed.strategy = _typed_strategy(composed.strategy)
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise SettingsError(f"{missing[0]} must be given, e.g. {missing[0]}=...")
+    settings: Settings = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    for problem in _out_of_range(settings, ""):
+        raise SettingsError(problem)
+    return settings
+
+
+def strategy_arguments(settings: Settings) -> dict[str, Any]:
+    """Return the strategy's hyper-parameters by name, without its ``_target_``."""
+    strategy = settings.strategy
+    return {f.name: getattr(strategy, f.name) for f in dataclasses.fields(strategy) if f.init}
+
+
+def _typed_strategy(strategy: DictConfig) -> DictConfig:
+    """Check the strategy's settings against the fields of the class it names."""
+    values: Any = OmegaConf.to_container(strategy, resolve=True)
+    target = values.pop("_target_")
+    try:
+        typed: Any = OmegaConf.merge(OmegaConf.structured(get_class(target)), values)
+    except OmegaConfBaseException as error:
+        raise SettingsError(f"strategy.{error.full_key}: {_first_line(error)}") from error
+    merged: DictConfig = typed
+    return merged
+
+
+def _out_of_range(settings: Any, prefix: str) -> Iterator[str]:
+    for setting in dataclasses.fields(settings):
+        name, value = f"{prefix}{setting.name}", getattr(settings, setting.name, None)
+        if dataclasses.is_dataclass(value):
+            yield from _out_of_range(value, f"{name}.")
+        if value is None:
+            continue
+        choices = setting.metadata.get("choices")
+        if choices and value not in choices:
+            yield f"{name}={value}: expected {_or_list(choices)}{_nearest(str(value), choices)}"
+        for kind, limit in setting.metadata.get("limits", {}).items():
+            words, holds = _LIMITS[kind]
+            if not holds(value, limit):
+                yield f"{name}={value}: must be {words} {limit}"
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Say in one line which override is wrong; Hydra takes several, and gives no near names."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as problem:
+        return _first_line(problem)
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+    for override in parsed:
+        key = override.key_or_group
+        if key in groups:
+            options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
+            choice = str(override.value())
+            if choice not in options:
+                return f"{key}={choice}: no such {key}; there are {', '.join(options)}" + _nearest(
+                    choice, options
+                )
+        elif (known := _known_keys(tuple(o for o in overrides if _is_group(o, groups)))) and (
+            key not in known
+        ):
+            return f"{key}: no such setting{_nearest(key, known)}"
+    name = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
+    text = _first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+    return f"{name}: {text}" if name and name not in text else text
+
+
+def _is_group(override: str, groups: Sequence[str]) -> bool:
+    return override.partition("=")[0] in groups
+
+
+def _known_keys(group_overrides: tuple[str, ...]) -> list[str]:
+    """List every setting that exists under these group choices, leaves and branches."""
+    try:
+        composed = _merge(group_overrides)
+    except (HydraException, OmegaConfBaseException):
+        return []
+
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for key in node:
+            name = f"{prefix}{key}"
+            yield name
+            if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(
+                child := node._get_node(key)
+            ):
+                yield from walk(child, f"{name}.")
+
+    return list(walk(composed, ""))
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    if not near and "." not in name:
+        near = [n for n in names if n.endswith(f".{name}")][:1]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _or_list(words: Sequence[str]) -> str:
+    return " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

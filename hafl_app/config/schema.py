@@ -1,0 +1,189 @@
+"""Schema of `conf/`: every setting with its type, default, unit and range.
+
+Hydra merges the files of `conf/` into these dataclasses, so a wrong key or type fails when the
+settings are composed. Ranges stand in the fields' metadata and are checked by
+`hafl_app.config.compose`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def number(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Field with a range; `None` as a value is not checked."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    return field(
+        default=default,
+        metadata={"limits": {k: v for k, v in limits.items() if v is not None}},
+    )
+
+
+def choice(default: Any, *values: str) -> Any:
+    """Field that takes one of a few words."""
+    return field(default=default, metadata={"choices": values})
+
+
+@dataclass
+class ModelSettings:
+    """The frozen base model and the classification head.
+
+    `path` is a hub name or a local folder; `package_path` a folder inside an installed package
+    that carries the same files, used when the hub is not reachable.
+    """
+
+    name: str = MISSING
+    path: str = ""
+    revision: str | None = None
+    sha256: str | None = None
+    package_path: str | None = None
+    num_layers: int | None = number(None, at_least=1)
+    pooling: str = choice("mean", "mean", "cls")
+    head: str = choice("averaged", "averaged", "frozen", "local")
+    random_weights: bool = False
+
+
+@dataclass
+class LoraSettings:
+    """The adapter: `max_rank` is the rank of the global one, which no client exceeds.
+
+    `scaling` is `constant` (lora_alpha / max_rank for every client), `per_rank`
+    (lora_alpha / rank) or `rslora` (lora_alpha / sqrt(rank)).
+    """
+
+    max_rank: int = number(8, at_least=1)
+    lora_alpha: float = number(16.0, above=0)
+    scaling: str = choice("constant", "constant", "per_rank", "rslora")
+    target_modules: Any = "all-linear"
+    lora_dropout: float = number(0.0, at_least=0, below=1)
+
+
+@dataclass
+class DatasetSettings:
+    """Labelled text. `max_examples` limits the training set, for quick runs (null: all of it).
+
+    `validation_fraction` of the training data never reaches a client and serves for choosing
+    rounds and learning rates; each client keeps `holdout_fraction` of its own data for evaluation.
+    """
+
+    source: str = choice(MISSING, "banking77", "newsgroups", "local", "synthetic")
+    path: str | None = None
+    test_path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    max_length: int = number(64, at_least=4)
+    max_examples: int | None = number(None, at_least=1)
+    max_test_examples: int | None = number(None, at_least=1)
+    validation_fraction: float = number(0.1, at_least=0, below=1)
+    holdout_fraction: float = number(0.1, at_least=0, below=1)
+    num_train: int = number(4000, at_least=40)
+    num_test: int = number(1000, at_least=20)
+    data_seed: int = number(0, at_least=0)
+
+
+@dataclass
+class PartitionSettings:
+    """How the training data is shared out: flwr-datasets' partitioners."""
+
+    kind: str = choice("iid", "iid", "dirichlet", "pathological", "natural")
+    dirichlet_alpha: float = number(0.5, above=0)
+    classes_per_partition: int = number(5, at_least=1)
+    column: str | None = None
+    min_examples: int = number(4, at_least=2)
+
+
+@dataclass
+class RankTier:
+    """A class of devices: its rank budget and its share of the clients."""
+
+    rank: int = MISSING
+    share: float = MISSING
+
+
+@dataclass
+class RanksSettings:
+    """Rank budgets in simulation: tiers, scaled to the number of clients.
+
+    `order` is `ascending` (the first partitions are the weakest) or `shuffled` by the seed.
+    """
+
+    tiers: list[RankTier] = MISSING
+    order: str = choice("ascending", "ascending", "shuffled")
+
+
+@dataclass
+class ClientSettings:
+    """Local training. `precision` `auto` is bf16 on CUDA and fp32 on the CPU.
+
+    `lora_B_lr_ratio` multiplies the learning rate for lora_B; `max_steps` 0 means no limit.
+    """
+
+    local_epochs: int = number(1, at_least=1)
+    batch_size: int = number(32, at_least=1)
+    learning_rate: float = number(3e-3, above=0)
+    lora_B_lr_ratio: float = number(1.0, above=0)
+    optimizer: str = choice("adamw", "adamw", "sgd")
+    weight_decay: float = number(0.0, at_least=0)
+    max_grad_norm: float = number(1.0, at_least=0)
+    max_steps: int = number(0, at_least=0)
+    num_threads: int = number(1, at_least=1)
+    device: str = choice("auto", "auto", "cpu", "cuda")
+    precision: str = choice("auto", "auto", "fp32", "bf16")
+
+
+@dataclass
+class FederationSettings:
+    """Rounds, sampling and evaluation.
+
+    `client_cpus` and `client_gpus` are the share of one simulated client; null means found by
+    looking at the machine. `alone_clients_per_rank` clients of every rank are also trained alone,
+    to measure what the federation gains them (0: none).
+    """
+
+    num_clients: int = number(10, at_least=1)
+    num_rounds: int = number(10, at_least=1)
+    fraction_train: float = number(1.0, above=0, at_most=1)
+    fraction_evaluate: float = number(1.0, at_least=0, at_most=1)
+    evaluate_every: int = number(1, at_least=1)
+    alone_clients_per_rank: int = number(1, at_least=0)
+    round_timeout_s: float = number(3600.0, above=0)
+    client_cpus: int | None = number(None, at_least=1)
+    client_gpus: float | None = number(None, at_least=0)
+
+
+@dataclass
+class TrackingSettings:
+    """Where metrics go beside `metrics.jsonl` and the terminal."""
+
+    kind: str = choice("jsonl", "jsonl", "wandb", "none")
+    project: str = "hafl"
+    entity: str | None = None
+    mode: str = choice("online", "online", "offline")
+
+
+@dataclass
+class Settings:
+    """All settings of a run. `output_dir` null means `outputs/<date>/<time>-<strategy>`."""
+
+    strategy: Any = MISSING
+    model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    dataset: DatasetSettings = field(default_factory=DatasetSettings)
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    ranks: RanksSettings = field(default_factory=RanksSettings)
+    client: ClientSettings = field(default_factory=ClientSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    seed: int = number(0, at_least=0)
+    engine: str = choice("ray", "ray", "inprocess")
+    output_dir: str | None = None
