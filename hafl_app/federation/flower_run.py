@@ -1,0 +1,284 @@
+"""One `flwr run` on a SuperLink of its own, in a Flower home of its own, leaving nothing behind."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+# Every process that a run starts inherits this variable, and is found by it afterwards.
+_TOKEN = "HAFL_RUN_TOKEN"
+_CONNECTION = "own"
+_START_SECONDS = 60.0
+_STOP_SECONDS = 5.0
+
+
+class FlowerRunError(RuntimeError):
+    """A run that could not be started, or did not finish well."""
+
+
+@dataclass(frozen=True)
+class SimulationResources:
+    """What `flwr run` is to simulate with.
+
+    Parameters
+    ----------
+    num_supernodes
+        Virtual nodes, at least 1.
+    client_cpus, client_gpus
+        Share of one client; with them follows how many run at once.
+    """
+
+    num_supernodes: int
+    client_cpus: int
+    client_gpus: float
+
+    def to_federation_config(self) -> str:
+        """Return the value of `flwr run --federation-config`."""
+        return (
+            f"num-supernodes={self.num_supernodes} "
+            f"client-resources-num-cpus={self.client_cpus} "
+            f"client-resources-num-gpus={self.client_gpus}"
+        )
+
+
+def resources_for(
+    num_clients: int,
+    num_threads: int,
+    num_gpus: int,
+    client_cpus: int | None = None,
+    client_gpus: float | None = None,
+) -> SimulationResources:
+    """Look at the machine: one CPU a thread, and a share of the GPUs for as many as run at once.
+
+    Parameters
+    ----------
+    num_threads
+        CPU threads of one client.
+    num_gpus
+        CUDA devices that clients may use; 0 without, or if they are told to train on the CPU.
+    client_cpus, client_gpus
+        Given shares win.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = client_cpus if client_cpus is not None else min(num_threads, cpus)
+    at_once = max(1, min(num_clients, cpus // share))
+    gpu_share = client_gpus if client_gpus is not None else min(1.0, num_gpus / at_once)
+    return SimulationResources(num_clients, share, round(gpu_share, 4))
+
+
+@contextmanager
+def own_superlink(log_file: Path) -> Iterator[dict[str, str]]:
+    """Start a SuperLink for simulations; yield the environment in which `flwr` speaks to it.
+
+    Whatever happens inside, every process that it or its runs started is gone afterwards, and so
+    is its Flower home.
+
+    Parameters
+    ----------
+    log_file
+        Where the SuperLink's own log is kept if it failed to start.
+
+    Raises
+    ------
+    FlowerRunError
+        If it does not come up.
+    """
+    home = Path(tempfile.mkdtemp(prefix="hafl-"))
+    token, port = uuid.uuid4().hex, _free_port()
+    environment = _environment(home, token)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
+        f'address = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    superlink_log = home / "superlink.log"
+    try:
+        with superlink_log.open("wb") as stream:
+            # Its own session, so that Ctrl-C reaches it through us and in order.
+            process = subprocess.Popen(
+                [
+                    *(_tool("flower-superlink"), "--insecure", "--simulation"),
+                    *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)),
+                    *("--log-file", str(home / "superlink-rotating.log")),
+                ],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        if not _healthy(process, port):
+            shutil.copy(superlink_log, log_file)
+            raise FlowerRunError(f"the SuperLink did not come up; its log: {log_file}")
+        yield environment
+    finally:
+        stop_processes(token)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def flwr_run(
+    app: Path,
+    environment: Mapping[str, str],
+    run_config: Mapping[str, str],
+    resources: SimulationResources,
+    on_line: Callable[[str], None],
+) -> None:
+    """Submit the app, pass its log on line by line, and wait for its end.
+
+    Parameters
+    ----------
+    app
+        Folder of the app.
+    environment
+        From `own_superlink`.
+    run_config
+        Values of the app's run config.
+    on_line
+        Called with every line of the log.
+
+    Raises
+    ------
+    FlowerRunError
+        If the run did not start or did not complete, which `flwr run` itself does not say; with
+        the reason that the SuperLink gives.
+    """
+    home = Path(environment["FLWR_HOME"])
+    config_file = home / "run-config.toml"
+    # JSON strings are TOML basic strings.
+    config_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in run_config.items()))
+    command = [
+        *(_tool("flwr"), "run", str(app), _CONNECTION, "--stream"),
+        *("--run-config", str(config_file)),
+        *("--federation-config", resources.to_federation_config()),
+    ]
+    run_id, last_line = "", ""
+    with subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for raw_line in process.stdout:
+            line = raw_line.rstrip("\n")
+            last_line = line.strip(" │╭╮╰╯─") or last_line
+            if match := re.search(r"Successfully started run (\d+)", line):
+                run_id = match.group(1)
+            on_line(line)
+    if not run_id:
+        raise FlowerRunError(f"`flwr run` started no run: {last_line}")
+    status, details = _status(environment, run_id)
+    if status != "finished:completed":
+        raise FlowerRunError(f"the run is {status}: {_shorten(details) or 'no reason given'}")
+
+
+def _status(environment: Mapping[str, str], run_id: str) -> tuple[str, str]:
+    """Ask the SuperLink how a run ended; its last words may take a moment to arrive."""
+    status, details = "unknown", ""
+    for _ in range(20):
+        result = subprocess.run(
+            [_tool("flwr"), "list", _CONNECTION, "--run-id", run_id, "--format", "json"],
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        run = _first_run(result.stdout)
+        status, details = str(run.get("status", "unknown")), str(run.get("status-details", ""))
+        if status.startswith("finished"):
+            break
+        time.sleep(0.5)
+    return status, details
+
+
+def _first_run(text: str) -> dict[str, Any]:
+    with suppress(ValueError):
+        runs = json.loads(text).get("runs") or [{}]
+        return dict(runs[0])
+    return {}
+
+
+def _shorten(details: str) -> str:
+    lines = [line.strip() for line in details.splitlines() if line.strip()]
+    return lines[0] if lines else ""
+
+
+def _environment(home: Path, token: str) -> dict[str, str]:
+    scripts = str(Path(sys.executable).parent)
+    return os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Repeated warnings of many actors are one line, and Ray's files go with the home.
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_TMPDIR": str(home / "ray"),
+        "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "200",
+        _TOKEN: token,
+    }
+
+
+def _tool(name: str) -> str:
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else name
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _healthy(process: "subprocess.Popen[bytes]", port: int) -> bool:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with (
+            suppress(urllib.error.URLError, OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as reply,
+        ):
+            if reply.status == 200:
+                return True
+        time.sleep(0.1)
+    return False
+
+
+def processes_of(token: str) -> list[psutil.Process]:
+    """Return the living processes that were started under a run's token."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(_TOKEN) == token and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+def stop_processes(token: str) -> None:
+    """Stop every process of a run: politely, then by force; new ones that appear meanwhile too."""
+    for send in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        processes = processes_of(token)
+        for process in processes:
+            with suppress(psutil.Error):
+                process.send_signal(send)
+        psutil.wait_procs(processes, timeout=_STOP_SECONDS)

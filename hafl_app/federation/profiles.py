@@ -1,0 +1,156 @@
+"""Node profiles: what each node says it is and can do, and the directory of all nodes."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+_LOGGER = logging.getLogger(__name__)
+PROFILE = "profile"
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class NodeProfile:
+    """What a node answers to a query.
+
+    Parameters
+    ----------
+    partition_id
+        Which part of the data it holds, from 0.
+    num_partitions
+        How many parts there are.
+    rank
+        Its rank budget, at least 1.
+    num_examples
+        Texts it trains on.
+    device
+        Kind and name of the device it trains on.
+    node_id
+        Flower's id of the node, set by the server.
+    """
+
+    partition_id: int
+    num_partitions: int
+    rank: int
+    num_examples: int
+    device: str
+    node_id: int = 0
+
+    def to_record(self) -> ConfigRecord:
+        """Write the profile for the wire."""
+        values = {k.replace("_", "-"): v for k, v in asdict(self).items() if k != "node_id"}
+        return ConfigRecord(values)
+
+    @classmethod
+    def from_reply(cls, reply: Message) -> "NodeProfile":
+        """Read the profile of a query's reply.
+
+        Raises
+        ------
+        ValueError
+            If the reply carries no profile.
+        """
+        try:
+            values = dict(reply.content.config_records[PROFILE].items())
+            known = {k.replace("-", "_"): v for k, v in values.items()}
+            return cls(node_id=reply.metadata.src_node_id, **known)  # type: ignore[arg-type]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a node profile: {error}") from error
+
+
+class NodeDirectory:
+    """The nodes of a federation by id: asked once each, when they first appear.
+
+    Parameters
+    ----------
+    timeout_s
+        How long to wait for the answers of one round of questions.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self.profiles: dict[int, NodeProfile] = {}
+
+    def in_order(self) -> list[NodeProfile]:
+        """Return all profiles in partition order."""
+        return sorted(self.profiles.values(), key=lambda p: (p.partition_id, p.node_id))
+
+    def refresh(self, grid: Grid) -> list[NodeProfile]:
+        """Query nodes that are new, and return the connected ones in partition order."""
+        connected = set(grid.get_node_ids())
+        self._query(grid, sorted(connected - set(self.profiles)))
+        return [profile for profile in self.in_order() if profile.node_id in connected]
+
+    def wait_for_all(self, grid: Grid) -> list[NodeProfile]:
+        """Wait until every partition that the nodes speak of is there, or the time is over.
+
+        Raises
+        ------
+        TimeoutError
+            If no node has answered by then.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            profiles = self.refresh(grid)
+            if profiles and len(profiles) >= max(p.num_partitions for p in profiles):
+                return profiles
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        if not profiles:
+            raise TimeoutError(f"no node answered within {self._timeout_s:.0f} s")
+        _LOGGER.warning("only %d of %d nodes are here", len(profiles), profiles[0].num_partitions)
+        return profiles
+
+    def _query(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        if not node_ids:
+            return
+        messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in node_ids]
+        for reply in grid.send_and_receive(messages, timeout=self._timeout_s):
+            node_id = reply.metadata.src_node_id
+            if reply.has_error():
+                _LOGGER.warning("node %d is left out: %s", node_id, reply.error.reason)
+                continue
+            try:
+                self.profiles[node_id] = NodeProfile.from_reply(reply)
+            except ValueError as error:
+                _LOGGER.warning("node %d is left out: %s", node_id, error)
+
+
+def scale_tiers(tiers: Iterable[tuple[int, float]], num_clients: int) -> list[int]:
+    """Return one rank for each of ``num_clients``, in the proportions of the tiers.
+
+    Largest remainders: every tier gets its whole share, the rest goes to the largest fractions.
+
+    Parameters
+    ----------
+    tiers
+        ``(rank, share)``, shares above 0.
+
+    Raises
+    ------
+    ValueError
+        If there is no tier or a share is not above 0.
+    """
+    table = list(tiers)
+    if not table or any(share <= 0 for _, share in table):
+        raise ValueError(f"ranks.tiers={table}: expected at least one, with shares above 0")
+    total = sum(share for _, share in table)
+    exact = [share / total * num_clients for _, share in table]
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(table)), key=lambda i: (counts[i] - exact[i], i))
+    for index in by_remainder[: num_clients - sum(counts)]:
+        counts[index] += 1
+    return [rank for (rank, _), count in zip(table, counts, strict=True) for _ in range(count)]
+
+
+def tiers_of(ranks: Iterable[int]) -> Mapping[int, int]:
+    """Count the clients of each rank, lowest rank first."""
+    counts: dict[int, int] = {}
+    for rank in sorted(ranks):
+        counts[rank] = counts.get(rank, 0) + 1
+    return counts
