@@ -1,0 +1,65 @@
+"""Local-only training: what a device reaches by itself, the baseline of every federation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.app import MessageType
+from flwr.serverapp import Grid
+
+from hafl_app.federation.profiles import NodeProfile
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.plan import TrainPlan
+from hafl_app.strategies.base import HeterogeneousLora
+
+
+@dataclass(frozen=True)
+class AloneResult:
+    """The adapter that one client trained alone, at its own rank."""
+
+    profile: NodeProfile
+    adapter: Adapter
+
+
+def train_alone(
+    strategy: HeterogeneousLora, grid: Grid, initial: Adapter, profiles: Sequence[NodeProfile]
+) -> list[AloneResult]:
+    """Let each of these clients train by itself, from the initial adapter cut to its rank.
+
+    A client passes over its data as often as it would in a federation that it never misses.
+    Clients whose reply does not count are left out.
+
+    Parameters
+    ----------
+    strategy
+        A finished federation's; its global adapter does not change.
+    initial
+        The adapter and head that the federation started from.
+    profiles
+        Who trains.
+    """
+    options = strategy.options
+    plans = [
+        strategy.prefix_plan(
+            profile.rank,
+            head="frozen" if options.head == "frozen" else "averaged",
+            local_epochs=options.num_rounds * options.local_epochs,
+            max_steps=options.num_rounds * options.max_steps,
+        )
+        for profile in profiles
+    ]
+
+    def dispatch(plan: TrainPlan) -> Adapter:
+        modules = {n: f.select(plan.modules[n].held) for n, f in initial.modules.items()}
+        return Adapter(modules, initial.head if plan.head == "averaged" else {})
+
+    after = options.num_rounds + 1
+    messages = strategy.messages(profiles, plans, after, MessageType.TRAIN, dispatch)
+    # A run of many rounds at once may take that many times as long.
+    replies = grid.send_and_receive(messages, timeout=options.timeout_s * options.num_rounds)
+    results = []
+    for reply, request in strategy.in_partition_order(replies):
+        update, _ = strategy.judge_training(reply, request, after, "alone")
+        if update is not None:
+            head = update.adapter.head or initial.head
+            results.append(AloneResult(request.profile, update.adapter.with_head(head)))
+    return results

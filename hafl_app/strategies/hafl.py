@@ -1,0 +1,230 @@
+"""HAFL: importance-based freezing or truncation, and adaptive aggregation.
+
+Su, Yan and Deng, "Federated LLMs Fine-tuned with Adaptive Importance-Aware LoRA",
+arXiv:2411.06581.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hafl_app.config.schema import choice, number
+from hafl_app.federation.profiles import NodeProfile
+from hafl_app.federation.sampling import client_seed
+from hafl_app.lowrank.factors import LoraFactors
+from hafl_app.lowrank.importance import (
+    SensitivityAverages,
+    component_scores,
+    contribution_scores,
+    magnitude_scores,
+    round_sensitivity,
+    select_components,
+    select_over_model,
+)
+from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.strategies.averaging import ComponentAveraging, Sums
+from hafl_app.strategies.base import ClientUpdate
+
+_GRADIENT_MEASURES = ("sensitivity", "smoothed", "adalora")
+
+
+@dataclass(kw_only=True, eq=False)
+class Hafl(ComponentAveraging):
+    """Each client trains its budget's worth of the most important components.
+
+    *Freezing*: everybody holds the global rank, trains and uploads only the chosen components;
+    the others stay in the forward pass. *Truncation*: a client receives only the chosen ones.
+    *Adaptive aggregation*: a component is averaged over the clients that trained it,
+    ``b_i <- sum_{k in K_i} n_k b_{k,i} / sum_{k in K_i} n_k`` and a_i likewise; one that nobody
+    trained keeps its value.
+
+    Differs from the paper: its body was not available, only the abstract and second-hand
+    accounts, so equations and open choices are reconstructions, and each choice is a setting. The
+    server selects. Clients measure only what they train and scores of frozen components stay,
+    else a component once frozen would never come back. Scores of components that nobody has
+    measured yet count as the highest seen, so that they get a turn. All clients share one scaling.
+
+    Parameters
+    ----------
+    scheme
+        ``freezing`` or ``truncation``.
+    aggregation
+        ``adaptive`` or ``zero_padding`` (divide by everybody's weight).
+    selection
+        ``importance``, or as controls ``random`` (anew each round) or ``prefix``.
+    scope
+        ``module``: the budget holds in every module. ``model``: budget times modules, spent on
+        the best components of the whole model.
+    importance
+        ``sensitivity`` (|w g|), ``smoothed`` (its moving average), ``adalora`` (times
+        uncertainty), ``magnitude`` (||b_i|| ||a_i||) or ``contribution`` (||delta b_i|| ||a_i||).
+    source
+        ``client``: measured from real gradients while training. ``server``: from the round's
+        parameter change over the learning rate. Magnitude and contribution need no upload.
+    smoothing
+        Decay of the moving averages over steps and rounds, in [0, 1).
+    exploration
+        Share of a client's components drawn at random, in [0, 1].
+    probe_batches
+        Batches on which a client first measures *all* components it holds; 0 for none.
+    learning_rate, lora_B_lr_ratio
+        The clients', for ``source=server``.
+    """
+
+    scheme: str = choice("freezing", "freezing", "truncation")
+    aggregation: str = choice("adaptive", "adaptive", "zero_padding")
+    selection: str = choice("importance", "importance", "random", "prefix")
+    scope: str = choice("module", "module", "model")
+    importance: str = choice("smoothed", *_GRADIENT_MEASURES, "magnitude", "contribution")
+    source: str = choice("client", "client", "server")
+    smoothing: float = number(0.85, at_least=0, below=1)
+    exploration: float = number(0.1, at_least=0, at_most=1)
+    probe_batches: int = number(0, at_least=0)
+    learning_rate: float = number(3e-3, above=0)
+    lora_B_lr_ratio: float = number(1.0, above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scores: dict[str, Tensor] = {}
+        self._updates: list[ClientUpdate] = []
+        self._averages: dict[str, SensitivityAverages] = {}
+
+    # ---- plans -----------------------------------------------------------------------------
+
+    def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
+        """Choose the client's components; with freezing it holds all, else only these."""
+        chosen = self.select(profile, server_round)
+        scaling = self.scaling_of(self.max_rank)
+        everything = tuple(range(self.max_rank))
+        modules = {
+            name: ModulePlan(
+                everything if self.scheme == "freezing" else components, components, scaling
+            )
+            for name, components in chosen.items()
+        }
+        from_gradients = (
+            self.selection == "importance"
+            and self.source == "client"
+            and self.importance in _GRADIENT_MEASURES
+        )
+        return self.train_plan(
+            modules,
+            importance=self.importance if from_gradients else "none",
+            importance_smoothing=self.smoothing,
+            probe_batches=self.probe_batches if from_gradients else 0,
+        )
+
+    def select(self, profile: NodeProfile, server_round: int) -> dict[str, tuple[int, ...]]:
+        """Return the components that a client trains, by module."""
+        modules = self.global_adapter.modules
+        if self.selection == "prefix":
+            return dict.fromkeys(modules, tuple(range(profile.rank)))
+        seed = client_seed(self.options.seed, server_round, profile.partition_id)
+        generator = torch.Generator().manual_seed(seed)
+        scores = self._known_scores() if self.selection == "importance" else self._ties()
+        if self.scope == "model":
+            return select_over_model(
+                scores, profile.rank * len(modules), explore=self.exploration, generator=generator
+            )
+        return {
+            name: select_components(
+                scores[name], profile.rank, explore=self.exploration, generator=generator
+            )
+            for name in modules
+        }
+
+    def _ties(self) -> dict[str, Tensor]:
+        return {n: torch.zeros(self.max_rank) for n in self.global_adapter.modules}
+
+    def _known_scores(self) -> dict[str, Tensor]:
+        """Return the scores, components without one at the top of their module."""
+        if self.importance == "magnitude":
+            return {n: magnitude_scores(f) for n, f in self.global_adapter.modules.items()}
+        known = {}
+        for name, ties in self._ties().items():
+            scores = self.scores.get(name, torch.full_like(ties, torch.nan, dtype=torch.float64))
+            measured = scores[scores.isfinite()]
+            highest = measured.max().item() if len(measured) else 0.0
+            known[name] = scores.nan_to_num(nan=highest)
+        return known
+
+    # ---- merging ---------------------------------------------------------------------------
+
+    def begin(self) -> Sums:
+        """Return empty sums, and forget the last round's measurements."""
+        self._updates = []
+        return super().begin()
+
+    def accumulate(self, state: Sums, update: ClientUpdate) -> Sums:
+        """Add the client's components to their slots, and keep what it says of importance."""
+        self._updates.append(update)
+        return super().accumulate(state, update)
+
+    def finish(self, state: Sums) -> Mapping[str, LoraFactors]:
+        """Average by the chosen rule, then update the scores of what was trained."""
+        merged = (
+            self.over_contributors(state)
+            if self.aggregation == "adaptive"
+            else self.over_all(state)
+        )
+        if self.selection == "importance":
+            self._update_scores(merged, state)
+        self._updates = []
+        return merged
+
+    def _update_scores(self, merged: Mapping[str, LoraFactors], state: Sums) -> None:
+        if self.importance == "contribution":
+            self._average_scores(_contributions)
+        elif self.importance != "magnitude" and self.source == "client":
+            self._average_scores(_uploaded_scores)
+        elif self.importance != "magnitude":
+            self._score_change(merged, state)
+
+    def _average_scores(self, measure: Callable[[ClientUpdate, str], Any]) -> None:
+        """Average the clients' scores, then smooth over rounds; unmeasured components stay."""
+        decay = 0.0 if self.importance == "sensitivity" else self.smoothing
+        for name in self.global_adapter.modules:
+            total = torch.zeros(self.max_rank, dtype=torch.float64)
+            weight = torch.zeros_like(total)
+            for update in self._updates:
+                components, scores = measure(update, name)
+                slots = torch.tensor(components, dtype=torch.long)
+                total[slots] += update.num_examples * scores.double()
+                weight[slots] += update.num_examples
+            before = self.scores.get(name, torch.full_like(total, torch.nan))
+            now = total / weight  # NaN where nobody measured
+            smoothed = torch.where(before.isfinite(), decay * before + (1 - decay) * now, now)
+            self.scores[name] = torch.where(weight > 0, smoothed, before)
+
+    def _score_change(self, merged: Mapping[str, LoraFactors], state: Sums) -> None:
+        """Score what was trained by the round's change, with the scaling unfolded."""
+        unfold = 1 / self.scaling_of(self.max_rank)
+        for name, before in self.global_adapter.modules.items():
+            trained = torch.nonzero(state[name].weight > 0).flatten().tolist()
+            change = round_sensitivity(
+                before.select(trained).scale(unfold),
+                merged[name].select(trained).scale(unfold),
+                self.learning_rate,
+                self.lora_B_lr_ratio,
+            )
+            averages = self._averages.get(name) or SensitivityAverages.zeros(
+                before, self.smoothing, self.smoothing
+            )
+            self._averages[name] = averages = averages.update(change, trained)
+            scores = component_scores(averages, self.importance, bias_correction=True)  # type: ignore[arg-type]
+            self.scores[name] = scores.where(averages.steps > 0, torch.nan)
+
+
+def _uploaded_scores(update: ClientUpdate, module: str) -> tuple[tuple[int, ...], Tensor]:
+    """Return what the client measured: of the components it trained, or all it held (probe)."""
+    plan = update.plan.modules[module]
+    components = plan.held if update.plan.probe_batches else plan.trainable
+    return components, update.importance.get(module, torch.zeros(len(components)))
+
+
+def _contributions(update: ClientUpdate, module: str) -> tuple[tuple[int, ...], Tensor]:
+    before = update.sent.modules[module].select(update.plan.modules[module].trainable_slots)
+    return update.components(module), contribution_scores(before, update.adapter.modules[module])

@@ -1,0 +1,30 @@
+"""Zero padding: cut to a prefix, pad the uploads with zeros, average.
+
+The baseline of every paper on mixed ranks; described as such in Cho et al., "Heterogeneous LoRA
+for Federated Fine-tuning of On-Device Foundation Models", arXiv:2401.06432.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hafl_app.federation.profiles import NodeProfile
+from hafl_app.lowrank.factors import LoraFactors
+from hafl_app.plan import TrainPlan
+from hafl_app.strategies.averaging import ComponentAveraging, Sums
+
+
+@dataclass(kw_only=True, eq=False)
+class ZeroPadding(ComponentAveraging):
+    """A client of rank r holds the first r components; a missing component counts as zero.
+
+    Each factor of component i shrinks by its coverage ``f_i = sum_{r_k >= i} w_k`` a round, the
+    product by ``f_i^2``: high components are diluted.
+    """
+
+    def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
+        """Everybody holds and trains the prefix that its rank allows."""
+        return self.prefix_plan(profile.rank)
+
+    def finish(self, state: Sums) -> Mapping[str, LoraFactors]:
+        """Divide by the weight of all participants, whether they hold a component or not."""
+        return self.over_all(state)
