@@ -1,0 +1,164 @@
+"""From checked settings to the objects of a run: where settings, data and training meet."""
+
+import functools
+import json
+import os
+import random
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from hafl_app.config.compose import compose
+from hafl_app.config.schema import Settings
+from hafl_app.data.federated import FederatedText
+from hafl_app.data.partition import Partitioning
+from hafl_app.data.sources import TextSource
+from hafl_app.federation.profiles import scale_tiers
+from hafl_app.strategies.base import FederationOptions, HeterogeneousLora
+from hafl_app.training.base import BaseSpec, load_tokeniser
+from hafl_app.training.classifier import ClassifierSpec, LoraClassifier, resident_classifier
+from hafl_app.training.device import resolve_device
+from hafl_app.training.local import TrainOptions
+
+KNOBS = {
+    "strategy": "strategy",
+    "model": "model",
+    "dataset": "dataset",
+    "rounds": "federation.num_rounds",
+    "seed": "seed",
+}
+
+
+def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
+    """Compose the settings that a Flower run config asks for.
+
+    Parameters
+    ----------
+    run_config
+        ``overrides``, a string of Hydra overrides, and the everyday knobs, which come after and
+        win; empty means "as in conf/".
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError
+        In one line, if they are wrong.
+    """
+    overrides = shlex.split(str(run_config.get("overrides", "")))
+    for knob, setting in KNOBS.items():
+        if str(run_config.get(knob, "")):
+            overrides.append(f"{setting}={run_config[knob]}")
+    return compose(overrides)
+
+
+def cache_folder() -> Path:
+    """Return the folder of tokenised data: `$HAFL_CACHE`, else `hafl` in the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HAFL_CACHE") or Path(root) / "hafl")
+
+
+def base_spec(settings: Settings) -> BaseSpec:
+    """Return the identity of the base model."""
+    model = settings.model
+    return BaseSpec(
+        path=model.path,
+        revision=model.revision,
+        sha256=model.sha256,
+        package_path=model.package_path,
+        num_layers=model.num_layers,
+        random_weights=model.random_weights,
+        pooling=model.pooling,
+    )
+
+
+def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
+    """Return the data of a federation; nothing is loaded before it is asked for."""
+    return _federated_text(
+        json.dumps([asdict(settings.dataset), asdict(settings.partition)], sort_keys=True),
+        settings.seed,
+        base_spec(settings),
+        num_partitions,
+    )
+
+
+class _LazyTokeniser:
+    """Loads the tokenizer when the first text comes, so that counting rows needs none."""
+
+    def __init__(self, spec: BaseSpec, max_length: int) -> None:
+        self._spec = spec
+        self._max_length = max_length
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        return load_tokeniser(self._spec, self._max_length)(texts)
+
+
+@functools.lru_cache(maxsize=2)
+def _federated_text(data: str, seed: int, spec: BaseSpec, num_partitions: int) -> FederatedText:
+    dataset, partition = json.loads(data)
+    source = TextSource(**{f.name: dataset[f.name] for f in fields(TextSource)})
+    partition = {k: v for k, v in partition.items() if k in {f.name for f in fields(Partitioning)}}
+    return FederatedText(
+        source,
+        Partitioning(num_partitions=num_partitions, seed=seed, **partition),
+        validation_fraction=dataset["validation_fraction"],
+        holdout_fraction=dataset["holdout_fraction"],
+        tokenise=_LazyTokeniser(spec, dataset["max_length"]),
+        tokeniser_key=f"{spec.path}@{spec.revision}/{dataset['max_length']}",
+        cache=cache_folder(),
+    )
+
+
+def classifier_spec(settings: Settings, num_labels: int) -> ClassifierSpec:
+    """Return what decides the classifier's weights before training."""
+    targets = settings.lora.target_modules
+    return ClassifierSpec(
+        base=base_spec(settings),
+        num_labels=num_labels,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        lora_dropout=settings.lora.lora_dropout,
+        seed=settings.seed,
+    )
+
+
+def classifier(settings: Settings, num_labels: int) -> LoraClassifier:
+    """Return this process's classifier on its device; the base model is loaded once."""
+    device = resolve_device(settings.client.device)
+    return resident_classifier(classifier_spec(settings, num_labels)).to(device)
+
+
+def train_options(settings: Settings) -> TrainOptions:
+    """Return how clients train."""
+    return TrainOptions(**{f.name: getattr(settings.client, f.name) for f in fields(TrainOptions)})
+
+
+def federation_options(settings: Settings) -> FederationOptions:
+    """Return what holds for the whole run, whatever the method."""
+    federation = settings.federation
+    return FederationOptions(
+        seed=settings.seed,
+        fraction_train=federation.fraction_train,
+        fraction_evaluate=federation.fraction_evaluate,
+        evaluate_every=federation.evaluate_every,
+        num_rounds=federation.num_rounds,
+        local_epochs=settings.client.local_epochs,
+        max_steps=settings.client.max_steps,
+        head=settings.model.head,  # type: ignore[arg-type]
+        lora_alpha=settings.lora.lora_alpha,
+        scaling=settings.lora.scaling,
+        timeout_s=federation.round_timeout_s,
+    )
+
+
+def client_ranks(settings: Settings, num_clients: int) -> list[int]:
+    """Return the rank budget of every partition, as the `ranks` group draws them."""
+    ranks = scale_tiers([(t.rank, t.share) for t in settings.ranks.tiers], num_clients)
+    if settings.ranks.order == "shuffled":
+        random.Random(f"{settings.seed}/ranks").shuffle(ranks)
+    return ranks
+
+
+def strategy(settings: Settings) -> HeterogeneousLora:
+    """Return a fresh strategy with its hyper-parameters."""
+    method: HeterogeneousLora = settings.strategy
+    return type(method)(**{f.name: getattr(method, f.name) for f in fields(method) if f.init})

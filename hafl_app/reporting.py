@@ -1,0 +1,284 @@
+"""What a run tells: central scores, the trackers' records, and the files it leaves behind."""
+
+import math
+import os
+import platform
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flwr.app import MetricRecord
+from omegaconf import OmegaConf
+
+from hafl_app import assembly
+from hafl_app.config.compose import strategy_arguments
+from hafl_app.config.schema import Settings
+from hafl_app.data.federated import FederatedText
+from hafl_app.federation.profiles import NodeProfile
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.lowrank.svd import truncated_svd
+from hafl_app.strategies.alone import AloneResult
+from hafl_app.strategies.base import ClientReport, HeterogeneousLora
+from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord, Tracker, Trackers
+from hafl_app.tracking.console import ConsoleTracker
+from hafl_app.tracking.curves import draw_curves
+from hafl_app.tracking.jsonl import JsonlTracker
+from hafl_app.tracking.wandb import WandbTracker
+from hafl_app.training.classifier import LoraClassifier
+from hafl_app.training.device import threads
+from hafl_app.training.evaluate import Scores, adapter_evaluator
+from hafl_app.training.saved import save_adapter
+
+_PACKAGES = ("flwr", "torch", "transformers", "peft", "ray", "datasets")
+
+
+class RunReport:
+    """Scores the global adapter after every round and keeps the run's records.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+    strategy
+        The method, whose global adapter is scored.
+    text, classifier
+        The data's central splits, and the model to score with.
+    folder
+        Where everything is written.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        strategy: HeterogeneousLora,
+        text: FederatedText,
+        classifier: LoraClassifier,
+        folder: Path,
+    ) -> None:
+        self._settings = settings
+        self._strategy = strategy
+        self._text = text
+        self._classifier = classifier
+        self._score = adapter_evaluator(classifier, settings.client.precision)
+        self._folder = folder
+        self._trackers = _trackers(settings, folder)
+        self._started = time.perf_counter()
+        self._outcomes: list[ClientReport] = []
+        self.rounds: list[RoundRecord] = []
+        self._best: tuple[float, int, Adapter] | None = None
+
+    def start(self) -> None:
+        """Write the resolved settings. The clients follow when they are known."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(
+            OmegaConf.create(plain_settings(self._settings)), self._folder / "config.yaml"
+        )
+
+    def clients(self, profiles: Sequence[NodeProfile]) -> None:
+        """Tell the trackers who takes part."""
+        rows = [
+            ClientRow(p.partition_id, p.node_id, p.rank, p.num_examples, p.device) for p in profiles
+        ]
+        self._trackers.start(plain_settings(self._settings), rows)
+
+    def on_client(self, report: ClientReport) -> None:
+        """Take in what became of one client's training."""
+        self._outcomes.append(report)
+        metrics, profile = report.metrics, report.profile
+        self._trackers.log_client(
+            ClientRecord(
+                server_round=report.server_round,
+                partition_id=profile.partition_id,
+                node_id=profile.node_id,
+                rank=profile.rank,
+                components_trained=report.components,
+                num_examples=int(metrics.get("num-examples", 0)),
+                loss=metrics.get("loss", math.nan),
+                seconds=metrics.get("seconds", math.nan),
+                peak_memory_mb=metrics.get("peak-memory-mb", math.nan),
+                bytes_down=report.bytes_down,
+                bytes_up=report.bytes_up,
+                error=report.error,
+            )
+        )
+
+    def evaluate(self, server_round: int) -> MetricRecord:
+        """Score the global adapter on the central splits and log the round."""
+        if server_round == 0:
+            self.clients(self._strategy.directory.in_order())
+        metrics = {f"clients/{k}": v for k, v in self._strategy.client_scores.items()}
+        central = self._settings.model.head != "local"
+        if central:
+            metrics |= self._central_scores(self._strategy.global_adapter)
+        traffic = self._strategy.ledger.of_round(server_round)
+        record = RoundRecord(
+            server_round=server_round,
+            seconds=time.perf_counter() - (self._strategy.round_started or self._started),
+            train_loss=self._strategy.train_loss,
+            bytes_down=traffic.bytes_down,
+            bytes_up=traffic.bytes_up,
+            replies=sum(not outcome.error for outcome in self._outcomes),
+            failures=sum(bool(outcome.error) for outcome in self._outcomes),
+            metrics=metrics,
+        )
+        self._outcomes = []
+        self.rounds.append(record)
+        self._trackers.log_round(record)
+        validation = metrics.get("validation/accuracy", math.nan)
+        if server_round and (self._best is None or validation > self._best[0]):
+            self._best = (validation, server_round, self._strategy.global_adapter)
+        return MetricRecord(dict(metrics))
+
+    def _central_scores(self, adapter: Adapter) -> dict[str, float]:
+        scores = self._score_on(adapter, "test").named("test")
+        if len(self._text.validation.labels):
+            scores |= self._score_on(adapter, "validation").named("validation")
+        return scores
+
+    def _score_on(self, adapter: Adapter, split: str) -> Scores:
+        # A fixed number of threads: float sums differ by it.
+        with threads(os.cpu_count() or 1):
+            return self._score(adapter, getattr(self._text, split))
+
+    def finish(self, alone: Sequence[AloneResult]) -> None:
+        """Write adapters, curves and the summary."""
+        last = self._strategy.global_adapter
+        head = last.head or self._classifier.initial_head
+        self._save("adapter", last.with_head(head), self.rounds[-1])
+        if self._best is not None:
+            _, best_round, adapter = self._best
+            record = next(r for r in self.rounds if r.server_round == best_round)
+            self._save("adapter-best", adapter.with_head(adapter.head or head), record)
+        draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
+        self._trackers.finish(self._summary(alone))
+
+    def fail(self, reason: str) -> None:
+        """Tell the trackers that the run failed, and why."""
+        self._trackers.fail(reason)
+
+    def _save(self, name: str, adapter: Adapter, record: RoundRecord) -> None:
+        save_adapter(
+            self._folder / name,
+            adapter,
+            assembly.classifier_spec(self._settings, len(self._text.label_names)),
+            label_names=self._text.label_names,
+            max_length=self._settings.dataset.max_length,
+            facts={
+                "server_round": record.server_round,
+                "metrics": dict(record.metrics),
+                "head": self._settings.model.head,
+                "strategy": plain_settings(self._settings)["strategy"],
+                "seed": self._settings.seed,
+            },
+        )
+
+    def _summary(self, alone: Sequence[AloneResult]) -> dict[str, Any]:
+        ledger = self._strategy.ledger
+        best = self._best[1] if self._best else self.rounds[-1].server_round
+        return {
+            "status": "finished",
+            "strategy": plain_settings(self._settings)["strategy"],
+            "seed": self._settings.seed,
+            "rounds": self.rounds[-1].server_round,
+            "final": dict(self.rounds[-1].metrics),
+            "best_validation": {
+                "round": best,
+                **next(r for r in self.rounds if r.server_round == best).metrics,
+            },
+            "device_ranks": self._device_ranks(alone),
+            "bytes": {
+                phase: {
+                    "down": ledger.of_phase(phase).bytes_down,
+                    "up": ledger.of_phase(phase).bytes_up,
+                    "by_rank": ledger.of_phase(phase).by_rank(),
+                }
+                for phase in ("train", "evaluate", "alone")
+            },
+            "seconds": time.perf_counter() - self._started,
+            "versions": {
+                "hafl-app": "0.1.0",
+                "python": platform.python_version(),
+                **{name: version(name) for name in _PACKAGES},
+            },
+        }
+
+    def _device_ranks(self, alone: Sequence[AloneResult]) -> list[dict[str, Any]]:
+        """Score the global adapter's best rank-r approximation beside lone clients of rank r."""
+        rows = []
+        for rank in sorted({result.profile.rank for result in alone}):
+            federated = self._score_on(self._slice(rank), "test").accuracy
+            each = [
+                self._score_on(result.adapter, "test").accuracy
+                for result in alone
+                if result.profile.rank == rank
+            ]
+            mean = sum(each) / len(each)
+            rows.append(
+                {
+                    "rank": rank,
+                    "federated": federated,
+                    "alone": mean,
+                    "gain": federated - mean,
+                    "clients_alone": len(each),
+                    "alone_each": each,
+                }
+            )
+        return rows
+
+    def _slice(self, rank: int) -> Adapter:
+        return self._strategy.global_adapter.map(lambda factors: truncated_svd(factors, rank))
+
+
+def lone_clients(settings: Settings, profiles: Sequence[NodeProfile]) -> list[NodeProfile]:
+    """Draw the clients that are also trained alone: some of every rank, by the seed."""
+    if settings.model.head == "local":
+        return []  # their heads are not comparable with a global one that does not exist
+    drawn = []
+    for rank in sorted({profile.rank for profile in profiles}):
+        same = [profile for profile in profiles if profile.rank == rank]
+        count = min(settings.federation.alone_clients_per_rank, len(same))
+        drawn += random.Random(f"{settings.seed}/alone/{rank}").sample(same, count)
+    return sorted(drawn, key=lambda profile: profile.partition_id)
+
+
+def plain_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain values, the strategy with its ``_target_``."""
+    method = type(settings.strategy)
+    strategy = {
+        "_target_": f"{method.__module__}.{method.__qualname__}",
+        **strategy_arguments(settings),
+    }
+    rest = {k: v for k, v in vars(settings).items() if k != "strategy"}
+    plain = {k: asdict(v) if hasattr(v, "__dataclass_fields__") else v for k, v in rest.items()}
+    return {"strategy": strategy, **plain}
+
+
+def _title(settings: Settings) -> str:
+    return (
+        f"{type(settings.strategy).__name__} on {settings.dataset.source}, "
+        f"{settings.partition.kind}, seed {settings.seed}"
+    )
+
+
+def _trackers(settings: Settings, folder: Path) -> Trackers:
+    tracking = settings.tracking
+    required: list[Tracker] = [
+        ConsoleTracker(None, settings.federation.num_rounds),
+        JsonlTracker(folder),
+    ]
+    external: list[Tracker] = []
+    if tracking.kind == "wandb":
+        external.append(
+            WandbTracker(
+                tracking.project,
+                tracking.entity,
+                "offline" if tracking.mode == "offline" else "online",
+                folder,
+                folder.name,
+            )
+        )
+    return Trackers(required, external)

@@ -1,0 +1,170 @@
+"""Run a federation on this machine: `python scripts/simulate.py strategy=hafl seed=1`.
+
+`-m` sweeps: `python scripts/simulate.py -m strategy=hafl,zero_padding seed=0,1`.
+Settings are Hydra overrides of `conf/`; `--help` lists the groups.
+"""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hafl_app.config.compose import SettingsError, compose, register_schema  # noqa: E402
+from hafl_app.config.schema import Settings  # noqa: E402
+
+_FAILED = 1
+_REFUSED = 2
+_INTERRUPTED = 130
+_failures: list[str] = []
+
+
+def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every job that the command line asks for.
+
+    Raises
+    ------
+    SettingsError
+        If an argument is no override.
+    """
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except HydraException as error:
+        lines = str(error).splitlines()
+        raise SettingsError(lines[0] if lines else "not an override") from error
+    jobs = [job for batch in batches for job in batch]
+    if len(jobs) > 1 and not {"-m", "--multirun"} & set(arguments):
+        raise SettingsError(f"{shlex.join(overrides)}: {len(jobs)} jobs; add -m to run a sweep")
+    return [[o for o in job if not o.startswith("hydra.")] for job in jobs]
+
+
+def with_absolute_paths(overrides: Sequence[str], settings: Settings) -> list[str]:
+    """Add overrides that make local paths absolute: the apps run in other folders."""
+    paths = {
+        "dataset.path": settings.dataset.path,
+        "dataset.test_path": settings.dataset.test_path,
+        "model.path": settings.model.path,
+    }
+    return [
+        *overrides,
+        *(
+            f"{name}={_quoted(str(Path(path).expanduser().absolute()))}"
+            for name, path in paths.items()
+            if path and Path(path).expanduser().exists()
+        ),
+    ]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def run_job(overrides: Sequence[str], folder: Path) -> None:
+    """Run one federation and leave its results in ``folder``."""
+    settings = compose(overrides)
+    overrides = [*with_absolute_paths(overrides, settings), f"output_dir={_quoted(str(folder))}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings.engine == "inprocess":
+        _run_in_process(overrides)
+    else:
+        _run_on_ray(overrides, settings, folder)
+
+
+def _run_in_process(overrides: Sequence[str]) -> None:
+    from hafl_app.client_app import app as client_app
+    from hafl_app.federation.inprocess import InProcessGrid, server_identity
+    from hafl_app.server_app import run
+
+    settings = compose(overrides)
+    run_config = {"overrides": shlex.join(overrides)}
+    with server_identity():
+        run(InProcessGrid(client_app, settings.federation.num_clients, run_config), settings)
+
+
+def _run_on_ray(overrides: Sequence[str], settings: Settings, folder: Path) -> None:
+    import torch
+
+    from hafl_app.federation.flower_run import flwr_run, own_superlink, resources_for
+
+    federation, client = settings.federation, settings.client
+    resources = resources_for(
+        federation.num_clients,
+        client.num_threads,
+        0 if client.device == "cpu" else torch.cuda.device_count(),
+        federation.client_cpus,
+        federation.client_gpus,
+    )
+    print(f"Simulating with {resources.to_federation_config()}", flush=True)
+    with (
+        own_superlink(folder / "superlink.log") as environment,
+        (folder / "flower.log").open("w") as log,
+    ):
+
+        def on_line(line: str) -> None:
+            print(line, flush=True)
+            log.write(f"{line}\n")
+
+        flwr_run(ROOT, environment, {"overrides": shlex.join(overrides)}, resources, on_line)
+
+
+@hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
+def _hydra_job(config: DictConfig) -> None:
+    """Run one job of the command line; a failed one does not stop a sweep."""
+    del config  # composed again from the overrides, checked, wherever the apps run
+    hydra_config = HydraConfig.get()
+    overrides = [o for o in hydra_config.overrides.task if not o.startswith("output_dir=")]
+    folder = Path(hydra_config.runtime.output_dir)
+    given = [
+        o.partition("=")[2] for o in hydra_config.overrides.task if o.startswith("output_dir=")
+    ]
+    try:
+        run_job(overrides, Path(given[0]).absolute() if given else folder)
+    except Exception as error:
+        # One line: the log above it has the details.
+        _failures.append(f"{type(error).__name__}: {error}")
+        print(f"error: {_failures[-1]}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Check every job before the first one starts, run them, and say how it went."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = sys.argv[1:]
+    try:
+        if not {"--help", "-h", "--cfg", "-c", "--info", "--hydra-help"} & set(arguments):
+            from hafl_app.preflight import check
+
+            for job in jobs_of(arguments):
+                check(compose(job))
+        register_schema()
+        _hydra_job()
+    except (SettingsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _REFUSED
+    except KeyboardInterrupt:
+        print("interrupted: everything that was started is stopped", file=sys.stderr)
+        return _INTERRUPTED
+    return _FAILED if _failures else 0
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set everything up and check everything: style, types, layers, tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+bin=${HAFL_VENV:-.venv}/bin
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 WANDB_MODE=offline
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+"$bin/lint-imports"
+exec "$bin/pytest" -m "not deploy and not soak and not gpu" "$@"
