@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import random
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hafl_app.config.compose import compose
-from hafl_app.config.schema import Settings
+from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.sources import TextSource
@@ -50,6 +51,16 @@ def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
         if str(run_config.get(knob, "")):
             overrides.append(f"{setting}={run_config[knob]}")
     return compose(overrides)
+
+
+def show_log() -> None:
+    """Print what this project logs from level INFO on, unless someone already shows it."""
+    logger = logging.getLogger("hafl_app")
+    logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
 
 
 def cache_folder() -> Path:
@@ -150,12 +161,17 @@ def federation_options(settings: Settings) -> FederationOptions:
     )
 
 
-def client_ranks(settings: Settings, num_clients: int) -> list[int]:
-    """Return the rank budget of every partition, as the `ranks` group draws them."""
-    ranks = scale_tiers([(t.rank, t.share) for t in settings.ranks.tiers], num_clients)
+def client_tiers(settings: Settings, num_clients: int) -> list[RankTier]:
+    """Return the tier of every partition, as the `ranks` group draws them."""
+    tiers = scale_tiers([(t, t.share) for t in settings.ranks.tiers], num_clients)
     if settings.ranks.order == "shuffled":
-        random.Random(f"{settings.seed}/ranks").shuffle(ranks)
-    return ranks
+        random.Random(f"{settings.seed}/ranks").shuffle(tiers)
+    return tiers
+
+
+def client_ranks(settings: Settings, num_clients: int) -> list[int]:
+    """Return the rank of every partition, where its tier has no other for a layer type."""
+    return [tier.rank for tier in client_tiers(settings, num_clients)]
 
 
 def strategy(settings: Settings) -> HeterogeneousLora:

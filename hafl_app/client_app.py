@@ -35,11 +35,13 @@ app = ClientApp()
 def query(message: Message, context: Context) -> Message:
     """Answer with this node's profile."""
     settings, partition_id, num_partitions = _node(context)
-    ranks = assembly.client_ranks(settings, num_partitions)
+    tier = assembly.client_tiers(settings, num_partitions)[partition_id]
+    own_rank = context.node_config.get("rank")  # a real device knows it
     profile = NodeProfile(
         partition_id=partition_id,
         num_partitions=num_partitions,
-        rank=int(context.node_config.get("rank", ranks[partition_id])),
+        rank=tier.rank if own_rank is None else int(own_rank),
+        rank_pattern=tier.rank_pattern if own_rank is None else {},
         num_examples=assembly.federated_text(settings, num_partitions).sizes()[partition_id],
         device=describe_device(resolve_device(settings.client.device)),
     )
@@ -96,6 +98,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _node(context: Context) -> tuple[Settings, int, int]:
+    assembly.show_log()
     config = context.node_config
     settings = assembly.settings_of_run(context.run_config)
     return settings, int(config["partition-id"]), int(config["num-partitions"])

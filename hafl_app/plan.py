@@ -7,7 +7,8 @@ library only, because every other room reads it.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from math import floor
+from typing import Literal, get_args
 
 HeadPolicy = Literal["averaged", "frozen", "local"]
 ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
@@ -34,8 +35,11 @@ def parse_indices(text: str) -> tuple[int, ...]:
     """
     indices: list[int] = []
     for run in text.split(",") if text else []:
-        first, _, last = run.partition("-")
-        indices.extend(range(int(first), int(last or first) + 1))
+        first, dash, last = run.partition("-")
+        start, stop = int(first), int(last if dash else first)
+        if start > stop:
+            raise ValueError(f"component indices {text!r}: {run!r} runs backwards")
+        indices.extend(range(start, stop + 1))
     return tuple(indices)
 
 
@@ -101,7 +105,12 @@ class TailPruning:
 
     def start(self, rank: int) -> int:
         """First component of the tail of a module with ``rank`` components."""
-        return min(rank, max(self.min_rank, int(self.decay * rank)))
+        # 0.29 * 100 is 28.999...96 in binary.
+        return min(rank, max(self.min_rank, floor(self.decay * rank + 1e-9)))
+
+    def uploads(self, rank: int) -> set[int]:
+        """Return the ranks that a module of ``rank`` trained components may be uploaded with."""
+        return {rank, self.start(rank)} if self.prune else {rank}
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,15 @@ class TrainPlan:
     tail: TailPruning | None = None
     local_epochs: int = 1
     max_steps: int = 0
+
+    def __post_init__(self) -> None:
+        # A plan comes over the wire: a word that no branch knows would silently train by default.
+        for name, value, allowed in (
+            ("head", self.head, get_args(HeadPolicy)),
+            ("importance", self.importance, get_args(ImportanceMeasure)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
     def training_everything(self) -> "TrainPlan":
         """Return the plan with every held component trainable."""

@@ -3,6 +3,7 @@
 from hafl_app import assembly
 from hafl_app.config.schema import Settings
 from hafl_app.training.base import locate
+from hafl_app.training.classifier import adapter_shapes
 from hafl_app.training.device import resolve_device
 
 
@@ -16,8 +17,13 @@ def check(settings: Settings) -> None:
     """
     resolve_device(settings.client.device)
     num_clients = settings.federation.num_clients
-    assembly.strategy(settings).check(assembly.client_ranks(settings, num_clients))
+    tiers = assembly.client_tiers(settings, num_clients)
+    assembly.strategy(settings).check(
+        [rank for tier in tiers for rank in (tier.rank, *tier.rank_pattern.values())]
+    )
     spec = assembly.base_spec(settings)
     if not (spec.random_weights and not spec.path):
         locate(spec)
-    assembly.federated_text(settings, num_clients).sizes()
+    text = assembly.federated_text(settings, num_clients)
+    adapter_shapes(assembly.classifier_spec(settings, len(text.label_names)))
+    text.sizes()

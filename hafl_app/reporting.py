@@ -49,6 +49,8 @@ class RunReport:
         The data's central splits, and the model to score with.
     folder
         Where everything is written.
+    num_threads
+        CPU threads to score with; all that there are if None.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class RunReport:
         text: FederatedText,
         classifier: LoraClassifier,
         folder: Path,
+        num_threads: int | None = None,
     ) -> None:
         self._settings = settings
         self._strategy = strategy
@@ -65,6 +68,7 @@ class RunReport:
         self._classifier = classifier
         self._score = adapter_evaluator(classifier, settings.client.precision)
         self._folder = folder
+        self._num_threads = num_threads or settings.federation.server_threads or os.cpu_count() or 1
         self._trackers = _trackers(settings, folder)
         self._started = time.perf_counter()
         self._outcomes: list[ClientReport] = []
@@ -141,7 +145,7 @@ class RunReport:
 
     def _score_on(self, adapter: Adapter, split: str) -> Scores:
         # A fixed number of threads: float sums differ by it.
-        with threads(os.cpu_count() or 1):
+        with threads(self._num_threads):
             return self._score(adapter, getattr(self._text, split))
 
     def finish(self, alone: Sequence[AloneResult]) -> None:
@@ -211,23 +215,28 @@ class RunReport:
         rows = []
         for rank in sorted({result.profile.rank for result in alone}):
             federated = self._score_on(self._slice(rank), "test").accuracy
-            each = [
-                self._score_on(result.adapter, "test").accuracy
-                for result in alone
-                if result.profile.rank == rank
-            ]
-            mean = sum(each) / len(each)
-            rows.append(
-                {
-                    "rank": rank,
-                    "federated": federated,
-                    "alone": mean,
-                    "gain": federated - mean,
-                    "clients_alone": len(each),
-                    "alone_each": each,
+            same = [result for result in alone if result.profile.rank == rank]
+            each = self._test_accuracies([result for result in same if result.at_own_rank])
+            mean = sum(each) / len(each) if each else math.nan
+            row = {
+                "rank": rank,
+                "federated": federated,
+                "alone": mean,
+                "gain": federated - mean,
+                "clients_alone": len(each),
+                "alone_each": each,
+            }
+            at_max = self._test_accuracies([result for result in same if not result.at_own_rank])
+            if at_max:
+                row |= {
+                    "alone_at_max_rank": sum(at_max) / len(at_max),
+                    "alone_at_max_rank_each": at_max,
                 }
-            )
+            rows.append(row)
         return rows
+
+    def _test_accuracies(self, results: Sequence[AloneResult]) -> list[float]:
+        return [self._score_on(result.adapter, "test").accuracy for result in results]
 
     def _slice(self, rank: int) -> Adapter:
         return self._strategy.global_adapter.map(lambda factors: truncated_svd(factors, rank))
@@ -246,13 +255,16 @@ def lone_clients(settings: Settings, profiles: Sequence[NodeProfile]) -> list[No
 
 
 def plain_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings as plain values, the strategy with its ``_target_``."""
+    """Return a run's settings as plain values, the strategy with its ``_target_``.
+
+    The comparison that the run may belong to is left out: it decides nothing in the run.
+    """
     method = type(settings.strategy)
     strategy = {
         "_target_": f"{method.__module__}.{method.__qualname__}",
         **strategy_arguments(settings),
     }
-    rest = {k: v for k, v in vars(settings).items() if k != "strategy"}
+    rest = {k: v for k, v in vars(settings).items() if k not in {"strategy", "compare"}}
     plain = {k: asdict(v) if hasattr(v, "__dataclass_fields__") else v for k, v in rest.items()}
     return {"strategy": strategy, **plain}
 

@@ -1,15 +1,16 @@
 """ServerApp: compose the settings, build the objects, run the federation, report it."""
 
 import logging
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from hafl_app import assembly
 from hafl_app.config.schema import Settings
-from hafl_app.lowrank.factors import initial_adapter
+from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.reporting import RunReport, lone_clients
 from hafl_app.strategies.alone import train_alone
 
@@ -22,8 +23,21 @@ def main(grid: Grid, context: Context) -> None:
     run(grid, assembly.settings_of_run(context.run_config))
 
 
-def run(grid: Grid, settings: Settings) -> None:
+def run(
+    grid: Grid,
+    settings: Settings,
+    *,
+    on_round: Callable[[int, Adapter], None] | None = None,
+    evaluation_threads: int | None = None,
+) -> None:
     """Run a federation over the grid's nodes and write its results.
+
+    Parameters
+    ----------
+    on_round
+        Told the global adapter before the first round (0) and after every round.
+    evaluation_threads
+        CPU threads of the central evaluation; all that there are if None.
 
     Raises
     ------
@@ -32,6 +46,7 @@ def run(grid: Grid, settings: Settings) -> None:
     hafl_app.strategies.base.RoundFailedError
         If nobody's training counted in a round.
     """
+    assembly.show_log()
     # Flower tells of each round in a dozen lines; ours are told by the trackers.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     strategy = assembly.strategy(settings)
@@ -43,13 +58,23 @@ def run(grid: Grid, settings: Settings) -> None:
     initial = initial_adapter(classifier.shapes(), strategy.max_rank, settings.seed).with_head(
         {} if settings.model.head == "local" else classifier.initial_head
     )
-    report = RunReport(settings, strategy, text, classifier, folder)
+    report = RunReport(settings, strategy, text, classifier, folder, evaluation_threads)
     report.start()
+
+    def evaluate(server_round: int) -> MetricRecord:
+        metrics = report.evaluate(server_round)
+        if on_round is not None:
+            on_round(server_round, strategy.global_adapter)
+        return metrics
+
     try:
         options = assembly.federation_options(settings)
-        strategy.run(grid, initial, options, report.evaluate, report.on_client)
+        strategy.run(grid, initial, options, evaluate, report.on_client)
         lone = lone_clients(settings, strategy.directory.in_order())
-        report.finish(train_alone(strategy, grid, initial, lone) if lone else [])
+        alone = train_alone(strategy, grid, initial, lone) if lone else []
+        if lone and settings.federation.alone_at_max_rank:
+            alone += train_alone(strategy, grid, initial, lone, strategy.max_rank)
+        report.finish(alone)
     except BaseException as error:
         report.fail(f"{type(error).__name__}: {error}")
         raise

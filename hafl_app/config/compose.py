@@ -54,7 +54,9 @@ def _compose(overrides: tuple[str, ...]) -> Settings:
     register_schema()
     try:
         return to_settings(_merge(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except SettingsError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise SettingsError(_explain(error, overrides)) from error
 
 
@@ -141,7 +143,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         elif (known := _known_keys(tuple(o for o in overrides if _is_group(o, groups)))) and (
             key not in known
         ):
-            return f"{key}: no such setting{_nearest(key, known)}"
+            return f"{override.input_line}: no such setting{_nearest(key, known)}"
     name = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     text = _first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
     return f"{name}: {text}" if name and name not in text else text

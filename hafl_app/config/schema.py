@@ -104,10 +104,15 @@ class PartitionSettings:
 
 @dataclass
 class RankTier:
-    """A class of devices: its rank budget and its share of the clients."""
+    """A class of devices: its rank budget and its share of the clients.
+
+    `rank_pattern` gives layer types their own rank, like PEFT's setting of that name: a regular
+    expression for the module's name, or for an end of it after a dot, to the rank.
+    """
 
     rank: int = MISSING
     share: float = MISSING
+    rank_pattern: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -146,8 +151,10 @@ class FederationSettings:
     """Rounds, sampling and evaluation.
 
     `client_cpus` and `client_gpus` are the share of one simulated client; null means found by
-    looking at the machine. `alone_clients_per_rank` clients of every rank are also trained alone,
-    to measure what the federation gains them (0: none).
+    looking at the machine. `server_threads` score the global adapter (null: one per CPU).
+    `alone_clients_per_rank` clients of every rank are also trained alone, to measure what the
+    federation gains them (0: none); with `alone_at_max_rank` once more at `lora.max_rank`, to
+    tell what the rank costs them from what the little data costs.
     """
 
     num_clients: int = number(10, at_least=1)
@@ -156,7 +163,9 @@ class FederationSettings:
     fraction_evaluate: float = number(1.0, at_least=0, at_most=1)
     evaluate_every: int = number(1, at_least=1)
     alone_clients_per_rank: int = number(1, at_least=0)
+    alone_at_max_rank: bool = False
     round_timeout_s: float = number(3600.0, above=0)
+    server_threads: int | None = number(None, at_least=1)
     client_cpus: int | None = number(None, at_least=1)
     client_gpus: float | None = number(None, at_least=0)
 
@@ -172,6 +181,49 @@ class TrackingSettings:
 
 
 @dataclass
+class MethodSettings:
+    """One line of a comparison: overrides on top of the experiment's.
+
+    `learning_rate` is used when the grid is not searched (null: `client.learning_rate`).
+    `equal_mean_bytes` names another method: this one then trains at the one rank whose mean bytes
+    per client, up and down, head included, come closest to that method's from below.
+    """
+
+    overrides: list[str] = field(default_factory=list)
+    learning_rate: float | None = number(None, above=0)
+    equal_mean_bytes: str | None = None
+
+
+@dataclass
+class TuningSettings:
+    """Search for each method's learning rate, on a seed that the comparison does not use.
+
+    The highest validation accuracy after `num_rounds` rounds (null: as many as the comparison)
+    wins. `per_cell` searches in every cell; otherwise only in the first, for all.
+    """
+
+    learning_rates: list[float] = field(default_factory=list)
+    seed: int = number(1000, at_least=0)
+    num_rounds: int | None = number(None, at_least=1)
+    per_cell: bool = False
+
+
+@dataclass
+class CompareSettings:
+    """What `scripts/compare.py` runs; a single federation does not look at it.
+
+    `methods` and `cells` have names without spaces; a cell is a list of overrides, and every
+    method runs in every cell. `baseline` is the method whose final accuracy the others are timed
+    to.
+    """
+
+    baseline: str = ""
+    methods: dict[str, MethodSettings] = field(default_factory=dict)
+    cells: dict[str, list[str]] = field(default_factory=dict)
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+
+
+@dataclass
 class Settings:
     """All settings of a run. `output_dir` null means `outputs/<date>/<time>-<strategy>`."""
 
@@ -184,6 +236,7 @@ class Settings:
     client: ClientSettings = field(default_factory=ClientSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    compare: CompareSettings = field(default_factory=CompareSettings)
     seed: int = number(0, at_least=0)
     engine: str = choice("ray", "ray", "inprocess")
     output_dir: str | None = None

@@ -1,9 +1,10 @@
 """Embedded data set: short texts of 20 overlapping topics, generated from a seed.
 
-Nothing is downloaded. A text mentions a few concepts of its own topic among
-distractors from other topics; neighbouring topics share concepts. Training and
-test texts name the same concepts by different nouns, so a bag of words learns
-next to nothing that carries over: a model has to know what the nouns mean.
+Nothing is downloaded. A text is about three concepts of its topic and sets aside
+two of a rival topic; neighbouring topics share concepts. Training and test texts
+name the same concepts by different nouns, so nothing that a bag of words learns
+carries over: a model has to know what the nouns mean. The sentence tells which
+nouns are set aside, so it also pays to read them in context.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,27 +14,26 @@ from typing import Final
 
 from hafl_app.data.synthetic_words import CONCEPT_TABLE
 
-OWN_CONCEPTS: Final = 4
+OWN_CONCEPTS: Final = 3
 """Concepts of the text's own topic, those it shares with a neighbour included."""
 
 DISTRACTORS: Final = 2
-"""Concepts of other topics, the neighbours included."""
+"""Concepts of the rival topic, none of them shared with the text's own topic."""
 
-# Every template has OWN_CONCEPTS + DISTRACTORS slots. They fit any noun and both
-# sides of the word table use them, so that the sentence itself tells nothing.
+# Slots 0, 1, 2 take the own concepts and 3, 4 the distractors, before or after them.
+# The slots fit any noun, and both sides of the word table use every template, so that
+# a template by itself tells nothing about the label.
 TEMPLATES: Final = (
-    "we saw the {}, the {} and the {} before anyone mentioned the {}, the {} or the {}",
-    "she wrote about the {} and the {}, then about the {}, the {}, the {} and the {}",
-    "first came the {}, followed by the {}, the {} and the {}, and finally the {} and the {}",
-    "after the {} and the {}, nobody expected the {} or the {}, let alone the {} and the {}",
-    "my brother asked about the {} and the {}; I only remember the {}, the {}, the {} and the {}",
-    "a picture of the {} and the {} hung beside one of the {}, the {}, the {} and the {}",
-    "it began with the {} and ended with the {}; the {}, the {}, the {} and the {} lay in between",
-    "he compared the {} with the {}, while the others spoke of the {}, the {}, the {} and the {}",
-    "some people care for the {}, the {} and the {}, others for the {}, the {} or even the {}",
-    "without the {} and the {} there is no {}, and without the {} and the {} there is no {}",
-    "a story about the {} and the {} needs the {}, he said, and also the {}, the {} and the {}",
-    "they took notes on the {} and the {}, missed the {} and the {}, and kept the {} and the {}",
+    "it was about the {0}, the {1} and the {2}, and not about the {3} or the {4}",
+    "instead of the {3} and the {4} they chose the {0}, the {1} and the {2}",
+    "forget the {3} and the {4}, and remember the {0}, the {1} and the {2}",
+    "she wrote about the {0}, the {1} and the {2} rather than the {3} or the {4}",
+    "he ignored the {3} and the {4} and studied the {0}, the {1} and the {2}",
+    "there was no sign of the {3} or the {4}, only of the {0}, the {1} and the {2}",
+    "we wanted the {0}, the {1} and the {2}, but never the {3} or the {4}",
+    "nobody asked for the {3} or the {4}, everybody for the {0}, the {1} and the {2}",
+    "they kept the {0}, the {1} and the {2} and threw away the {3} and the {4}",
+    "the {0}, the {1} and the {2} mattered here, unlike the {3} and the {4}",
 )
 
 
@@ -122,10 +122,10 @@ def _split(
 
 
 def _text(topic: str, nouns: Mapping[Concept, Sequence[str]], rng: Random) -> str:
-    """Return one text: own concepts and distractors in random order in a template."""
-    own = [concept for concept in CONCEPTS if topic in concept.topics]
-    foreign = [concept for concept in CONCEPTS if topic not in concept.topics]
+    """Return one text: own concepts and a rival topic's, put into a template."""
+    rival = rng.choice([name for name in LABEL_NAMES if name != topic])
+    own = [c for c in CONCEPTS if topic in c.topics]
+    foreign = [c for c in CONCEPTS if rival in c.topics and topic not in c.topics]
     chosen = rng.sample(own, OWN_CONCEPTS) + rng.sample(foreign, DISTRACTORS)
-    rng.shuffle(chosen)
     sentence = rng.choice(TEMPLATES).format(*(rng.choice(nouns[concept]) for concept in chosen))
     return sentence[0].upper() + sentence[1:] + "."

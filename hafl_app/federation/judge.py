@@ -67,12 +67,11 @@ def read_update(
         odd = sorted(set(update.modules) ^ set(plan.modules))
         raise ReplyError(f"modules differ from the plan's: {odd[:3]}")
     for name, (lora_A, lora_B) in update.modules.items():
-        allowed = len(plan.modules[name].trainable)
-        fewest = min(plan.tail.min_rank, allowed) if plan.tail is not None else allowed
-        if not fewest <= lora_A.shape[0] <= allowed:
-            raise ReplyError(
-                f"{name}: rank {lora_A.shape[0]}, the plan allows {fewest} to {allowed}"
-            )
+        trained = len(plan.modules[name].trainable)
+        allowed = plan.tail.uploads(trained) if plan.tail is not None else {trained}
+        if lora_A.shape[0] not in allowed:
+            ranks = " or ".join(map(str, sorted(allowed)))
+            raise ReplyError(f"{name}: rank {lora_A.shape[0]}, the plan allows {ranks}")
         if not (np.isfinite(lora_A).all() and np.isfinite(lora_B).all()):
             raise ReplyError(f"{name}: factors that are not finite")
     shapes = {name: array.shape for name, array in update.head.items()}

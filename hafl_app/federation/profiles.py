@@ -1,9 +1,12 @@
 """Node profiles: what each node says it is and can do, and the directory of all nodes."""
 
+import json
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -11,6 +14,7 @@ from flwr.serverapp import Grid
 _LOGGER = logging.getLogger(__name__)
 PROFILE = "profile"
 _POLL_SECONDS = 0.2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,15 @@ class NodeProfile:
     num_partitions
         How many parts there are.
     rank
-        Its rank budget, at least 1.
+        Its rank budget for every module that no pattern of `rank_pattern` matches, at least 1.
     num_examples
         Texts it trains on.
     device
         Kind and name of the device it trains on.
     node_id
         Flower's id of the node, set by the server.
+    rank_pattern
+        Rank budgets of layer types, see `matches`; the first pattern that matches counts.
     """
 
     partition_id: int
@@ -39,11 +45,22 @@ class NodeProfile:
     num_examples: int
     device: str
     node_id: int = 0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Every rank that occurs in its budget."""
+        return (self.rank, *self.rank_pattern.values())
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank budget of a module."""
+        fitting = (rank for p, rank in self.rank_pattern.items() if matches(p, module))
+        return next(fitting, self.rank)
 
     def to_record(self) -> ConfigRecord:
         """Write the profile for the wire."""
-        values = {k.replace("_", "-"): v for k, v in asdict(self).items() if k != "node_id"}
-        return ConfigRecord(values)
+        values = asdict(self) | {"rank_pattern": json.dumps(dict(self.rank_pattern))}
+        return ConfigRecord({k.replace("_", "-"): v for k, v in values.items() if k != "node_id"})
 
     @classmethod
     def from_reply(cls, reply: Message) -> "NodeProfile":
@@ -52,14 +69,38 @@ class NodeProfile:
         Raises
         ------
         ValueError
-            If the reply carries no profile.
+            If the reply carries no profile, or one with unreadable rank patterns.
         """
         try:
             values = dict(reply.content.config_records[PROFILE].items())
             known = {k.replace("-", "_"): v for k, v in values.items()}
-            return cls(node_id=reply.metadata.src_node_id, **known)  # type: ignore[arg-type]
+            pattern = _read_pattern(str(known.pop("rank_pattern", "{}")))
+            return cls(node_id=reply.metadata.src_node_id, rank_pattern=pattern, **known)  # type: ignore[arg-type]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a node profile: {error}") from error
+
+
+def matches(pattern: str, module: str) -> bool:
+    r"""Say whether a pattern means a module, as the keys of PEFT's ``rank_pattern`` do.
+
+    It is a regular expression for the whole name or for an end of it that starts after a dot:
+    ``output.dense`` means ``layer.0.output.dense`` and ``layer.0.attention.output.dense``, and
+    ``layer.\d+.output.dense`` only the first.
+    """
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _read_pattern(text: str) -> dict[str, int]:
+    try:
+        values: dict[str, int] = json.loads(text)
+        for pattern in values:
+            re.compile(pattern)
+        valid = all(type(rank) is int and rank >= 1 for rank in values.values())
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise ValueError(f"rank pattern {text!r}: {error}") from error
+    if not valid:
+        raise ValueError(f"rank pattern {text!r}: ranks must be whole numbers from 1")
+    return values
 
 
 class NodeDirectory:
@@ -121,15 +162,15 @@ class NodeDirectory:
                 _LOGGER.warning("node %d is left out: %s", node_id, error)
 
 
-def scale_tiers(tiers: Iterable[tuple[int, float]], num_clients: int) -> list[int]:
-    """Return one rank for each of ``num_clients``, in the proportions of the tiers.
+def scale_tiers(tiers: Iterable[tuple[T, float]], num_clients: int) -> list[T]:
+    """Return one tier for each of ``num_clients``, in their proportions.
 
     Largest remainders: every tier gets its whole share, the rest goes to the largest fractions.
 
     Parameters
     ----------
     tiers
-        ``(rank, share)``, shares above 0.
+        ``(tier, share)``, where a tier is a rank or anything else; shares above 0.
 
     Raises
     ------
@@ -145,7 +186,7 @@ def scale_tiers(tiers: Iterable[tuple[int, float]], num_clients: int) -> list[in
     by_remainder = sorted(range(len(table)), key=lambda i: (counts[i] - exact[i], i))
     for index in by_remainder[: num_clients - sum(counts)]:
         counts[index] += 1
-    return [rank for (rank, _), count in zip(table, counts, strict=True) for _ in range(count)]
+    return [tier for (tier, _), count in zip(table, counts, strict=True) for _ in range(count)]
 
 
 def tiers_of(ranks: Iterable[int]) -> Mapping[int, int]:

@@ -175,8 +175,14 @@ def read_plan(content: RecordDict) -> TrainPlan:
 
 
 def message_bytes(message: Message) -> int:
-    """Count the bytes of a message as Flower sends it: every object of its tree, once."""
-    total, stack, seen = 0, [message], set()
+    """Count the bytes of a message's content as Flower sends it: every object of its tree, once.
+
+    Flower's envelope is left out: some 150 bytes that differ with its random ids. Of an error
+    reply the reason is counted.
+    """
+    if message.has_error():
+        return len((message.error.reason or "").encode())
+    total, stack, seen = 0, [message.content], set()
     while stack:
         node: Any = stack.pop()
         total += len(node.deflate())

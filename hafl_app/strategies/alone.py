@@ -14,14 +14,19 @@ from hafl_app.strategies.base import HeterogeneousLora
 
 @dataclass(frozen=True)
 class AloneResult:
-    """The adapter that one client trained alone, at its own rank."""
+    """The adapter that one client trained alone, and whether at its own rank or at another."""
 
     profile: NodeProfile
     adapter: Adapter
+    at_own_rank: bool = True
 
 
 def train_alone(
-    strategy: HeterogeneousLora, grid: Grid, initial: Adapter, profiles: Sequence[NodeProfile]
+    strategy: HeterogeneousLora,
+    grid: Grid,
+    initial: Adapter,
+    profiles: Sequence[NodeProfile],
+    rank: int | None = None,
 ) -> list[AloneResult]:
     """Let each of these clients train by itself, from the initial adapter cut to its rank.
 
@@ -36,11 +41,13 @@ def train_alone(
         The adapter and head that the federation started from.
     profiles
         Who trains.
+    rank
+        Of all of them; None is each client's own. At most the initial adapter's.
     """
     options = strategy.options
     plans = [
         strategy.prefix_plan(
-            profile.rank,
+            rank or profile.rank,
             head="frozen" if options.head == "frozen" else "averaged",
             local_epochs=options.num_rounds * options.local_epochs,
             max_steps=options.num_rounds * options.max_steps,
@@ -61,5 +68,6 @@ def train_alone(
         update, _ = strategy.judge_training(reply, request, after, "alone")
         if update is not None:
             head = update.adapter.head or initial.head
-            results.append(AloneResult(request.profile, update.adapter.with_head(head)))
+            adapter = update.adapter.with_head(head)
+            results.append(AloneResult(request.profile, adapter, at_own_rank=rank is None))
     return results

@@ -21,7 +21,7 @@ class ComponentAveraging(HeterogeneousLora, ABC):
 
     def weight(self, update: ClientUpdate) -> float:
         """Return a client's weight: its number of examples."""
-        return update.num_examples
+        return float(update.num_examples)
 
     def accumulate(self, state: Sums, update: ClientUpdate) -> Sums:
         """Add the client's components to the slots that its plan names."""

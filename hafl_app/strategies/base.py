@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -22,7 +22,7 @@ from torch import Tensor
 from hafl_app.config.schema import number
 from hafl_app.federation.judge import ReplyError, check_shapes, read_metrics, read_update
 from hafl_app.federation.ledger import Entry, Ledger
-from hafl_app.federation.profiles import NodeDirectory, NodeProfile
+from hafl_app.federation.profiles import NodeDirectory, NodeProfile, matches
 from hafl_app.federation.records import (
     CONFIG,
     NUM_EXAMPLES,
@@ -150,6 +150,12 @@ class HeterogeneousLora(FedAvg, ABC):
 
     max_rank: int = number(8, at_least=1)
 
+    # What a federation of equal ranks computes: "factor mean" or "product mean", weighted by
+    # num_examples. The conformance suite holds every method to it, and to the laws that it lists
+    # there, unless the method declares here which one its paper breaks, and where it says so.
+    homogeneous_form: ClassVar[str] = "factor mean"
+    breaks: ClassVar[Mapping[str, str]] = {}
+
     def __post_init__(self) -> None:
         super().__init__()
         self.options = FederationOptions()
@@ -168,11 +174,18 @@ class HeterogeneousLora(FedAvg, ABC):
     def check(self, ranks: Sequence[int]) -> None:
         """Refuse a federation of these rank budgets, or do nothing.
 
+        Parameters
+        ----------
+        ranks
+            Every rank that occurs, also those of single layer types.
+
         Raises
         ------
         StrategyError
             If the method cannot serve them; the message says why.
         """
+        if min(ranks, default=1) < 1:
+            raise StrategyError(f"a client has rank {min(ranks)}, expected at least 1")
         too_large = [rank for rank in ranks if rank > self.max_rank]
         if too_large:
             raise StrategyError(
@@ -212,11 +225,23 @@ class HeterogeneousLora(FedAvg, ABC):
             return alpha / self.max_rank
         return alpha / (rank if self.options.scaling == "per_rank" else math.sqrt(rank))
 
-    def prefix_plan(self, rank: int, **changes: Any) -> TrainPlan:
-        """Plan for a client that holds and trains the first ``rank`` components everywhere."""
-        prefix = tuple(range(rank))
-        module = ModulePlan(prefix, prefix, self.scaling_of(rank))
-        return self.train_plan(dict.fromkeys(self.global_adapter.modules, module), **changes)
+    def budgets(self, profile: NodeProfile) -> dict[str, int]:
+        """Return a client's rank budget by module."""
+        return {name: profile.rank_of(name) for name in self.global_adapter.modules}
+
+    def prefix_plan(self, rank: int | Mapping[str, int], **changes: Any) -> TrainPlan:
+        """Plan for a client that holds and trains the first components of every module.
+
+        Parameters
+        ----------
+        rank
+            How many of them: one number, or by module. Also decides the scaling.
+        """
+        names = self.global_adapter.modules
+        ranks = dict.fromkeys(names, rank) if isinstance(rank, int) else rank
+        prefixes = {name: tuple(range(ranks[name])) for name in names}
+        modules = {n: ModulePlan(p, p, self.scaling_of(len(p))) for n, p in prefixes.items()}
+        return self.train_plan(modules, **changes)
 
     def train_plan(self, modules: Mapping[str, ModulePlan], **changes: Any) -> TrainPlan:
         """Plan with the run's settings around these components."""
@@ -263,7 +288,10 @@ class HeterogeneousLora(FedAvg, ABC):
             if options.head == "averaged"
         }
         self.directory = NodeDirectory(options.timeout_s)
-        self.check([profile.rank for profile in self.directory.wait_for_all(grid)])
+        profiles = self.directory.wait_for_all(grid)
+        self.check([rank for profile in profiles for rank in profile.ranks])
+        for profile in profiles:
+            _check_patterns(profile, initial.modules)
         return self.start(
             grid,
             # The global adapter lives here, as tensors; what Flower passes around stays empty.
@@ -469,6 +497,17 @@ class HeterogeneousLora(FedAvg, ABC):
             ).to(self.global_adapter.head[name].dtype)
             for name, shape in self.head_shapes.items()
         }
+
+
+def _check_patterns(profile: NodeProfile, modules: Iterable[str]) -> None:
+    """Refuse a rank pattern without effect: most likely it was written for another model."""
+    names = list(modules)
+    for pattern in profile.rank_pattern:
+        if not any(matches(pattern, name) for name in names):
+            raise StrategyError(
+                f"partition {profile.partition_id}: rank_pattern {pattern!r} matches none of the "
+                f"{len(names)} adapted modules, such as {names[-1]!r}"
+            )
 
 
 def _weighted_mean(metrics: Sequence[Mapping[str, float]], name: str) -> float:

@@ -32,7 +32,7 @@ class FedIt(ComponentAveraging):
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Everybody trains the same components: all of its rank."""
-        return self.prefix_plan(profile.rank)
+        return self.prefix_plan(self.budgets(profile))
 
     def finish(self, state: Sums) -> Mapping[str, LoraFactors]:
         """Divide by the weight of the participants."""

@@ -56,8 +56,8 @@ class Hafl(ComponentAveraging):
     selection
         ``importance``, or as controls ``random`` (anew each round) or ``prefix``.
     scope
-        ``module``: the budget holds in every module. ``model``: budget times modules, spent on
-        the best components of the whole model.
+        ``module``: the budget holds in every module. ``model``: the sum of all modules' budgets,
+        spent on the best components of the whole model.
     importance
         ``sensitivity`` (|w g|), ``smoothed`` (its moving average), ``adalora`` (times
         uncertainty), ``magnitude`` (||b_i|| ||a_i||) or ``contribution`` (||delta b_i|| ||a_i||).
@@ -119,21 +119,21 @@ class Hafl(ComponentAveraging):
 
     def select(self, profile: NodeProfile, server_round: int) -> dict[str, tuple[int, ...]]:
         """Return the components that a client trains, by module."""
-        modules = self.global_adapter.modules
+        budgets = self.budgets(profile)
         if self.selection == "prefix":
-            return dict.fromkeys(modules, tuple(range(profile.rank)))
+            return {name: tuple(range(budget)) for name, budget in budgets.items()}
         seed = client_seed(self.options.seed, server_round, profile.partition_id)
         generator = torch.Generator().manual_seed(seed)
         scores = self._known_scores() if self.selection == "importance" else self._ties()
         if self.scope == "model":
             return select_over_model(
-                scores, profile.rank * len(modules), explore=self.exploration, generator=generator
+                scores, sum(budgets.values()), explore=self.exploration, generator=generator
             )
         return {
             name: select_components(
-                scores[name], profile.rank, explore=self.exploration, generator=generator
+                scores[name], budget, explore=self.exploration, generator=generator
             )
-            for name in modules
+            for name, budget in budgets.items()
         }
 
     def _ties(self) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class ZeroPadding(ComponentAveraging):
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Everybody holds and trains the prefix that its rank allows."""
-        return self.prefix_plan(profile.rank)
+        return self.prefix_plan(self.budgets(profile))
 
     def finish(self, state: Sums) -> Mapping[str, LoraFactors]:
         """Divide by the weight of all participants, whether they hold a component or not."""

@@ -89,7 +89,14 @@ class ConsoleTracker:
             self._print_table(title, _TRAFFIC_COLUMNS, _traffic_rows(self._trainings))
         if devices := summary.get("device_ranks"):
             title = "What each device gains"
-            self._print_table(title, _DEVICE_COLUMNS, [_device_row(row) for row in devices])
+            columns, rows = _DEVICE_COLUMNS, [_device_row(row) for row in devices]
+            if any("alone_at_max_rank" in row for row in devices):
+                columns = {**columns, "alone at max rank": "right"}
+                rows = [
+                    [*cells, percent(row.get("alone_at_max_rank"))]
+                    for cells, row in zip(rows, devices, strict=True)
+                ]
+            self._print_table(title, columns, rows)
             self._print(
                 Text(
                     "federated: the rank-r slice of the global adapter; alone: a client of that "

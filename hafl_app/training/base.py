@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import (
@@ -132,6 +133,8 @@ def _downloaded(spec: BaseSpec) -> Path:
 
 @functools.cache
 def _check_sha256(file: Path, expected: str) -> None:
+    if not file.is_file():
+        raise ModelError(f"{file.parent}: no {file.name}, whose SHA-256 should be {expected}")
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -153,7 +156,7 @@ def _tiny_config() -> BertConfig:
     )
 
 
-def _config(spec: BaseSpec) -> Any:
+def _config(spec: BaseSpec, num_labels: int) -> Any:
     if spec.random_weights and not spec.path:
         config: Any = _tiny_config()
     else:
@@ -163,7 +166,21 @@ def _config(spec: BaseSpec) -> Any:
         if spec.num_layers > layers:
             raise ModelError(f"model.num_layers={spec.num_layers}: the base model has {layers}")
         config.num_hidden_layers = spec.num_layers
+    if spec.pooling == "cls":
+        config.num_labels = num_labels
     return config
+
+
+def base_without_weights(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
+    """Return the base model's layers on the meta device: shapes and names, no memory.
+
+    Raises
+    ------
+    ModelError
+        See `locate`.
+    """
+    with torch.device("meta"):
+        return _without_pooler(_auto(spec).from_config(_config(spec, num_labels)), spec)
 
 
 def load_base(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
@@ -174,10 +191,7 @@ def load_base(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
     ModelError
         See `locate`.
     """
-    config = _config(spec)
-    if spec.pooling == "cls":
-        config.num_labels = num_labels
-    auto: Any = AutoModelForSequenceClassification if spec.pooling == "cls" else AutoModel
+    config, auto = _config(spec, num_labels), _auto(spec)
     model: Any
     _LOGGER.info("loading the base model %s", spec.path or "with random weights")
     if spec.random_weights:
@@ -185,10 +199,18 @@ def load_base(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
     else:
         with _quiet_transformers():
             model = auto.from_pretrained(locate(spec), config=config, dtype="float32")
+    return _without_pooler(model, spec).requires_grad_(False)
+
+
+def _auto(spec: BaseSpec) -> Any:
+    return AutoModelForSequenceClassification if spec.pooling == "cls" else AutoModel
+
+
+def _without_pooler(model: Any, spec: BaseSpec) -> PreTrainedModel:
     if spec.pooling == "mean" and getattr(model, "pooler", None) is not None:
         model.pooler = None  # nothing reads it, and it would be adapted in vain
-    frozen: PreTrainedModel = model.requires_grad_(False)
-    return frozen
+    bare: PreTrainedModel = model
+    return bare
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training.base import BaseSpec, ModelError, load_base
+from hafl_app.training.base import BaseSpec, ModelError, base_without_weights, load_base
 
 TRAINABLE, FROZEN = "trainable_components", "frozen_components"
 
@@ -63,10 +63,10 @@ class LoraClassifier(nn.Module):
                 if spec.base.pooling == "cls"
                 else nn.Linear(self.encoder.config.hidden_size, spec.num_labels)
             )
-        self.head_module = self._own_head or _stock_head(self.encoder)
-        targets = resolve_targets(self.encoder, spec.target_modules, self.head_module)
-        _inject(self.encoder, targets, TRAINABLE, spec.lora_dropout)
-        _inject(self.encoder, targets, FROZEN, 0.0)
+            self.head_module = self._own_head or _stock_head(self.encoder)
+            targets = resolve_targets(self.encoder, spec.target_modules, self.head_module)
+            _inject(self.encoder, targets, TRAINABLE, spec.lora_dropout)
+            _inject(self.encoder, targets, FROZEN, 0.0)
         self.layers: dict[str, LoraLayer] = {
             name: module
             for name, module in self.encoder.named_modules()
@@ -115,6 +115,9 @@ class LoraClassifier(nn.Module):
         ValueError
             If adapter, plan and model disagree about modules, shapes or ranks.
         """
+        for name in {**adapter.modules, **plan.modules}:
+            if name not in self.layers:
+                raise ValueError(f"module {name!r} is none of the adapted ones")
         for name, layer in self.layers.items():
             if name not in adapter.modules or name not in plan.modules:
                 raise ValueError(f"module {name!r} is missing in the adapter or in the plan")
@@ -243,6 +246,24 @@ def _check_fit(name: str, layer: LoraLayer, factors: LoraFactors, module: Module
         raise ValueError(
             f"module {name!r}: rank {factors.rank}, the plan holds {len(module.held)} components"
         )
+
+
+def adapter_shapes(spec: ClassifierSpec) -> dict[str, ModuleShape]:
+    """Return the size of every layer to adapt by name, without the base model's weights.
+
+    Raises
+    ------
+    ModelError
+        If the base model is not there, or has no layer of a wanted name.
+    """
+    model = base_without_weights(spec.base, spec.num_labels)
+    head = _stock_head(model) if spec.base.pooling == "cls" else nn.Identity()
+    layers = dict(model.named_modules())
+    shapes = {}
+    for name in resolve_targets(model, spec.target_modules, head):
+        out_features, in_features = cast(nn.Linear, layers[name]).weight.shape
+        shapes[name] = ModuleShape(out_features, in_features)
+    return shapes
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """Local training: execute a plan on one client's data."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +69,7 @@ class TrainResult:
     seconds
         Wall time of the training.
     probe_seconds
-        Of which the probe of all held components.
+        Of which the probe of all held components. It changes nothing that is trained.
     peak_memory_mb
         See `hafl_app.training.device.peak_memory_mb`.
     importance
@@ -93,6 +93,7 @@ def train(
     examples: Examples,
     options: TrainOptions,
     seed: int,
+    on_epoch: Callable[[int, float], None] | None = None,
 ) -> TrainResult:
     """Train the plan's components, and the head unless it is frozen.
 
@@ -102,6 +103,9 @@ def train(
         What the server sent: the held components and the head.
     seed
         Of batch order and dropout.
+    on_epoch
+        Told the number of each finished epoch, from 1, and its mean loss. It may score the
+        classifier as it stands, but not load other factors into it.
 
     Raises
     ------
@@ -114,11 +118,12 @@ def train(
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        probed, probe_seconds = _probe(classifier, adapter, plan, examples, options, rng)
+        probed, probe_seconds = _probe(classifier, adapter, plan, examples, options, seed)
+        torch.manual_seed(seed)  # the probe's dropout must not change the training's
         classifier.load(adapter, plan)
         tail_before = _tail_norms(classifier, plan.tail)
         meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
-        loss, steps = _optimise(classifier, plan, examples, options, rng, meter)
+        loss, steps = _optimise(classifier, plan, examples, options, rng, meter, on_epoch)
     trained = classifier.trained(plan)
     if plan.tail is not None and plan.tail.prune:
         shrunk = {n: t < tail_before[n] for n, t in _tail_norms(classifier, plan.tail).items()}
@@ -142,12 +147,15 @@ def _optimise(
     options: TrainOptions,
     rng: np.random.Generator,
     meter: ImportanceMeter,
+    on_epoch: Callable[[int, float], None] | None,
 ) -> tuple[float, int]:
     optimizer = build_optimizer(classifier, plan, options)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    classifier.train()
     steps, losses = 0, [0.0]
     for epoch in range(plan.local_epochs):
+        if plan.max_steps and steps >= plan.max_steps:
+            break  # before the losses of the last epoch with a step are gone
+        classifier.train()
         losses = []
         for batch in _batches(examples, options, rng, classifier.device):
             if plan.max_steps and steps >= plan.max_steps:
@@ -164,6 +172,8 @@ def _optimise(
             losses.append(loss.item())
             if not np.isfinite(losses[-1]):
                 raise TrainingError(f"the loss is {losses[-1]} in step {steps}, epoch {epoch + 1}")
+        if on_epoch is not None:
+            on_epoch(epoch + 1, float(np.mean(losses or [0.0])))
     return float(np.mean(losses or [0.0])), steps
 
 
@@ -204,7 +214,7 @@ def _probe(
     plan: TrainPlan,
     examples: Examples,
     options: TrainOptions,
-    rng: np.random.Generator,
+    seed: int,
 ) -> tuple[dict[str, Tensor], float]:
     """Measure the importance of all held components on a few batches, without a step."""
     if not plan.probe_batches or plan.importance == "none":
@@ -213,7 +223,7 @@ def _probe(
     classifier.load(adapter, plan.training_everything())
     classifier.train()
     meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
-    batches = training_batches(examples, options.batch_size, rng)
+    batches = training_batches(examples, options.batch_size, np.random.default_rng(seed))
     for _, rows in zip(range(plan.probe_batches), batches, strict=False):
         classifier.zero_grad(set_to_none=True)
         batch = make_batch(examples, rows, classifier.device)
@@ -236,7 +246,7 @@ def _tail_norms(classifier: LoraClassifier, tail: TailPruning | None) -> dict[st
 def _tail_penalty(classifier: LoraClassifier, tail: TailPruning) -> Tensor:
     pairs = classifier.trainable_factors().values()
     products = [_tail_product(a, b, tail.start(a.shape[0])) for a, b in pairs]
-    return tail.weight * torch.stack(products).sum()
+    return tail.weight * sum(products, torch.zeros((), device=classifier.device))
 
 
 def _tail_product(lora_A: Tensor, lora_B: Tensor, start: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,7 +77,28 @@ def save_adapter(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    scratch.chmod(0o755)
+    try:
+        scratch.chmod(0o755)
+        _write(scratch, adapter, spec)
+        card = {
+            "format": 1,
+            "base": asdict(spec.base),
+            "seed": spec.seed,
+            "target_modules": spec.target_modules,
+            "label_names": list(label_names),
+            "max_length": max_length,
+            "facts": dict(facts or {}),
+        }
+        (scratch / _CARD).write_text(json.dumps(card, indent=2) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        scratch.replace(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _write(folder: Path, adapter: Adapter, spec: ClassifierSpec) -> None:
     ranks = {name: factors.rank for name, factors in adapter.modules.items()}
     cls = spec.base.pooling == "cls"
     config = LoraConfig(
@@ -91,7 +113,7 @@ def save_adapter(
         revision=spec.base.revision,
         inference_mode=True,
     )
-    config.save_pretrained(str(scratch))
+    config.save_pretrained(str(folder))
     tensors = {}
     for name, factors in adapter.modules.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors.lora_A.contiguous()
@@ -100,20 +122,8 @@ def save_adapter(
     if cls:
         tensors |= {f"{_PREFIX}{_CLS_HEAD}.{name}": tensor for name, tensor in head.items()}
     else:
-        save_file(head, scratch / _HEAD)
-    save_file(tensors, scratch / _WEIGHTS, metadata={"format": "pt"})
-    card = {
-        "format": 1,
-        "base": asdict(spec.base),
-        "target_modules": spec.target_modules,
-        "label_names": list(label_names),
-        "max_length": max_length,
-        "facts": dict(facts or {}),
-    }
-    (scratch / _CARD).write_text(json.dumps(card, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    scratch.replace(folder)
+        save_file(head, folder / _HEAD)
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapter(path: str | Path) -> LoadedAdapter:
@@ -131,12 +141,14 @@ def load_adapter(path: str | Path) -> LoadedAdapter:
         card = json.loads((folder / _CARD).read_text())
         base = BaseSpec(**card["base"])
         targets, labels = card["target_modules"], tuple(card["label_names"])
+        seed, max_length, facts = int(card["seed"]), int(card["max_length"]), card["facts"]
         tensors = load_file(folder / _WEIGHTS)
         head = load_file(folder / _HEAD) if base.pooling != "cls" else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise SavedAdapterError(f"{folder}: not a saved adapter: {error}") from error
+    # The seed decides whatever the base's files do not hold, random weights among them.
     spec = ClassifierSpec(
-        base, len(labels), targets if isinstance(targets, str) else tuple(targets)
+        base, len(labels), targets if isinstance(targets, str) else tuple(targets), seed=seed
     )
     classifier = LoraClassifier(spec)
     if base.pooling == "cls":
@@ -144,15 +156,17 @@ def load_adapter(path: str | Path) -> LoadedAdapter:
         head = {
             k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)
         }
-    adapter = Adapter(_factors(folder, tensors, classifier), head)
     if set(head) != set(classifier.initial_head):
         raise SavedAdapterError(
             f"{folder}: the head has {sorted(head)}, expected {sorted(classifier.initial_head)}"
         )
-    classifier.load_whole(adapter)
-    return LoadedAdapter(
-        classifier.eval(), load_tokeniser(base, card["max_length"]), labels, card["facts"]
-    )
+    try:
+        classifier.load_whole(Adapter(_factors(folder, tensors, classifier), head))
+    except SavedAdapterError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise SavedAdapterError(f"{folder}: does not fit the base model: {error}") from error
+    return LoadedAdapter(classifier.eval(), load_tokeniser(base, max_length), labels, facts)
 
 
 def _factors(

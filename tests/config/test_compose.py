@@ -1,0 +1,119 @@
+from dataclasses import fields
+
+import pytest
+from omegaconf import OmegaConf
+
+from hafl_app import assembly
+from hafl_app.config.compose import CONF, SettingsError, compose
+from hafl_app.reporting import plain_settings
+from hafl_app.strategies.base import HeterogeneousLora
+
+FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+# What a file leaves open on purpose, given here.
+REQUIRED = {
+    "model/encoder": ["model.path=some/encoder"],
+    "partition/natural": ["partition.column=label"],
+    "dataset/local": ["dataset.path=train.csv"],
+}
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_composes(file):
+    group, name = file.parts[0], file.stem
+    overrides = [f"{group}={name}", *REQUIRED.get(f"{group}/{name}", [])]
+    settings = compose(overrides)
+    assert isinstance(assembly.strategy(settings), HeterogeneousLora)
+    # What is written down composes to the same again.
+    OmegaConf.to_yaml(OmegaConf.create(plain_settings(settings)))
+
+
+def test_the_default_is_the_main_job():
+    settings = compose([])
+    assert type(settings.strategy).__name__ == "Hafl"
+    assert settings.model.name == "minilm"
+    assert settings.engine == "ray"
+
+
+def test_everyday_settings_take_effect():
+    settings = compose(
+        [
+            "strategy=zero_padding",
+            "federation.num_clients=7",
+            "federation.num_rounds=3",
+            "federation.fraction_train=0.5",
+            "client.local_epochs=2",
+            "client.learning_rate=0.01",
+            "lora.max_rank=16",
+            "lora.target_modules=[query,value]",
+            "seed=5",
+        ]
+    )
+    assert settings.strategy.max_rank == 16
+    assert list(settings.lora.target_modules) == ["query", "value"]
+    options = assembly.federation_options(settings)
+    assert (options.num_rounds, options.fraction_train, options.local_epochs) == (3, 0.5, 2)
+    assert (options.seed, settings.client.learning_rate) == (5, 0.01)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("override", "words"),
+        [
+            ("strategy=haffl", ["strategy=haffl", "zero_padding", "did you mean hafl?"]),
+            (
+                "federation.num_round=3",
+                ["federation.num_round", "did you mean federation.num_rounds?"],
+            ),
+            ("num_rounds=3", ["num_rounds", "did you mean federation.num_rounds?"]),
+            ("federation.num_rounds=many", ["federation.num_rounds", "many", "Integer"]),
+            ("federation.num_rounds=0", ["federation.num_rounds=0", "at least 1"]),
+            ("federation.fraction_train=1.5", ["federation.fraction_train=1.5", "at most 1"]),
+            ("client.optimizer=adam", ["client.optimizer=adam", "adamw or sgd", "mean adamw?"]),
+            ("strategy.smoothing=high", ["strategy.smoothing", "high", "Float"]),
+            ("strategy.smoothing=1", ["strategy.smoothing=1", "below 1"]),
+            ("strategy.scheme=freeze", ["strategy.scheme=freeze", "did you mean freezing?"]),
+            ("strategy.schema=freezing", ["strategy.schema", "did you mean strategy.scheme?"]),
+            ("engine=inproces", ["engine=inproces", "did you mean inprocess?"]),
+            ("seed=", ["seed"]),
+            ("=3", ["=3"]),
+        ],
+    )
+    def test_one_line_names_value_expectation_and_nearest_name(self, override, words):
+        with pytest.raises(SettingsError) as error:
+            compose([override])
+        message = str(error.value)
+        assert "\n" not in message
+        assert all(word in message for word in words), message
+
+
+class TestRunConfig:
+    def test_empty_knobs_mean_as_in_conf(self):
+        empty = dict.fromkeys(["overrides", *assembly.KNOBS], "")
+        assert plain_settings(assembly.settings_of_run(empty)) == plain_settings(compose([]))
+
+    def test_knobs_win_over_overrides(self):
+        settings = assembly.settings_of_run(
+            {
+                "overrides": "seed=1 strategy=fedit",
+                "strategy": "zero_padding",
+                "rounds": 4,
+                "seed": 0,
+            }
+        )
+        assert type(settings.strategy).__name__ == "ZeroPadding"
+        assert (settings.federation.num_rounds, settings.seed) == (4, 0)
+
+    def test_every_knob_is_in_the_apps_run_config(self):
+        import tomllib
+
+        project = tomllib.loads((CONF.parent / "pyproject.toml").read_text())
+        config = project["tool"]["flwr"]["app"]["config"]
+        assert set(config) == {"overrides", *assembly.KNOBS}
+        assert set(config.values()) == {""}
+
+
+def test_hyper_parameters_have_a_type_and_a_place_in_their_file():
+    for path in (CONF / "strategy").glob("*.yaml"):
+        written = set(OmegaConf.to_container(OmegaConf.load(path), resolve=False)) - {"_target_"}
+        method = type(compose([f"strategy={path.stem}"]).strategy)
+        assert written <= {f.name for f in fields(method) if f.init}

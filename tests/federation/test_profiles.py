@@ -1,0 +1,64 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hafl_app.federation.profiles import NodeProfile, scale_tiers, tiers_of
+from hafl_app.federation.sampling import client_seed, sample_profiles
+
+HAFLQ = [(2, 3), (4, 3), (8, 4)]
+
+
+class TestScaleTiers:
+    def test_the_papers_table(self):
+        # HAFLQ, section VII: clients 0-2 rank 2, 3-5 rank 4, 6-9 rank 8.
+        assert scale_tiers(HAFLQ, 10) == [2, 2, 2, 4, 4, 4, 8, 8, 8, 8]
+
+    def test_eight_clients_keep_three_tiers(self):
+        assert scale_tiers(HAFLQ, 8) == [2, 2, 2, 4, 4, 8, 8, 8]
+
+    @given(st.integers(1, 200))
+    def test_everybody_gets_a_rank_near_its_share(self, clients):
+        counts = tiers_of(scale_tiers(HAFLQ, clients))
+        assert sum(counts.values()) == clients
+        assert all(abs(counts.get(r, 0) - share / 10 * clients) < 1 for r, share in HAFLQ)
+
+    @pytest.mark.parametrize("tiers", [[], [(2, 0)], [(2, -1.0)]])
+    def test_bad_tiers_are_refused(self, tiers):
+        with pytest.raises(ValueError, match="tiers"):
+            scale_tiers(tiers, 3)
+
+
+def profiles(node_ids):
+    return [NodeProfile(i, len(node_ids), 2, 10, "cpu", node) for i, node in enumerate(node_ids)]
+
+
+class TestSampling:
+    def test_node_ids_do_not_matter(self):
+        first = sample_profiles(profiles(range(20)), 0.3, 5, 2, "train")
+        second = sample_profiles(profiles(range(900, 880, -1))[::-1], 0.3, 5, 2, "train")
+        assert [p.partition_id for p in first] == [p.partition_id for p in second]
+        assert len(first) == 6
+
+    def test_rounds_phases_and_seeds_differ(self):
+        drawn = {
+            tuple(p.partition_id for p in sample_profiles(profiles(range(30)), 0.3, s, r, phase))
+            for s, r, phase in [
+                (1, 1, "train"),
+                (2, 1, "train"),
+                (1, 2, "train"),
+                (1, 1, "evaluate"),
+            ]
+        }
+        assert len(drawn) == 4
+
+    def test_the_drawing_is_pinned(self):
+        # Another Python or another order would silently change every result.
+        drawn = sample_profiles(profiles(range(10)), 0.4, 0, 1, "train")
+        assert [p.partition_id for p in drawn] == [2, 3, 4, 7]
+
+    def test_at_least_one_unless_nobody_is_wanted(self):
+        assert len(sample_profiles(profiles(range(3)), 0.01, 0, 1, "train")) == 1
+        assert sample_profiles(profiles(range(3)), 0.0, 0, 1, "train") == []
+
+    def test_client_seeds_differ(self):
+        assert len({client_seed(s, r, p) for s in (0, 1) for r in (1, 2) for p in (0, 1)}) == 8

@@ -1,0 +1,21 @@
+"""The app bundle that travels to every node: what is in it, and how large it is."""
+
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+from flwr.cli.build import build_fab_from_disk
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_bundle_holds_app_and_conf_and_nothing_else():
+    bundle = build_fab_from_disk(ROOT)
+    names = set(zipfile.ZipFile(BytesIO(bundle)).namelist())
+
+    expected = {str(p.relative_to(ROOT)) for p in (ROOT / "hafl_app").rglob("*.py")}
+    expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "conf").rglob("*.yaml")}
+    assert expected <= names
+    rest = {name for name in names - expected if not name.startswith(".info")}
+    assert rest <= {"pyproject.toml", "README.md", "LICENSE"}
+    assert len(bundle) < 500_000  # bytes; a run's outputs would be megabytes

@@ -1,0 +1,104 @@
+"""The command line: refusals before anything starts, sweeps, and exit codes."""
+
+import importlib.util
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import TINY
+
+ROOT = Path(__file__).parents[1]
+
+
+def in_this_process(monkeypatch, capsys, *arguments):
+    """Call the command line without a process of its own: imports take seconds."""
+    spec = importlib.util.spec_from_file_location("simulate", ROOT / "scripts" / "simulate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["simulate.py", *arguments])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return module.main(), capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def simulate(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "simulate.py"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+REFUSED = [
+    (["strategy=haffl"], "did you mean hafl?"),
+    (["federation.num_clients=ten"], "federation.num_clients"),
+    (["seed=0,1"], "add -m"),
+    (["dataset=local", "dataset.path=/no/such.csv"], "/no/such.csv"),
+    (["model=encoder", "model.path=/no/such/folder"], "no such folder"),
+    (["model=encoder", "model.path=nobody/no-such-model"], "nobody/no-such-model"),
+    (["lora.max_rank=4"], "above lora.max_rank=4"),
+    (["federation.num_clients=5000"], "5000"),
+    (["strategy=fedit"], "one rank for all clients"),
+    (["lora.target_modules=[qwery]"], "qwery"),
+    (["client.device=cuda"], "no CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=lambda value: str(value)[:40])
+def test_wrong_input_is_one_line_and_nothing_starts(
+    arguments, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    base = [] if "model=encoder" in arguments else ["model=tiny_random"]
+
+    code, printed = in_this_process(monkeypatch, capsys, *base, *arguments)
+
+    assert code == 2
+    errors = printed.strip().splitlines()
+    assert len(errors) == 1, printed
+    assert errors[0].startswith("error: ")
+    assert words in errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_column_names_the_ones_there_are(tmp_path):
+    (tmp_path / "data.csv").write_text("txt,label\nhello,a\nbye,b\n")
+    result = simulate("model=tiny_random", "dataset=local", f"dataset.path={tmp_path / 'data.csv'}")
+    assert result.returncode == 2
+    assert "txt" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
+    result = simulate(
+        *("-m", *TINY, "engine=inprocess", "federation.alone_clients_per_rank=0"),
+        *("strategy=hafl,zero_padding", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
+    )
+    assert result.returncode == 0, result.stderr
+    folders = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert folders == ["0-hafl", "1-hafl", "2-zero_padding", "3-zero_padding"]
+    assert all((tmp_path / "sweep" / f / "summary.json").exists() for f in folders)
+
+
+@pytest.mark.slow
+def test_a_failed_job_fails_the_command_and_not_the_sweep(tmp_path):
+    # Ten million is a loss that is not finite: the client refuses to go on.
+    result = simulate(
+        *("-m", *TINY, "engine=inprocess", "federation.alone_clients_per_rank=0"),
+        *("client.learning_rate=1e30,1e-3", "client.max_grad_norm=0"),
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    )
+    assert result.returncode == 1
+    assert "no client's reply counts" in result.stderr
+    assert '"status": "failed"' in (tmp_path / "sweep" / "0-hafl" / "summary.json").read_text()
+    assert '"status": "finished"' in (tmp_path / "sweep" / "1-hafl" / "summary.json").read_text()
