@@ -1,0 +1,165 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hafl_app.plan import ModulePlan, TailPruning, TrainPlan, format_indices, parse_indices
+
+
+@st.composite
+def module_plans(draw):
+    held = draw(st.lists(st.integers(0, 40), unique=True, max_size=9).map(tuple))
+    trainable = draw(st.lists(st.sampled_from(held), unique=True)) if held else []
+    scaling = draw(st.floats(1e-3, 1e3) | st.sampled_from([16 / 30, 1.0]))
+    return ModulePlan(held, tuple(trainable), scaling)
+
+
+@st.composite
+def train_plans(draw):
+    tails = st.builds(
+        TailPruning,
+        decay=st.floats(0, 1),
+        weight=st.floats(0, 10),
+        min_rank=st.integers(1, 8),
+        prune=st.booleans(),
+    )
+    return TrainPlan(
+        modules=draw(st.dictionaries(st.text(max_size=12), module_plans(), max_size=5)),
+        head=draw(st.sampled_from(["averaged", "frozen", "local"])),
+        importance=draw(st.sampled_from(["none", "sensitivity", "smoothed", "adalora"])),
+        importance_smoothing=draw(st.floats(0, 0.99)),
+        probe_batches=draw(st.integers(0, 9)),
+        tail=draw(st.none() | tails),
+        local_epochs=draw(st.integers(1, 9)),
+        max_steps=draw(st.integers(0, 99)),
+    )
+
+
+class TestIndices:
+    @pytest.mark.parametrize(
+        ("indices", "text"),
+        [
+            ((), ""),
+            ((4,), "4"),
+            ((0, 1, 2, 5), "0-2,5"),
+            ((7, 3, 4), "7,3-4"),
+            ((2, 1, 0), "2,1,0"),  # only ascending runs are written short
+        ],
+    )
+    def test_are_written_compactly(self, indices, text):
+        assert format_indices(indices) == text
+        assert parse_indices(text) == indices
+
+    @given(st.lists(st.integers(0, 60), max_size=30).map(tuple))
+    def test_survive_writing_and_reading(self, indices):
+        assert parse_indices(format_indices(indices)) == indices
+
+    @pytest.mark.parametrize("text", ["a", "1,", "-1", "1-", "1-x", "4-2", "1,,2", "1.5"])
+    def test_other_text_is_refused(self, text):
+        with pytest.raises(ValueError, match=r"."):
+            parse_indices(text)
+
+
+class TestModulePlan:
+    def test_slots_are_positions_among_the_held(self):
+        plan = ModulePlan(held=(9, 2, 5, 7), trainable=(5, 9))
+
+        assert plan.trainable_slots == (2, 0)
+        assert plan.frozen_slots == (1, 3)
+
+    @given(module_plans())
+    def test_every_slot_is_either_trainable_or_frozen(self, plan):
+        slots = plan.trainable_slots + plan.frozen_slots
+
+        assert sorted(slots) == list(range(len(plan.held)))
+        assert tuple(plan.held[slot] for slot in plan.trainable_slots) == plan.trainable
+
+    @pytest.mark.parametrize(
+        ("held", "trainable", "message"),
+        [
+            ((1, 1), (), "held components .* distinct"),
+            ((-1,), (), "held components .* not negative"),
+            ((0, 1), (2,), "among the held"),
+            ((0, 1), (1, 1), "trainable components .* distinct"),
+        ],
+    )
+    def test_impossible_components_are_refused(self, held, trainable, message):
+        with pytest.raises(ValueError, match=message):
+            ModulePlan(held, trainable)
+
+    @pytest.mark.parametrize("scaling", [0.0, -2.0, math.nan])
+    def test_impossible_scaling_is_refused(self, scaling):
+        with pytest.raises(ValueError, match="scaling must be above 0"):
+            ModulePlan((0,), (0,), scaling)
+
+
+class TestTailPruning:
+    @pytest.mark.parametrize(
+        ("decay", "min_rank", "rank", "start"),
+        [
+            (0.75, 1, 10, 7),  # floor(7.5)
+            (0.75, 2, 2, 2),  # the floor on the rank: nothing is left to be tail
+            (0.5, 4, 6, 4),  # min_rank above floor(3.0)
+            (0.5, 8, 6, 6),  # min_rank above the rank itself
+            (1.0, 1, 5, 5),
+            (0.0, 1, 5, 1),
+            (0.29, 1, 100, 29),  # 0.29 * 100 is 28.999...96 in binary
+        ],
+    )
+    def test_start(self, decay, min_rank, rank, start):
+        assert TailPruning(decay, weight=0.1, min_rank=min_rank).start(rank) == start
+
+    def test_uploads_the_whole_module_or_all_before_the_tail(self):
+        tail = TailPruning(0.75, weight=0.1, min_rank=2)
+
+        assert tail.uploads(10) == {10, 7}
+        assert tail.uploads(2) == {2}
+        assert replace(tail, prune=False).uploads(10) == {10}
+
+
+class TestTrainPlan:
+    @given(train_plans())
+    def test_survives_the_wire(self, plan):
+        assert TrainPlan.from_json(plan.to_json()) == plan
+
+    def test_equal_modules_share_one_entry(self):
+        many = {f"layer.{i}": ModulePlan((0, 1, 2), (0, 2), 0.5) for i in range(30)}
+
+        entries = json.loads(TrainPlan({**many, "odd": ModulePlan((0,), ())}).to_json())["modules"]
+
+        assert [entry[:3] for entry in entries] == [["0-2", "0,2", 0.5], ["0", "", 1.0]]
+        assert entries[0][3] == list(many)
+
+    def test_training_everything_keeps_the_rest(self):
+        plan = TrainPlan({"q": ModulePlan((4, 1), (1,), 0.5)}, head="frozen", max_steps=3)
+
+        assert plan.training_everything() == TrainPlan(
+            {"q": ModulePlan((4, 1), (4, 1), 0.5)}, head="frozen", max_steps=3
+        )
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"head": "avaraged"}, "head must be one of averaged, frozen, local, got 'avaraged'"),
+            ({"importance": "norm"}, "importance must be one of none, .*, got 'norm'"),
+            ({"epochs": 2}, "not a train plan: .*epochs"),
+            ({"tail": {"decay": 0.5}}, "not a train plan: .*weight"),
+            ({"modules": [["0-1", "5", 1.0, ["q"]]]}, "among the held"),
+            ({"modules": [["0-1", "0", "1", ["q"]]]}, "not a train plan"),
+            ({"modules": [["0-1", "0", 1.0]]}, "not enough values"),
+            ({"modules": [[[0, 1], "0", 1.0, ["q"]]]}, "not a train plan"),
+        ],
+    )
+    def test_a_bad_plan_is_refused(self, change, message):
+        good = json.loads(TrainPlan({"q": ModulePlan((0, 1), (0,))}).to_json())
+
+        with pytest.raises(ValueError, match=message):
+            TrainPlan.from_json(json.dumps(good | change))
+
+    @pytest.mark.parametrize("text", ["", "{", "null", "[]", "{}", '{"modules": []}'])
+    def test_what_is_no_plan_is_refused(self, text):
+        with pytest.raises(ValueError, match=r"."):
+            TrainPlan.from_json(text)
