@@ -234,6 +234,8 @@ def _environment(home: Path, token: str) -> dict[str, str]:
         "RAY_TMPDIR": str(home / "ray"),
         "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
+        # Ray announces a change of its own defaults in every run.
+        "PYTHONWARNINGS": "ignore::FutureWarning:ray._private.worker",
         "COLUMNS": "200",
         _TOKEN: token,
     }

@@ -230,7 +230,8 @@ def _result_rows(rounds: Sequence[RoundRecord]) -> list[list[str]]:
     validated = [
         record
         for record in rounds
-        if math.isfinite(record.metrics.get("validation/accuracy", math.nan))
+        if record.server_round > 0
+        and math.isfinite(record.metrics.get("validation/accuracy", math.nan))
     ]
     if validated:
         best = max(validated, key=lambda record: record.metrics["validation/accuracy"])
