@@ -1,0 +1,163 @@
+"""Centralised LoRA: all clients' training data in one place, the upper reference."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from hafl_app import assembly
+from hafl_app.config.schema import Settings
+from hafl_app.data.text import EncodedText
+from hafl_app.lowrank.factors import Adapter, initial_adapter
+from hafl_app.plan import TrainPlan
+from hafl_app.reporting import plain_settings
+from hafl_app.tracking.base import RoundRecord
+from hafl_app.tracking.jsonl import JsonlTracker
+from hafl_app.training.classifier import LoraClassifier
+from hafl_app.training.device import threads
+from hafl_app.training.evaluate import evaluate
+from hafl_app.training.local import TrainResult, train
+from hafl_app.training.saved import save_adapter
+
+HEADER = "pass   train loss   validation     test   test macro F1   seconds"
+
+
+def num_passes(settings: Settings) -> int:
+    """Return how often the federation passes over its data, at least once.
+
+    ``num_rounds * local_epochs * fraction_train``, rounded.
+    """
+    federation = settings.federation
+    passes = federation.num_rounds * settings.client.local_epochs * federation.fraction_train
+    return max(1, round(passes))
+
+
+def union(parts: Sequence[EncodedText]) -> EncodedText:
+    """Return all rows of all parts, in their order."""
+    starts = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=True)]
+    end = sum(len(part.tokens) for part in parts)
+    return EncodedText(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        offsets=np.concatenate([*offsets, [end]]),
+        labels=np.concatenate([part.labels for part in parts]),
+    )
+
+
+def train_centralised(
+    settings: Settings, folder: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train at ``lora.max_rank`` on the union of the clients' training data.
+
+    Same base model, initial adapter and head, optimiser, batch size and learning rate as the
+    federation, and as many passes over the data; so as many steps as all its clients together.
+    The optimiser keeps its state from pass to pass, which a federation's clients do not.
+
+    Returns
+    -------
+    dict
+        The summary, as written to ``summary.json`` beside ``metrics.jsonl``, ``config.yaml`` and
+        the adapter of the last pass.
+    """
+    text = assembly.federated_text(settings, settings.federation.num_clients)
+    classifier = assembly.classifier(settings, len(text.label_names))
+    examples = union([text.train(i) for i in range(text.num_partitions)])
+    adapter, plan = _start(settings, classifier)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(plain_settings(settings)), folder / "config.yaml")
+    tracker = JsonlTracker(folder)
+    tracker.start(plain_settings(settings), [])
+    say(HEADER)
+    records: list[RoundRecord] = []
+    began = [time.perf_counter()]
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        metrics = evaluate(classifier, text.test, settings.client.precision).named("test")
+        if len(text.validation.labels):
+            scores = evaluate(classifier, text.validation, settings.client.precision)
+            metrics |= scores.named("validation")
+        seconds = time.perf_counter() - began[-1]
+        began.append(time.perf_counter())
+        records.append(RoundRecord(epoch, seconds, loss, 0, 0, 0, 0, metrics))
+        tracker.log_round(records[-1])
+        say(_line(records[-1]))
+
+    with threads(settings.client.num_threads):
+        result = train(
+            classifier,
+            adapter,
+            plan,
+            examples,
+            assembly.train_options(settings),
+            settings.seed,
+            on_epoch,
+        )
+    summary = _summary(settings, plan, result, records)
+    tracker.finish(summary)
+    save_adapter(
+        folder / "adapter",
+        result.adapter,
+        assembly.classifier_spec(settings, len(text.label_names)),
+        label_names=text.label_names,
+        max_length=settings.dataset.max_length,
+        facts={"centralised": True, "seed": settings.seed, "metrics": summary["final"]},
+    )
+    return summary
+
+
+def _start(settings: Settings, classifier: LoraClassifier) -> tuple[Adapter, TrainPlan]:
+    """Return what the federation would start from, and the plan to train all of it."""
+    strategy = assembly.strategy(settings)
+    strategy.options = assembly.federation_options(settings)
+    strategy.global_adapter = initial_adapter(classifier.shapes(), strategy.max_rank, settings.seed)
+    federation = settings.federation
+    # A limit of steps holds for each client of each round.
+    trainings = federation.num_rounds * max(
+        1, round(federation.fraction_train * federation.num_clients)
+    )
+    plan = strategy.prefix_plan(
+        strategy.max_rank,
+        head="frozen" if settings.model.head == "frozen" else "averaged",
+        local_epochs=num_passes(settings),
+        max_steps=trainings * settings.client.max_steps,
+    )
+    return strategy.global_adapter.with_head(classifier.initial_head), plan
+
+
+def _summary(
+    settings: Settings, plan: TrainPlan, result: TrainResult, records: Sequence[RoundRecord]
+) -> dict[str, Any]:
+    chosen = max(records, key=lambda r: r.metrics.get("validation/accuracy", 0.0))
+    return {
+        "status": "finished",
+        "kind": "centralised",
+        "rank": settings.lora.max_rank,
+        "learning_rate": settings.client.learning_rate,
+        "seed": settings.seed,
+        "passes": plan.local_epochs,
+        "steps": result.steps,
+        "num_examples": result.num_examples,
+        "final": dict(records[-1].metrics),
+        "best_validation": {"pass": chosen.server_round, **chosen.metrics},
+        "each_pass": [
+            {"pass": r.server_round, "loss": r.train_loss, "seconds": r.seconds, **r.metrics}
+            for r in records
+        ],
+        "train_options": asdict(assembly.train_options(settings)),
+        "seconds": result.seconds,
+    }
+
+
+def _line(record: RoundRecord) -> str:
+    metrics = record.metrics
+    validation = metrics.get("validation/accuracy")
+    return (
+        f"{record.server_round:>4}   {record.train_loss:>10.4f}   "
+        f"{'-' if validation is None else f'{validation:.1%}':>10}   "
+        f"{metrics['test/accuracy']:>6.1%}   {metrics['test/macro-f1']:>13.1%}   "
+        f"{record.seconds:>7.1f}"
+    )

@@ -1,0 +1,182 @@
+"""A whole comparison: check, tune, run, sum up."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hafl_app import preflight
+from hafl_app.config.compose import SettingsError, compose
+from hafl_app.experiments.command import Command
+from hafl_app.experiments.comparison import Comparison, Job
+from hafl_app.experiments.figures import draw_comparison
+from hafl_app.experiments.results import Curve, make_row, read_curve
+from hafl_app.experiments.running import Outcome, run_jobs
+from hafl_app.experiments.table import Provenance, alone_cells, write_tables
+from hafl_app.experiments.tuning import (
+    choose_learning_rates,
+    describe,
+    tuned_line,
+    write_tuning,
+)
+
+Say = Callable[[str], None]
+_PACKAGES = ("flwr", "torch", "transformers", "peft")
+
+
+def compare(command: Command, command_line: str, say: Say) -> int:
+    """Run a comparison and write its table and figure; return the number of failed runs.
+
+    Parameters
+    ----------
+    command_line
+        As typed, for the footer of the table.
+    say
+        Told one line at a time how it goes, and the table at the end.
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError, ValueError
+        In one line, before anything runs.
+    hafl_app.experiments.tuning.TuningError
+        If a method cannot be trained at any learning rate.
+    """
+    folder = output_folder(command.output_dir, f"compare-{command.experiment}")
+    comparison = Comparison.of(command, folder)
+    baseline = comparison.plan.baseline
+    if baseline not in comparison.methods:
+        raise SettingsError(
+            f"compare.baseline={baseline}: not among the methods compared; add it, or choose "
+            f"{', '.join(comparison.methods)}"
+        )
+    learning_rates = comparison.fixed_learning_rates()
+    jobs = comparison.jobs(learning_rates)
+    trials = comparison.tuning_jobs() if comparison.searches else []
+    for job in [*trials, *jobs]:
+        preflight.check(compose(job.overrides))
+    say(f"Output folder: {folder}")
+    tuning = "as in the experiment file"
+    if comparison.searches:
+        outcomes = _run_all(trials, command.workers, say, describe)
+        learning_rates, record = choose_learning_rates(comparison, outcomes)
+        write_tuning(folder / "tuning.json", record)
+        for line in map(tuned_line, record):
+            say(line)
+        tuning = _tuning_line(comparison)
+    outcomes = _run_all(comparison.jobs(learning_rates), command.workers, say, lambda j: j.name)
+    source = Provenance(
+        title=command.experiment,
+        baseline=baseline,
+        command=command_line,
+        hardware=hardware(),
+        seeds=command.seeds,
+        tuning=tuning,
+        versions=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
+    )
+    say("\n" + _sum_up(comparison, outcomes, source))
+    say(f"Written: table.md, table.csv, results.json and comparison.png in {folder}")
+    return sum(bool(outcome.error) for outcome in outcomes)
+
+
+def output_folder(given: Path | None, name: str) -> Path:
+    """Return the given folder, else ``outputs/<date>/<time>-<name>``, absolute."""
+    if given is not None:
+        return given.absolute()
+    now = datetime.now().astimezone()
+    return Path("outputs").absolute() / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{name}"
+
+
+def hardware() -> str:
+    """Return what the numbers of seconds depend on: processor, cores, accelerator, system."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    parts = [f"{os.cpu_count()} cores of {processor}", *gpus, platform.system()]
+    return ", ".join(parts)
+
+
+def _run_all(
+    jobs: Sequence[Job], workers: int, say: Say, name: Callable[[Job], str]
+) -> list[Outcome]:
+    started = time.perf_counter()
+    outcomes = []
+    for number, outcome in enumerate(run_jobs(jobs, workers), start=1):
+        outcomes.append(outcome)
+        say(f"[{number}/{len(jobs)}] {name(outcome.job)}: {_news(outcome)}")
+    say(f"{len(jobs)} runs in {time.perf_counter() - started:.0f} s")
+    return outcomes
+
+
+def _news(outcome: Outcome) -> str:
+    if outcome.error:
+        return f"FAILED: {outcome.error}"
+    curve = read_curve(outcome.job.folder)
+    when = "finished earlier" if outcome.resumed else f"{outcome.seconds:.1f} s"
+    scores = f"val {curve.validation[-1]:.1%}  test {curve.test[-1]:.1%}"
+    failed = f"  {curve.failures} TRAININGS FAILED, see run.log" if curve.failures else ""
+    return f"{scores}  {curve.sent[-1]:.2f} MB  {when}{failed}"
+
+
+def _tuning_line(comparison: Comparison) -> str:
+    tuning = comparison.plan.tuning
+    rounds = f"{tuning.num_rounds} rounds of " if tuning.num_rounds else ""
+    where = f"{rounds}seed {tuning.seed}"
+    cells = [cell for cell in comparison.tuning_cells() if cell]
+    if cells and not tuning.per_cell:
+        where += f" in {cells[0]}"
+    grid = ", ".join(f"{rate:g}" for rate in tuning.learning_rates)
+    return f"best of {grid} by validation accuracy, per method, on {where}"
+
+
+def _sum_up(comparison: Comparison, outcomes: Sequence[Outcome], source: Provenance) -> str:
+    """Write tables and figure from the runs that finished; return the Markdown."""
+    curves: dict[str, dict[str, dict[int, Curve]]] = {
+        cell: {method: {} for method in comparison.methods} for cell in comparison.cells
+    }
+    jobs: dict[tuple[str, str], list[Job]] = {}
+    for outcome in sorted(outcomes, key=lambda o: source.seeds.index(o.job.seed)):
+        if not outcome.error:
+            job = outcome.job
+            curves[job.cell][job.method][job.seed] = read_curve(job.folder)
+            jobs.setdefault((job.cell, job.method), []).append(job)
+    rows = [
+        make_row(
+            cell,
+            method,
+            jobs[cell, method][0].learning_rate,
+            compose(jobs[cell, method][0].overrides).lora.max_rank,
+            runs,
+            methods[comparison.plan.baseline],
+        )
+        for cell, methods in curves.items()
+        for method, runs in methods.items()
+        if runs
+    ]
+    alone = {
+        cell: [
+            line
+            for method in comparison.methods
+            for line in alone_cells(method, _device_ranks(jobs.get((cell, method), [])))
+        ]
+        for cell in comparison.cells
+    }
+    drawn = {
+        cell: {method: list(runs.values()) for method, runs in methods.items()}
+        for cell, methods in curves.items()
+    }
+    draw_comparison(drawn, comparison.folder / "comparison.png", source.title)
+    return write_tables(comparison.folder, rows, alone, source)
+
+
+def _device_ranks(jobs: Sequence[Job]) -> list[list[dict[str, Any]]]:
+    return [json.loads((job.folder / "summary.json").read_text())["device_ranks"] for job in jobs]

@@ -1,0 +1,195 @@
+"""From an experiment file and a command line to the runs of a comparison."""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hafl_app.config.compose import SettingsError, compose
+from hafl_app.config.schema import CompareSettings, MethodSettings, Settings
+from hafl_app.experiments.budget import equal_mean_bytes_rank
+from hafl_app.experiments.command import Command, choose
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_LEARNING_RATE = "client.learning_rate"
+LearningRates = Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a method in a cell on a seed, as overrides, and the folder of its results."""
+
+    cell: str
+    method: str
+    seed: int
+    learning_rate: float
+    overrides: tuple[str, ...]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What it is, in a line of progress."""
+        return " ".join(part for part in (self.cell, self.method, f"seed {self.seed}") if part)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every chosen method in every chosen cell, on the same seeds.
+
+    The seed alone decides partitions, rank budgets and sampling, so the methods of a cell meet
+    the same clients. A comparison without cells has one, with the empty name.
+    """
+
+    command: Command
+    plan: CompareSettings
+    folder: Path
+    methods: Mapping[str, MethodSettings]
+    cells: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, command: Command, folder: Path) -> "Comparison":
+        """Compose the experiment and check its ``compare`` block.
+
+        Raises
+        ------
+        SettingsError
+            In one line.
+        """
+        settings = compose([f"experiment={command.experiment}", *command.overrides])
+        plan = settings.compare
+        if not plan.methods:
+            raise SettingsError(f"experiment={command.experiment}: it has no compare.methods")
+        cells: Mapping[str, Sequence[str]] = plan.cells or {"": []}
+        for name in [*plan.methods, *plan.cells]:
+            if not _NAME.fullmatch(name):
+                raise SettingsError(f"compare: the name {name!r} must match {_NAME.pattern}")
+        comparison = cls(
+            command,
+            plan,
+            folder,
+            {
+                name: plan.methods[name]
+                for name in choose("methods", command.methods, [*plan.methods])
+            },
+            {name: cells[name] for name in choose("cells", command.cells, [*cells])},
+        )
+        comparison._check(settings)
+        return comparison
+
+    @property
+    def searches(self) -> bool:
+        """Whether learning rates are searched: there is a grid, and nobody switched it off."""
+        return self.command.tune and bool(self.plan.tuning.learning_rates)
+
+    def overrides_of(self, cell: str, method: str, *more: str) -> list[str]:
+        """Return the overrides of a run: the command line's, the cell's, then the method's."""
+        method_settings = self.plan.methods[method]
+        overrides = [*self._common(cell), *method_settings.overrides]
+        if method_settings.equal_mean_bytes:
+            reference = self.plan.methods[method_settings.equal_mean_bytes].overrides
+            overrides.append(f"lora.max_rank={_rank(*self._common(cell), *reference)}")
+        return list({key_of(o): o for o in [*overrides, *more]}.values())
+
+    def jobs(self, learning_rates: LearningRates) -> list[Job]:
+        """Return the runs, those that share data and base model next to each other."""
+        return [
+            self._job(cell, method, seed, learning_rates[cell, method], Path(cell) / method)
+            for cell in self.cells
+            for seed in self.command.seeds
+            for method in self.methods
+        ]
+
+    def fixed_learning_rates(self) -> dict[tuple[str, str], float]:
+        """Return each method's learning rate as the experiment file or the command line has it."""
+        return {
+            (cell, method): self._fixed(cell, method)
+            for cell in self.cells
+            for method in self.methods
+        }
+
+    def tuning_cells(self) -> list[str]:
+        """Return the cells in which learning rates are searched."""
+        return list(self.cells) if self.plan.tuning.per_cell else list(self.cells)[:1]
+
+    def tuning_jobs(self) -> list[Job]:
+        """Return the runs of the search: every method at every learning rate, nobody alone."""
+        tuning = self.plan.tuning
+        extra = ["federation.alone_clients_per_rank=0"]
+        if tuning.num_rounds is not None:
+            extra.append(f"federation.num_rounds={tuning.num_rounds}")
+        return [
+            self._job(
+                cell, method, tuning.seed, rate, Path("tuning") / cell / method / f"lr{rate}", extra
+            )
+            for cell in self.tuning_cells()
+            for method in self.methods
+            for rate in tuning.learning_rates
+        ]
+
+    def _common(self, cell: str) -> tuple[str, ...]:
+        experiment = f"experiment={self.command.experiment}"
+        return (experiment, *self.command.overrides, *self.cells[cell], "engine=inprocess")
+
+    def _job(
+        self,
+        cell: str,
+        method: str,
+        seed: int,
+        rate: float,
+        place: Path,
+        extra: Sequence[str] = (),
+    ) -> Job:
+        folder = self.folder / place if extra else self.folder / place / f"seed{seed}"
+        quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+        more = [*extra, f"{_LEARNING_RATE}={rate}", f"seed={seed}", f"output_dir='{quoted}'"]
+        overrides = self.overrides_of(cell, method, *more)
+        return Job(cell, method, seed, rate, tuple(overrides), folder)
+
+    def _fixed(self, cell: str, method: str) -> float:
+        own = self.methods[method].learning_rate
+        if own is None or _LEARNING_RATE in map(key_of, self.command.overrides):
+            return compose(self.overrides_of(cell, method)).client.learning_rate
+        return own
+
+    def _check(self, settings: Settings) -> None:
+        tuning = self.plan.tuning
+        for name, method in self.methods.items():
+            reference = method.equal_mean_bytes
+            if reference and (
+                reference not in self.plan.methods or self.plan.methods[reference].equal_mean_bytes
+            ):
+                raise SettingsError(
+                    f"compare.methods.{name}.equal_mean_bytes={reference}: no "
+                    "method with ranks of its own"
+                )
+        if settings.model.head == "local":
+            raise SettingsError("model.head=local: there is no global model to compare")
+        if self.searches and tuning.seed in self.command.seeds:
+            raise SettingsError(
+                f"seeds: {tuning.seed} is the seed of the tuning, see compare.tuning.seed"
+            )
+        if self.searches and not settings.dataset.validation_fraction:
+            raise SettingsError("dataset.validation_fraction=0: nothing to tune on; add tune=false")
+        for key, owner in self._owned():
+            if key in map(key_of, self.command.overrides):
+                raise SettingsError(f"{key}: set by {owner}, so it cannot be given for all runs")
+
+    def _owned(self) -> Iterator[tuple[str, str]]:
+        """Yield the settings that may not be given for all runs, and what sets them."""
+        for name, overrides in self.cells.items():
+            yield from ((key_of(o), f"the cell {name}") for o in overrides)
+        for name, method in self.methods.items():
+            yield from ((key_of(o), f"the method {name}") for o in method.overrides)
+        if self.searches:
+            yield _LEARNING_RATE, "the tuning (tune=false leaves it out)"
+
+
+def key_of(override: str) -> str:
+    """Return what an override sets."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+@functools.cache
+def _rank(*overrides: str) -> int:
+    return equal_mean_bytes_rank(compose(overrides))

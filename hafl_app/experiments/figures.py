@@ -1,0 +1,109 @@
+"""Several methods in one picture: mean lines with the range of the seeds as a band."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from hafl_app.experiments.results import Curve
+
+# Okabe and Ito's colours, told apart by the colour-blind; with a marker each, also in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_SEEDS_FOR_A_BAND = 2
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a panel: its points, and one value a point and seed."""
+
+    xs: Sequence[float]
+    values: Sequence[Sequence[float]]  # (seeds, points)
+
+
+def draw_comparison(
+    cells: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path, title: str
+) -> None:
+    """Draw test accuracy by round and by MB sent, one row of panels a cell, into a PNG.
+
+    Parameters
+    ----------
+    cells
+        Cell to method to the curves of its seeds. Methods without a curve get no line.
+    """
+    figure = Figure(figsize=(11, 0.9 + 3.6 * len(cells)), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    panels = figure.subplots(len(cells), 2, sharey="row", squeeze=False)
+    methods = list(dict.fromkeys(method for lines in cells.values() for method in lines))
+    for (by_round, by_traffic), (cell, lines) in zip(panels, cells.items(), strict=True):
+        known = {method: curves for method, curves in lines.items() if curves}
+        accuracy = {m: [curve.test for curve in curves] for m, curves in known.items()}
+        rounds = {m: Line(range(len(each[0])), each) for m, each in accuracy.items()}
+        sent = {
+            m: Line(np.mean([curve.sent for curve in known[m]], axis=0).tolist(), each)
+            for m, each in accuracy.items()
+        }
+        draw_lines(by_round, rounds, methods)
+        draw_lines(by_traffic, sent, methods)
+        by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
+        by_round.set(xlabel="round", ylabel="test accuracy", title=cell)
+        by_traffic.set(xlabel="sent so far, down and up (MB)", title=cell)
+        by_traffic.tick_params(labelleft=True)
+    save(figure, panels[0][0], path)
+
+
+def draw_shares(lines: Mapping[str, Line], path: Path, title: str, ylabel: str) -> None:
+    """Draw shares in [0, 1] by round, from round 1, into a PNG."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=12)
+    draw_lines(axes, lines, list(lines))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="round", ylabel=ylabel)
+    axes.set_ylim(bottom=0)
+    save(figure, axes, path)
+
+
+def draw_lines(axes: Axes, lines: Mapping[str, Line], order: Sequence[str]) -> None:
+    """Draw a mean line a method, and a band from the lowest to the highest seed.
+
+    Parameters
+    ----------
+    order
+        All methods of the figure; a method's place decides its colour and marker.
+    """
+    for method, line in lines.items():
+        place = order.index(method)
+        colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+        values = np.asarray(line.values, dtype=float)  # (seeds, points)
+        axes.plot(
+            line.xs,
+            values.mean(axis=0),
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linestyle="-" if place < len(_COLOURS) else "--",
+            label=method,
+        )
+        if len(values) >= _SEEDS_FOR_A_BAND:
+            axes.fill_between(
+                line.xs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, lw=0
+            )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.grid(color="0.9")
+
+
+def save(figure: Figure, with_lines: Axes, path: Path) -> None:
+    """Put one legend below the panels and write the PNG; its folder is made."""
+    handles, labels = with_lines.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=150)

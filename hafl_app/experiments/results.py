@@ -1,0 +1,152 @@
+"""What a comparison found: the curves of its runs, and one row a method."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run by round, from round 0: accuracies in [0, 1] (NaN if unknown), and bytes so far.
+
+    `failures` counts the trainings, of all rounds, that did not count.
+    """
+
+    test: tuple[float, ...]
+    validation: tuple[float, ...]
+    bytes_down: tuple[int, ...]
+    bytes_up: tuple[int, ...]
+    failures: int = 0
+
+    @property
+    def sent(self) -> list[float]:
+        """MB so far, down and up."""
+        return [(d + u) / MEGABYTE for d, u in zip(self.bytes_down, self.bytes_up, strict=True)]
+
+    @property
+    def best_round(self) -> int:
+        """The first round of training with the highest validation accuracy; the last without."""
+        known = [r for r, value in enumerate(self.validation) if r and math.isfinite(value)]
+        return max(known, key=lambda r: self.validation[r], default=len(self.test) - 1)
+
+    def first_round_at(self, accuracy: float) -> int | None:
+        """Return the first round whose test accuracy is at least this one."""
+        return next((r for r, value in enumerate(self.test) if value >= accuracy), None)
+
+
+def read_curve(folder: Path) -> Curve:
+    """Read a run folder's ``metrics.jsonl``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or no round in it.
+    """
+    try:
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no readable metrics.jsonl: {error}") from error
+    rounds = [line for line in lines if line.get("kind") == "round"]
+    if not rounds:
+        raise ValueError(f"{folder}: metrics.jsonl has no round")
+    return Curve(
+        test=_metric(rounds, "test/accuracy"),
+        validation=_metric(rounds, "validation/accuracy"),
+        bytes_down=tuple(accumulate(r["bytes_down"] for r in rounds)),
+        bytes_up=tuple(accumulate(r["bytes_up"] for r in rounds)),
+        failures=sum(r.get("failures", 0) for r in rounds),
+    )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of several seeds."""
+
+    each: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean; NaN of none."""
+        return statistics.fmean(self.each) if self.each else math.nan
+
+    @property
+    def sd(self) -> float:
+        """Sample standard deviation; NaN of fewer than two."""
+        return statistics.stdev(self.each) if len(self.each) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one cell, over the seeds whose runs finished.
+
+    Parameters
+    ----------
+    final, best
+        Test accuracy in the last round, and in the one with the best validation accuracy.
+    rounds_to_baseline, mb_to_baseline
+        Until the test accuracy is that of the baseline's last round on the same seed, over the
+        seeds that get there.
+    mb_down, mb_up
+        Of the whole run.
+    """
+
+    cell: str
+    method: str
+    learning_rate: float
+    max_rank: int
+    seeds: tuple[int, ...]
+    final: Spread
+    best: Spread
+    rounds_to_baseline: Spread
+    mb_to_baseline: Spread
+    mb_down: Spread
+    mb_up: Spread
+
+
+def make_row(
+    cell: str,
+    method: str,
+    learning_rate: float,
+    max_rank: int,
+    curves: Mapping[int, Curve],
+    baseline: Mapping[int, Curve],
+) -> Row:
+    """Sum up a method's runs.
+
+    Parameters
+    ----------
+    curves, baseline
+        Seed to the method's and to the baseline's run.
+    """
+    reached = [
+        (curve, at)
+        for seed, curve in curves.items()
+        if seed in baseline and (at := curve.first_round_at(baseline[seed].test[-1])) is not None
+    ]
+    runs = curves.values()
+    return Row(
+        cell,
+        method,
+        learning_rate,
+        max_rank,
+        tuple(curves),
+        final=Spread(tuple(run.test[-1] for run in runs)),
+        best=Spread(tuple(run.test[run.best_round] for run in runs)),
+        rounds_to_baseline=Spread(tuple(float(at) for _, at in reached)),
+        mb_to_baseline=Spread(tuple(run.sent[at] for run, at in reached)),
+        mb_down=Spread(tuple(run.bytes_down[-1] / MEGABYTE for run in runs)),
+        mb_up=Spread(tuple(run.bytes_up[-1] / MEGABYTE for run in runs)),
+    )
+
+
+def _metric(rounds: Sequence[Mapping[str, Any]], name: str) -> tuple[float, ...]:
+    values = [r["metrics"].get(name) for r in rounds]
+    return tuple(math.nan if value is None else float(value) for value in values)

@@ -1,0 +1,139 @@
+"""Run federations one after another in this process, or in a few worker processes."""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from hafl_app.client_app import app as client_app
+from hafl_app.config.compose import compose
+from hafl_app.config.schema import Settings
+from hafl_app.experiments.comparison import Job
+from hafl_app.federation.inprocess import InProcessGrid, server_identity
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.reporting import plain_settings
+from hafl_app.server_app import run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: `error` is empty if its results are there."""
+
+    job: Job
+    seconds: float
+    resumed: bool = False
+    error: str = ""
+
+
+def run_federation(
+    overrides: Sequence[str], on_round: Callable[[int, Adapter], None] | None = None
+) -> None:
+    """Run one federation in this process, with `client.num_threads` threads throughout.
+
+    Then the results do not depend on how many federations share the machine.
+    """
+    settings = compose(overrides)
+    run_config = {"overrides": shlex.join(overrides)}
+    with server_identity():
+        run(
+            InProcessGrid(client_app, settings.federation.num_clients, run_config),
+            settings,
+            on_round=on_round,
+            evaluation_threads=settings.client.num_threads,
+        )
+
+
+def is_finished(folder: Path, settings: Settings) -> bool:
+    """Tell whether a folder holds the results of a finished run of exactly these settings."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    except (OSError, ValueError):
+        return False
+    wanted = OmegaConf.to_container(OmegaConf.create(plain_settings(settings)))
+    return bool(summary.get("status") == "finished" and _comparable(saved) == _comparable(wanted))
+
+
+def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) -> Outcome:
+    """Run a job; what the run prints and logs goes to ``run.log`` in its folder.
+
+    Parameters
+    ----------
+    on_round
+        Told the global adapter of every round.
+    """
+    started = time.perf_counter()
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with (job.folder / "run.log").open("w", encoding="utf-8") as log, _output_to(log):
+            run_federation(job.overrides, on_round)
+    except Exception as error:  # the other runs of the comparison go on
+        lines = str(error).splitlines() or [""]
+        return Outcome(
+            job, time.perf_counter() - started, error=f"{type(error).__name__}: {lines[0]}"
+        )
+    return Outcome(job, time.perf_counter() - started)
+
+
+def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
+    """Run jobs, and yield each one's outcome when it is known; finished ones come first.
+
+    Parameters
+    ----------
+    workers
+        Processes; with 1 everything runs in this one. Each keeps one base model resident.
+    """
+    resumed = [job for job in jobs if is_finished(job.folder, compose(job.overrides))]
+    yield from (Outcome(job, 0.0, resumed=True) for job in resumed)
+    left = [job for job in jobs if job not in resumed]
+    if workers == 1 or len(left) < 2:
+        yield from map(run_job, left)
+        return
+    # spawn: forked processes inherit torch's threads, which do not survive it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(left)), mp_context=context) as pool:
+        futures = {pool.submit(run_job, job): job for job in left}
+        try:
+            for future in as_completed(futures):
+                yield _outcome(future, futures[future])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def _output_to(log: TextIO) -> Iterator[None]:
+    """Send what this project prints and logs to a file."""
+    logger = logging.getLogger("hafl_app")
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(log):
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _outcome(future: Future[Outcome], job: Job) -> Outcome:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return Outcome(job, 0.0, error="a worker process died, perhaps for lack of memory")
+
+
+def _comparable(config: Any) -> Any:
+    # The folder may have been moved since.
+    return {key: value for key, value in config.items() if key != "output_dir"}

@@ -1,0 +1,97 @@
+"""Choose each method's learning rate by validation accuracy, on a seed of its own."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hafl_app.experiments.comparison import Comparison, Job
+from hafl_app.experiments.results import read_curve
+from hafl_app.experiments.running import Outcome
+
+
+class TuningError(RuntimeError):
+    """A method that does not finish at any learning rate of the grid."""
+
+
+def validation_accuracy(folder: Path) -> float:
+    """Return a run's validation accuracy in its last round."""
+    return read_curve(folder).validation[-1]
+
+
+def choose_learning_rates(
+    comparison: Comparison, outcomes: Sequence[Outcome]
+) -> tuple[dict[tuple[str, str], float], list[dict[str, Any]]]:
+    """Return the learning rate of every cell and method, and the record of the search.
+
+    The highest validation accuracy wins, the first of the grid among equals. Runs that failed,
+    as at a rate so high that training diverges, do not count.
+
+    Raises
+    ------
+    TuningError
+        If all runs of a method failed.
+    """
+    scores: dict[tuple[str, str], dict[float, float]] = {}
+    for outcome in outcomes:
+        job = outcome.job
+        accuracy = math.nan if outcome.error else validation_accuracy(job.folder)
+        scores.setdefault((job.cell, job.method), {})[job.learning_rate] = accuracy
+    best: dict[tuple[str, str], float] = {}
+    for (cell, method), by_rate in scores.items():
+        known = {rate: value for rate, value in by_rate.items() if math.isfinite(value)}
+        if not known:
+            raise TuningError(f"{method}: no learning rate of {list(by_rate)} works; see run.log")
+        best[cell, method] = max(known, key=lambda rate: known[rate])
+    record = [
+        _record(cell, method, best[cell, method], by_rate, comparison)
+        for (cell, method), by_rate in scores.items()
+    ]
+    searched = comparison.tuning_cells()
+    rates = {
+        (cell, method): best[cell if cell in searched else searched[0], method]
+        for cell in comparison.cells
+        for method in comparison.methods
+    }
+    return rates, record
+
+
+def write_tuning(path: Path, record: Sequence[dict[str, Any]]) -> None:
+    """Write the search as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def tuned_line(record: dict[str, Any]) -> str:
+    """Return one line about one method's search."""
+    tried = ", ".join(
+        f"{rate} {'failed' if value is None else f'{value:.1%}'}"
+        for rate, value in record["validation_accuracy"].items()
+    )
+    edge = "; at the edge of the grid" if record["at_edge"] else ""
+    name = " ".join(part for part in (record["cell"], record["method"]) if part)
+    return f"{name}: learning rate {record['learning_rate']} ({tried}{edge})"
+
+
+def describe(job: Job) -> str:
+    """Return what a run of the search is, in a line of progress."""
+    name = " ".join(part for part in (job.cell, job.method) if part)
+    return f"{name} lr {job.learning_rate}"
+
+
+def _record(
+    cell: str, method: str, best: float, by_rate: dict[float, float], comparison: Comparison
+) -> dict[str, Any]:
+    grid = sorted(by_rate)
+    return {
+        "cell": cell,
+        "method": method,
+        "learning_rate": best,
+        "validation_accuracy": {
+            str(rate): value if math.isfinite(value) else None for rate, value in by_rate.items()
+        },
+        "at_edge": len(grid) > 1 and best in {grid[0], grid[-1]},
+        "seed": comparison.plan.tuning.seed,
+        "num_rounds": comparison.plan.tuning.num_rounds,
+    }

@@ -1,0 +1,65 @@
+"""Compare methods: `python scripts/compare.py experiment=hafl_banking77 seeds=0,1,2`.
+
+Runs every method of an experiment file on identical partitions, budgets and sampling, and writes
+one table and one figure. Further arguments:
+
+    workers=2             processes that train at once (default 1)
+    tune=false            take the learning rates of the experiment file instead of searching
+    methods=a,b cells=c   only these of the experiment
+    output_dir=FOLDER     where to write; finished runs of an earlier comparison there are kept
+
+All other arguments are Hydra overrides that hold for every run, e.g. federation.num_rounds=5.
+"""
+
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+_FAILED = 1
+_REFUSED = 2
+_INTERRUPTED = 130
+
+
+def main() -> int:
+    """Check the command line, run the comparison, and say how it went."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    try:
+        from hafl_app.experiments.command import parse_command
+
+        command = parse_command(arguments)
+        from hafl_app.experiments.compare import compare
+
+        line = shlex.join(["python", "scripts/compare.py", *arguments])
+        failed = compare(command, line, lambda text: print(text, flush=True))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _REFUSED
+    except (RuntimeError, OSError) as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        print("interrupted; output_dir= with the same folder goes on from here", file=sys.stderr)
+        return _INTERRUPTED
+    if failed:
+        print(f"error: {failed} runs failed, see above and their run.log", file=sys.stderr)
+    return _FAILED if failed else 0
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

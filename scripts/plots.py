@@ -1,0 +1,76 @@
+"""Figures beyond those that every run draws.
+
+    python scripts/plots.py rank-collapse                 energy above the smallest rank, by round
+    python scripts/plots.py rank-collapse seeds=0,1 federation.num_rounds=20
+    python scripts/plots.py curves RUN RUN ...            test accuracy of finished runs
+
+`rank-collapse` runs the methods of experiment=rank_collapse, or of another experiment; its
+arguments are those of scripts/compare.py.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+_FAILED = 1
+_REFUSED = 2
+_INTERRUPTED = 130
+
+
+def main() -> int:
+    """Draw what the subcommand asks for."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = _parser().parse_args()
+    try:
+        if arguments.figure == "rank-collapse":
+            _rank_collapse(arguments.setting)
+        else:
+            _curves(arguments.run, arguments.output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _REFUSED
+    except (RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+    collapse = figures.add_parser("rank-collapse", help="run the methods and draw their energies")
+    collapse.add_argument("setting", nargs="*", help="key=value, as for scripts/compare.py")
+    curves = figures.add_parser("curves", help="test accuracy by round and by MB, of run folders")
+    curves.add_argument("run", nargs="+", type=Path, help="folder with a metrics.jsonl")
+    curves.add_argument("--output", type=Path, default=Path("curves.png"), help="the PNG to write")
+    return parser
+
+
+def _rank_collapse(settings: list[str]) -> None:
+    from hafl_app.experiments.collapse import rank_collapse
+    from hafl_app.experiments.command import parse_command
+
+    command = parse_command(settings, experiment="rank_collapse")
+    rank_collapse(command, lambda text: print(text, flush=True))
+
+
+def _curves(folders: list[Path], output: Path) -> None:
+    from hafl_app.experiments.figures import draw_comparison
+    from hafl_app.experiments.results import read_curve
+
+    runs = {str(folder): [read_curve(folder)] for folder in folders}
+    draw_comparison({"": runs}, output, "Test accuracy")
+    print(f"Written: {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The parts of a comparison, each against numbers worked out by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from hafl_app import assembly
+from hafl_app.config.compose import CONF, compose
+from hafl_app.experiments.budget import equal_mean_bytes_rank, homogeneous_rank, mean_bytes
+from hafl_app.experiments.command import parse_command
+from hafl_app.experiments.comparison import Comparison
+from hafl_app.experiments.results import Curve, Spread, make_row
+from hafl_app.experiments.table import percent, size
+from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
+from hafl_app.strategies.hafl import Hafl
+from hafl_app.strategies.zero_padding import ZeroPadding
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+SHAPES = {"a": ModuleShape(7, 5), "b": ModuleShape(3, 11)}  # out + in: 12 and 14, together 26
+
+
+def with_adapter(strategy):
+    strategy.global_adapter = Adapter(
+        {
+            name: LoraFactors(
+                torch.zeros(strategy.max_rank, shape.in_features),
+                torch.zeros(shape.out_features, strategy.max_rank),
+            )
+            for name, shape in SHAPES.items()
+        }
+    )
+    return strategy
+
+
+class TestEqualMeanBytes:
+    def test_prefixes_cost_their_rank_both_ways(self):
+        # 4 bytes x (2 x 26 x mean rank 5 + 2 x 10 numbers of the head)
+        found = mean_bytes(with_adapter(ZeroPadding(max_rank=8)), [2, 4, 9 - 1, 6], 10)
+        assert found == 4 * (2 * 26 * 5 + 2 * 10)
+
+    def test_freezing_sends_everything_down(self):
+        found = mean_bytes(with_adapter(Hafl(max_rank=8, scheme="freezing")), [2, 4, 8, 6], 10)
+        assert found == 4 * (26 * (8 + 5) + 2 * 10)
+
+    @pytest.mark.parametrize(("ranks", "expected"), [([2, 4, 8, 8], 5), ([3, 3], 3), ([1, 2], 1)])
+    def test_the_rank_is_the_mean_rounded_down(self, ranks, expected):
+        budget = mean_bytes(with_adapter(ZeroPadding(max_rank=8)), ranks, 10)
+        rank = homogeneous_rank(budget, SHAPES, 10)
+        assert rank == expected
+        assert 4 * (2 * 26 * rank + 2 * 10) <= budget < 4 * (2 * 26 * (rank + 1) + 2 * 10)
+
+    def test_is_at_least_one(self):
+        assert homogeneous_rank(0.0, SHAPES, 10) == 1
+
+    @pytest.mark.parametrize("head", ["averaged", "frozen"])
+    def test_of_settings(self, head):
+        settings = compose(
+            [
+                "model=tiny_random",
+                "dataset.num_train=200",
+                "federation.num_clients=10",
+                "strategy=zero_padding",
+                f"model.head={head}",
+            ]
+        )
+        assert equal_mean_bytes_rank(settings) == 5  # (3 x 2 + 3 x 4 + 4 x 8) / 10
+
+    @pytest.mark.parametrize(
+        "path", sorted((CONF / "strategy").glob("*.yaml")), ids=lambda p: p.stem
+    )
+    def test_every_method_can_say_what_it_sends(self, path):
+        settings = compose([f"strategy={path.stem}"])
+        strategy = with_adapter(assembly.strategy(settings))
+        strategy.options = assembly.federation_options(settings)
+        assert mean_bytes(strategy, [4, 4], 10) >= 4 * (2 * 26 * 4 + 2 * 10)
+
+
+class TestExperimentFiles:
+    @pytest.mark.parametrize("name", EXPERIMENTS)
+    def test_composes_and_every_method_composes_in_every_cell(self, name):
+        settings = compose([f"experiment={name}"])
+        if not settings.compare.methods:
+            return
+        comparison = Comparison.of(parse_command([f"experiment={name}"]), Path("out"))
+        assert settings.compare.baseline in settings.compare.methods
+        for cell in comparison.cells:
+            for its in comparison.methods.values():
+                overrides = [f"experiment={name}", *comparison.cells[cell], *its.overrides]
+                composed = compose(overrides)
+                ranks = assembly.client_ranks(composed, composed.federation.num_clients)
+                assembly.strategy(composed).check(ranks)
+                assert max(ranks) == composed.lora.max_rank
+
+    def test_the_rank_counts_are_the_papers(self):
+        comparison = Comparison.of(parse_command(["experiment=mixed_ranks_banking77"]), Path("out"))
+        counts = {}
+        for cell, overrides in comparison.cells.items():
+            settings = compose(["experiment=mixed_ranks_banking77", *overrides])
+            ranks = assembly.client_ranks(settings, settings.federation.num_clients)
+            counts[cell] = {rank: ranks.count(rank) for rank in sorted(set(ranks))}
+        # LoRA-A2, arXiv:2410.22815, table 8; counts that give its upload totals.
+        uniform = dict.fromkeys((2, 4, 8, 16, 32), 6)
+        heavy_tail, normal = {2: 16, 4: 8, 8: 4, 16: 2}, {1: 3, 2: 7, 4: 10, 8: 7, 16: 3}
+        assert counts == {
+            f"{name}-{alpha}": expected
+            for name, expected in (
+                ("uniform", uniform),
+                ("heavy_tail", heavy_tail),
+                ("normal", normal),
+            )
+            for alpha in ("0.1", "0.01")
+        }
+
+    def test_a_cell_reaches_its_runs(self):
+        command = parse_command(["experiment=hafl_newsgroups", "cells=clients10-0.01"])
+        comparison = Comparison.of(command, Path("out"))
+        overrides = comparison.overrides_of("clients10-0.01", "flexlora")
+        settings = compose(overrides)
+        assert settings.federation.num_clients == 10
+        assert settings.partition.dirichlet_alpha == 0.01
+        assert list(comparison.cells) == ["clients10-0.01"]
+
+
+def curve(test, validation=None, step=1_000_000):
+    sent = tuple(step * r for r in range(len(test)))
+    return Curve(tuple(test), tuple(validation or test), sent, tuple(2 * s for s in sent))
+
+
+class TestRows:
+    def test_rounds_and_megabytes_to_the_baselines_end(self):
+        baseline = {0: curve([0.1, 0.4, 0.5]), 1: curve([0.1, 0.5, 0.6])}
+        runs = {0: curve([0.1, 0.55, 0.4]), 1: curve([0.1, 0.3, 0.59])}
+
+        row = make_row("c", "m", 0.01, 8, runs, baseline)
+
+        assert row.rounds_to_baseline == Spread((1.0,))  # seed 1 stays below 0.6
+        assert row.mb_to_baseline == Spread((3.0,))
+        assert row.final == Spread((0.4, 0.59))
+        assert row.mb_down == Spread((2.0, 2.0))
+        assert row.mb_up == Spread((4.0, 4.0))
+
+    def test_never_reached_is_no_number(self):
+        row = make_row("c", "m", 0.01, 8, {0: curve([0.1, 0.2])}, {0: curve([0.1, 0.9])})
+        assert row.rounds_to_baseline.each == ()
+        assert math.isnan(row.rounds_to_baseline.mean)
+
+    def test_the_first_best_round_after_training_counts(self):
+        run = curve([0.1, 0.2, 0.3, 0.4], [0.9, 0.5, 0.7, 0.7])
+        assert run.best_round == 2
+        assert make_row("c", "m", 0.01, 8, {0: run}, {}).best == Spread((0.3,))
+
+    def test_without_validation_the_last_round_is_best(self):
+        assert curve([0.1, 0.2, 0.3], [math.nan] * 3).best_round == 2
+
+
+@pytest.mark.parametrize(
+    ("each", "text"),
+    [((), "-"), ((0.5,), "50.0"), ((0.5, 0.52), "51.0 ± 1.4")],
+)
+def test_percent(each, text):
+    assert percent(Spread(each)) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(math.nan, "-"), (0.0, "0"), (0.1234, "0.123"), (12.34, "12.3"), (1234, "1234")],
+)
+def test_size(value, text):
+    assert size(value) == text

@@ -1,0 +1,83 @@
+"""Rank collapse on tiny settings, and curves of finished runs."""
+
+import csv
+
+import pytest
+import torch
+from matplotlib import image
+
+from hafl_app.experiments.collapse import energy_above
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from scripts import plots
+
+TINY = (
+    "model=tiny_random",
+    "model.num_layers=null",
+    "dataset.num_train=200",
+    "dataset.num_test=40",
+    "dataset.max_length=16",
+    "federation.num_clients=4",
+    "federation.num_rounds=4",
+)
+
+
+def main(monkeypatch, *arguments):
+    monkeypatch.setattr(plots.sys, "argv", ["plots.py", *map(str, arguments)])
+    return plots.main()
+
+
+def test_energy_is_the_mean_over_modules():
+    # Singular values 3, 2, 1: of the energy 14, above the first component 5; and a rank-1 module.
+    diagonal = LoraFactors(torch.eye(3, 6), torch.eye(4, 3) * torch.tensor([3.0, 2.0, 1.0]))
+    one = LoraFactors(torch.ones(1, 6), torch.ones(4, 1))
+    assert energy_above(Adapter({"a": diagonal, "b": one}), 1) == pytest.approx(5 / 14 / 2)
+    assert energy_above(Adapter({"a": diagonal}), 0) == pytest.approx(1.0)
+
+
+class TestRankCollapse:
+    def test_writes_the_energy_of_every_method_seed_and_round(self, monkeypatch, tmp_path, capsys):
+        folder = tmp_path / "out"
+        arguments = ["rank-collapse", *TINY, "seeds=7", f"output_dir={folder}"]
+        assert main(monkeypatch, *arguments) == 0
+
+        with (folder / "rank_collapse.csv").open() as stream:
+            lines = list(csv.DictReader(stream))
+        energy = {
+            (line["method"], int(line["seed"]), int(line["round"])): float(
+                line["energy_above_smallest_rank"]
+            )
+            for line in lines
+        }
+        methods = ("flexlora", "flexlora_change", "zero_padding", "hafl")
+        assert set(energy) == {(m, 7, r) for m in methods for r in range(1, 5)}
+        assert all(0 <= value <= 1 for value in energy.values())
+        # Before the first round there is nothing to keep: the change is the update.
+        assert energy["flexlora", 7, 1] == pytest.approx(energy["flexlora_change", 7, 1])
+        assert energy["zero_padding", 7, 4] < 0.3 * energy["zero_padding", 7, 1]
+        assert energy["flexlora", 7, 4] < energy["flexlora_change", 7, 4]
+        assert energy["zero_padding", 7, 4] < energy["hafl", 7, 4]
+        assert image.imread(folder / "rank_collapse.png").std() > 0.01
+        assert "rank_collapse.png" in capsys.readouterr().out
+
+    def test_bad_input_is_refused_in_one_line(self, monkeypatch, capsys):
+        assert main(monkeypatch, "rank-collapse", "seeds=x") != 0
+        assert main(monkeypatch, "rank-collapse", "experiment=rank_colapse") != 0
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2
+        assert "did you mean rank_collapse?" in lines[1]
+
+
+class TestCurves:
+    def test_draws_runs(self, monkeypatch, tmp_path):
+        line = (
+            '{"kind": "round", "bytes_down": 1, "bytes_up": 1, "metrics": {"test/accuracy": 0.5}}'
+        )
+        (tmp_path / "metrics.jsonl").write_text(f"{line}\n{line}\n")
+        assert main(monkeypatch, "curves", tmp_path, "--output", tmp_path / "a" / "c.png") == 0
+        assert (tmp_path / "a" / "c.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_folder_without_a_run(self, monkeypatch, tmp_path, capsys):
+        assert main(monkeypatch, "curves", tmp_path) != 0
+        said = capsys.readouterr().err
+        assert "no readable metrics.jsonl" in said
+        assert len(said.splitlines()) == 1
