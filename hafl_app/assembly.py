@@ -83,6 +83,11 @@ def base_spec(settings: Settings) -> BaseSpec:
     )
 
 
+def text_source(settings: Settings) -> TextSource:
+    """Return where the text comes from."""
+    return TextSource(**{f.name: getattr(settings.dataset, f.name) for f in fields(TextSource)})
+
+
 def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
     """Return the data of a federation; nothing is loaded before it is asked for."""
     return _federated_text(

@@ -49,8 +49,6 @@ class RunReport:
         The data's central splits, and the model to score with.
     folder
         Where everything is written.
-    num_threads
-        CPU threads to score with; all that there are if None.
     """
 
     def __init__(
@@ -60,7 +58,6 @@ class RunReport:
         text: FederatedText,
         classifier: LoraClassifier,
         folder: Path,
-        num_threads: int | None = None,
     ) -> None:
         self._settings = settings
         self._strategy = strategy
@@ -68,7 +65,7 @@ class RunReport:
         self._classifier = classifier
         self._score = adapter_evaluator(classifier, settings.client.precision)
         self._folder = folder
-        self._num_threads = num_threads or settings.federation.server_threads or os.cpu_count() or 1
+        self._num_threads = settings.federation.server_threads or os.cpu_count() or 1
         self._trackers = _trackers(settings, folder)
         self._started = time.perf_counter()
         self._outcomes: list[ClientReport] = []

@@ -28,7 +28,6 @@ def run(
     settings: Settings,
     *,
     on_round: Callable[[int, Adapter], None] | None = None,
-    evaluation_threads: int | None = None,
 ) -> None:
     """Run a federation over the grid's nodes and write its results.
 
@@ -36,8 +35,6 @@ def run(
     ----------
     on_round
         Told the global adapter before the first round (0) and after every round.
-    evaluation_threads
-        CPU threads of the central evaluation; all that there are if None.
 
     Raises
     ------
@@ -58,7 +55,7 @@ def run(
     initial = initial_adapter(classifier.shapes(), strategy.max_rank, settings.seed).with_head(
         {} if settings.model.head == "local" else classifier.initial_head
     )
-    report = RunReport(settings, strategy, text, classifier, folder, evaluation_threads)
+    report = RunReport(settings, strategy, text, classifier, folder)
     report.start()
 
     def evaluate(server_round: int) -> MetricRecord:

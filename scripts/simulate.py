@@ -79,20 +79,11 @@ def run_job(overrides: Sequence[str], folder: Path) -> None:
     overrides = [*with_absolute_paths(overrides, settings), f"output_dir={_quoted(str(folder))}"]
     folder.mkdir(parents=True, exist_ok=True)
     if settings.engine == "inprocess":
-        _run_in_process(overrides)
+        from hafl_app.experiments.running import run_federation
+
+        run_federation(overrides)
     else:
         _run_on_ray(overrides, settings, folder)
-
-
-def _run_in_process(overrides: Sequence[str]) -> None:
-    from hafl_app.client_app import app as client_app
-    from hafl_app.federation.inprocess import InProcessGrid, server_identity
-    from hafl_app.server_app import run
-
-    settings = compose(overrides)
-    run_config = {"overrides": shlex.join(overrides)}
-    with server_identity():
-        run(InProcessGrid(client_app, settings.federation.num_clients, run_config), settings)
 
 
 def _run_on_ray(overrides: Sequence[str], settings: Settings, folder: Path) -> None:

@@ -38,19 +38,12 @@ class Outcome:
 def run_federation(
     overrides: Sequence[str], on_round: Callable[[int, Adapter], None] | None = None
 ) -> None:
-    """Run one federation in this process, with `client.num_threads` threads throughout.
-
-    Then the results do not depend on how many federations share the machine.
-    """
+    """Run one federation in this process."""
     settings = compose(overrides)
     run_config = {"overrides": shlex.join(overrides)}
     with server_identity():
-        run(
-            InProcessGrid(client_app, settings.federation.num_clients, run_config),
-            settings,
-            on_round=on_round,
-            evaluation_threads=settings.client.num_threads,
-        )
+        grid = InProcessGrid(client_app, settings.federation.num_clients, run_config)
+        run(grid, settings, on_round=on_round)
 
 
 def is_finished(folder: Path, settings: Settings) -> bool:
@@ -76,7 +69,10 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / "run.log").open("w", encoding="utf-8") as log, _output_to(log):
-            run_federation(job.overrides, on_round)
+            # One number of threads throughout: results must not depend on how many jobs share
+            # the machine.
+            num_threads = compose(job.overrides).client.num_threads
+            run_federation([*job.overrides, f"federation.server_threads={num_threads}"], on_round)
     except Exception as error:  # the other runs of the comparison go on
         lines = str(error).splitlines() or [""]
         return Outcome(
@@ -135,5 +131,7 @@ def _outcome(future: Future[Outcome], job: Job) -> Outcome:
 
 
 def _comparable(config: Any) -> Any:
-    # The folder may have been moved since.
-    return {key: value for key, value in config.items() if key != "output_dir"}
+    # The folder may have been moved since, and `run_job` decides the server's threads.
+    federation = {k: v for k, v in config["federation"].items() if k != "server_threads"}
+    rest = {k: v for k, v in config.items() if k not in {"output_dir", "federation"}}
+    return rest | {"federation": federation}
