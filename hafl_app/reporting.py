@@ -82,7 +82,15 @@ class RunReport:
     def clients(self, profiles: Sequence[NodeProfile]) -> None:
         """Tell the trackers who takes part."""
         rows = [
-            ClientRow(p.partition_id, p.node_id, p.rank, p.num_examples, p.device) for p in profiles
+            ClientRow(
+                p.partition_id,
+                p.node_id,
+                p.rank,
+                p.num_examples,
+                p.device,
+                *self._strategy.payload_bytes(p),
+            )
+            for p in profiles
         ]
         self._trackers.start(plain_settings(self._settings), rows)
 

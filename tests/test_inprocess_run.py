@@ -10,6 +10,7 @@ from flwr.app import Array, Message, RecordDict
 from running import ReorderedGrid, records, run_tiny, tampering
 from safetensors.torch import load_file
 
+from hafl_app import client_app as client_module
 from hafl_app.federation.records import METRICS
 from hafl_app.strategies.base import RoundFailedError, StrategyError
 from hafl_app.training import classifier as classifier_module
@@ -209,3 +210,28 @@ def test_training_changes_the_global_adapter(tmp_path, strategy):
     run_tiny(tmp_path / "a", f"strategy={strategy}", "federation.alone_clients_per_rank=0")
     tensors = load_file(tmp_path / "a" / "adapter" / "adapter_model.safetensors")
     assert all(t.abs().sum() > 0 for name, t in tensors.items() if "lora_B" in name)
+
+
+class TestClientTable:
+    def test_planned_bytes_are_close_to_the_measured_ones(self, tmp_path, capsys):
+        run_tiny(tmp_path / "a", "federation.alone_clients_per_rank=0")
+        table = capsys.readouterr().out
+        row = next(line.split() for line in table.splitlines() if line.split()[:2] == ["0", "2"])
+        planned_down, planned_up = float(row[3]), float(row[5])  # "0.031 MB" are two words
+        client = records(tmp_path / "a", "client")[0]
+        assert planned_down <= client["bytes_down"] / 1e6 < planned_down + 0.004
+        assert planned_up <= client["bytes_up"] / 1e6 < planned_up + 0.004
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_clients_train_with_the_threads_they_are_given(tmp_path, monkeypatch, num_threads):
+    seen = set()
+    train = client_module.train_locally
+
+    def spy(*args):
+        seen.add(torch.get_num_threads())
+        return train(*args)
+
+    monkeypatch.setattr(client_module, "train_locally", spy)
+    run_tiny(tmp_path / "a", f"client.num_threads={num_threads}", "federation.num_rounds=1")
+    assert seen == {num_threads}

@@ -40,6 +40,7 @@ from hafl_app.plan import HeadPolicy, ModulePlan, TrainPlan
 from hafl_app.training.adapter import from_arrays, to_arrays
 
 _LOGGER = logging.getLogger(__name__)
+_FLOAT32_BYTES = 4
 
 
 class RoundFailedError(RuntimeError):
@@ -251,6 +252,18 @@ class HeterogeneousLora(FedAvg, ABC):
             "max_steps": self.options.max_steps,
         }
         return TrainPlan(modules, **(settings | changes))
+
+    def payload_bytes(self, profile: NodeProfile) -> tuple[int, int]:
+        """Return the bytes of factors and head that a round sends this client and gets from it.
+
+        Of the first round's plan, without the message's overhead; the ledger has what was sent.
+        """
+        plan = self.plan(profile, 1)
+        head = sum(math.prod(shape) for shape in self.head_shapes.values())
+        widths = {n: sum(shape) for n, shape in self._layer_shapes().items()}
+        down = sum(len(module.held) * widths[name] for name, module in plan.modules.items())
+        up = sum(len(module.trainable) * widths[name] for name, module in plan.modules.items())
+        return _FLOAT32_BYTES * (down + head), _FLOAT32_BYTES * (up + head)
 
     # ---- the run ---------------------------------------------------------------------------
 

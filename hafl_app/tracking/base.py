@@ -26,6 +26,8 @@ class ClientRow:
         Training examples it holds.
     device
         Where it trains, e.g. ``"cpu"`` or ``"cuda:0"``.
+    bytes_down, bytes_up
+        What a round is planned to send it and to get from it.
     """
 
     partition_id: int
@@ -33,6 +35,8 @@ class ClientRow:
     rank: int
     examples: int
     device: str
+    bytes_down: int = 0
+    bytes_up: int = 0
 
 
 @dataclass(frozen=True)

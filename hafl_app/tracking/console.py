@@ -193,8 +193,14 @@ def _loss(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "-"
 
 
-_CLIENT_COLUMNS = {"client": "right", "rank": "right", "examples": "right", "device": "left"}
-_RANK_COLUMNS = dict.fromkeys(["rank", "clients", "examples min", "median", "max"], "right")
+_TRAFFIC_NAMES = ["down a round", "up a round"]
+_CLIENT_COLUMNS = {
+    **dict.fromkeys(["client", "rank", "examples", *_TRAFFIC_NAMES], "right"),
+    "device": "left",
+}
+_RANK_COLUMNS = dict.fromkeys(
+    ["rank", "clients", "examples min", "median", "max", *_TRAFFIC_NAMES], "right"
+)
 _RESULT_COLUMNS = {
     "": "left",
     "round": "right",
@@ -210,7 +216,14 @@ _DEVICE_COLUMNS = dict.fromkeys(["rank", "federated", "alone", "gain", "clients 
 
 def _rows_by_client(clients: Sequence[ClientRow]) -> list[list[str]]:
     return [
-        [str(client.partition_id), str(client.rank), f"{client.examples:,}", client.device]
+        [
+            str(client.partition_id),
+            str(client.rank),
+            f"{client.examples:,}",
+            megabytes(client.bytes_down),
+            megabytes(client.bytes_up),
+            client.device,
+        ]
         for client in sorted(clients, key=lambda client: client.partition_id)
     ]
 
@@ -218,10 +231,15 @@ def _rows_by_client(clients: Sequence[ClientRow]) -> list[list[str]]:
 def _rows_by_rank(clients: Sequence[ClientRow]) -> list[list[str]]:
     rows = []
     for rank in sorted({client.rank for client in clients}):
-        sizes = [client.examples for client in clients if client.rank == rank]
+        same = [client for client in clients if client.rank == rank]
+        sizes = [client.examples for client in same]
         middle = statistics.median(sizes)
         counts = [min(sizes), middle, max(sizes)]
-        rows.append([str(rank), str(len(sizes)), *(f"{count:,.0f}" for count in counts)])
+        traffic = [
+            megabytes(statistics.fmean(client.bytes_down for client in same)),
+            megabytes(statistics.fmean(client.bytes_up for client in same)),
+        ]
+        rows.append([str(rank), str(len(sizes)), *(f"{count:,.0f}" for count in counts), *traffic])
     return rows
 
 

@@ -54,7 +54,31 @@ def untrained(round_record):
 def client_rows():
     """Three clients of unequal rank and size."""
     return [
-        ClientRow(partition_id=0, node_id=11, rank=2, examples=1200, device="cpu"),
-        ClientRow(partition_id=1, node_id=12, rank=4, examples=35, device="cuda:0"),
-        ClientRow(partition_id=2, node_id=13, rank=16, examples=410, device="cuda:1"),
+        ClientRow(
+            partition_id=0,
+            node_id=11,
+            rank=2,
+            examples=1200,
+            device="cpu",
+            bytes_down=400_000,
+            bytes_up=100_000,
+        ),
+        ClientRow(
+            partition_id=1,
+            node_id=12,
+            rank=4,
+            examples=35,
+            device="cuda:0",
+            bytes_down=400_000,
+            bytes_up=200_000,
+        ),
+        ClientRow(
+            partition_id=2,
+            node_id=13,
+            rank=16,
+            examples=410,
+            device="cuda:1",
+            bytes_down=1_600_000,
+            bytes_up=1_600_000,
+        ),
     ]

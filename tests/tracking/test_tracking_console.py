@@ -44,18 +44,25 @@ class TestStart:
         log.tracker.start({}, client_rows)
 
         assert log.rows[0] == "3 clients, 1,645 examples"
-        assert log.rows[1] == "client rank examples device"
-        assert log.rows[3:] == ["0 2 1,200 cpu", "1 4 35 cuda:0", "2 16 410 cuda:1"]
+        assert log.rows[1] == "client rank examples down a round up a round device"
+        assert log.rows[3:] == [
+            "0 2 1,200 0.400 MB 0.100 MB cpu",
+            "1 4 35 0.400 MB 0.200 MB cuda:0",
+            "2 16 410 1.60 MB 1.60 MB cuda:1",
+        ]
 
     def test_groups_many_clients_by_rank(self, log):
         # 14 of rank 2 with 10, 20, ..., 140 examples: median 75. 7 of rank 8 with 5 each.
-        small = [ClientRow(i, i, 2, 10 * (i + 1), "cpu") for i in range(14)]
-        large = [ClientRow(i, i, 8, 5, "cpu") for i in range(14, 21)]
+        small = [ClientRow(i, i, 2, 10 * (i + 1), "cpu", 30_000, 10_000) for i in range(14)]
+        large = [ClientRow(i, i, 8, 5, "cpu", 30_000, 20_000) for i in range(14, 21)]
 
         log.tracker.start({}, [*large, *small])
 
         assert log.rows[0] == "21 clients, 1,085 examples"
-        assert log.rows[3:] == ["2 14 10 75 140", "8 7 5 5 5"]
+        assert log.rows[3:] == [
+            "2 14 10 75 140 0.030 MB 0.010 MB",
+            "8 7 5 5 5 0.030 MB 0.020 MB",
+        ]
 
 
 class TestRound:
