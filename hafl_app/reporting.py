@@ -22,7 +22,8 @@ from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.lowrank.svd import truncated_svd
 from hafl_app.strategies.alone import AloneResult
-from hafl_app.strategies.base import ClientReport, HeterogeneousLora
+from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.exchange import ClientReport
 from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord, Tracker, Trackers
 from hafl_app.tracking.console import ConsoleTracker
 from hafl_app.tracking.curves import draw_curves

@@ -10,6 +10,7 @@ from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ def train_alone(
         return Adapter(modules, initial.head if plan.head == "averaged" else {})
 
     after = options.num_rounds + 1
-    messages = strategy.messages(profiles, plans, after, MessageType.TRAIN, dispatch)
+    exchange = Exchange(strategy.ledger, after, "alone")
+    messages = exchange.messages(profiles, plans, dispatch, MessageType.TRAIN)
     # A run of many rounds at once may take that many times as long.
     replies = grid.send_and_receive(messages, timeout=options.timeout_s * options.num_rounds)
     results = []
-    for reply, request in strategy.in_partition_order(replies):
-        update, _ = strategy.judge_training(reply, request, after, "alone")
+    for reply, request in exchange.pairs(replies):
+        update, _ = exchange.judge_training(reply, request)
         if update is not None:
             head = update.adapter.head or initial.head
             adapter = update.adapter.with_head(head)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from hafl_app.lowrank.components import ComponentSums
 from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.strategies.base import ClientUpdate, HeterogeneousLora
+from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.exchange import ClientUpdate
 
 Sums = Mapping[str, ComponentSums]
 

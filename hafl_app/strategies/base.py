@@ -2,7 +2,7 @@
 
 A method says in a plan what each client receives and trains (`plan`), what is sent for it
 (`dispatch`), and how the uploads become the next global adapter (`begin`, `accumulate`,
-`finish`). Everything else is here: profiles, sampling, messages, judging, heads and the ledger.
+`finish`). Everything else is here, and in `exchange.py` how messages are made and judged.
 """
 
 import logging
@@ -10,7 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,24 +20,13 @@ from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from hafl_app.config.schema import number
-from hafl_app.federation.judge import ReplyError, check_shapes, read_metrics, read_update
-from hafl_app.federation.ledger import Entry, Ledger
+from hafl_app.federation.ledger import Ledger
 from hafl_app.federation.profiles import NodeDirectory, NodeProfile, matches
-from hafl_app.federation.records import (
-    CONFIG,
-    NUM_EXAMPLES,
-    PLAN,
-    SERVER_ROUND,
-    AdapterArrays,
-    adapter_content,
-    head_bytes,
-    message_bytes,
-    plan_record,
-)
+from hafl_app.federation.records import NUM_EXAMPLES
 from hafl_app.federation.sampling import sample_profiles
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import HeadPolicy, ModulePlan, TrainPlan
-from hafl_app.training.adapter import from_arrays, to_arrays
+from hafl_app.strategies.exchange import ClientReport, ClientUpdate, Exchange
 
 _LOGGER = logging.getLogger(__name__)
 _FLOAT32_BYTES = 4
@@ -87,58 +76,6 @@ class FederationOptions:
     timeout_s: float = 3600.0
 
 
-@dataclass(frozen=True)
-class ClientUpdate:
-    """One accepted reply, as a method's fold sees it.
-
-    Parameters
-    ----------
-    partition_id
-        Whose it is; updates are folded in this order.
-    num_examples
-        Its weight, above 0.
-    plan, sent
-        What it was asked to do, and the adapter that it received.
-    adapter
-        Its trained components: the first ``rank`` of ``plan.modules[name].trainable``.
-    importance
-        Module name to component scores, if the plan asked for them.
-    """
-
-    partition_id: int
-    num_examples: int
-    plan: TrainPlan
-    sent: Adapter
-    adapter: Adapter
-    importance: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def components(self, module: str) -> tuple[int, ...]:
-        """Global indices of the components that this update holds for a module."""
-        return self.plan.modules[module].trainable[: self.adapter.modules[module].rank]
-
-
-@dataclass(frozen=True)
-class ClientReport:
-    """What became of one client in one round; `error` is empty if its reply counts."""
-
-    server_round: int
-    profile: NodeProfile
-    components: int
-    metrics: Mapping[str, float]
-    bytes_down: int
-    bytes_up: int
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class _Request:
-    profile: NodeProfile
-    plan: TrainPlan
-    sent: Adapter
-    bytes_down: int
-    head_bytes_down: int
-
-
 @dataclass(kw_only=True, eq=False)
 class HeterogeneousLora(FedAvg, ABC):
     """Template of a method that serves clients of different rank.
@@ -165,7 +102,7 @@ class HeterogeneousLora(FedAvg, ABC):
         self.on_client: Callable[[ClientReport], None] = lambda _: None
         self.global_adapter = Adapter({})
         self.head_shapes: Mapping[str, tuple[int, ...]] = {}
-        self._requests: dict[int, _Request] = {}
+        self._exchange = Exchange(self.ledger, 0, "train")
         self.round_started = 0.0
         self.train_loss = math.nan
         self.client_scores: Mapping[str, float] = {}
@@ -325,15 +262,7 @@ class HeterogeneousLora(FedAvg, ABC):
         del arrays, config
         self.round_started = time.perf_counter()
         self.client_scores = {}
-        profiles = sample_profiles(
-            self.directory.refresh(grid),
-            self.options.fraction_train,
-            self.options.seed,
-            server_round,
-            "train",
-        )
-        plans = [self.plan(profile, server_round) for profile in profiles]
-        return self.messages(profiles, plans, server_round, MessageType.TRAIN)
+        return self._ask(server_round, grid, MessageType.TRAIN, self.options.fraction_train)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -342,61 +271,31 @@ class HeterogeneousLora(FedAvg, ABC):
         del arrays, config
         last = server_round == self.options.num_rounds
         if server_round % self.options.evaluate_every and not last:
+            self._exchange = Exchange(self.ledger, server_round, MessageType.EVALUATE)
             return []
-        profiles = sample_profiles(
-            self.directory.refresh(grid),
-            self.options.fraction_evaluate,
-            self.options.seed,
-            server_round,
-            "evaluate",
-        )
-        plans = [self.plan(profile, server_round) for profile in profiles]
-        return self.messages(profiles, plans, server_round, MessageType.EVALUATE)
+        return self._ask(server_round, grid, MessageType.EVALUATE, self.options.fraction_evaluate)
 
-    def messages(
-        self,
-        profiles: Sequence[NodeProfile],
-        plans: Sequence[TrainPlan],
-        server_round: int,
-        message_type: str,
-        dispatch: Callable[[TrainPlan], Adapter] | None = None,
-    ) -> list[Message]:
-        """Make one message a client; clients with the same plan share the same records."""
-        contents: dict[str, tuple[Any, Adapter]] = {}
-        messages = []
-        self._requests = {}
-        for profile, plan in zip(profiles, plans, strict=True):
-            key = plan.to_json()
-            if key not in contents:
-                sent = (dispatch or self.dispatch)(plan)
-                content = adapter_content(
-                    AdapterArrays(*to_arrays(sent)),
-                    **{
-                        PLAN: plan_record(plan),
-                        CONFIG: ConfigRecord({SERVER_ROUND: server_round}),
-                    },
-                )
-                contents[key] = (content, sent)
-            content, sent = contents[key]
-            message = Message(content, profile.node_id, message_type, group_id=str(server_round))
-            messages.append(message)
-            self._requests[profile.node_id] = _Request(
-                profile, plan, sent, message_bytes(message), head_bytes(content)
-            )
-        return messages
+    def _ask(self, server_round: int, grid: Grid, phase: str, fraction: float) -> list[Message]:
+        """Sample clients and make each its message."""
+        present = self.directory.refresh(grid)
+        profiles = sample_profiles(present, fraction, self.options.seed, server_round, phase)
+        plans = [self.plan(profile, server_round) for profile in profiles]
+        self._exchange = Exchange(self.ledger, server_round, phase)
+        return self._exchange.messages(profiles, plans, self.dispatch, phase)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Judge the replies and fold the good ones, in partition order, into the next adapter."""
         updates, metrics = [], []
-        for reply, request in self.in_partition_order(replies):
-            update, report = self.judge_training(reply, request, server_round, "train")
+        for reply, request in self._exchange.pairs(replies):
+            update, report = self._exchange.judge_training(reply, request)
             self.on_client(report)
             if update is not None:
                 updates.append(update)
                 metrics.append(report.metrics)
-        self.report_silent(server_round)
+        for report in self._exchange.close():
+            self.on_client(report)
         if not updates:
             raise RoundFailedError(
                 f"round {server_round}: no client's reply counts; the log names each reason"
@@ -412,86 +311,14 @@ class HeterogeneousLora(FedAvg, ABC):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average the clients' scores by their number of examples."""
-        metrics = []
-        for reply, request in self.in_partition_order(replies):
-            self._enter(reply, request, server_round, "evaluate")
-            try:
-                metrics.append(read_metrics(reply, request.profile))
-            except ReplyError as error:
-                _warn(request.profile, error)
-        for request in self._requests.values():
-            self._record(request, server_round, "evaluate", 0, 0)
-        self._requests = {}
+        judged = [self._exchange.judge_scores(*pair) for pair in self._exchange.pairs(replies)]
+        metrics = [scores for scores in judged if scores is not None]
+        self._exchange.close()
         if not metrics:
             return None
         names = ("accuracy", "macro-f1", "loss")
         self.client_scores = {name: _weighted_mean(metrics, name) for name in names}
         return MetricRecord(dict(self.client_scores))
-
-    # ---- replies ---------------------------------------------------------------------------
-
-    def in_partition_order(self, replies: Iterable[Message]) -> list[tuple[Message, _Request]]:
-        """Pair replies with their requests; each node answers once, strangers are ignored."""
-        pairs: dict[int, tuple[Message, _Request]] = {}
-        for reply in replies:
-            node_id = reply.metadata.src_node_id
-            if node_id in self._requests:
-                pairs.setdefault(node_id, (reply, self._requests[node_id]))
-        return sorted(pairs.values(), key=lambda pair: pair[1].profile.partition_id)
-
-    def report_silent(self, server_round: int) -> None:
-        """Report the nodes of which nothing came, and forget the round's requests."""
-        for request in self._requests.values():
-            self._record(request, server_round, "train", 0, 0)
-            self.on_client(_report(request, server_round, {}, 0, "no reply in time"))
-        self._requests = {}
-
-    def judge_training(
-        self, reply: Message, request: _Request, server_round: int, phase: str
-    ) -> tuple[ClientUpdate | None, ClientReport]:
-        """Return the update if the reply counts, and what is to be told about it."""
-        bytes_up = self._enter(reply, request, server_round, phase)
-        try:
-            metrics = read_metrics(reply, request.profile)
-            head = self.head_shapes if request.plan.head == "averaged" else {}
-            arrays = read_update(reply, request.plan, head)
-            check_shapes(arrays, self._layer_shapes())
-        except ReplyError as error:
-            _warn(request.profile, error)
-            return None, _report(request, server_round, {}, bytes_up, str(error))
-        update = ClientUpdate(
-            partition_id=request.profile.partition_id,
-            num_examples=int(metrics[NUM_EXAMPLES]),
-            plan=request.plan,
-            sent=request.sent,
-            adapter=from_arrays(arrays.modules, arrays.head),
-            importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
-        )
-        return update, _report(request, server_round, metrics, bytes_up)
-
-    def _enter(self, reply: Message, request: _Request, server_round: int, phase: str) -> int:
-        bytes_up = message_bytes(reply)
-        head_up = head_bytes(reply.content) if reply.has_content() else 0
-        self._record(request, server_round, phase, bytes_up, head_up)
-        self._requests.pop(request.profile.node_id, None)
-        return bytes_up
-
-    def _record(
-        self, request: _Request, server_round: int, phase: str, bytes_up: int, head_up: int
-    ) -> None:
-        profile = request.profile
-        self.ledger.add(
-            Entry(
-                server_round,
-                phase,
-                profile.partition_id,
-                profile.rank,
-                request.bytes_down,
-                bytes_up,
-                request.head_bytes_down,
-                head_up,
-            )
-        )
 
     def _layer_shapes(self) -> dict[str, tuple[int, int]]:
         return {
@@ -526,22 +353,3 @@ def _check_patterns(profile: NodeProfile, modules: Iterable[str]) -> None:
 def _weighted_mean(metrics: Sequence[Mapping[str, float]], name: str) -> float:
     total = sum(m[NUM_EXAMPLES] for m in metrics)
     return sum(m.get(name, math.nan) * m[NUM_EXAMPLES] for m in metrics) / total
-
-
-def _report(
-    request: _Request,
-    server_round: int,
-    metrics: Mapping[str, float],
-    bytes_up: int,
-    error: str = "",
-) -> ClientReport:
-    components = sum(len(module.trainable) for module in request.plan.modules.values())
-    return ClientReport(
-        server_round, request.profile, components, metrics, request.bytes_down, bytes_up, error
-    )
-
-
-def _warn(profile: NodeProfile, error: ReplyError) -> None:
-    _LOGGER.warning(
-        "node %d (partition %d): reply refused: %s", profile.node_id, profile.partition_id, error
-    )

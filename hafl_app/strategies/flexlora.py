@@ -13,7 +13,8 @@ from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.svd import WeightedStack, truncated_svd
 from hafl_app.plan import TrainPlan
-from hafl_app.strategies.base import ClientUpdate, HeterogeneousLora, StrategyError
+from hafl_app.strategies.base import HeterogeneousLora, StrategyError
+from hafl_app.strategies.exchange import ClientUpdate
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from hafl_app.lowrank.importance import (
 )
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.strategies.averaging import ComponentAveraging, Sums
-from hafl_app.strategies.base import ClientUpdate
+from hafl_app.strategies.exchange import ClientUpdate
 
 _GRADIENT_MEASURES = ("sensitivity", "smoothed", "adalora")
 

@@ -16,7 +16,8 @@ from hafl_app.lowrank.components import ComponentSums
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.svd import WeightedStack, singular_values
 from hafl_app.plan import TailPruning, TrainPlan
-from hafl_app.strategies.base import ClientUpdate, HeterogeneousLora
+from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.exchange import ClientUpdate
 
 _NORM_WEIGHTS = "sparsity-weighted aggregation, arXiv:2401.06432: a norm is the weight"
 

@@ -11,11 +11,11 @@ from hafl_app.config.compose import CONF, compose
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
 from hafl_app.strategies.base import (
-    ClientUpdate,
     FederationOptions,
     HeterogeneousLora,
     StrategyError,
 )
+from hafl_app.strategies.exchange import ClientUpdate
 
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 MAX_RANK = 4

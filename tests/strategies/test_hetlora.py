@@ -12,7 +12,8 @@ from hafl_app.federation.judge import ReplyError, read_update
 from hafl_app.federation.records import AdapterArrays, adapter_content
 from hafl_app.lowrank.factors import Adapter, LoraFactors, initial_adapter
 from hafl_app.plan import TailPruning, TrainPlan
-from hafl_app.strategies.base import ClientUpdate, FederationOptions
+from hafl_app.strategies.base import FederationOptions
+from hafl_app.strategies.exchange import ClientUpdate
 from hafl_app.strategies.hetlora import HetLora
 from hafl_app.training.adapter import to_arrays
 from hafl_app.training.base import BaseSpec
