@@ -3,7 +3,6 @@
 import math
 import os
 import platform
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,8 +18,8 @@ from hafl_app.config.compose import strategy_arguments
 from hafl_app.config.schema import Settings
 from hafl_app.data.federated import FederatedText
 from hafl_app.federation.profiles import NodeProfile
+from hafl_app.gains import device_gains
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.lowrank.svd import truncated_svd
 from hafl_app.strategies.alone import AloneResult
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.exchange import ClientReport
@@ -199,7 +198,11 @@ class RunReport:
                 "round": best,
                 **next(r for r in self.rounds if r.server_round == best).metrics,
             },
-            "device_ranks": self._device_ranks(alone),
+            "device_ranks": device_gains(
+                self._strategy.global_adapter,
+                alone,
+                lambda adapter: self._score_on(adapter, "test").accuracy,
+            ),
             "bytes": {
                 phase: {
                     "down": ledger.of_phase(phase).bytes_down,
@@ -215,49 +218,6 @@ class RunReport:
                 **{name: version(name) for name in _PACKAGES},
             },
         }
-
-    def _device_ranks(self, alone: Sequence[AloneResult]) -> list[dict[str, Any]]:
-        """Score the global adapter's best rank-r approximation beside lone clients of rank r."""
-        rows = []
-        for rank in sorted({result.profile.rank for result in alone}):
-            federated = self._score_on(self._slice(rank), "test").accuracy
-            same = [result for result in alone if result.profile.rank == rank]
-            each = self._test_accuracies([result for result in same if result.at_own_rank])
-            mean = sum(each) / len(each) if each else math.nan
-            row = {
-                "rank": rank,
-                "federated": federated,
-                "alone": mean,
-                "gain": federated - mean,
-                "clients_alone": len(each),
-                "alone_each": each,
-            }
-            at_max = self._test_accuracies([result for result in same if not result.at_own_rank])
-            if at_max:
-                row |= {
-                    "alone_at_max_rank": sum(at_max) / len(at_max),
-                    "alone_at_max_rank_each": at_max,
-                }
-            rows.append(row)
-        return rows
-
-    def _test_accuracies(self, results: Sequence[AloneResult]) -> list[float]:
-        return [self._score_on(result.adapter, "test").accuracy for result in results]
-
-    def _slice(self, rank: int) -> Adapter:
-        return self._strategy.global_adapter.map(lambda factors: truncated_svd(factors, rank))
-
-
-def lone_clients(settings: Settings, profiles: Sequence[NodeProfile]) -> list[NodeProfile]:
-    """Draw the clients that are also trained alone: some of every rank, by the seed."""
-    if settings.model.head == "local":
-        return []  # their heads are not comparable with a global one that does not exist
-    drawn = []
-    for rank in sorted({profile.rank for profile in profiles}):
-        same = [profile for profile in profiles if profile.rank == rank]
-        count = min(settings.federation.alone_clients_per_rank, len(same))
-        drawn += random.Random(f"{settings.seed}/alone/{rank}").sample(same, count)
-    return sorted(drawn, key=lambda profile: profile.partition_id)
 
 
 def plain_settings(settings: Settings) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from hafl_app import assembly
 from hafl_app.config.schema import Settings
+from hafl_app.gains import lone_clients
 from hafl_app.lowrank.factors import Adapter, initial_adapter
-from hafl_app.reporting import RunReport, lone_clients
+from hafl_app.reporting import RunReport
 from hafl_app.strategies.alone import train_alone
 
 app = ServerApp()

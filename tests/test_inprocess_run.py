@@ -235,3 +235,13 @@ def test_clients_train_with_the_threads_they_are_given(tmp_path, monkeypatch, nu
     monkeypatch.setattr(client_module, "train_locally", spy)
     run_tiny(tmp_path / "a", f"client.num_threads={num_threads}", "federation.num_rounds=1")
     assert seen == {num_threads}
+
+
+def test_devices_with_ranks_per_layer_type_are_a_class_of_their_own(tmp_path, capsys):
+    tiers = (
+        "ranks.tiers=[{rank: 2, share: 1}, {rank: 2, share: 1, rank_pattern: {query: 4}}]",
+        "strategy=zero_padding",
+    )
+    rows = run_tiny(tmp_path / "a", *tiers)["device_ranks"]
+    assert [(row["rank"], row.get("ranks")) for row in rows] == [(2, None), (2, [2, 4])]
+    assert "2/4" in capsys.readouterr().out

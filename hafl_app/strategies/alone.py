@@ -48,7 +48,7 @@ def train_alone(
     options = strategy.options
     plans = [
         strategy.prefix_plan(
-            rank or profile.rank,
+            strategy.budgets(profile) if rank is None else rank,
             head="frozen" if options.head == "frozen" else "averaged",
             local_epochs=options.num_rounds * options.local_epochs,
             max_steps=options.num_rounds * options.max_steps,

@@ -279,7 +279,7 @@ def _traffic_rows(records: Sequence[ClientRecord]) -> list[list[str]]:
 
 def _device_row(row: Mapping[str, Any]) -> list[str | Text]:
     return [
-        str(row["rank"]),
+        "/".join(str(rank) for rank in row.get("ranks", [row["rank"]])),
         percent(row["federated"]),
         percent(row["alone"]),
         points(row["gain"]),
