@@ -112,6 +112,7 @@ class RunReport:
                 bytes_down=report.bytes_down,
                 bytes_up=report.bytes_up,
                 error=report.error,
+                probe_seconds=metrics.get("probe-seconds", 0.0),
             )
         )
 

@@ -1,8 +1,15 @@
 """Settings that every test needs before torch and the package are imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tokenised data of tests stays out of the user's cache.
+if "HAFL_CACHE" not in os.environ:
+    os.environ["HAFL_CACHE"] = tempfile.mkdtemp(prefix="hafl-cache-")
+    atexit.register(shutil.rmtree, os.environ["HAFL_CACHE"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch

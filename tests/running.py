@@ -54,7 +54,7 @@ def run_tiny(
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Read the lines of one kind of a run's metrics.jsonl, without wall-clock and memory."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    volatile = ("seconds", "peak_memory_mb")
+    volatile = ("seconds", "probe_seconds", "peak_memory_mb")
     return [
         {k: v for k, v in line.items() if k not in volatile}
         for line in lines

@@ -57,6 +57,8 @@ class ClientRecord:
         Sent to it and by it.
     error
         Why it failed; empty when it did not.
+    probe_seconds
+        Of `seconds`, those spent on measuring all components before training.
     """
 
     server_round: int
@@ -71,6 +73,7 @@ class ClientRecord:
     bytes_down: int
     bytes_up: int
     error: str = ""
+    probe_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
