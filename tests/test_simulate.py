@@ -44,6 +44,7 @@ REFUSED = [
     (["dataset=local", "dataset.path=/no/such.csv"], "/no/such.csv"),
     (["model=encoder", "model.path=/no/such/folder"], "no such folder"),
     (["model=encoder", "model.path=nobody/no-such-model"], "nobody/no-such-model"),
+    (["model=encoder"], "model.path must be given"),
     (["lora.max_rank=4"], "above lora.max_rank=4"),
     (["federation.num_clients=5000"], "5000"),
     (["strategy=fedit"], "one rank for all clients"),

@@ -84,6 +84,8 @@ def locate(spec: BaseSpec) -> Path:
 
 
 def _local(spec: BaseSpec) -> Path | None:
+    if not spec.path:
+        raise ModelError("model.path must be given: a hub name or a local folder")
     folder = Path(spec.path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
