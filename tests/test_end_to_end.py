@@ -92,13 +92,18 @@ def test_a_failed_run_exits_non_zero(tmp_path):
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     before = flower_processes()
-    process = subprocess.Popen(
-        command("federation.num_rounds=500", f"output_dir={tmp_path}"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    # Under a shell's background job SIGINT is ignored, and children would inherit that.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command("federation.num_rounds=500", f"output_dir={tmp_path}"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     deadline = time.monotonic() + 150
     for line in process.stdout:
         if "  1/500" in line or time.monotonic() > deadline:
