@@ -1,7 +1,6 @@
 """From checked settings to the objects of a run: where settings, data and training meet."""
 
 import functools
-import json
 import logging
 import os
 import random
@@ -90,11 +89,14 @@ def text_source(settings: Settings) -> TextSource:
 
 def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
     """Return the data of a federation; nothing is loaded before it is asked for."""
+    dataset, partition = settings.dataset, settings.partition
+    partitioning = Partitioning(
+        num_partitions=num_partitions, seed=settings.seed, **asdict(partition)
+    )
+    shares = (dataset.validation_fraction, dataset.holdout_fraction)
+    # The same object for every message of a process: what it loads stays loaded.
     return _federated_text(
-        json.dumps([asdict(settings.dataset), asdict(settings.partition)], sort_keys=True),
-        settings.seed,
-        base_spec(settings),
-        num_partitions,
+        text_source(settings), partitioning, shares, base_spec(settings), dataset.max_length
     )
 
 
@@ -110,17 +112,21 @@ class _LazyTokeniser:
 
 
 @functools.lru_cache(maxsize=2)
-def _federated_text(data: str, seed: int, spec: BaseSpec, num_partitions: int) -> FederatedText:
-    dataset, partition = json.loads(data)
-    source = TextSource(**{f.name: dataset[f.name] for f in fields(TextSource)})
-    partition = {k: v for k, v in partition.items() if k in {f.name for f in fields(Partitioning)}}
+def _federated_text(
+    source: TextSource,
+    partitioning: Partitioning,
+    shares: tuple[float, float],
+    spec: BaseSpec,
+    max_length: int,
+) -> FederatedText:
+    validation_fraction, holdout_fraction = shares
     return FederatedText(
         source,
-        Partitioning(num_partitions=num_partitions, seed=seed, **partition),
-        validation_fraction=dataset["validation_fraction"],
-        holdout_fraction=dataset["holdout_fraction"],
-        tokenise=_LazyTokeniser(spec, dataset["max_length"]),
-        tokeniser_key=f"{spec.path}@{spec.revision}/{dataset['max_length']}",
+        partitioning,
+        validation_fraction=validation_fraction,
+        holdout_fraction=holdout_fraction,
+        tokenise=_LazyTokeniser(spec, max_length),
+        tokeniser_key=f"{spec.path}@{spec.revision}/{max_length}",
         cache=cache_folder(),
     )
 
