@@ -5,46 +5,36 @@ federation that the same arguments describe, and as many passes over the data. A
 overrides as for scripts/simulate.py.
 """
 
-import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-_FAILED = 1
-_REFUSED = 2
-_INTERRUPTED = 130
+from hafl_app.experiments.script import run_script  # noqa: E402
 
 
 def main() -> int:
     """Check the settings, train, and say where the results are."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    try:
-        from hafl_app.config.compose import compose
-        from hafl_app.experiments.centralised import train_centralised
-        from hafl_app.experiments.compare import output_folder
-        from hafl_app.preflight import check
+    return run_script(lambda: _train(arguments))
 
-        settings = compose(arguments)
-        check(settings)
-        given = Path(settings.output_dir).expanduser() if settings.output_dir else None
-        folder = output_folder(given, "centralised")
-        print(f"Output folder: {folder}", flush=True)
-        summary = train_centralised(settings, folder, lambda text: print(text, flush=True))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _REFUSED
-    except (RuntimeError, OSError) as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return _FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+
+def _train(arguments: list[str]) -> int:
+    from hafl_app.config.compose import compose
+    from hafl_app.experiments.centralised import train_centralised
+    from hafl_app.experiments.compare import output_folder
+    from hafl_app.preflight import check
+
+    settings = compose(arguments)
+    check(settings)
+    given = Path(settings.output_dir).expanduser() if settings.output_dir else None
+    folder = output_folder(given, "centralised")
+    print(f"Output folder: {folder}", flush=True)
+    summary = train_centralised(settings, folder, lambda text: print(text, flush=True))
     print(
         f"\nrank {summary['rank']}, {summary['num_examples']:,} examples, "
         f"{summary['passes']} passes, {summary['steps']:,} steps, {summary['seconds']:.0f} s"

@@ -11,54 +11,39 @@ one table and one figure. Further arguments:
 All other arguments are Hydra overrides that hold for every run, e.g. federation.num_rounds=5.
 """
 
-import os
 import shlex
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-_FAILED = 1
-_REFUSED = 2
-_INTERRUPTED = 130
+from hafl_app.experiments.script import FAILED, run_script  # noqa: E402
 
 
 def main() -> int:
     """Check the command line, run the comparison, and say how it went."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    try:
-        from hafl_app.experiments.command import parse_command
+    return run_script(
+        lambda: _compare(arguments),
+        interrupted="interrupted; output_dir= with the same folder goes on from here",
+    )
 
-        command = parse_command(arguments)
-        from hafl_app.experiments.compare import compare
 
-        line = shlex.join(["python", "scripts/compare.py", *arguments])
-        failed = compare(command, line, lambda text: print(text, flush=True))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _REFUSED
-    except (RuntimeError, OSError) as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return _FAILED
-    except KeyboardInterrupt:
-        print("interrupted; output_dir= with the same folder goes on from here", file=sys.stderr)
-        return _INTERRUPTED
+def _compare(arguments: list[str]) -> int:
+    from hafl_app.experiments.command import parse_command
+
+    command = parse_command(arguments)
+    from hafl_app.experiments.compare import compare
+
+    line = shlex.join(["python", "scripts/compare.py", *arguments])
+    failed = compare(command, line, lambda text: print(text, flush=True))
     if failed:
         print(f"error: {failed} runs failed, see above and their run.log", file=sys.stderr)
-    return _FAILED if failed else 0
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise KeyboardInterrupt
+    return FAILED if failed else 0
 
 
 if __name__ == "__main__":

@@ -9,36 +9,26 @@ arguments are those of scripts/compare.py.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-_FAILED = 1
-_REFUSED = 2
-_INTERRUPTED = 130
+from hafl_app.experiments.script import run_script  # noqa: E402
 
 
 def main() -> int:
     """Draw what the subcommand asks for."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return run_script(_draw)
+
+
+def _draw() -> int:
     arguments = _parser().parse_args()
-    try:
-        if arguments.figure == "rank-collapse":
-            _rank_collapse(arguments.setting)
-        else:
-            _curves(arguments.run, arguments.output)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _REFUSED
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+    if arguments.figure == "rank-collapse":
+        _rank_collapse(arguments.setting)
+    else:
+        _curves(arguments.run, arguments.output)
     return 0
 
 

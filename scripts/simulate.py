@@ -4,13 +4,10 @@
 Settings are Hydra overrides of `conf/`; `--help` lists the groups.
 """
 
-import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -24,10 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from hafl_app.config.compose import SettingsError, compose, register_schema  # noqa: E402
 from hafl_app.config.schema import Settings  # noqa: E402
+from hafl_app.experiments.script import FAILED, run_script  # noqa: E402
 
-_FAILED = 1
-_REFUSED = 2
-_INTERRUPTED = 130
 _failures: list[str] = []
 
 
@@ -132,29 +127,19 @@ def _hydra_job(config: DictConfig) -> None:
 
 def main() -> int:
     """Check every job before the first one starts, run them, and say how it went."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return run_script(_run_jobs, "interrupted: everything that was started is stopped")
+
+
+def _run_jobs() -> int:
     arguments = sys.argv[1:]
-    try:
-        if not {"--help", "-h", "--cfg", "-c", "--info", "--hydra-help"} & set(arguments):
-            from hafl_app.preflight import check
+    if not {"--help", "-h", "--cfg", "-c", "--info", "--hydra-help"} & set(arguments):
+        from hafl_app.preflight import check
 
-            for job in jobs_of(arguments):
-                check(compose(job))
-        register_schema()
-        _hydra_job()
-    except (SettingsError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _REFUSED
-    except KeyboardInterrupt:
-        print("interrupted: everything that was started is stopped", file=sys.stderr)
-        return _INTERRUPTED
-    return _FAILED if _failures else 0
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    del signum, frame
-    raise KeyboardInterrupt
+        for job in jobs_of(arguments):
+            check(compose(job))
+    register_schema()
+    _hydra_job()
+    return FAILED if _failures else 0
 
 
 if __name__ == "__main__":

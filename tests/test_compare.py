@@ -315,7 +315,7 @@ class TestBadInput:
         ],
     )
     def test_is_refused_in_one_line(self, arguments, message, monkeypatch, capsys, tmp_path):
-        monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+        monkeypatch.setattr("signal.signal", lambda *_: None)
         monkeypatch.setattr(
             script.sys, "argv", ["compare.py", *arguments, f"output_dir={tmp_path}"]
         )

@@ -1,0 +1,42 @@
+"""What the command-line programs share: exit codes, and errors in one line."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+FAILED = 1
+REFUSED = 2
+INTERRUPTED = 130
+
+
+def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """Run a program and return its exit code; a user's mistake is one line, never a traceback.
+
+    Parameters
+    ----------
+    job
+        Returns the exit code if nothing is raised. A `ValueError` is input that was refused (2), a
+        `RuntimeError` or `OSError` is a failure (1), and Ctrl-C or SIGTERM an interruption (130).
+    interrupted
+        What to print then.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return job()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return REFUSED
+    except (RuntimeError, OSError) as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        return FAILED
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    del signum, frame
+    raise KeyboardInterrupt
