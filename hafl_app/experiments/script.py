@@ -22,7 +22,7 @@ def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
     interrupted
         What to print then.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return job()
@@ -35,6 +35,8 @@ def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)  # noqa: T201
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -187,11 +187,3 @@ def scale_tiers(tiers: Iterable[tuple[T, float]], num_clients: int) -> list[T]:
     for index in by_remainder[: num_clients - sum(counts)]:
         counts[index] += 1
     return [tier for (tier, _), count in zip(table, counts, strict=True) for _ in range(count)]
-
-
-def tiers_of(ranks: Iterable[int]) -> Mapping[int, int]:
-    """Count the clients of each rank, lowest rank first."""
-    counts: dict[int, int] = {}
-    for rank in sorted(ranks):
-        counts[rank] = counts.get(rank, 0) + 1
-    return counts
