@@ -36,6 +36,9 @@ def choice(default: Any, *values: str) -> Any:
 class ModelSettings:
     """The frozen base model and the classification head.
 
+    `trust_remote_code` lets a hub repository's own Python code run on every node: only for a
+    repository whose code you have read, and only on nodes that allow it too.
+
     `path` is a hub name or a local folder; `package_path` a folder inside an installed package
     that carries the same files, used when the hub is not reachable.
     """
@@ -49,6 +52,7 @@ class ModelSettings:
     pooling: str = choice("mean", "mean", "cls")
     head: str = choice("averaged", "averaged", "frozen", "local")
     random_weights: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -147,8 +151,29 @@ class ClientSettings:
 
 
 @dataclass
+class QuarantineSettings:
+    """Leave a node out for `rounds` rounds once `after` replies in a row were refused (0: never).
+
+    No reply in time, or an error instead of one, counts as well.
+    """
+
+    after: int = number(3, at_least=0)
+    rounds: int = number(5, at_least=1)
+
+
+@dataclass
 class FederationSettings:
-    """Rounds, sampling and evaluation.
+    """Rounds, sampling, evaluation, and what happens when replies are bad or missing.
+
+    A round with fewer than `min_replies` replies that count is repeated with other nodes, up to
+    `max_retries` times; then the run stops, with its last checkpoint. `checkpoint_every` rounds
+    the run's state is written (0: never).
+
+    From five replies on, an update whose norm exceeds the round's median by more than
+    `max_norm_ratio` robust deviations is refused (null: none is). `robust` replaces the mean of a
+    component over its contributors by their coordinate-wise `median`, or by the mean of what is
+    left when `trim_fraction` is cut off at either end. `clip_ratio` scales every update down to
+    that multiple of the round's median norm (null: not).
 
     `client_cpus` and `client_gpus` are the share of one simulated client; null means found by
     looking at the machine. `server_threads` score the global adapter (null: one per CPU).
@@ -165,6 +190,14 @@ class FederationSettings:
     alone_clients_per_rank: int = number(1, at_least=0)
     alone_at_max_rank: bool = False
     round_timeout_s: float = number(3600.0, above=0)
+    min_replies: int = number(1, at_least=1)
+    max_retries: int = number(2, at_least=0)
+    max_norm_ratio: float | None = number(10.0, above=0)
+    quarantine: QuarantineSettings = field(default_factory=QuarantineSettings)
+    robust: str = choice("none", "none", "median", "trimmed_mean")
+    trim_fraction: float = number(0.2, above=0, below=0.5)
+    clip_ratio: float | None = number(None, above=0)
+    checkpoint_every: int = number(1, at_least=0)
     server_threads: int | None = number(None, at_least=1)
     client_cpus: int | None = number(None, at_least=1)
     client_gpus: float | None = number(None, at_least=0)
@@ -178,6 +211,25 @@ class TrackingSettings:
     project: str = "hafl"
     entity: str | None = None
     mode: str = choice("online", "online", "offline")
+
+
+@dataclass
+class PrivacySettings:
+    """Differential privacy of the adapter; see docs/privacy.md for what it covers.
+
+    `central_dp`: the server clips each client's update to norm `clip_norm` and adds Gaussian noise
+    of `noise_multiplier` times that to the sum. `local_dp`: each client does so before it
+    uploads. The run stops when `max_epsilon` at `delta` would be exceeded (null: it is only
+    reported). `noise_seed` null draws the noise from the system; a number makes a simulation
+    repeatable, and its noise no secret.
+    """
+
+    kind: str = choice("none", "none", "central_dp", "local_dp")
+    clip_norm: float = number(1.0, above=0)
+    noise_multiplier: float = number(1.0, above=0)
+    delta: float = number(1e-5, above=0, below=1)
+    max_epsilon: float | None = number(None, above=0)
+    noise_seed: int | None = number(None, at_least=0)
 
 
 @dataclass
@@ -225,7 +277,10 @@ class CompareSettings:
 
 @dataclass
 class Settings:
-    """All settings of a run. `output_dir` null means `outputs/<date>/<time>-<strategy>`."""
+    """All settings of a run. `output_dir` null means `outputs/<date>/<time>-<strategy>`.
+
+    `resume` is the folder of an earlier run, whose last checkpoint this one goes on from.
+    """
 
     strategy: Any = MISSING
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -235,8 +290,10 @@ class Settings:
     ranks: RanksSettings = field(default_factory=RanksSettings)
     client: ClientSettings = field(default_factory=ClientSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     compare: CompareSettings = field(default_factory=CompareSettings)
     seed: int = number(0, at_least=0)
     engine: str = choice("ray", "ray", "inprocess")
     output_dir: str | None = None
+    resume: str | None = None
