@@ -1,0 +1,147 @@
+"""How far training has moved an adapter: norms of changes, what is usual, and shrinking."""
+
+from collections.abc import Mapping, Sequence
+from math import inf, sqrt
+from statistics import median
+
+from torch import Tensor
+
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+
+# Fewer norms have no usual size: two wrong ones among four are half of them.
+_FEWEST_NORMS = 5
+# Of a normal distribution, the median absolute deviation times this is the standard deviation.
+_DEVIATIONS_PER_MAD = 1.4826
+# Clients that happen to agree closely do not make everybody else an outlier.
+_LEAST_DEVIATION = 0.2
+
+
+def change_norm(after: Adapter, before: Adapter) -> float:
+    """Return the norm of the change over all factors and the head together, in float64.
+
+    ``sqrt(sum ||A' - A||_F^2 + ||B' - B||_F^2 + ||h' - h||^2)``, of the factors and not of their
+    products.
+
+    Parameters
+    ----------
+    after, before
+        Adapters of the same modules, ranks and head.
+
+    Raises
+    ------
+    ValueError
+        If the two differ in modules, shapes or head; the message names the tensor.
+    """
+    changes = _changes(after, before).values()
+    return sqrt(sum(float(change.square().sum()) for change in changes))
+
+
+def change_size(after: Adapter, before: Adapter, scaling: Mapping[str, float]) -> float:
+    """Return the root mean square change of the trained numbers, comparable over ranks.
+
+    `change_norm` over the square root of how many numbers there are, with lora_B as the optimiser
+    sees it. A norm grows with the number of components, and under ``lora.scaling=per_rank`` the
+    folded lora_B of a low rank moves further for the same steps; neither tells anything of a
+    client.
+
+    Parameters
+    ----------
+    after, before
+        As in `change_norm`. Without any number in them the size is 0.
+    scaling
+        Module name to the PEFT scaling that is folded into its lora_B, above 0.
+    """
+    squares, count = 0.0, 0
+    for (part, name), change in _changes(after, before).items():
+        unfolded = change / scaling[name] if part == "lora_B" else change
+        squares += float(unfolded.square().sum())
+        count += change.numel()
+    return sqrt(squares / count) if count else 0.0
+
+
+def norm_bound(norms: Sequence[float], ratio: float) -> float:
+    """Return the largest norm that is no outlier among these.
+
+    ``median + ratio * max(1.4826 MAD, 0.2 median)``, MAD being the median absolute deviation from
+    the median. It holds while less than half of the norms are wrong, whatever those are.
+
+    Parameters
+    ----------
+    norms
+        One a client, finite, at least 0. Fewer than five have no bound: the result is infinite.
+        If their median is 0, most clients changed nothing and do not tell how far one moves that
+        does: then the others alone are looked at, and again there must be five.
+    ratio
+        Robust standard deviations that an honest norm may lie above the median, above 0.
+    """
+    if median(norms or [0.0]) == 0:
+        norms = [norm for norm in norms if norm > 0]
+    if len(norms) < _FEWEST_NORMS:
+        return inf
+    middle = median(norms)
+    deviation = _DEVIATIONS_PER_MAD * median(abs(norm - middle) for norm in norms)
+    return middle + ratio * max(deviation, _LEAST_DEVIATION * middle)
+
+
+def clip_factors(norms: Sequence[float], ratio: float) -> list[float]:
+    """Return what each change is to be multiplied with, so that none exceeds ``ratio * median``.
+
+    Parameters
+    ----------
+    norms
+        One a client, finite, at least 0. If their median is 0, nothing is clipped.
+    ratio
+        Multiple of the median norm that is left alone, above 0.
+
+    Returns
+    -------
+    list of float
+        One a norm, in (0, 1]: 1 leaves a change as it is.
+    """
+    limit = ratio * median(norms or [0.0])
+    return [limit / norm if 0 < limit < norm else 1.0 for norm in norms]
+
+
+def shrink_change(after: Adapter, before: Adapter, factor: float) -> Adapter:
+    """Return ``before + factor * (after - before)``, factors and head alike.
+
+    Parameters
+    ----------
+    after, before
+        As in `change_norm`; the result has the dtype of ``before``.
+    factor
+        In [0, 1]. 1 returns ``after`` bit for bit.
+    """
+    if factor == 1:
+        return after
+    changes = _changes(after, before)
+
+    def shrink(part: str, name: str, old: Tensor) -> Tensor:
+        change = changes[part, name]
+        return (old.double() + factor * change).to(old.dtype)
+
+    modules = {
+        name: LoraFactors(shrink("lora_A", name, old.lora_A), shrink("lora_B", name, old.lora_B))
+        for name, old in before.modules.items()
+    }
+    return Adapter(modules, {n: shrink("head", n, old) for n, old in before.head.items()})
+
+
+def _changes(after: Adapter, before: Adapter) -> dict[tuple[str, str], Tensor]:
+    """Return the change of every tensor in float64, by part and name; none is broadcast."""
+    new, old = _tensors(after), _tensors(before)
+    if new.keys() != old.keys():
+        odd = sorted(new.keys() ^ old.keys())
+        raise ValueError(f"the adapters before and after differ in {odd[:3]}")
+    for (part, name), tensor in new.items():
+        shapes = tuple(tensor.shape), tuple(old[part, name].shape)
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{part} of {name!r}: {shapes[0]} after, {shapes[1]} before")
+    return {key: tensor.double() - old[key].double() for key, tensor in new.items()}
+
+
+def _tensors(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
+    tensors = {("head", name): tensor for name, tensor in adapter.head.items()}
+    for name, factors in adapter.modules.items():
+        tensors |= {("lora_A", name): factors.lora_A, ("lora_B", name): factors.lora_B}
+    return tensors
