@@ -15,8 +15,10 @@ from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.sources import TextSource
+from hafl_app.federation.privacy import PrivacyOptions, new_noise_key
 from hafl_app.federation.profiles import scale_tiers
-from hafl_app.strategies.base import FederationOptions, HeterogeneousLora
+from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.options import FederationOptions
 from hafl_app.training.base import BaseSpec, load_tokeniser
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier, resident_classifier
 from hafl_app.training.device import resolve_device
@@ -31,25 +33,31 @@ KNOBS = {
 }
 
 
-def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
-    """Compose the settings that a Flower run config asks for.
+def overrides_of_run(run_config: Mapping[str, Any]) -> list[str]:
+    """Return the Hydra overrides that a Flower run config asks for.
 
     Parameters
     ----------
     run_config
         ``overrides``, a string of Hydra overrides, and the everyday knobs, which come after and
         win; empty means "as in conf/".
+    """
+    overrides = shlex.split(str(run_config.get("overrides", "")))
+    for knob, setting in KNOBS.items():
+        if str(run_config.get(knob, "")):
+            overrides.append(f"{setting}={run_config[knob]}")
+    return overrides
+
+
+def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
+    """Compose the settings that a Flower run config asks for, see `overrides_of_run`.
 
     Raises
     ------
     hafl_app.config.compose.SettingsError
         In one line, if they are wrong.
     """
-    overrides = shlex.split(str(run_config.get("overrides", "")))
-    for knob, setting in KNOBS.items():
-        if str(run_config.get(knob, "")):
-            overrides.append(f"{setting}={run_config[knob]}")
-    return compose(overrides)
+    return compose(overrides_of_run(run_config))
 
 
 def show_log() -> None:
@@ -79,6 +87,7 @@ def base_spec(settings: Settings) -> BaseSpec:
         num_layers=model.num_layers,
         random_weights=model.random_weights,
         pooling=model.pooling,
+        trust_remote_code=model.trust_remote_code,
     )
 
 
@@ -126,9 +135,15 @@ def _federated_text(
         validation_fraction=validation_fraction,
         holdout_fraction=holdout_fraction,
         tokenise=_LazyTokeniser(spec, max_length),
-        tokeniser_key=f"{spec.path}@{spec.revision}/{max_length}",
+        tokeniser_key=_tokeniser_key(spec, max_length),
         cache=cache_folder(),
     )
+
+
+def _tokeniser_key(spec: BaseSpec, max_length: int) -> str:
+    # A tokenizer of the model's own code may cut texts otherwise.
+    code = "/own code" if spec.trust_remote_code else ""
+    return f"{spec.path}@{spec.revision}/{max_length}{code}"
 
 
 def classifier_spec(settings: Settings, num_labels: int) -> ClassifierSpec:
@@ -154,6 +169,12 @@ def train_options(settings: Settings) -> TrainOptions:
     return TrainOptions(**{f.name: getattr(settings.client, f.name) for f in fields(TrainOptions)})
 
 
+def privacy_options(settings: Settings) -> PrivacyOptions:
+    """Return how private the run is, with a key for its noise."""
+    values = {k: v for k, v in asdict(settings.privacy).items() if k != "noise_seed"}
+    return PrivacyOptions(**values, noise_key=new_noise_key(settings.privacy.noise_seed))
+
+
 def federation_options(settings: Settings) -> FederationOptions:
     """Return what holds for the whole run, whatever the method."""
     federation = settings.federation
@@ -169,6 +190,15 @@ def federation_options(settings: Settings) -> FederationOptions:
         lora_alpha=settings.lora.lora_alpha,
         scaling=settings.lora.scaling,
         timeout_s=federation.round_timeout_s,
+        min_replies=federation.min_replies,
+        max_retries=federation.max_retries,
+        max_norm_ratio=federation.max_norm_ratio,
+        clip_ratio=federation.clip_ratio,
+        robust=federation.robust,
+        trim_fraction=federation.trim_fraction,
+        quarantine_after=federation.quarantine.after,
+        quarantine_rounds=federation.quarantine.rounds,
+        privacy=privacy_options(settings),
     )
 
 

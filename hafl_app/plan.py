@@ -5,13 +5,20 @@ library only, because every other room reads it.
 """
 
 import json
+import re
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import floor
-from typing import Literal, get_args
+from textwrap import shorten
+from typing import Any, Literal, get_args
 
 HeadPolicy = Literal["averaged", "frozen", "local"]
 ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
+
+# "0-99999999999" is short to write and long to expand; no adapter has that many components.
+_MAX_COMPONENTS = 2**16
+_RUN = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 
 
 def format_indices(indices: Iterable[int]) -> str:
@@ -31,16 +38,35 @@ def parse_indices(text: str) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If ``text`` is not of that form.
+        If ``text`` is not of that form, or means more than 65,536 components.
     """
     indices: list[int] = []
     for run in text.split(",") if text else []:
-        first, dash, last = run.partition("-")
-        start, stop = int(first), int(last if dash else first)
+        match = _RUN.fullmatch(run)
+        if not match:
+            raise ValueError(f"component indices: {run[:40]!r} is not like '3' or '3-7'")
+        start, stop = int(match[1]), int(match[2] or match[1])
         if start > stop:
-            raise ValueError(f"component indices {text!r}: {run!r} runs backwards")
+            raise ValueError(f"component indices: {run!r} runs backwards")
+        if len(indices) + stop - start >= _MAX_COMPONENTS:
+            raise ValueError(f"component indices: more than {_MAX_COMPONENTS} at {run!r}")
         indices.extend(range(start, stop + 1))
     return tuple(indices)
+
+
+def _require(holds: bool, name: str, expected: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _is_whole(value: object, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # also False for NaN, and for an int beyond a float
 
 
 @dataclass(frozen=True)
@@ -72,8 +98,8 @@ class ModulePlan:
                 f"trainable components {self.trainable} must be distinct and among the held "
                 f"ones {self.held}"
             )
-        if not self.scaling > 0:
-            raise ValueError(f"scaling must be above 0, got {self.scaling}")
+        valid = _is_finite(self.scaling) and self.scaling > 0
+        _require(valid, "scaling", "above 0 and finite", self.scaling)
 
     @property
     def trainable_slots(self) -> tuple[int, ...]:
@@ -96,12 +122,32 @@ class TailPruning:
     tail starts at ``floor(decay * rank)`` of a module's trainable components, but never below
     ``min_rank``. If, after training, the tail's norm product is below its value before, only the
     components before the tail are uploaded.
+
+    Parameters
+    ----------
+    decay
+        Share of the components before the tail, in [0, 1].
+    weight
+        Factor of the regulariser in the loss, at least 0.
+    min_rank
+        Lowest rank that pruning leaves, at least 0.
+    prune
+        Whether a tail that shrank is dropped.
     """
 
     decay: float
     weight: float
     min_rank: int
     prune: bool = True
+
+    def __post_init__(self) -> None:
+        share = _is_finite(self.decay) and 0 <= self.decay <= 1
+        _require(share, "tail decay", "in [0, 1]", self.decay)
+        weighs = _is_finite(self.weight) and self.weight >= 0
+        _require(weighs, "tail weight", "at least 0 and finite", self.weight)
+        whole = _is_whole(self.min_rank, at_least=0)
+        _require(whole, "tail min_rank", "a whole number from 0", self.min_rank)
+        _require(isinstance(self.prune, bool), "tail prune", "true or false", self.prune)
 
     def start(self, rank: int) -> int:
         """First component of the tail of a module with ``rank`` components."""
@@ -155,8 +201,16 @@ class TrainPlan:
             ("head", self.head, get_args(HeadPolicy)),
             ("importance", self.importance, get_args(ImportanceMeasure)),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+            _require(value in allowed, name, f"one of {', '.join(allowed)}", value)
+        smoothing = self.importance_smoothing
+        decays = _is_finite(smoothing) and 0 <= smoothing < 1
+        _require(decays, "importance_smoothing", "in [0, 1)", smoothing)
+        for name, number, least in (
+            ("probe_batches", self.probe_batches, 0),
+            ("local_epochs", self.local_epochs, 1),
+            ("max_steps", self.max_steps, 0),
+        ):
+            _require(_is_whole(number, least), name, f"a whole number from {least}", number)
 
     def training_everything(self) -> "TrainPlan":
         """Return the plan with every held component trainable."""
@@ -180,16 +234,36 @@ class TrainPlan:
         Raises
         ------
         ValueError
-            If ``text`` is not a plan.
+            If ``text`` is not a plan: a key missing or unknown, or a value out of its range.
         """
         try:
-            values = json.loads(text)
-            modules = {
-                name: ModulePlan(parse_indices(held), parse_indices(trainable), scaling)
-                for held, trainable, scaling, names in values.pop("modules")
-                for name in names
-            }
-            tail = values.pop("tail")
-            return cls(modules=modules, tail=TailPruning(**tail) if tail else None, **values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a train plan: {error}") from error
+            values = _with_keys_of(cls, json.loads(text))
+            tail = values["tail"]
+            values["modules"] = _read_modules(values["modules"])
+            if tail is not None:
+                values["tail"] = TailPruning(**_with_keys_of(TailPruning, tail))
+            return cls(**values)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not a train plan: {shorten(str(error), 300)}") from error
+
+
+def _with_keys_of(kind: type[Any], values: Any) -> dict[str, Any]:
+    """Return ``values`` if it names exactly the fields of a dataclass: none has a default here."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{kind.__name__} is {type(values).__name__}, expected an object")
+    if odd := sorted({field.name for field in fields(kind)} ^ set(values)):
+        raise ValueError(f"{kind.__name__}: keys missing or unknown: {odd}")
+    return values
+
+
+def _read_modules(entries: Any) -> dict[str, ModulePlan]:
+    modules: dict[str, ModulePlan] = {}
+    for held, trainable, scaling, names in entries:
+        plan = ModulePlan(parse_indices(held), parse_indices(trainable), scaling)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"module names {names!r}, expected a list of text")
+        for name in names:
+            if name in modules:
+                raise ValueError(f"module {name!r} occurs twice")
+            modules[name] = plan
+    return modules

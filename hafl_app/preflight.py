@@ -2,6 +2,7 @@
 
 from hafl_app import assembly
 from hafl_app.config.schema import Settings
+from hafl_app.strategies.private import check_federation
 from hafl_app.training.base import locate
 from hafl_app.training.classifier import adapter_shapes
 from hafl_app.training.device import resolve_device
@@ -15,6 +16,9 @@ def check(settings: Settings) -> None:
     ValueError
         In one line: the value, what was expected, and where.
     """
+    check_federation(settings.privacy.kind, settings.federation)  # type: ignore[arg-type]
+    if settings.privacy.kind == "central_dp":
+        assembly.strategy(settings).private_division()
     resolve_device(settings.client.device)
     num_clients = settings.federation.num_clients
     tiers = assembly.client_tiers(settings, num_clients)

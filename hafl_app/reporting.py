@@ -4,11 +4,12 @@ import math
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from flwr.app import MetricRecord
 from omegaconf import OmegaConf
@@ -23,10 +24,18 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.strategies.alone import AloneResult
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.exchange import ClientReport
-from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord, Tracker, Trackers
+from hafl_app.strategies.snapshot import adapter_of, adapter_tree
+from hafl_app.tracking.base import (
+    NO_HISTORY,
+    ClientRecord,
+    ClientRow,
+    RoundRecord,
+    Tracker,
+    Trackers,
+)
 from hafl_app.tracking.console import ConsoleTracker
 from hafl_app.tracking.curves import draw_curves
-from hafl_app.tracking.jsonl import JsonlTracker
+from hafl_app.tracking.jsonl import JsonlTracker, read_history
 from hafl_app.tracking.wandb import WandbTracker
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.device import threads
@@ -66,7 +75,10 @@ class RunReport:
         self._score = adapter_evaluator(classifier, settings.client.precision)
         self._folder = folder
         self._num_threads = settings.federation.server_threads or os.cpu_count() or 1
-        self._trackers = _trackers(settings, folder)
+        self._run_id = uuid4().hex
+        self._trackers = _trackers(settings, folder, self._run_id)
+        self._history = NO_HISTORY
+        self._privacy = assembly.privacy_options(settings)
         self._started = time.perf_counter()
         self._outcomes: list[ClientReport] = []
         self.rounds: list[RoundRecord] = []
@@ -92,29 +104,59 @@ class RunReport:
             )
             for p in profiles
         ]
-        self._trackers.start(plain_settings(self._settings), rows)
+        self._trackers.start(plain_settings(self._settings), rows, self._history)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to go on with this report, as plain values."""
+        validation, best_round, _ = self._best or (math.nan, 0, None)
+        return {
+            "run_id": self._run_id,
+            "seconds": time.perf_counter() - self._started,
+            "best": {"validation": validation, "round": best_round} if self._best else None,
+        }
+
+    def tensors(self) -> dict[str, Any]:
+        """Return the adapter of the best round, as a tree of tensors."""
+        return {"best": adapter_tree(self._best[2])} if self._best else {}
+
+    def resume(self, last_round: int, state: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        """Go on with an earlier run's report, after its round ``last_round``.
+
+        Raises
+        ------
+        OSError, ValueError
+            If what it told of its rounds cannot be read.
+        """
+        self._run_id = state["run_id"]
+        self._trackers = _trackers(self._settings, self._folder, self._run_id)
+        self._started -= state["seconds"]
+        self._history = read_history(self._folder, last_round)
+        self.rounds = list(self._history.rounds)
+        if best := state["best"]:
+            self._best = (best["validation"], best["round"], adapter_of(tensors["best"]))
+        self.clients(self._strategy.directory.in_order())
 
     def on_client(self, report: ClientReport) -> None:
         """Take in what became of one client's training."""
         self._outcomes.append(report)
         metrics, profile = report.metrics, report.profile
-        self._trackers.log_client(
-            ClientRecord(
-                server_round=report.server_round,
-                partition_id=profile.partition_id,
-                node_id=profile.node_id,
-                rank=profile.rank,
-                components_trained=report.components,
-                num_examples=int(metrics.get("num-examples", 0)),
-                loss=metrics.get("loss", math.nan),
-                seconds=metrics.get("seconds", math.nan),
-                peak_memory_mb=metrics.get("peak-memory-mb", math.nan),
-                bytes_down=report.bytes_down,
-                bytes_up=report.bytes_up,
-                error=report.error,
-                probe_seconds=metrics.get("probe-seconds", 0.0),
-            )
+        record = ClientRecord(
+            server_round=report.server_round,
+            partition_id=profile.partition_id,
+            node_id=profile.node_id,
+            rank=profile.rank,
+            components_trained=report.components,
+            num_examples=int(metrics.get("num-examples", 0)),
+            loss=metrics.get("loss", math.nan),
+            seconds=metrics.get("seconds", math.nan),
+            peak_memory_mb=metrics.get("peak-memory-mb", math.nan),
+            bytes_down=report.bytes_down,
+            bytes_up=report.bytes_up,
+            error=report.error,
+            probe_seconds=metrics.get("probe-seconds", 0.0),
         )
+        # Under central privacy nobody outside is told who took part, and how it went there.
+        self._trackers.log_client(record, external=self._privacy.kind != "central_dp")
 
     def evaluate(self, server_round: int) -> MetricRecord:
         """Score the global adapter on the central splits and log the round."""
@@ -124,11 +166,18 @@ class RunReport:
         central = self._settings.model.head != "local"
         if central:
             metrics |= self._central_scores(self._strategy.global_adapter)
+        private = self._privacy.kind != "none"
+        if private:
+            from hafl_app.federation.accounting import epsilon_after  # noqa: PLC0415  takes a second
+
+            rate = self._settings.federation.fraction_train
+            metrics["privacy/epsilon"] = epsilon_after(self._privacy, server_round, rate)
         traffic = self._strategy.ledger.of_round(server_round)
         record = RoundRecord(
             server_round=server_round,
             seconds=time.perf_counter() - (self._strategy.round_started or self._started),
-            train_loss=self._strategy.train_loss,
+            # A mean of losses carries no noise.
+            train_loss=math.nan if private else self._strategy.train_loss,
             bytes_down=traffic.bytes_down,
             bytes_up=traffic.bytes_up,
             replies=sum(not outcome.error for outcome in self._outcomes),
@@ -208,7 +257,11 @@ class RunReport:
                 phase: {
                     "down": ledger.of_phase(phase).bytes_down,
                     "up": ledger.of_phase(phase).bytes_up,
-                    "by_rank": ledger.of_phase(phase).by_rank(),
+                    "refused": ledger.of_phase(phase).refused,
+                    "by_rank": {
+                        str(rank): asdict(traffic)
+                        for rank, traffic in ledger.by_rank(phase).items()
+                    },
                 }
                 for phase in ("train", "evaluate", "alone")
             },
@@ -243,7 +296,7 @@ def _title(settings: Settings) -> str:
     )
 
 
-def _trackers(settings: Settings, folder: Path) -> Trackers:
+def _trackers(settings: Settings, folder: Path, run_id: str) -> Trackers:
     tracking = settings.tracking
     required: list[Tracker] = [
         ConsoleTracker(None, settings.federation.num_rounds),
@@ -258,6 +311,7 @@ def _trackers(settings: Settings, folder: Path) -> Trackers:
                 "offline" if tracking.mode == "offline" else "online",
                 folder,
                 folder.name,
+                run_id,
             )
         )
     return Trackers(required, external)

@@ -1,19 +1,23 @@
 """ServerApp: compose the settings, build the objects, run the federation, report it."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from flwr.app import Context, MetricRecord
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from hafl_app import assembly
+from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
 from hafl_app.gains import lone_clients
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.reporting import RunReport
-from hafl_app.strategies.alone import train_alone
+from hafl_app.resuming import RunCheckpoints, check_settings, load_checkpoint, resume
+from hafl_app.strategies.alone import AloneResult, train_alone
+from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.rounds import run_rounds
 
 app = ServerApp()
 
@@ -21,28 +25,34 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
-    run(grid, assembly.settings_of_run(context.run_config))
+    overrides = assembly.overrides_of_run(context.run_config)
+    run(grid, compose(overrides), overrides=overrides)
 
 
 def run(
     grid: Grid,
     settings: Settings,
     *,
+    overrides: Sequence[str] = (),
     on_round: Callable[[int, Adapter], None] | None = None,
 ) -> None:
     """Run a federation over the grid's nodes and write its results.
 
     Parameters
     ----------
+    overrides
+        That the settings were composed from; a checkpoint keeps them.
     on_round
         Told the global adapter before the first round (0) and after every round.
 
     Raises
     ------
-    hafl_app.strategies.base.StrategyError
+    hafl_app.strategies.hooks.StrategyError
         If the method cannot serve these nodes.
-    hafl_app.strategies.base.RoundFailedError
-        If nobody's training counted in a round.
+    hafl_app.strategies.rounds.RoundFailedError
+        If a round did not work, however often it was repeated.
+    hafl_app.resuming.ResumeError
+        If the run to go on from cannot go on, or not with these settings.
     """
     assembly.show_log()
     # Flower tells of each round in a dozen lines; ours are told by the trackers.
@@ -57,25 +67,54 @@ def run(
         {} if settings.model.head == "local" else classifier.initial_head
     )
     report = RunReport(settings, strategy, text, classifier, folder)
-    report.start()
+    checkpoints = RunCheckpoints(folder, settings, tuple(overrides))
 
-    def evaluate(server_round: int) -> MetricRecord:
-        metrics = report.evaluate(server_round)
+    def after_round(server_round: int) -> None:
+        report.evaluate(server_round)
         if on_round is not None:
             on_round(server_round, strategy.global_adapter)
-        return metrics
+        checkpoints.save(strategy, report, grid, server_round)
 
     try:
-        options = assembly.federation_options(settings)
-        strategy.run(grid, initial, options, evaluate, report.on_client)
-        lone = lone_clients(settings, strategy.directory.in_order())
-        alone = train_alone(strategy, grid, initial, lone) if lone else []
-        if lone and settings.federation.alone_at_max_rank:
-            alone += train_alone(strategy, grid, initial, lone, strategy.max_rank)
-        report.finish(alone)
+        done = _begin(grid, settings, strategy, initial, report, checkpoints)
+        if done is None:
+            after_round(0)
+        run_rounds(strategy, grid, (done or 0) + 1, after_round)
+        report.finish(_alone(grid, settings, strategy, initial))
     except BaseException as error:
         report.fail(f"{type(error).__name__}: {error}")
         raise
+
+
+def _begin(
+    grid: Grid,
+    settings: Settings,
+    strategy: HeterogeneousLora,
+    initial: Adapter,
+    report: RunReport,
+    checkpoints: RunCheckpoints,
+) -> int | None:
+    """Prepare everything, and return the last finished round of the run to go on from."""
+    checkpoint = load_checkpoint(Path(settings.resume)) if settings.resume else None
+    if checkpoint is not None:
+        check_settings(checkpoint, settings)
+    report.start()
+    strategy.prepare(grid, initial, assembly.federation_options(settings), report.on_client)
+    if checkpoint is None:
+        checkpoints.forget()
+        return None
+    resume(checkpoint, strategy, report, grid)
+    return checkpoint.server_round
+
+
+def _alone(
+    grid: Grid, settings: Settings, strategy: HeterogeneousLora, initial: Adapter
+) -> list[AloneResult]:
+    lone = lone_clients(settings, strategy.directory.in_order())
+    alone = train_alone(strategy, grid, initial, lone) if lone else []
+    if lone and settings.federation.alone_at_max_rank:
+        alone += train_alone(strategy, grid, initial, lone, strategy.max_rank)
+    return alone
 
 
 def output_folder(settings: Settings) -> Path:

@@ -1,6 +1,7 @@
 """Run a federation on this machine: `python scripts/simulate.py strategy=hafl seed=1`.
 
 `-m` sweeps: `python scripts/simulate.py -m strategy=hafl,zero_padding seed=0,1`.
+`resume=FOLDER` or `resume=latest` goes on with a run that stopped; other arguments change it.
 Settings are Hydra overrides of `conf/`; `--help` lists the groups.
 """
 
@@ -47,12 +48,39 @@ def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
     return [[o for o in job if not o.startswith("hydra.")] for job in jobs]
 
 
+def resumed(arguments: Sequence[str]) -> list[str]:
+    """Return the command line of the run that ``resume=...`` asks for, else the same arguments.
+
+    The settings are those of the run that goes on, then what else stands on the command line.
+
+    Raises
+    ------
+    hafl_app.resuming.ResumeError
+        If there is no such run, it has no whole checkpoint, or cannot go on with these settings.
+    """
+    given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    if not given:
+        return list(arguments)
+    from hafl_app.resuming import ResumeError, check_settings, latest_run, load_checkpoint
+
+    if {"-m", "--multirun"} & set(arguments):
+        raise ResumeError("resume= goes on with one run: leave out -m")
+    folder = latest_run(Path("outputs")) if given[-1] == "latest" else Path(given[-1]).absolute()
+    checkpoint = load_checkpoint(folder)
+    own = ("resume=", "output_dir=")
+    overrides = [o for o in checkpoint.state["overrides"] if not o.startswith(own)]
+    overrides += [o for o in arguments if not o.startswith(own)]
+    check_settings(checkpoint, compose([o for o in overrides if not o.startswith("hydra.")]))
+    return [*overrides, f"resume={_quoted(str(folder))}", f"hydra.run.dir={_quoted(str(folder))}"]
+
+
 def with_absolute_paths(overrides: Sequence[str], settings: Settings) -> list[str]:
     """Add overrides that make local paths absolute: the apps run in other folders."""
     paths = {
         "dataset.path": settings.dataset.path,
         "dataset.test_path": settings.dataset.test_path,
         "model.path": settings.model.path,
+        "resume": settings.resume,
     }
     return [
         *overrides,
@@ -131,7 +159,7 @@ def main() -> int:
 
 
 def _run_jobs() -> int:
-    arguments = sys.argv[1:]
+    sys.argv[1:] = arguments = resumed(sys.argv[1:])
     if not {"--help", "-h", "--cfg", "-c", "--info", "--hydra-help"} & set(arguments):
         from hafl_app.preflight import check
 

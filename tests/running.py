@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from hafl_app import assembly
 from hafl_app.client_app import app as client_app
 from hafl_app.federation.inprocess import InProcessGrid, server_identity
+from hafl_app.federation.permissions import own_machine
 from hafl_app.server_app import run
 
 # Seconds, not minutes: random weights, generated text, one thread.
@@ -45,7 +46,7 @@ def run_tiny(
     overrides = (*TINY, *overrides, f"output_dir={folder}")
     run_config = {"overrides": shlex.join(overrides)}
     settings = assembly.settings_of_run(run_config)
-    with server_identity():
+    with server_identity(), own_machine():
         run(grid_type(app, settings.federation.num_clients, run_config), settings)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from hafl_app import client_app as client_module
 from hafl_app.federation.records import METRICS
-from hafl_app.strategies.base import RoundFailedError, StrategyError
+from hafl_app.strategies.hooks import StrategyError
+from hafl_app.strategies.rounds import RoundFailedError
 from hafl_app.training import classifier as classifier_module
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.saved import load_adapter

@@ -13,11 +13,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hafl_app.config.schema import Settings
+from hafl_app.config.untrusted import bad_overrides, bad_values, method_class
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -53,11 +53,24 @@ def compose(overrides: Sequence[str]) -> Settings:
 def _compose(overrides: tuple[str, ...]) -> Settings:
     register_schema()
     try:
+        _check_overrides(overrides)
         return to_settings(_merge(overrides))
     except SettingsError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise SettingsError(_explain(error, overrides)) from error
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for problem, name, known in bad_overrides(parsed, _groups()):
+        raise SettingsError(problem + _nearest(name, known))
+
+
+def _groups() -> dict[str, list[str]]:
+    """List the files of every config group."""
+    folders = (path for path in sorted(CONF.iterdir()) if path.is_dir())
+    return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folders}
 
 
 def _merge(overrides: Sequence[str]) -> DictConfig:
@@ -79,6 +92,8 @@ def to_settings(composed: DictConfig) -> Settings:
     SettingsError
         See `compose`.
     """
+    for problem in bad_values(composed):
+        raise SettingsError(problem)
     composed = composed.copy()
     composed.strategy = _typed_strategy(composed.strategy)
     missing = sorted(OmegaConf.missing_keys(composed))
@@ -99,9 +114,12 @@ def strategy_arguments(settings: Settings) -> dict[str, Any]:
 def _typed_strategy(strategy: DictConfig) -> DictConfig:
     """Check the strategy's settings against the fields of the class it names."""
     values: Any = OmegaConf.to_container(strategy, resolve=True)
-    target = values.pop("_target_")
     try:
-        typed: Any = OmegaConf.merge(OmegaConf.structured(get_class(target)), values)
+        method = method_class(values.pop("_target_", None))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    try:
+        typed: Any = OmegaConf.merge(OmegaConf.structured(method), values)
     except OmegaConfBaseException as error:
         raise SettingsError(f"strategy.{error.full_key}: {_first_line(error)}") from error
     merged: DictConfig = typed
@@ -130,27 +148,15 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as problem:
         return _first_line(problem)
-    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+    groups = _groups()
+    known = _known_keys(tuple(o for o in overrides if o.partition("=")[0] in groups))
     for override in parsed:
-        key = override.key_or_group
-        if key in groups:
-            options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
-            choice = str(override.value())
-            if choice not in options:
-                return f"{key}={choice}: no such {key}; there are {', '.join(options)}" + _nearest(
-                    choice, options
-                )
-        elif (known := _known_keys(tuple(o for o in overrides if _is_group(o, groups)))) and (
-            key not in known
-        ):
-            return f"{override.input_line}: no such setting{_nearest(key, known)}"
+        if known and override.key_or_group not in (*groups, *known):
+            hint = _nearest(override.key_or_group, known)
+            return f"{override.input_line}: no such setting{hint}"
     name = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     text = _first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
     return f"{name}: {text}" if name and name not in text else text
-
-
-def _is_group(override: str, groups: Sequence[str]) -> bool:
-    return override.partition("=")[0] in groups
 
 
 def _known_keys(group_overrides: tuple[str, ...]) -> list[str]:

@@ -8,6 +8,8 @@ import pandas as pd
 
 from hafl_app.data.errors import DataError, nearest
 
+_LONGEST_NAME = 30  # of a column, in a message
+
 
 def standardise(
     table: pd.DataFrame,
@@ -63,7 +65,7 @@ def require_column(columns: Iterable[Any], name: str, setting: str, origin: str)
     names = [str(column) for column in columns]
     if name not in names:
         raise DataError(
-            f"{setting}: {origin} has no column {name!r}, only {', '.join(names)}"
+            f"{setting}: {origin} has no column {name!r}, only {', '.join(map(_cut, names))}"
             f"{nearest(name, names)}"
         )
 
@@ -87,10 +89,11 @@ def index_labels(table: pd.DataFrame, names: Sequence[str], origin: str) -> pd.D
     """
     unknown = ~table["label"].isin(list(names))
     if unknown.any():
-        label = str(table["label"][unknown].iloc[0])
+        # The label is not told: under a wrong label_column it is somebody's text.
         raise DataError(
-            f"{origin} data: {int(unknown.sum())} rows have a label that is not among the "
-            f"{len(names)} of the training data, such as {label!r}{nearest(label, names)}"
+            f"{origin} data: {int(unknown.sum())} rows, the first is row "
+            f"{int(unknown.to_numpy().argmax()) + 1}, have a label that is not among the "
+            f"{len(names)} of the training data"
         )
     index = {name: i for i, name in enumerate(names)}
     return table.assign(label=table["label"].map(index).astype("int64"))
@@ -107,8 +110,13 @@ def to_dataset(table: pd.DataFrame, origin: str) -> datasets.Dataset:
     try:
         return datasets.Dataset.from_pandas(table, preserve_index=False)
     except (ValueError, TypeError) as error:
-        reason = "; ".join(str(part) for part in error.args)
-        raise DataError(f"{origin} data: a column mixes types ({reason})") from error
+        # pyarrow's last word names the column; the ones before quote a cell, as the cause would.
+        raise DataError(f"{origin} data: a column mixes types ({error.args[-1]})") from None
+
+
+def _cut(name: str) -> str:
+    # In a file without a header the names are somebody's data.
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 
 def _refuse(bad: "pd.Series[Any]", what: str, expected: str) -> None:

@@ -20,6 +20,7 @@ from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
 from hafl_app.experiments.comparison import Job
 from hafl_app.federation.inprocess import InProcessGrid, server_identity
+from hafl_app.federation.permissions import own_machine
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.reporting import plain_settings
 from hafl_app.server_app import run
@@ -38,12 +39,12 @@ class Outcome:
 def run_federation(
     overrides: Sequence[str], on_round: Callable[[int, Adapter], None] | None = None
 ) -> None:
-    """Run one federation in this process."""
+    """Run one federation in this process, with whatever files and models its user names."""
     settings = compose(overrides)
     run_config = {"overrides": shlex.join(overrides)}
-    with server_identity():
+    with server_identity(), own_machine():
         grid = InProcessGrid(client_app, settings.federation.num_clients, run_config)
-        run(grid, settings, on_round=on_round)
+        run(grid, settings, overrides=overrides, on_round=on_round)
 
 
 def is_finished(folder: Path, settings: Settings) -> bool:

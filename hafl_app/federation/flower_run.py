@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from hafl_app.federation.permissions import OWN_MACHINE
+
 # Every process that a run starts inherits this variable, and is found by it afterwards.
 _TOKEN = "HAFL_RUN_TOKEN"
 _CONNECTION = "own"
@@ -223,7 +225,9 @@ def _shorten(details: str) -> str:
 
 def _environment(home: Path, token: str) -> dict[str, str]:
     scripts = str(Path(sys.executable).parent)
-    return os.environ | {
+    # What the user has set goes before what is allowed on one's own machine.
+    inherited = OWN_MACHINE | dict(os.environ)
+    return inherited | {
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

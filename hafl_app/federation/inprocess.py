@@ -62,6 +62,15 @@ class InProcessGrid(Grid):
         """The run that the messages belong to."""
         return self._run
 
+    def client_states(self) -> dict[int, RecordDict]:
+        """Return what each client keeps between its messages, by partition."""
+        return {node_id - 1: context.state for node_id, context in self._contexts.items()}
+
+    def set_client_states(self, states: Mapping[int, RecordDict]) -> None:
+        """Give clients what they kept in an earlier run."""
+        for partition_id, state in states.items():
+            self._contexts[partition_id + 1].state = state
+
     def create_message(
         self,
         content: RecordDict,

@@ -1,70 +1,75 @@
-"""The ledger: bytes of every message, by round, phase and partition."""
+"""The ledger: bytes and refusals of every exchange, by round, phase and rank."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Bytes of one exchange with one node: the request down, the reply up; heads counted apart.
+class Traffic:
+    """Sums over exchanges: bytes, of which the heads', and how many of them did not count."""
 
-    `phase` is ``train``, ``evaluate`` or ``alone``.
-    """
+    exchanges: int = 0
+    refused: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    head_bytes_down: int = 0
+    head_bytes_up: int = 0
 
-    server_round: int
-    phase: str
-    partition_id: int
-    rank: int
-    bytes_down: int
-    bytes_up: int
-    head_bytes_down: int
-    head_bytes_up: int
+    def __add__(self, other: "Traffic") -> "Traffic":
+        """Return the sums of both."""
+        return Traffic(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Traffic)))
 
 
 class Ledger:
-    """All exchanges of a run, failed ones included."""
+    """All exchanges of a run, failed ones included; it grows with rounds, not with clients."""
 
     def __init__(self) -> None:
-        self.entries: list[Entry] = []
+        self._sums: dict[tuple[int, str, int], Traffic] = {}
 
-    def add(self, entry: Entry) -> None:
-        """Record an exchange."""
-        self.entries.append(entry)
+    def add(self, server_round: int, phase: str, rank: int, traffic: Traffic) -> None:
+        """Enter an exchange.
 
-    def of_round(
-        self, server_round: int, phases: Iterable[str] = ("train", "evaluate")
-    ) -> "Ledger":
-        """Return the entries of one round."""
-        selected = Ledger()
-        selected.entries = [
-            e for e in self.entries if e.server_round == server_round and e.phase in phases
+        Parameters
+        ----------
+        phase
+            ``train``, ``evaluate`` or ``alone``.
+        rank
+            The node's budget.
+        """
+        key = (server_round, phase, rank)
+        self._sums[key] = self._sums.get(key, Traffic()) + traffic
+
+    def of_round(self, server_round: int, phases: Iterable[str] = ("train", "evaluate")) -> Traffic:
+        """Return the sums of one round."""
+        chosen = [t for (r, p, _), t in self._sums.items() if r == server_round and p in phases]
+        return sum(chosen, start=Traffic())
+
+    def of_phase(self, phase: str) -> Traffic:
+        """Return the sums of one phase over all rounds."""
+        return sum(self.by_rank(phase).values(), start=Traffic())
+
+    def by_rank(self, phase: str) -> dict[int, Traffic]:
+        """Return the sums of one phase by rank, in ascending order."""
+        table: dict[int, Traffic] = {}
+        for (_, p, rank), traffic in sorted(self._sums.items()):
+            if p == phase:
+                table[rank] = table.get(rank, Traffic()) + traffic
+        return dict(sorted(table.items()))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return all sums as plain values."""
+        return [
+            {"server_round": r, "phase": p, "rank": k, **asdict(t)}
+            for (r, p, k), t in self._sums.items()
         ]
-        return selected
 
-    def of_phase(self, phase: str) -> "Ledger":
-        """Return the entries of one phase."""
-        selected = Ledger()
-        selected.entries = [e for e in self.entries if e.phase == phase]
-        return selected
-
-    @property
-    def bytes_down(self) -> int:
-        """Bytes sent to nodes."""
-        return sum(entry.bytes_down for entry in self.entries)
-
-    @property
-    def bytes_up(self) -> int:
-        """Bytes received from nodes."""
-        return sum(entry.bytes_up for entry in self.entries)
-
-    def by_rank(self) -> dict[str, dict[str, int]]:
-        """Return total bytes down and up of each rank, and of them the head's."""
-        table: dict[str, dict[str, int]] = {}
-        for entry in sorted(self.entries, key=lambda e: e.rank):
-            row = table.setdefault(
-                str(entry.rank),
-                {"bytes_down": 0, "bytes_up": 0, "head_bytes_down": 0, "head_bytes_up": 0},
-            )
-            for key in row:
-                row[key] += getattr(entry, key)
-        return table
+    @classmethod
+    def from_json(cls, rows: Iterable[Mapping[str, Any]]) -> "Ledger":
+        """Read what `to_json` wrote."""
+        ledger = cls()
+        for row in rows:
+            values = dict(row)
+            key = values.pop("server_round"), values.pop("phase"), values.pop("rank")
+            ledger.add(*key, Traffic(**values))
+        return ledger

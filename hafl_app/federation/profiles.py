@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from textwrap import shorten
 from typing import TypeVar
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -14,7 +15,13 @@ from flwr.serverapp import Grid
 _LOGGER = logging.getLogger(__name__)
 PROFILE = "profile"
 _POLL_SECONDS = 0.2
+_LEAST = {"partition_id": 0, "num_partitions": 1, "rank": 1, "num_examples": 0}
+_REFUSED_SECONDS = 30.0
 T = TypeVar("T")
+# A node's regular expression runs on the server: names and a few plain repetitions, so that no
+# node can write one that takes for ever.
+_MOST_REPETITIONS = 3
+_HARMLESS = re.compile(r"(?:[\w|-]|\\?\.|\\d\+|\.\*){1,80}")
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,25 @@ class NodeProfile:
             values = dict(reply.content.config_records[PROFILE].items())
             known = {k.replace("-", "_"): v for k, v in values.items()}
             pattern = _read_pattern(str(known.pop("rank_pattern", "{}")))
-            return cls(node_id=reply.metadata.src_node_id, rank_pattern=pattern, **known)  # type: ignore[arg-type]
+            profile = cls(node_id=reply.metadata.src_node_id, rank_pattern=pattern, **known)  # type: ignore[arg-type]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a node profile: {error}") from error
+            raise ValueError(f"not a node profile: {shorten(str(error), 300)}") from error
+        _check_values(profile)
+        return profile
+
+
+def _check_values(profile: NodeProfile) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(profile, name)
+        if type(value) is not int or value < least:
+            raise ValueError(f"node profile: {name} is {value!r}, expected a number from {least}")
+    if profile.partition_id >= profile.num_partitions:
+        raise ValueError(
+            f"node profile: partition_id is {profile.partition_id}, expected below "
+            f"num_partitions, {profile.num_partitions}"
+        )
+    if not isinstance(profile.device, str):
+        raise ValueError(f"node profile: device is {profile.device!r}, expected text")  # noqa: TRY004
 
 
 def matches(pattern: str, module: str) -> bool:
@@ -90,16 +113,22 @@ def matches(pattern: str, module: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
+def _is_harmless(pattern: str) -> bool:
+    repetitions = pattern.count("+") + pattern.count("*")
+    return bool(_HARMLESS.fullmatch(pattern)) and repetitions <= _MOST_REPETITIONS
+
+
 def _read_pattern(text: str) -> dict[str, int]:
     try:
         values: dict[str, int] = json.loads(text)
-        for pattern in values:
-            re.compile(pattern)
+        odd = [p for p in values if not _is_harmless(p)]
         valid = all(type(rank) is int and rank >= 1 for rank in values.values())
-    except (AttributeError, TypeError, ValueError, re.error) as error:
-        raise ValueError(f"rank pattern {text!r}: {error}") from error
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"rank pattern {text[:80]!r}: {error}") from error
+    if odd:
+        raise ValueError(f"rank pattern {odd[0][:80]!r}: expected a module's name, with \\d+ or .*")
     if not valid:
-        raise ValueError(f"rank pattern {text!r}: ranks must be whole numbers from 1")
+        raise ValueError(f"rank pattern {text[:80]!r}: ranks must be whole numbers from 1")
     return values
 
 
@@ -115,15 +144,23 @@ class NodeDirectory:
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self.profiles: dict[int, NodeProfile] = {}
+        self.refusals: dict[int, str] = {}  # why nodes cannot take part, until they can
 
     def in_order(self) -> list[NodeProfile]:
         """Return all profiles in partition order."""
         return sorted(self.profiles.values(), key=lambda p: (p.partition_id, p.node_id))
 
     def refresh(self, grid: Grid) -> list[NodeProfile]:
-        """Query nodes that are new, and return the connected ones in partition order."""
+        """Query nodes that are new or could not take part, and return those that can.
+
+        They come in partition order, and are connected.
+        """
+        return self._refresh(grid, ask_again=True)
+
+    def _refresh(self, grid: Grid, ask_again: bool) -> list[NodeProfile]:
         connected = set(grid.get_node_ids())
-        self._query(grid, sorted(connected - set(self.profiles)))
+        known = set(self.profiles) if ask_again else {*self.profiles, *self.refusals}
+        self._query(grid, sorted(connected - known))
         return [profile for profile in self.in_order() if profile.node_id in connected]
 
     def wait_for_all(self, grid: Grid) -> list[NodeProfile]:
@@ -132,20 +169,32 @@ class NodeDirectory:
         Raises
         ------
         TimeoutError
-            If no node has answered by then.
+            If no node that can take part has answered by then, or for half a minute all that did
+            cannot; with the reason of one of them.
         """
-        deadline = time.monotonic() + self._timeout_s
+        started = time.monotonic()
         while True:
-            profiles = self.refresh(grid)
+            profiles = self._refresh(grid, ask_again=False)
             if profiles and len(profiles) >= max(p.num_partitions for p in profiles):
                 return profiles
-            if time.monotonic() > deadline:
+            patience = min(self._timeout_s, _REFUSED_SECONDS) if self._nobody else self._timeout_s
+            if time.monotonic() - started > patience:
                 break
             time.sleep(_POLL_SECONDS)
+        if not profiles and self.refusals:
+            node_id, reason = next(iter(self.refusals.items()))
+            raise TimeoutError(
+                f"{len(self.refusals)} nodes answered, and none can take part; node {node_id}: "
+                f"{reason}"
+            )
         if not profiles:
             raise TimeoutError(f"no node answered within {self._timeout_s:.0f} s")
         _LOGGER.warning("only %d of %d nodes are here", len(profiles), profiles[0].num_partitions)
         return profiles
+
+    @property
+    def _nobody(self) -> bool:
+        return bool(self.refusals) and not self.profiles
 
     def _query(self, grid: Grid, node_ids: Sequence[int]) -> None:
         if not node_ids:
@@ -154,12 +203,18 @@ class NodeDirectory:
         for reply in grid.send_and_receive(messages, timeout=self._timeout_s):
             node_id = reply.metadata.src_node_id
             if reply.has_error():
-                _LOGGER.warning("node %d is left out: %s", node_id, reply.error.reason)
+                self._leave_out(node_id, reply.error.reason or f"error {reply.error.code}")
                 continue
             try:
                 self.profiles[node_id] = NodeProfile.from_reply(reply)
             except ValueError as error:
-                _LOGGER.warning("node %d is left out: %s", node_id, error)
+                self._leave_out(node_id, str(error))
+            else:
+                self.refusals.pop(node_id, None)
+
+    def _leave_out(self, node_id: int, reason: str) -> None:
+        self.refusals[node_id] = reason
+        _LOGGER.warning("node %d is left out: %s", node_id, reason)
 
 
 def scale_tiers(tiers: Iterable[tuple[T, float]], num_clients: int) -> list[T]:

@@ -6,7 +6,8 @@ a layout record says how to cut it. Names on the wire are kebab-case and spelled
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from math import prod
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -16,9 +17,12 @@ from hafl_app.plan import TrainPlan
 
 ARRAYS, LAYOUT, PLAN, METRICS, CONFIG = "arrays", "layout", "plan", "metrics", "config"
 FACTORS, HEAD_PREFIX, IMPORTANCE = "factors", "head/", "importance"
+_NPY, _NPY_MAGIC, _NPY_HEADER_START = "numpy.ndarray", b"\x93NUMPY\x01\x00", 10
+_LARGEST_SIZE = 2**31 - 1  # of one side of a matrix
 NUM_EXAMPLES, SERVER_ROUND = "num-examples", "server-round"
 
 Float32 = NDArray[np.float32]
+T = TypeVar("T")
 
 
 class RecordError(ValueError):
@@ -75,15 +79,12 @@ def unpack(arrays: ArrayRecord, layout: ConfigRecord) -> AdapterArrays:
     RecordError
         If arrays and layout do not fit together, or are not of the codec's types.
     """
-    names, ranks, widths, heights = (
-        _list(layout, key) for key in ("modules", "ranks", "in-features", "out-features")
+    names = _names(layout, "modules")
+    ranks, widths, heights = (
+        _sizes(layout, key, len(names)) for key in ("ranks", "in-features", "out-features")
     )
-    if not len(names) == len(ranks) == len(widths) == len(heights) == len(set(names)):
-        raise RecordError(f"layout: {len(names)} modules, but {len(ranks)} ranks or repeated names")
-    flat, start, modules = _numpy(arrays, FACTORS), 0, {}
-    if any(size < 0 for sizes in (ranks, widths, heights) for size in sizes):
-        raise RecordError("layout: negative sizes")
     expected = sum(r * (m + n) for r, m, n in zip(ranks, heights, widths, strict=True))
+    flat, start, modules = _numpy(arrays, FACTORS), 0, {}
     if flat.shape != (expected,):
         raise RecordError(f"factors: {flat.shape} numbers, the layout says {expected}")
     for name, rank, height, width in zip(names, ranks, heights, widths, strict=True):
@@ -102,11 +103,12 @@ def unpack(arrays: ArrayRecord, layout: ConfigRecord) -> AdapterArrays:
 
 
 def _scores(arrays: ArrayRecord, layout: ConfigRecord) -> Iterator[tuple[str, Float32]]:
-    names, counts = _list(layout, "scored-modules"), _list(layout, "num-scores")
+    names = _names(layout, "scored-modules")
+    counts = _sizes(layout, "num-scores", len(names))
     if not names:
         return
     flat = _numpy(arrays, IMPORTANCE)
-    if len(names) != len(counts) or min(counts) < 0 or flat.shape != (sum(counts),):
+    if flat.shape != (sum(counts),):
         raise RecordError(f"importance: {flat.shape} numbers, the layout says {sum(counts)}")
     ends = np.cumsum(counts)
     for name, count, end in zip(names, counts, ends, strict=True):
@@ -117,23 +119,59 @@ def _float32(array: NDArray[Any]) -> Float32:
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def _list(layout: ConfigRecord, key: str) -> list[Any]:
-    value = layout.get(key)
-    if not isinstance(value, list):
-        raise RecordError(f"layout: {key!r} is {type(value).__name__}, expected a list")
-    return value
+def _names(layout: ConfigRecord, key: str) -> list[str]:
+    names = _list(layout, key, str, "text")
+    if len(names) != len(set(names)):
+        raise RecordError(f"layout: {key!r} has repeated names")
+    return names
+
+
+def _sizes(layout: ConfigRecord, key: str, count: int) -> list[int]:
+    sizes = _list(layout, key, int, "whole numbers")
+    if len(sizes) != count:
+        raise RecordError(f"layout: {key!r} has {len(sizes)} values for {count} modules")
+    if odd := [size for size in sizes if not 0 <= size <= _LARGEST_SIZE]:
+        raise RecordError(f"layout: {key!r} has {odd[0]}, expected 0 to {_LARGEST_SIZE}")
+    return sizes
+
+
+def _list(layout: ConfigRecord, key: str, kind: type[T], expected: str) -> list[T]:
+    values = layout.get(key)
+    # The exact type: True would count as the number 1.
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise RecordError(f"layout: {key!r} is missing or not a list of {expected}")
+    return cast(list[T], values)
 
 
 def _numpy(arrays: ArrayRecord, key: str) -> Float32:
     if key not in arrays:
-        raise RecordError(f"arrays: {key!r} is missing; there are {sorted(arrays)}")
+        raise RecordError(f"arrays: {key!r} is missing; there are {sorted(arrays)[:5]}")
+    array = arrays[key]
+    if array.dtype != "float32" or array.stype != _NPY:
+        raise RecordError(
+            f"arrays: {key!r} has dtype {array.dtype!r} as {array.stype!r}, expected float32 as npy"
+        )
     try:
-        array = arrays[key].numpy()
-    except (TypeError, ValueError, OSError) as error:
+        return _read_npy(array)
+    except (ValueError, OverflowError) as error:
         raise RecordError(f"arrays: {key!r} cannot be read: {error}") from error
-    if array.dtype != np.float32:
-        raise RecordError(f"arrays: {key!r} has dtype {array.dtype}, expected float32")
-    return array
+
+
+def _read_npy(array: Array) -> Float32:
+    """Read npy bytes that have the one header that belongs to the array's declared shape.
+
+    ``numpy.load`` is not used: it parses whatever the header says, allocates what the header
+    claims before it looks for the data, and raises half a dozen other kinds of error.
+    """
+    start = _NPY_HEADER_START + int.from_bytes(array.data[8:_NPY_HEADER_START], "little")
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {array.shape}, }}".encode()
+    padded = header.ljust(start - _NPY_HEADER_START - 1) + b"\n"
+    if array.data[:8] != _NPY_MAGIC or array.data[_NPY_HEADER_START:start] != padded:
+        raise ValueError(f"not npy bytes of float32 in shape {array.shape}")
+    count, num_bytes = prod(array.shape), len(array.data) - start
+    if num_bytes != 4 * count:
+        raise ValueError(f"{num_bytes} bytes of numbers, shape {array.shape} has {4 * count}")
+    return np.frombuffer(array.data, np.float32, count, start).reshape(array.shape).copy()
 
 
 def adapter_content(adapter: AdapterArrays, **records: ConfigRecord | MetricRecord) -> RecordDict:
@@ -191,6 +229,31 @@ def message_bytes(message: Message) -> int:
                 seen.add(object_id)
                 stack.append(child)
     return total
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Count the bytes of a content's arrays, values and names, 8 for a number, decoding nothing.
+
+    Cheap, for refusing a reply by its size before it is unpacked; `message_bytes` counts what
+    travels, at the cost of serialising everything again.
+    """
+    return sum(
+        _value_bytes(part)
+        for record in content.values()
+        for entry in record.items()
+        for part in entry
+    )
+
+
+def _value_bytes(value: object) -> int:
+    if isinstance(value, Array):
+        parts = (value.data, value.dtype, value.stype, *value.shape)
+        return sum(_value_bytes(part) for part in parts)
+    if isinstance(value, list):
+        return sum(_value_bytes(item) for item in value)
+    if isinstance(value, str):
+        return len(value.encode(errors="replace"))
+    return len(value) if isinstance(value, bytes) else 8
 
 
 def head_bytes(content: RecordDict) -> int:

@@ -65,6 +65,27 @@ class SensitivityAverages:
         steps = like.lora_A.new_zeros(like.rank, dtype=torch.long)
         return cls(zeros, zeros, zeros, steps, beta1, beta2)
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name."""
+        pairs = {"total": self.total, "smoothed": self.smoothed, "uncertainty": self.uncertainty}
+        factors = {
+            f"{name}.{part}": getattr(pair, part)
+            for name, pair in pairs.items()
+            for part in ("lora_A", "lora_B")
+        }
+        return factors | {"steps": self.steps}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], beta1: float, beta2: float
+    ) -> "SensitivityAverages":
+        """Read what `to_tensors` returned."""
+        total, smoothed, uncertainty = (
+            LoraFactors(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"])
+            for name in ("total", "smoothed", "uncertainty")
+        )
+        return cls(total, smoothed, uncertainty, tensors["steps"], beta1, beta2)
+
     def update(
         self, sensitivity: LoraFactors, indices: Sequence[int] | None = None
     ) -> "SensitivityAverages":

@@ -65,11 +65,14 @@ def train_alone(
     messages = exchange.messages(profiles, plans, dispatch, MessageType.TRAIN)
     # A run of many rounds at once may take that many times as long.
     replies = grid.send_and_receive(messages, timeout=options.timeout_s * options.num_rounds)
-    results = []
-    for reply, request in exchange.pairs(replies):
-        update, _ = exchange.judge_training(reply, request)
-        if update is not None:
-            head = update.adapter.head or initial.head
-            adapter = update.adapter.with_head(head)
-            results.append(AloneResult(request.profile, adapter, at_own_rank=rank is None))
-    return results
+    judged = exchange.judge_training(replies)
+    exchange.close(judged)
+    return [
+        AloneResult(
+            one.request.profile,
+            one.update.adapter.with_head(one.update.adapter.head or initial.head),
+            at_own_rank=rank is None,
+        )
+        for one in judged
+        if one.update is not None
+    ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hafl_app.lowrank.components import ComponentSums
 from hafl_app.lowrank.factors import LoraFactors
+from hafl_app.lowrank.robust import RobustSums
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.exchange import ClientUpdate
 
@@ -14,11 +15,25 @@ Sums = Mapping[str, ComponentSums]
 
 @dataclass(kw_only=True, eq=False)
 class ComponentAveraging(HeterogeneousLora, ABC):
-    """Weighted sums of the uploaded components, slot by slot; a method says what divides them."""
+    """Weighted sums of the uploaded components, slot by slot; a method says what divides them.
+
+    With ``federation.robust`` the mean over a component's contributors becomes their unweighted
+    median or trimmed mean. Such a rule needs the whole round, so the state then keeps every
+    upload until the end.
+    """
 
     def begin(self) -> Sums:
-        """Return empty sums for every module."""
-        return {n: ComponentSums.zeros(f) for n, f in self.global_adapter.modules.items()}
+        """Return the empty state for every module."""
+        return {name: self._empty(factors) for name, factors in self.global_adapter.modules.items()}
+
+    def _empty(self, factors: LoraFactors) -> ComponentSums:
+        if self.options.robust == "none":
+            return ComponentSums.zeros(factors)
+        return RobustSums.empty(factors, self.options.robust, self.options.trim_fraction)
+
+    def robust_reason(self) -> str:
+        """Return nothing: a component's contributors can be compared with each other."""
+        return ""
 
     def weight(self, update: ClientUpdate) -> float:
         """Return a client's weight: its number of examples."""
@@ -33,7 +48,7 @@ class ComponentAveraging(HeterogeneousLora, ABC):
         }
 
     def over_contributors(self, state: Sums) -> dict[str, LoraFactors]:
-        """Divide each component by the weight of those who trained it."""
+        """Average each component over those who trained it, by weight or by the robust rule."""
         return {
             name: sums.average_over_contributors(self.global_adapter.modules[name])
             for name, sums in state.items()

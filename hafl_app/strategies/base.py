@@ -1,83 +1,34 @@
 """The template that every aggregation method shares.
 
-A method says in a plan what each client receives and trains (`plan`), what is sent for it
-(`dispatch`), and how the uploads become the next global adapter (`begin`, `accumulate`,
-`finish`). Everything else is here, and in `exchange.py` how messages are made and judged.
+A method says in a plan what each client receives and trains (`FlowerHooks.plan`), what is sent
+for it (`dispatch`), and how the uploads become the next global adapter (`begin`, `accumulate`,
+`finish`). What is the same for all of them is in `hooks.py`.
 """
 
-import logging
 import math
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
 from torch import Tensor
 
 from hafl_app.config.schema import number
-from hafl_app.federation.ledger import Ledger
-from hafl_app.federation.profiles import NodeDirectory, NodeProfile, matches
-from hafl_app.federation.records import NUM_EXAMPLES
-from hafl_app.federation.sampling import sample_profiles
+from hafl_app.federation.privacy import NoiseSource
+from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import HeadPolicy, ModulePlan, TrainPlan
-from hafl_app.strategies.exchange import ClientReport, ClientUpdate, Exchange
+from hafl_app.lowrank.robust import robust_tensors
+from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.strategies.exchange import ClientUpdate
+from hafl_app.strategies.hooks import FlowerHooks, StrategyError
+from hafl_app.strategies.private import Division, next_adapter, trainable_counts
 
-_LOGGER = logging.getLogger(__name__)
 _FLOAT32_BYTES = 4
 
 
-class RoundFailedError(RuntimeError):
-    """A round in which no client gave a reply that counts."""
-
-
-class StrategyError(ValueError):
-    """A federation that a method cannot serve, with the reason."""
-
-
-@dataclass(frozen=True)
-class FederationOptions:
-    """What holds for a whole run, whatever the method.
-
-    Parameters
-    ----------
-    seed
-        Decides who takes part in which round.
-    fraction_train, fraction_evaluate
-        Share of the nodes per round, in [0, 1].
-    evaluate_every
-        Rounds between evaluations on the nodes, at least 1; the last round always counts.
-    local_epochs, max_steps
-        Length of local training, see `TrainPlan`.
-    head
-        What happens to the classification head, see `TrainPlan`.
-    lora_alpha, scaling
-        PEFT's ``lora_alpha``, and how it becomes the scaling: ``constant``
-        (``alpha / max_rank``), ``per_rank`` (``alpha / r``) or ``rslora`` (``alpha / sqrt(r)``).
-    timeout_s
-        How long to wait for the replies of a round.
-    """
-
-    seed: int = 0
-    fraction_train: float = 1.0
-    fraction_evaluate: float = 1.0
-    evaluate_every: int = 1
-    num_rounds: int = 1
-    local_epochs: int = 1
-    max_steps: int = 0
-    head: HeadPolicy = "averaged"
-    lora_alpha: float = 16.0
-    scaling: str = "constant"
-    timeout_s: float = 3600.0
-
-
 @dataclass(kw_only=True, eq=False)
-class HeterogeneousLora(FedAvg, ABC):
+class HeterogeneousLora(FlowerHooks, ABC):
     """Template of a method that serves clients of different rank.
 
     Parameters
@@ -93,19 +44,6 @@ class HeterogeneousLora(FedAvg, ABC):
     # there, unless the method declares here which one its paper breaks, and where it says so.
     homogeneous_form: ClassVar[str] = "factor mean"
     breaks: ClassVar[Mapping[str, str]] = {}
-
-    def __post_init__(self) -> None:
-        super().__init__()
-        self.options = FederationOptions()
-        self.ledger = Ledger()
-        self.directory = NodeDirectory(self.options.timeout_s)
-        self.on_client: Callable[[ClientReport], None] = lambda _: None
-        self.global_adapter = Adapter({})
-        self.head_shapes: Mapping[str, tuple[int, ...]] = {}
-        self._exchange = Exchange(self.ledger, 0, "train")
-        self.round_started = 0.0
-        self.train_loss = math.nan
-        self.client_scores: Mapping[str, float] = {}
 
     # ---- what a method overrides -----------------------------------------------------------
 
@@ -129,10 +67,15 @@ class HeterogeneousLora(FedAvg, ABC):
             raise StrategyError(
                 f"a client has rank {max(too_large)}, above lora.max_rank={self.max_rank}"
             )
+        if self.options.robust != "none" and (reason := self.robust_reason()):
+            raise StrategyError(
+                f"federation.robust={self.options.robust} is refused for {type(self).__name__}: "
+                f"{reason}"
+            )
 
-    @abstractmethod
-    def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
-        """Decide what a client receives and trains in this round."""
+    def robust_reason(self) -> str:
+        """Return why ``federation.robust`` has no meaning for this method; empty if it has."""
+        return "it does not average components over those who trained them"
 
     def dispatch(self, plan: TrainPlan) -> Adapter:
         """Return what a client receives: the held components, and the head if it travels."""
@@ -154,6 +97,46 @@ class HeterogeneousLora(FedAvg, ABC):
     def finish(self, state: Any) -> Mapping[str, LoraFactors]:
         """Return the factors of the next global adapter; components nobody trained stay."""
 
+    def fold(self, updates: Sequence[ClientUpdate]) -> Adapter:
+        """Fold the updates, in their order, into the next global adapter."""
+        if self.options.privacy.kind == "central_dp":
+            return self._fold_privately(updates)
+        state = self.begin()
+        for update in updates:
+            state = self.accumulate(state, update)
+        return Adapter(self.finish(state), self.average_heads(updates))
+
+    def private_division(self) -> Division:
+        """Return what divides a component's sum under central privacy.
+
+        Raises
+        ------
+        StrategyError
+            If more than clipped changes and fixed denominators decides; the message says what.
+        """
+        raise StrategyError(
+            f"strategy={type(self).__module__.rpartition('.')[2]}: privacy=central_dp needs "
+            "weights and denominators that the plans fix, and this method does not say so of its"
+        )
+
+    def _fold_privately(self, updates: Sequence[ClientUpdate]) -> Adapter:
+        """Return the next global adapter from clipped changes, noise and expected counts."""
+        nodes, privacy = self.directory.in_order(), self.options.privacy
+        travelling = self.global_adapter if self.head_shapes else self.global_adapter.with_head({})
+        plans = [self.plan(profile, self._server_round) for profile in nodes]
+        merged = next_adapter(
+            travelling,
+            updates,
+            trainable_counts(plans, travelling),
+            len(nodes),
+            self.options.fraction_train,
+            privacy,
+            NoiseSource(privacy.noise_key),
+            self._server_round,
+            self.private_division(),
+        )
+        return merged.with_head(merged.head or self.global_adapter.head)
+
     # ---- helpers for methods ---------------------------------------------------------------
 
     def scaling_of(self, rank: int) -> float:
@@ -165,7 +148,8 @@ class HeterogeneousLora(FedAvg, ABC):
 
     def budgets(self, profile: NodeProfile) -> dict[str, int]:
         """Return a client's rank budget by module."""
-        return {name: profile.rank_of(name) for name in self.global_adapter.modules}
+        limit = self.rank_limits.get(profile.partition_id, self.max_rank)
+        return {name: min(profile.rank_of(name), limit) for name in self.global_adapter.modules}
 
     def prefix_plan(self, rank: int | Mapping[str, int], **changes: Any) -> TrainPlan:
         """Plan for a client that holds and trains the first components of every module.
@@ -202,133 +186,19 @@ class HeterogeneousLora(FedAvg, ABC):
         up = sum(len(module.trainable) * widths[name] for name, module in plan.modules.items())
         return _FLOAT32_BYTES * (down + head), _FLOAT32_BYTES * (up + head)
 
-    # ---- the run ---------------------------------------------------------------------------
-
-    def run(
-        self,
-        grid: Grid,
-        initial: Adapter,
-        options: FederationOptions,
-        evaluate_fn: Callable[[int], MetricRecord | None],
-        on_client: Callable[[ClientReport], None],
-    ) -> Result:
-        """Run the federation.
-
-        Parameters
-        ----------
-        initial
-            Global adapter of rank ``max_rank``, with the head's initial tensors.
-        evaluate_fn
-            Called with 0 before the first round and after every round.
-        on_client
-            Told what became of each client in each round.
-
-        Raises
-        ------
-        StrategyError
-            If the method cannot serve these nodes.
-        RoundFailedError
-            If nobody's training counted in a round.
-        """
-        self.options, self.on_client = options, on_client
-        self.global_adapter = initial
-        self.head_shapes = {
-            name: tuple(tensor.shape)
-            for name, tensor in initial.head.items()
-            if options.head == "averaged"
-        }
-        self.directory = NodeDirectory(options.timeout_s)
-        profiles = self.directory.wait_for_all(grid)
-        self.check([rank for profile in profiles for rank in profile.ranks])
-        for profile in profiles:
-            _check_patterns(profile, initial.modules)
-        return self.start(
-            grid,
-            # The global adapter lives here, as tensors; what Flower passes around stays empty.
-            ArrayRecord(),
-            num_rounds=options.num_rounds,
-            timeout=options.timeout_s,
-            evaluate_fn=lambda server_round, _: evaluate_fn(server_round),
-        )
-
-    def summary(self) -> None:
-        """Log the method and its settings."""
-        _LOGGER.info("%r", self)
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Sample clients, plan for each, and send each its slice of the global adapter."""
-        del arrays, config
-        self.round_started = time.perf_counter()
-        self.client_scores = {}
-        return self._ask(server_round, grid, MessageType.TRAIN, self.options.fraction_train)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask clients to score what they would receive next, on data they kept aside."""
-        del arrays, config
-        last = server_round == self.options.num_rounds
-        if server_round % self.options.evaluate_every and not last:
-            self._exchange = Exchange(self.ledger, server_round, MessageType.EVALUATE)
-            return []
-        return self._ask(server_round, grid, MessageType.EVALUATE, self.options.fraction_evaluate)
-
-    def _ask(self, server_round: int, grid: Grid, phase: str, fraction: float) -> list[Message]:
-        """Sample clients and make each its message."""
-        present = self.directory.refresh(grid)
-        profiles = sample_profiles(present, fraction, self.options.seed, server_round, phase)
-        plans = [self.plan(profile, server_round) for profile in profiles]
-        self._exchange = Exchange(self.ledger, server_round, phase)
-        return self._exchange.messages(profiles, plans, self.dispatch, phase)
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Judge the replies and fold the good ones, in partition order, into the next adapter."""
-        updates, metrics = [], []
-        for reply, request in self._exchange.pairs(replies):
-            update, report = self._exchange.judge_training(reply, request)
-            self.on_client(report)
-            if update is not None:
-                updates.append(update)
-                metrics.append(report.metrics)
-        for report in self._exchange.close():
-            self.on_client(report)
-        if not updates:
-            raise RoundFailedError(
-                f"round {server_round}: no client's reply counts; the log names each reason"
-            )
-        state = self.begin()
-        for update in updates:
-            state = self.accumulate(state, update)
-        self.global_adapter = Adapter(self.finish(state), self._average_heads(updates))
-        self.train_loss = _weighted_mean(metrics, "loss")
-        return None, MetricRecord({"loss": self.train_loss})
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Average the clients' scores by their number of examples."""
-        judged = [self._exchange.judge_scores(*pair) for pair in self._exchange.pairs(replies)]
-        metrics = [scores for scores in judged if scores is not None]
-        self._exchange.close()
-        if not metrics:
-            return None
-        names = ("accuracy", "macro-f1", "loss")
-        self.client_scores = {name: _weighted_mean(metrics, name) for name in names}
-        return MetricRecord(dict(self.client_scores))
-
     def _layer_shapes(self) -> dict[str, tuple[int, int]]:
         return {
             name: (factors.out_features, factors.in_features)
             for name, factors in self.global_adapter.modules.items()
         }
 
-    def _average_heads(self, updates: Sequence[ClientUpdate]) -> Mapping[str, Tensor]:
+    def average_heads(self, updates: Sequence[ClientUpdate]) -> Mapping[str, Tensor]:
+        """Return the next head: the clients' mean by examples, or the old one if it stays."""
         if not self.head_shapes:
             return self.global_adapter.head
+        if self.options.robust != "none":
+            heads = [update.adapter.head for update in updates]
+            return robust_tensors(heads, self.options.robust, self.options.trim_fraction)
         total = sum(update.num_examples for update in updates)
         return {
             name: sum(
@@ -337,19 +207,3 @@ class HeterogeneousLora(FedAvg, ABC):
             ).to(self.global_adapter.head[name].dtype)
             for name, shape in self.head_shapes.items()
         }
-
-
-def _check_patterns(profile: NodeProfile, modules: Iterable[str]) -> None:
-    """Refuse a rank pattern without effect: most likely it was written for another model."""
-    names = list(modules)
-    for pattern in profile.rank_pattern:
-        if not any(matches(pattern, name) for name in names):
-            raise StrategyError(
-                f"partition {profile.partition_id}: rank_pattern {pattern!r} matches none of the "
-                f"{len(names)} adapted modules, such as {names[-1]!r}"
-            )
-
-
-def _weighted_mean(metrics: Sequence[Mapping[str, float]], name: str) -> float:
-    total = sum(m[NUM_EXAMPLES] for m in metrics)
-    return sum(m.get(name, math.nan) * m[NUM_EXAMPLES] for m in metrics) / total

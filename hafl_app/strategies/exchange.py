@@ -2,14 +2,20 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from hafl_app.federation.judge import ReplyError, check_shapes, read_metrics, read_update
-from hafl_app.federation.ledger import Entry, Ledger
+from hafl_app.federation.faults import Fault, fault_of
+from hafl_app.federation.judge import (
+    ReplyError,
+    check_size,
+    read_metrics,
+    read_update,
+)
+from hafl_app.federation.ledger import Ledger, Traffic
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.federation.records import (
     CONFIG,
@@ -54,6 +60,17 @@ class ClientUpdate:
     adapter: Adapter
     importance: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def before(self) -> Adapter:
+        """What the uploaded components and the head were when they were sent."""
+        modules = {
+            name: self.sent.modules[name].select(
+                self.plan.modules[name].trainable_slots[: factors.rank]
+            )
+            for name, factors in self.adapter.modules.items()
+        }
+        return Adapter(modules, {name: self.sent.head[name] for name in self.adapter.head})
+
     def components(self, module: str) -> tuple[int, ...]:
         """Global indices of the components that this update holds for a module."""
         return self.plan.modules[module].trainable[: self.adapter.modules[module].rank]
@@ -70,6 +87,7 @@ class ClientReport:
     bytes_down: int
     bytes_up: int
     error: str = ""
+    fault: Fault | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,33 @@ class Request:
     sent: Adapter
     bytes_down: int
     head_bytes_down: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A request and what came of it: a reply that counts has no `error`.
+
+    Parameters
+    ----------
+    metrics
+        By name; empty if the reply does not count.
+    update
+        Of a training reply that counts.
+    fault
+        What kind of error the node itself reported, if it did.
+    """
+
+    request: Request
+    bytes_up: int = 0
+    head_bytes_up: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    update: ClientUpdate | None = None
+    error: str = ""
+    fault: Fault | None = None
+
+    def refused(self, reason: str) -> "Judged":
+        """Return the same reply, refused after all."""
+        return replace(self, metrics={}, update=None, error=reason)
 
 
 class Exchange:
@@ -126,98 +171,115 @@ class Exchange:
             )
         return messages
 
-    def pairs(self, replies: Iterable[Message]) -> list[tuple[Message, Request]]:
-        """Pair replies with their requests, in partition order; strangers are ignored."""
+    def judge_training(self, replies: Iterable[Message]) -> list[Judged]:
+        """Judge every reply to a training request by itself, in partition order."""
+        return [self._judge(*pair, _read_training) for pair in self._pairs(replies)]
+
+    def judge_scores(self, replies: Iterable[Message]) -> list[Judged]:
+        """Judge every reply to an evaluation request, in partition order."""
+        return [self._judge(*pair, _read_scores) for pair in self._pairs(replies)]
+
+    def close(self, judged: Sequence[Judged]) -> list[ClientReport]:
+        """Enter everything in the ledger, log refusals, and report each node, silent ones too."""
+        answered = {one.request.profile.node_id for one in judged}
+        silent = [r for node_id, r in self._waiting.items() if node_id not in answered]
+        self._waiting = {}
+        everybody = [*judged, *(Judged(request, error="no reply in time") for request in silent)]
+        everybody.sort(key=lambda one: one.request.profile.partition_id)
+        return [self._settle(one) for one in everybody]
+
+    def _pairs(self, replies: Iterable[Message]) -> list[tuple[Message, Request]]:
+        """Pair replies with their requests; strangers and second replies are ignored."""
         pairs: dict[int, tuple[Message, Request]] = {}
         for reply in replies:
             node_id = reply.metadata.src_node_id
-            if node_id in self._waiting:
-                pairs.setdefault(node_id, (reply, self._waiting[node_id]))
+            if node_id not in self._waiting or node_id in pairs:
+                why = "a second reply" if node_id in pairs else "a reply nobody asked for"
+                _LOGGER.warning("round %d, node %d: %s", self._server_round, node_id, why)
+                continue
+            pairs[node_id] = (reply, self._waiting[node_id])
         return sorted(pairs.values(), key=lambda pair: pair[1].profile.partition_id)
 
-    def judge_training(
-        self, reply: Message, request: Request
-    ) -> tuple[ClientUpdate | None, ClientReport]:
-        """Return the update if the reply counts, and what is to be told about it."""
-        bytes_up = self._enter(reply, request)
+    def _judge(
+        self,
+        reply: Message,
+        request: Request,
+        read: Callable[[Message, Request, int], tuple[dict[str, float], ClientUpdate | None]],
+    ) -> Judged:
+        bytes_up = message_bytes(reply)
+        heads = head_bytes(reply.content) if reply.has_content() else 0
         try:
-            metrics = read_metrics(reply, request.profile)
-            arrays = read_update(
-                reply, request.plan, {n: tuple(t.shape) for n, t in request.sent.head.items()}
-            )
-            sizes = {n: (f.out_features, f.in_features) for n, f in request.sent.modules.items()}
-            check_shapes(arrays, sizes)
+            metrics, update = read(reply, request, bytes_up)
         except ReplyError as error:
-            _warn(request.profile, error)
-            return None, self._report(request, {}, bytes_up, str(error))
-        update = ClientUpdate(
-            partition_id=request.profile.partition_id,
-            num_examples=int(metrics[NUM_EXAMPLES]),
-            plan=request.plan,
-            sent=request.sent,
-            adapter=from_arrays(arrays.modules, arrays.head),
-            importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
-        )
-        return update, self._report(request, metrics, bytes_up)
-
-    def judge_scores(self, reply: Message, request: Request) -> dict[str, float] | None:
-        """Return the scores of a reply by name, or None if it does not count."""
-        self._enter(reply, request)
-        try:
-            return read_metrics(reply, request.profile)
-        except ReplyError as error:
-            _warn(request.profile, error)
-            return None
-
-    def close(self) -> list[ClientReport]:
-        """Enter the nodes of which nothing came, and report them."""
-        silent = list(self._waiting.values())
-        for request in silent:
-            self._record(request, 0, 0)
-        self._waiting = {}
-        return [self._report(request, {}, 0, "no reply in time") for request in silent]
+            fault = fault_of(reply)
+            return Judged(request, bytes_up, heads, error=str(error), fault=fault)
+        return Judged(request, bytes_up, heads, metrics, update)
 
     def _content(self, plan: TrainPlan, sent: Adapter) -> RecordDict:
         config = ConfigRecord({SERVER_ROUND: self._server_round})
         arrays = AdapterArrays(*to_arrays(sent))
         return adapter_content(arrays, **{PLAN: plan_record(plan), CONFIG: config})
 
-    def _enter(self, reply: Message, request: Request) -> int:
-        bytes_up = message_bytes(reply)
-        self._record(request, bytes_up, head_bytes(reply.content) if reply.has_content() else 0)
-        self._waiting.pop(request.profile.node_id, None)
-        return bytes_up
-
-    def _record(self, request: Request, bytes_up: int, head_bytes_up: int) -> None:
-        self._ledger.add(
-            Entry(
-                self._server_round,
-                self._phase,
-                request.profile.partition_id,
-                request.profile.rank,
-                request.bytes_down,
-                bytes_up,
-                request.head_bytes_down,
-                head_bytes_up,
+    def _settle(self, judged: Judged) -> ClientReport:
+        request, profile = judged.request, judged.request.profile
+        if judged.error:
+            _LOGGER.warning(
+                "round %d, node %d (partition %d): %s reply does not count: %s",
+                *(self._server_round, profile.node_id, profile.partition_id),
+                *(self._phase, judged.error),
             )
+        self._ledger.add(
+            self._server_round,
+            self._phase,
+            profile.rank,
+            Traffic(
+                1,
+                int(bool(judged.error)),
+                request.bytes_down,
+                judged.bytes_up,
+                request.head_bytes_down,
+                judged.head_bytes_up,
+            ),
         )
-
-    def _report(
-        self, request: Request, metrics: Mapping[str, float], bytes_up: int, error: str = ""
-    ) -> ClientReport:
-        components = sum(len(module.trainable) for module in request.plan.modules.values())
         return ClientReport(
             self._server_round,
-            request.profile,
-            components,
-            metrics,
+            profile,
+            sum(len(module.trainable) for module in request.plan.modules.values()),
+            judged.metrics,
             request.bytes_down,
-            bytes_up,
-            error,
+            judged.bytes_up,
+            judged.error,
+            judged.fault,
         )
 
 
-def _warn(profile: NodeProfile, error: ReplyError) -> None:
-    _LOGGER.warning(
-        "node %d (partition %d): reply refused: %s", profile.node_id, profile.partition_id, error
+def _read_training(
+    reply: Message, request: Request, num_bytes: int
+) -> tuple[dict[str, float], ClientUpdate]:
+    """Read a training reply.
+
+    Raises
+    ------
+    ReplyError
+        If it must not count.
+    """
+    head = {n: tuple(t.shape) for n, t in request.sent.head.items()}
+    sizes = {n: (f.out_features, f.in_features) for n, f in request.sent.modules.items()}
+    check_size(num_bytes, request.plan, head, sizes)  # before anything is unpacked
+    metrics = read_metrics(reply, request.profile)
+    arrays = read_update(reply, request.plan, head, sizes)
+    update = ClientUpdate(
+        partition_id=request.profile.partition_id,
+        num_examples=int(metrics[NUM_EXAMPLES]),
+        plan=request.plan,
+        sent=request.sent,
+        adapter=from_arrays(arrays.modules, arrays.head),
+        importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
     )
+    return metrics, update
+
+
+def _read_scores(reply: Message, request: Request, num_bytes: int) -> tuple[dict[str, float], None]:
+    sizes = {n: (f.out_features, f.in_features) for n, f in request.sent.modules.items()}
+    check_size(num_bytes, request.plan, {}, sizes)
+    return read_metrics(reply, request.profile), None

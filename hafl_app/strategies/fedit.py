@@ -11,7 +11,8 @@ from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import TrainPlan
 from hafl_app.strategies.averaging import ComponentAveraging, Sums
-from hafl_app.strategies.base import StrategyError
+from hafl_app.strategies.hooks import StrategyError
+from hafl_app.strategies.private import Division
 
 
 @dataclass(kw_only=True, eq=False)
@@ -33,6 +34,10 @@ class FedIt(ComponentAveraging):
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Everybody trains the same components: all of its rank."""
         return self.prefix_plan(self.budgets(profile))
+
+    def private_division(self) -> Division:
+        """Divide by the participants, in expectation."""
+        return "contributors"
 
     def finish(self, state: Sums) -> Mapping[str, LoraFactors]:
         """Divide by the weight of the participants."""

@@ -13,8 +13,10 @@ from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.svd import WeightedStack, truncated_svd
 from hafl_app.plan import TrainPlan
-from hafl_app.strategies.base import HeterogeneousLora, StrategyError
+from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.exchange import ClientUpdate
+from hafl_app.strategies.hooks import StrategyError
+from hafl_app.strategies.private import Division
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,18 @@ class FlexLora(HeterogeneousLora):
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Everybody holds and trains the largest components, as many as its rank allows."""
         return self.prefix_plan(self.budgets(profile))
+
+    def robust_reason(self) -> str:
+        """Return why the robust rules have no meaning here, if they have none."""
+        return "it averages products, of which only low-rank factors are kept"
+
+    def private_division(self) -> Division:
+        """Refuse: the mean is of products."""
+        raise StrategyError(
+            "strategy=flexlora: privacy=central_dp clips and noises factors, and a mean of "
+            "products would need noise on every number of the dense weights: use "
+            "strategy=zero_padding, or privacy=local_dp"
+        )
 
     def begin(self) -> ProductSums:
         """Return empty sums."""

@@ -24,9 +24,12 @@ from hafl_app.lowrank.importance import (
     select_components,
     select_over_model,
 )
+from hafl_app.lowrank.robust import robust_mean
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.strategies.averaging import ComponentAveraging, Sums
 from hafl_app.strategies.exchange import ClientUpdate
+from hafl_app.strategies.hooks import StrategyError
+from hafl_app.strategies.private import Division
 
 _GRADIENT_MEASURES = ("sensitivity", "smoothed", "adalora")
 
@@ -117,6 +120,22 @@ class Hafl(ComponentAveraging):
             probe_batches=self.probe_batches if from_gradients else 0,
         )
 
+    def robust_reason(self) -> str:
+        """Return why the robust rules have no meaning here, if they have none."""
+        if self.aggregation == "adaptive":
+            return ""
+        return "aggregation=zero_padding counts missing components as zeros, use adaptive"
+
+    def private_division(self) -> Division:
+        """Divide by the chosen rule, if no upload beside the change chooses components."""
+        if self.selection == "importance" and self.importance != "magnitude":
+            raise StrategyError(
+                f"strategy=hafl: privacy=central_dp does not cover importance={self.importance}, "
+                "which chooses components from uploads without noise: use "
+                "strategy.importance=magnitude, or strategy.selection=random or prefix"
+            )
+        return "contributors" if self.aggregation == "adaptive" else "everybody"
+
     def select(self, profile: NodeProfile, server_round: int) -> dict[str, tuple[int, ...]]:
         """Return the components that a client trains, by module."""
         budgets = self.budgets(profile)
@@ -150,6 +169,19 @@ class Hafl(ComponentAveraging):
             highest = measured.max().item() if len(measured) else 0.0
             known[name] = scores.nan_to_num(nan=highest)
         return known
+
+    def memory(self) -> dict[str, Any]:
+        """Return the scores, and of ``source=server`` the averages that they come from."""
+        averages = {name: averages.to_tensors() for name, averages in self._averages.items()}
+        return {"scores": dict(self.scores), "averages": averages}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Take back scores and averages."""
+        self.scores = dict(memory.get("scores", {}))
+        self._averages = {
+            name: SensitivityAverages.from_tensors(tensors, self.smoothing, self.smoothing)
+            for name, tensors in memory.get("averages", {}).items()
+        }
 
     # ---- merging ---------------------------------------------------------------------------
 
@@ -186,18 +218,31 @@ class Hafl(ComponentAveraging):
     def _average_scores(self, measure: Callable[[ClientUpdate, str], Any]) -> None:
         """Average the clients' scores, then smooth over rounds; unmeasured components stay."""
         decay = 0.0 if self.importance == "sensitivity" else self.smoothing
+        weights = torch.tensor([float(update.num_examples) for update in self._updates])
         for name in self.global_adapter.modules:
-            total = torch.zeros(self.max_rank, dtype=torch.float64)
-            weight = torch.zeros_like(total)
-            for update in self._updates:
+            values = torch.full((len(weights), self.max_rank), torch.nan, dtype=torch.float64)
+            for row, update in zip(values, self._updates, strict=True):
                 components, scores = measure(update, name)
-                slots = torch.tensor(components, dtype=torch.long)
-                total[slots] += update.num_examples * scores.double()
-                weight[slots] += update.num_examples
-            before = self.scores.get(name, torch.full_like(total, torch.nan))
-            now = total / weight  # NaN where nobody measured
+                row[list(components)] = scores.double()
+            now = self._mean_score(values, weights.double())
+            before = self.scores.get(name, torch.full_like(now, torch.nan))
             smoothed = torch.where(before.isfinite(), decay * before + (1 - decay) * now, now)
-            self.scores[name] = torch.where(weight > 0, smoothed, before)
+            self.scores[name] = torch.where(now.isfinite(), smoothed, before)
+
+    def _mean_score(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Return the mean score of each component, NaN where nobody measured one.
+
+        Parameters
+        ----------
+        values
+            Shape (clients, max_rank); NaN where a client has none.
+        weights
+            Shape (clients,).
+        """
+        if self.options.robust != "none":  # or one liar's scores would steer everybody's plan
+            return robust_mean(values, self.options.robust, self.options.trim_fraction)
+        measured = weights[:, None] * values.isfinite()
+        return (weights[:, None] * values.nan_to_num()).sum(0) / measured.sum(0)
 
     def _score_change(self, merged: Mapping[str, LoraFactors], state: Sums) -> None:
         """Score what was trained by the round's change, with the scaling unfolded."""

@@ -6,9 +6,10 @@ EMNLP 2024, arXiv:2401.06432.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from hafl_app.config.schema import choice, number
 from hafl_app.federation.profiles import NodeProfile
@@ -18,6 +19,8 @@ from hafl_app.lowrank.svd import WeightedStack, singular_values
 from hafl_app.plan import TailPruning, TrainPlan
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.exchange import ClientUpdate
+from hafl_app.strategies.hooks import StrategyError
+from hafl_app.strategies.private import Division
 
 _NORM_WEIGHTS = "sparsity-weighted aggregation, arXiv:2401.06432: a norm is the weight"
 
@@ -111,11 +114,37 @@ class HetLora(HeterogeneousLora):
         }
         return self.prefix_plan(ranks, tail=self._tail())
 
+    def memory(self) -> dict[str, Any]:
+        """Return the pruned ranks by partition and module."""
+        ranks: dict[str, dict[str, Tensor]] = {}
+        for (partition_id, name), rank in self.pruned_ranks.items():
+            ranks.setdefault(str(partition_id), {})[name] = torch.tensor(rank)
+        return {"pruned_ranks": ranks}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Take back the pruned ranks."""
+        self.pruned_ranks = {
+            (int(partition_id), name): int(rank)
+            for partition_id, ranks in memory.get("pruned_ranks", {}).items()
+            for name, rank in ranks.items()
+        }
+
     def _tail(self) -> TailPruning | None:
         if not (self.pruning or self.regulariser):
             return None
         weight = self.tail_weight if self.regulariser else 0.0
         return TailPruning(self.decay, weight, self.min_rank, self.pruning)
+
+    def robust_reason(self) -> str:
+        """Return why the robust rules have no meaning here, if they have none."""
+        return "its clients are weighted by their norm, and a robust rule has no weights"
+
+    def private_division(self) -> Division:
+        """Refuse: weights and ranks are read off the uploads."""
+        raise StrategyError(
+            "strategy=hetlora: privacy=central_dp does not cover weights by norm and ranks by "
+            "pruning, which follow from uploads without noise: use strategy=zero_padding"
+        )
 
     def begin(self) -> Mapping[str, ModuleSums]:
         """Return empty sums for every module."""

@@ -11,6 +11,7 @@ from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import TrainPlan
 from hafl_app.strategies.averaging import ComponentAveraging, Sums
+from hafl_app.strategies.private import Division
 
 
 @dataclass(kw_only=True, eq=False)
@@ -24,6 +25,14 @@ class ZeroPadding(ComponentAveraging):
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Everybody holds and trains the prefix that its rank allows."""
         return self.prefix_plan(self.budgets(profile))
+
+    def robust_reason(self) -> str:
+        """Return why the robust rules have no meaning here, if they have none."""
+        return "it counts missing components as zeros, which a median takes for the majority"
+
+    def private_division(self) -> Division:
+        """Divide by everybody, in expectation."""
+        return "everybody"
 
     def finish(self, state: Sums) -> Mapping[str, LoraFactors]:
         """Divide by the weight of all participants, whether they hold a component or not."""

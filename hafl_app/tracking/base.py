@@ -105,11 +105,27 @@ class RoundRecord:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class History:
+    """What a run that goes on from a checkpoint has already told, in its order."""
+
+    rounds: Sequence[RoundRecord] = ()
+    clients: Sequence[ClientRecord] = ()
+
+
+NO_HISTORY = History()
+
+
 class Tracker(Protocol):
     """Hears of a run: `start`, then rounds and clients, then `finish` or `fail`."""
 
-    def start(self, settings: Mapping[str, Any], clients: Sequence[ClientRow]) -> None:
-        """Begin a run with these settings and these clients."""
+    def start(
+        self,
+        settings: Mapping[str, Any],
+        clients: Sequence[ClientRow],
+        history: History = NO_HISTORY,
+    ) -> None:
+        """Begin a run with these settings and these clients, or go on with one."""
 
     def log_round(self, record: RoundRecord) -> None:
         """Take in one round."""
@@ -144,17 +160,22 @@ class Trackers:
         self._required = list(required)
         self._external = list(external)
 
-    def start(self, settings: Mapping[str, Any], clients: Sequence[ClientRow]) -> None:
-        """Begin a run."""
-        self._tell(lambda tracker: tracker.start(settings, clients))
+    def start(
+        self,
+        settings: Mapping[str, Any],
+        clients: Sequence[ClientRow],
+        history: History = NO_HISTORY,
+    ) -> None:
+        """Begin a run, or go on with one."""
+        self._tell(lambda tracker: tracker.start(settings, clients, history))
 
     def log_round(self, record: RoundRecord) -> None:
         """Take in one round."""
         self._tell(lambda tracker: tracker.log_round(record))
 
-    def log_client(self, record: ClientRecord) -> None:
-        """Take in one client's part of a round."""
-        self._tell(lambda tracker: tracker.log_client(record))
+    def log_client(self, record: ClientRecord, *, external: bool = True) -> None:
+        """Take in one client's part of a round; `external` trackers may be left out."""
+        self._tell(lambda tracker: tracker.log_client(record), external=external)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """End a run that went well."""
@@ -164,9 +185,9 @@ class Trackers:
         """End a run that did not."""
         self._tell(lambda tracker: tracker.fail(reason))
 
-    def _tell(self, call: Callable[[Tracker], None]) -> None:
+    def _tell(self, call: Callable[[Tracker], None], *, external: bool = True) -> None:
         errors: list[Exception] = []
-        for tracker in [*self._required, *self._external]:
+        for tracker in [*self._required, *(self._external if external else ())]:
             try:
                 call(tracker)
             except Exception as error:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord
+from hafl_app.tracking.base import NO_HISTORY, ClientRecord, ClientRow, History, RoundRecord
 
 LOG_WIDTH = 100
 ROWS_BEFORE_GROUPING = 20
@@ -42,14 +42,18 @@ class ConsoleTracker:
         self,
         settings: Mapping[str, Any],
         clients: Sequence[ClientRow],
+        history: History = NO_HISTORY,
     ) -> None:
         """Print a table of the clients, by rank when there are many."""
+        self._rounds, self._trainings = list(history.rounds), list(history.clients)
         examples = sum(client.examples for client in clients)
         title = f"{len(clients)} clients, {examples:,} examples"
         if len(clients) > ROWS_BEFORE_GROUPING:
             self._print_table(title, _RANK_COLUMNS, _rows_by_rank(clients))
         else:
             self._print_table(title, _CLIENT_COLUMNS, _rows_by_client(clients))
+        if history.rounds:
+            self._print(Text(f"going on after round {history.rounds[-1].server_round}"))
         self._console.print()
 
     def log_round(self, record: RoundRecord) -> None:
@@ -64,6 +68,7 @@ class ConsoleTracker:
             f"down {megabytes(record.bytes_down):>8}",
             f"up {megabytes(record.bytes_up):>8}",
             f"{duration(record.seconds):>6}",
+            _epsilon(record.metrics),
             self._time_left(record),
         ]
         line = Text("  ".join(part for part in parts if part))
@@ -226,6 +231,10 @@ def _rows_by_client(clients: Sequence[ClientRow]) -> list[list[str]]:
         ]
         for client in sorted(clients, key=lambda client: client.partition_id)
     ]
+
+
+def _epsilon(metrics: Mapping[str, float]) -> str:
+    return f"epsilon {metrics['privacy/epsilon']:.2f}" if "privacy/epsilon" in metrics else ""
 
 
 def _rows_by_rank(clients: Sequence[ClientRow]) -> list[list[str]]:

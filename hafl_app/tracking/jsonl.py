@@ -8,7 +8,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TextIO
 
-from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord
+from hafl_app.tracking.base import NO_HISTORY, ClientRecord, ClientRow, History, RoundRecord
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class JsonlTracker:
@@ -17,7 +19,7 @@ class JsonlTracker:
     Each line is flushed, so a killed run keeps all it said. A line holds the fields of a
     `RoundRecord` with ``"kind": "round"``, or of a `ClientRecord` with ``"kind": "client"``.
     NaN and infinities, which JSON does not have, become null. A later run in the same folder
-    replaces the files of the earlier one.
+    replaces the files of the earlier one; one that goes on keeps the lines of its history.
 
     Parameters
     ----------
@@ -38,19 +40,26 @@ class JsonlTracker:
         self,
         settings: Mapping[str, Any],
         clients: Sequence[ClientRow],
+        history: History = NO_HISTORY,
     ) -> None:
-        """Open ``metrics.jsonl``, empty, and remove an earlier run's summary."""
+        """Open ``metrics.jsonl`` with the history's lines, and remove an earlier summary."""
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / "summary.json").unlink(missing_ok=True)
-        self._file = (self._folder / "metrics.jsonl").open("w", encoding="utf-8")
+        path = self._folder / METRICS_FILE
+        lines = [*map(_line, history.clients), *map(_line, history.rounds)]
+        if lines:
+            # In the order in which they were told: the clients of a round, then the round.
+            lines.sort(key=lambda line: line["server_round"])
+            _replace(path, "".join(_text(line) for line in lines))
+        self._file = path.open("a" if lines else "w", encoding="utf-8")
 
     def log_round(self, record: RoundRecord) -> None:
         """Write one line."""
-        self._write({"kind": "round", **vars(record)})
+        self._write(_line(record))
 
     def log_client(self, record: ClientRecord) -> None:
         """Write one line."""
-        self._write({"kind": "client", **vars(record)})
+        self._write(_line(record))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``: the summary, and ``"status": "finished"``."""
@@ -63,7 +72,7 @@ class JsonlTracker:
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
             raise RuntimeError(f"{self._folder}: a record came before start or after the end")
-        self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
+        self._file.write(_text(line))
         self._file.flush()
 
     def _end(self, summary: Mapping[str, Any]) -> None:
@@ -73,6 +82,39 @@ class JsonlTracker:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def read_history(folder: Path, last_round: int) -> History:
+    """Read what a run told of its rounds up to ``last_round``, whatever it told afterwards.
+
+    Raises
+    ------
+    OSError, ValueError
+        If ``metrics.jsonl`` is not there, or a line before the last cannot be read.
+    """
+    history: dict[str, list[Any]] = {"round": [], "client": []}
+    kinds = {"round": RoundRecord, "client": ClientRecord}
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            kind = line.pop("kind")
+            record = kinds[kind](**{k: math.nan if v is None else v for k, v in line.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                break  # the run was killed while it wrote this
+            raise ValueError(f"{folder / METRICS_FILE}, line {number}: {error}") from error
+        if record.server_round <= last_round:
+            history[kind].append(record)
+    return History(history["round"], history["client"])
+
+
+def _line(record: RoundRecord | ClientRecord) -> dict[str, Any]:
+    return {"kind": "round" if isinstance(record, RoundRecord) else "client", **vars(record)}
+
+
+def _text(line: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(line), allow_nan=False) + "\n"
 
 
 def _replace(path: Path, text: str) -> None:

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord, TrackingError
+from hafl_app.tracking.base import (
+    NO_HISTORY,
+    ClientRecord,
+    ClientRow,
+    History,
+    RoundRecord,
+    TrackingError,
+)
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -30,6 +37,8 @@ class WandbTracker:
         Under which wandb writes its own ``wandb/`` folder.
     name
         Of the run.
+    run_id
+        wandb's id of the run; with one that it knows, the run is continued.
     """
 
     def __init__(
@@ -39,15 +48,22 @@ class WandbTracker:
         mode: Literal["online", "offline"],
         folder: Path,
         name: str,
+        run_id: str | None = None,
     ) -> None:
         self._project = project
         self._entity = entity
         self._mode = mode
         self._folder = folder
         self._name = name
+        self._run_id = run_id
         self._run: Run | None = None
 
-    def start(self, settings: Mapping[str, Any], clients: Sequence[ClientRow]) -> None:
+    def start(
+        self,
+        settings: Mapping[str, Any],
+        clients: Sequence[ClientRow],
+        history: History = NO_HISTORY,
+    ) -> None:
         """Open the run, with the settings and the clients as its config.
 
         Raises
@@ -66,6 +82,8 @@ class WandbTracker:
                     mode=self._mode,
                     dir=str(self._folder),
                     name=self._name,
+                    id=self._run_id,
+                    resume="allow" if history.rounds else None,
                     config={**settings, "clients": [_client_config(row) for row in clients]},
                     # Flower streams the output elsewhere; wandb must not wrap it a second time.
                     settings=wandb.Settings(console="off"),

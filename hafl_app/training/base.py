@@ -58,6 +58,8 @@ class BaseSpec:
         Random weights in the shape of ``path``'s config.
     pooling
         ``mean`` over tokens with a linear head, or ``cls``: the model's own classification head.
+    trust_remote_code
+        Run Python code that the model brings along; without it such a model is refused.
     """
 
     path: str
@@ -67,6 +69,7 @@ class BaseSpec:
     num_layers: int | None = None
     random_weights: bool = False
     pooling: str = "mean"
+    trust_remote_code: bool = False
 
 
 def locate(spec: BaseSpec) -> Path:
@@ -102,7 +105,7 @@ def _cached(spec: BaseSpec) -> Path | None:
             snapshot_download(
                 spec.path,
                 revision=spec.revision,
-                allow_patterns=_PATTERNS,
+                allow_patterns=_patterns(spec),
                 local_files_only=True,
             )
         )
@@ -111,10 +114,17 @@ def _cached(spec: BaseSpec) -> Path | None:
     return folder if (folder / "model.safetensors").exists() else None
 
 
+def _patterns(spec: BaseSpec) -> list[str]:
+    return [*_PATTERNS, "*.py"] if spec.trust_remote_code else _PATTERNS
+
+
 def _packaged(spec: BaseSpec) -> Path | None:
     if spec.package_path is None:
         return None
     package, _, inside = spec.package_path.partition("/")
+    # A dotted name would import its parents, and these would lead out of the package.
+    if not package.isidentifier() or Path(inside).is_absolute() or ".." in Path(inside).parts:
+        raise ModelError(f"model.package_path={spec.package_path}: expected package/folder")
     # find_spec does not run the package: these packages import far more than their files need.
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
@@ -124,7 +134,9 @@ def _packaged(spec: BaseSpec) -> Path | None:
 
 def _downloaded(spec: BaseSpec) -> Path:
     try:
-        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=_PATTERNS))
+        return Path(
+            snapshot_download(spec.path, revision=spec.revision, allow_patterns=_patterns(spec))
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
         packaged = f", nor in the package {spec.package_path}" if spec.package_path else ""
         raise ModelError(
@@ -162,7 +174,10 @@ def _config(spec: BaseSpec, num_labels: int) -> Any:
     if spec.random_weights and not spec.path:
         config: Any = _tiny_config()
     else:
-        config = AutoConfig.from_pretrained(locate(spec))
+        with _refusing_code(spec):
+            config = AutoConfig.from_pretrained(
+                locate(spec), trust_remote_code=spec.trust_remote_code
+            )
     if spec.num_layers is not None:
         layers = config.num_hidden_layers
         if spec.num_layers > layers:
@@ -182,7 +197,7 @@ def base_without_weights(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
         See `locate`.
     """
     with torch.device("meta"):
-        return _without_pooler(_auto(spec).from_config(_config(spec, num_labels)), spec)
+        return _without_pooler(_from_config(_config(spec, num_labels), spec), spec)
 
 
 def load_base(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
@@ -193,15 +208,30 @@ def load_base(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
     ModelError
         See `locate`.
     """
-    config, auto = _config(spec, num_labels), _auto(spec)
-    model: Any
+    config = _config(spec, num_labels)
     _LOGGER.info("loading the base model %s", spec.path or "with random weights")
-    if spec.random_weights:
-        model = auto.from_config(config)
-    else:
-        with _quiet_transformers():
-            model = auto.from_pretrained(locate(spec), config=config, dtype="float32")
+    model = _from_config(config, spec) if spec.random_weights else _from_weights(config, spec)
     return _without_pooler(model, spec).requires_grad_(False)
+
+
+def _from_config(config: Any, spec: BaseSpec) -> Any:
+    with _refusing_code(spec):
+        return _auto(spec).from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def _from_weights(config: Any, spec: BaseSpec) -> Any:
+    folder = locate(spec)
+    if not list(folder.glob("*.safetensors")):
+        # The older formats are pickles, which can carry code.
+        raise ModelError(f"model.path={spec.path}: no weights in safetensors format in {folder}")
+    with _refusing_code(spec), _quiet_transformers():
+        return _auto(spec).from_pretrained(
+            folder,
+            config=config,
+            dtype="float32",
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+        )
 
 
 def _auto(spec: BaseSpec) -> Any:
@@ -213,6 +243,20 @@ def _without_pooler(model: Any, spec: BaseSpec) -> PreTrainedModel:
         model.pooler = None  # nothing reads it, and it would be adapted in vain
     bare: PreTrainedModel = model
     return bare
+
+
+@contextlib.contextmanager
+def _refusing_code(spec: BaseSpec) -> Iterator[None]:
+    """Say which setting a model needs that brings code of its own."""
+    try:
+        yield
+    except ValueError as error:
+        if spec.trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            f"model.path={spec.path} needs Python code of its own: read it, then set "
+            "model.trust_remote_code=true"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -236,10 +280,18 @@ def load_tokeniser(spec: BaseSpec, max_length: int) -> Tokenise:
     """Return a function from texts to token ids, at most ``max_length`` each.
 
     The built-in random model has no vocabulary: it hashes words.
+
+    Raises
+    ------
+    ModelError
+        See `locate`.
     """
     if spec.random_weights and not spec.path:
         return functools.partial(_hash_words, max_length=max_length)
-    tokeniser = AutoTokenizer.from_pretrained(locate(spec))
+    with _refusing_code(spec):
+        tokeniser = AutoTokenizer.from_pretrained(
+            locate(spec), trust_remote_code=spec.trust_remote_code
+        )
 
     def tokenise(texts: list[str]) -> list[list[int]]:
         encoded = tokeniser(

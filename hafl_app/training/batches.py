@@ -1,5 +1,6 @@
-"""Token ids to padded batches of similar length."""
+"""Token ids to padded batches of similar length, and to parts of them where memory is short."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _BATCHES_PER_BUCKET = 16  # texts are sorted by length inside buckets of this many batches
+
+# What torch says in a plain RuntimeError: its CPU allocator (c10/core/impl/alloc_cpu.cpp, on Linux
+# and Windows), cuBLAS, which allocates by itself, and oneDNN, when it finds no room for its code.
+_OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|could not create a primitive(?! descriptor)"
+)
 
 
 class Examples(Protocol):
@@ -77,3 +86,36 @@ def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[NDArray[
     order = np.argsort(np.diff(examples.offsets), kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+class MicroBatches:
+    """How many texts go through the model at once: a whole batch, until memory is short.
+
+    Parameters
+    ----------
+    size
+        Texts at once to begin with, at least 1; afterwards what was found to fit.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def split(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return a batch's rows in parts of at most ``size``, in their order."""
+        return [rows[i : i + self.size] for i in range(0, len(rows), self.size)]
+
+    def halve(self, rows: int) -> bool:
+        """Halve the parts that a batch of ``rows`` came in; False if they held one text each."""
+        largest = min(self.size, rows)
+        self.size = (largest + 1) // 2
+        return largest > 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory does not suffice, on the device or the host.
+
+    On a Linux host that overcommits memory there may be no error: the kernel ends the process.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

@@ -1,23 +1,48 @@
 """Local training: execute a plan on one client's data."""
 
+import gc
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TailPruning, TrainPlan
-from hafl_app.training.batches import Batch, Examples, make_batch, training_batches
+from hafl_app.training.batches import (
+    Batch,
+    Examples,
+    MicroBatches,
+    is_out_of_memory,
+    make_batch,
+    training_batches,
+)
 from hafl_app.training.classifier import LoraClassifier
-from hafl_app.training.device import autocast, peak_memory_mb, reset_peak_memory
+from hafl_app.training.device import (
+    autocast,
+    describe_device,
+    peak_memory_mb,
+    reset_peak_memory,
+)
 from hafl_app.training.measure import ImportanceMeter
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
     """Training that cannot go on; nothing of it may be uploaded."""
+
+
+class LossNotFiniteError(TrainingError):
+    """The loss became infinite or NaN."""
+
+
+class DeviceMemoryError(TrainingError):
+    """The device's memory does not suffice for the gradients of a single text."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +99,8 @@ class TrainResult:
         See `hafl_app.training.device.peak_memory_mb`.
     importance
         Module name to the scores of its trained components (of all held ones after a probe).
+    micro_batch_size
+        Texts that went through the model at once: the batch size, or less where memory was short.
     """
 
     adapter: Adapter
@@ -84,6 +111,18 @@ class TrainResult:
     probe_seconds: float
     peak_memory_mb: float
     importance: Mapping[str, Tensor]
+    micro_batch_size: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is trained, on what, and how: the same for every batch."""
+
+    classifier: LoraClassifier
+    plan: TrainPlan
+    examples: Examples
+    options: TrainOptions
+    micro_batches: MicroBatches
 
 
 def train(
@@ -97,6 +136,10 @@ def train(
 ) -> TrainResult:
     """Train the plan's components, and the head unless it is frozen.
 
+    A batch for which memory does not suffice is done again in halves whose gradients add up to
+    its own, and so are those that follow. Every text is read and weighted as before; only dropout,
+    the base model's own included, draws other masks for a batch in parts.
+
     Parameters
     ----------
     adapter
@@ -109,21 +152,26 @@ def train(
 
     Raises
     ------
-    TrainingError
+    LossNotFiniteError
         If the loss is not finite.
+    DeviceMemoryError
+        If memory does not suffice for one text at a time.
+    TrainingError
+        If the plan trains nothing.
     """
     started = time.perf_counter()
     device = classifier.device
     reset_peak_memory(device)
-    rng = np.random.default_rng(seed)
+    micro_batches = MicroBatches(options.batch_size)
+    task = _Task(classifier, plan, examples, options, micro_batches)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        probed, probe_seconds = _probe(classifier, adapter, plan, examples, options, seed)
+        probed, probe_seconds = _probe(task, adapter, seed)
         torch.manual_seed(seed)  # the probe's dropout must not change the training's
         classifier.load(adapter, plan)
         tail_before = _tail_norms(classifier, plan.tail)
         meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
-        loss, steps = _optimise(classifier, plan, examples, options, rng, meter, on_epoch)
+        loss, steps = _optimise(task, np.random.default_rng(seed), meter, on_epoch)
     trained = classifier.trained(plan)
     if plan.tail is not None and plan.tail.prune:
         shrunk = {n: t < tail_before[n] for n, t in _tail_norms(classifier, plan.tail).items()}
@@ -137,51 +185,98 @@ def train(
         probe_seconds=probe_seconds,
         peak_memory_mb=peak_memory_mb(device),
         importance=probed or meter.scores(),
+        micro_batch_size=micro_batches.size,
     )
 
 
 def _optimise(
-    classifier: LoraClassifier,
-    plan: TrainPlan,
-    examples: Examples,
-    options: TrainOptions,
+    task: _Task,
     rng: np.random.Generator,
     meter: ImportanceMeter,
     on_epoch: Callable[[int, float], None] | None,
 ) -> tuple[float, int]:
-    optimizer = build_optimizer(classifier, plan, options)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """Train; return the mean loss of the last epoch with a step in it, and the steps."""
+    plan, options = task.plan, task.options
+    optimizer = build_optimizer(task.classifier, plan, options)
     steps, losses = 0, [0.0]
     for epoch in range(plan.local_epochs):
         if plan.max_steps and steps >= plan.max_steps:
             break  # before the losses of the last epoch with a step are gone
-        classifier.train()
+        task.classifier.train()
         losses = []
-        for batch in _batches(examples, options, rng, classifier.device):
+        for rows in training_batches(task.examples, options.batch_size, rng):
             if plan.max_steps and steps >= plan.max_steps:
                 break
-            loss = _loss(classifier, batch, options)
-            total = loss if plan.tail is None else loss + _tail_penalty(classifier, plan.tail)
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
-            meter.update(classifier)
-            if options.max_grad_norm:
-                nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
-            optimizer.step()
+            losses.append(_step(task, rows, optimizer, meter))
             steps += 1
-            losses.append(loss.item())
             if not np.isfinite(losses[-1]):
-                raise TrainingError(f"the loss is {losses[-1]} in step {steps}, epoch {epoch + 1}")
+                raise LossNotFiniteError(
+                    f"the loss is {losses[-1]} in step {steps}, epoch {epoch + 1}"
+                )
         if on_epoch is not None:
             on_epoch(epoch + 1, float(np.mean(losses or [0.0])))
     return float(np.mean(losses or [0.0])), steps
 
 
-def _batches(
-    examples: Examples, options: TrainOptions, rng: np.random.Generator, device: torch.device
-) -> Iterator[Batch]:
-    for rows in training_batches(examples, options.batch_size, rng):
-        yield make_batch(examples, rows, device)
+def _step(
+    task: _Task, rows: NDArray[np.int64], optimizer: torch.optim.Optimizer, meter: ImportanceMeter
+) -> float:
+    """Take one step on a batch; return its mean loss."""
+    loss = _backward(task, rows, task.plan.tail)
+    meter.update(task.classifier)
+    if task.options.max_grad_norm:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, task.options.max_grad_norm)
+    optimizer.step()
+    return loss
+
+
+def _backward(task: _Task, rows: NDArray[np.int64], tail: TailPruning | None) -> float:
+    """Leave a batch's gradients in the model, in smaller parts if need be; return its mean loss."""
+    while True:
+        try:
+            return _backward_in_parts(task, rows, tail)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # Only here, where the traceback no longer holds what the failed part had computed.
+        _release(task.classifier)
+        if not task.micro_batches.halve(len(rows)):
+            raise DeviceMemoryError(_too_large(task))
+        _LOGGER.warning("%s: going on with %d texts at once", reason, task.micro_batches.size)
+
+
+def _backward_in_parts(task: _Task, rows: NDArray[np.int64], tail: TailPruning | None) -> float:
+    """Add up the gradients of a batch's parts, and of the tail penalty once."""
+    classifier, mean_loss = task.classifier, 0.0
+    classifier.zero_grad(set_to_none=True)
+    for index, part in enumerate(task.micro_batches.split(rows)):
+        batch = make_batch(task.examples, part, classifier.device)
+        # Its share of the batch's mean: the mean of the parts' means would favour small parts.
+        loss = _loss(classifier, batch, task.options) * (len(part) / len(rows))
+        total = loss if tail is None or index else loss + _tail_penalty(classifier, tail)
+        total.backward()  # type: ignore[no-untyped-call]
+        mean_loss += loss.item()
+    return mean_loss
+
+
+def _release(classifier: LoraClassifier) -> None:
+    """Give back the memory of a batch that failed."""
+    classifier.zero_grad(set_to_none=True)
+    gc.collect()
+    if classifier.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _too_large(task: _Task) -> str:
+    modules = task.plan.modules.values()
+    held = max((len(module.held) for module in modules), default=0)
+    trained = max((len(module.trainable) for module in modules), default=0)
+    return (
+        f"{describe_device(task.classifier.device)}: out of memory with 1 text at a time of a "
+        f"batch of {task.options.batch_size}, at rank {held}, of which {trained} is trained"
+    )
 
 
 def _loss(classifier: LoraClassifier, batch: Batch, options: TrainOptions) -> Tensor:
@@ -208,26 +303,19 @@ def build_optimizer(
     return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
 
 
-def _probe(
-    classifier: LoraClassifier,
-    adapter: Adapter,
-    plan: TrainPlan,
-    examples: Examples,
-    options: TrainOptions,
-    seed: int,
-) -> tuple[dict[str, Tensor], float]:
+def _probe(task: _Task, adapter: Adapter, seed: int) -> tuple[dict[str, Tensor], float]:
     """Measure the importance of all held components on a few batches, without a step."""
+    plan, classifier = task.plan, task.classifier
     if not plan.probe_batches or plan.importance == "none":
         return {}, 0.0
     started = time.perf_counter()
     classifier.load(adapter, plan.training_everything())
     classifier.train()
     meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
-    batches = training_batches(examples, options.batch_size, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    batches = training_batches(task.examples, task.options.batch_size, rng)
     for _, rows in zip(range(plan.probe_batches), batches, strict=False):
-        classifier.zero_grad(set_to_none=True)
-        batch = make_batch(examples, rows, classifier.device)
-        _loss(classifier, batch, options).backward()  # type: ignore[no-untyped-call]
+        _backward(task, rows, tail=None)
         meter.update(classifier)
     return meter.scores(), time.perf_counter() - started
 

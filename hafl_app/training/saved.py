@@ -126,8 +126,14 @@ def _write(folder: Path, adapter: Adapter, spec: ClassifierSpec) -> None:
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
 
 
-def load_adapter(path: str | Path) -> LoadedAdapter:
+def load_adapter(path: str | Path, *, trust_remote_code: bool = False) -> LoadedAdapter:
     """Build the base model, and put a saved adapter and its head into it.
+
+    Parameters
+    ----------
+    trust_remote_code
+        Let the base model's repository run its own Python code. What the adapter's own files say
+        of that does not count.
 
     Raises
     ------
@@ -139,7 +145,7 @@ def load_adapter(path: str | Path) -> LoadedAdapter:
     folder = Path(path)
     try:
         card = json.loads((folder / _CARD).read_text())
-        base = BaseSpec(**card["base"])
+        base = BaseSpec(**{**card["base"], "trust_remote_code": trust_remote_code})
         targets, labels = card["target_modules"], tuple(card["label_names"])
         seed, max_length, facts = int(card["seed"]), int(card["max_length"]), card["facts"]
         tensors = load_file(folder / _WEIGHTS)

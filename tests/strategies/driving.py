@@ -10,12 +10,10 @@ from hafl_app import assembly
 from hafl_app.config.compose import CONF, compose
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
-from hafl_app.strategies.base import (
-    FederationOptions,
-    HeterogeneousLora,
-    StrategyError,
-)
+from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.exchange import ClientUpdate
+from hafl_app.strategies.hooks import StrategyError
+from hafl_app.strategies.options import FederationOptions
 
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 MAX_RANK = 4

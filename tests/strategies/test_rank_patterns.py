@@ -18,7 +18,8 @@ from hafl_app.federation.profiles import PROFILE, NodeDirectory, NodeProfile
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.lowrank.svd import singular_values, truncated_svd
 from hafl_app.preflight import check
-from hafl_app.strategies.base import FederationOptions, StrategyError
+from hafl_app.strategies.hooks import StrategyError
+from hafl_app.strategies.options import FederationOptions
 
 LAYER = "encoder.layer.3."
 BERT = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")

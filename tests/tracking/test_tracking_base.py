@@ -18,7 +18,7 @@ class Recorder:
         if name == self._fails_in:
             raise self._error
 
-    def start(self, settings, clients):
+    def start(self, settings, clients, history):
         self._note("start", settings, clients)
 
     def log_round(self, record):

