@@ -29,6 +29,7 @@ from hafl_app.training.device import (
     reset_peak_memory,
 )
 from hafl_app.training.measure import ImportanceMeter
+from hafl_app.training.tail import prune_tail, tail_norms, tail_penalty
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -169,13 +170,13 @@ def train(
         probed, probe_seconds = _probe(task, adapter, seed)
         torch.manual_seed(seed)  # the probe's dropout must not change the training's
         classifier.load(adapter, plan)
-        tail_before = _tail_norms(classifier, plan.tail)
+        tail_before = tail_norms(classifier, plan.tail)
         meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
         loss, steps = _optimise(task, np.random.default_rng(seed), meter, on_epoch)
     trained = classifier.trained(plan)
     if plan.tail is not None and plan.tail.prune:
-        shrunk = {n: t < tail_before[n] for n, t in _tail_norms(classifier, plan.tail).items()}
-        trained = _prune(trained, plan.tail, shrunk)
+        tail_after = tail_norms(classifier, plan.tail)
+        trained = prune_tail(trained, plan.tail, tail_before, tail_after)
     return TrainResult(
         adapter=trained,
         num_examples=len(examples.labels),
@@ -255,7 +256,7 @@ def _backward_in_parts(task: _Task, rows: NDArray[np.int64], tail: TailPruning |
         batch = make_batch(task.examples, part, classifier.device)
         # Its share of the batch's mean: the mean of the parts' means would favour small parts.
         loss = _loss(classifier, batch, task.options) * (len(part) / len(rows))
-        total = loss if tail is None or index else loss + _tail_penalty(classifier, tail)
+        total = loss if tail is None or index else loss + tail_penalty(classifier, tail)
         total.backward()  # type: ignore[no-untyped-call]
         mean_loss += loss.item()
     return mean_loss
@@ -318,38 +319,3 @@ def _probe(task: _Task, adapter: Adapter, seed: int) -> tuple[dict[str, Tensor],
         _backward(task, rows, tail=None)
         meter.update(classifier)
     return meter.scores(), time.perf_counter() - started
-
-
-def _tail_norms(classifier: LoraClassifier, tail: TailPruning | None) -> dict[str, float]:
-    """Return ``||B_tail||_F * ||A_tail||_F`` by module."""
-    if tail is None:
-        return {}
-    with torch.no_grad():
-        return {
-            name: float(_tail_product(a, b, tail.start(a.shape[0])))
-            for name, (a, b) in classifier.trainable_factors().items()
-        }
-
-
-def _tail_penalty(classifier: LoraClassifier, tail: TailPruning) -> Tensor:
-    pairs = classifier.trainable_factors().values()
-    products = [_tail_product(a, b, tail.start(a.shape[0])) for a, b in pairs]
-    return tail.weight * sum(products, torch.zeros((), device=classifier.device))
-
-
-def _tail_product(lora_A: Tensor, lora_B: Tensor, start: int) -> Tensor:
-    # The norm's gradient at B = 0 is NaN without a floor; every LoRA starts there.
-    tail_A, tail_B = lora_A[start:], lora_B[:, start:]
-    return (tail_A.square().sum() * tail_B.square().sum() + 1e-12).sqrt()
-
-
-def _prune(trained: Adapter, tail: TailPruning, shrunk: Mapping[str, bool]) -> Adapter:
-    return Adapter(
-        {
-            name: factors.select(range(tail.start(factors.rank)))
-            if shrunk.get(name, False)
-            else factors
-            for name, factors in trained.modules.items()
-        },
-        trained.head,
-    )
