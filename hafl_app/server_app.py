@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from hafl_app import assembly
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
+from hafl_app.federation.run_lock import run_lock
 from hafl_app.gains import lone_clients
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.reporting import RunReport
@@ -53,13 +54,26 @@ def run(
         If a round did not work, however often it was repeated.
     hafl_app.resuming.ResumeError
         If the run to go on from cannot go on, or not with these settings.
+    hafl_app.federation.run_lock.RunLockedError
+        If another process is still running what is in the folder.
     """
     assembly.show_log()
     # Flower tells of each round in a dozen lines; ours are told by the trackers.
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    strategy = assembly.strategy(settings)
     folder = output_folder(settings)
     print(f"Output folder: {folder}", flush=True)  # noqa: T201  the log must name it
+    with run_lock(folder):
+        _run(grid, settings, folder, overrides, on_round)
+
+
+def _run(
+    grid: Grid,
+    settings: Settings,
+    folder: Path,
+    overrides: Sequence[str],
+    on_round: Callable[[int, Adapter], None] | None,
+) -> None:
+    strategy = assembly.strategy(settings)
     # The central splits are the same whatever the number of clients.
     text = assembly.federated_text(settings, settings.federation.num_clients)
     classifier = assembly.classifier(settings, len(text.label_names))

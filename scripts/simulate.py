@@ -66,12 +66,28 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     if {"-m", "--multirun"} & set(arguments):
         raise ResumeError("resume= goes on with one run: leave out -m")
     folder = latest_run(Path("outputs")) if given[-1] == "latest" else Path(given[-1]).absolute()
+    if (folder / "checkpoints").is_dir():
+        _stop_what_is_left(folder)
     checkpoint = load_checkpoint(folder)
     own = ("resume=", "output_dir=")
     overrides = [o for o in checkpoint.state["overrides"] if not o.startswith(own)]
     overrides += [o for o in arguments if not o.startswith(own)]
     check_settings(checkpoint, compose([o for o in overrides if not o.startswith("hydra.")]))
     return [*overrides, f"resume={_quoted(str(folder))}", f"hydra.run.dir={_quoted(str(folder))}"]
+
+
+def _stop_what_is_left(folder: Path) -> None:
+    """Stop the processes of a run whose `simulate.py` was killed."""
+    from hafl_app.federation.flower_run import stop_abandoned_run
+    from hafl_app.federation.run_lock import RunLockedError, run_lock
+
+    try:
+        with run_lock(folder):
+            return
+    except RunLockedError as error:
+        if not stop_abandoned_run(error.pid):
+            raise
+    print("stopped what the killed run had left behind", flush=True)
 
 
 def with_absolute_paths(overrides: Sequence[str], settings: Settings) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 from running import TINY, records, run_tiny
 
 from hafl_app.federation import flower_run
+from hafl_app.federation.run_lock import RunLockedError, run_lock
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -86,7 +87,7 @@ def test_a_failed_run_exits_non_zero(tmp_path):
     )
     assert result.returncode == 1
     assert "finished:failed" in result.stderr
-    assert "no client's reply counts" in result.stderr
+    assert "0 of 5 clients count" in result.stderr
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
 
 
@@ -112,6 +113,49 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     process.stdout.read()
     assert process.wait(timeout=60) == 130
     assert not flower_processes() - before
+
+
+def test_a_killed_run_is_stopped_and_goes_on(tmp_path):
+    before = flower_processes()
+    with subprocess.Popen(
+        command("federation.num_rounds=500", f"output_dir={tmp_path / 'out'}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        for line in process.stdout:
+            if "  2/500" in line:
+                break
+        process.kill()
+    assert flower_processes() - before  # nobody could stop them
+
+    newest = max((tmp_path / "out" / "checkpoints").glob("round-*"))
+    rounds = int(newest.stem.removeprefix("round-")) + 80  # it went on meanwhile
+    result = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "scripts" / "simulate.py")),
+            *(f"resume={tmp_path / 'out'}", f"federation.num_rounds={rounds}"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        cwd=tmp_path,
+    )
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "stopped what the killed run had left behind" in result.stdout
+    told = [r["server_round"] for r in records(tmp_path / "out", "round")]
+    assert told == list(range(rounds + 1))
+    assert not flower_processes() - before
+
+
+def test_a_run_that_is_going_on_is_left_alone(tmp_path):
+    run_tiny(tmp_path / "out")
+
+    with run_lock(tmp_path / "out"), pytest.raises(RunLockedError, match=f"process {os.getpid()}"):
+        run_tiny(tmp_path / "out", "federation.num_rounds=3", f"resume={tmp_path / 'out'}")
 
 
 class TestOwnSuperlink:

@@ -25,6 +25,7 @@ from hafl_app.federation.permissions import OWN_MACHINE
 
 # Every process that a run starts inherits this variable, and is found by it afterwards.
 _TOKEN = "HAFL_RUN_TOKEN"
+_OWNER = "HAFL_RUN_OWNER"  # "<pid> <start time>" of the process that started them
 _CONNECTION = "own"
 _START_SECONDS = 60.0
 _STOP_SECONDS = 5.0
@@ -242,6 +243,7 @@ def _environment(home: Path, token: str) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore::FutureWarning:ray._private.worker",
         "COLUMNS": "200",
         _TOKEN: token,
+        _OWNER: f"{os.getpid()} {psutil.Process().create_time()}",
     }
 
 
@@ -278,6 +280,26 @@ def processes_of(token: str) -> list[psutil.Process]:
             if process.environ().get(_TOKEN) == token and process.pid != os.getpid():
                 found.append(process)
     return found
+
+
+def stop_abandoned_run(pid: int) -> bool:
+    """Stop the run that a process belongs to, if whoever started it is gone (after a kill -9).
+
+    Returns
+    -------
+    bool
+        Whether it was stopped; False for a process that somebody still looks after.
+    """
+    try:
+        environment = psutil.Process(pid).environ()
+        token, (owner, started) = environment[_TOKEN], environment[_OWNER].split()
+    except (psutil.Error, KeyError, ValueError):
+        return False
+    with suppress(psutil.NoSuchProcess):
+        if psutil.Process(int(owner)).create_time() == float(started):
+            return False
+    stop_processes(token)
+    return True
 
 
 def stop_processes(token: str) -> None:

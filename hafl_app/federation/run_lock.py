@@ -1,0 +1,37 @@
+"""One process at a time writes the folder of a run."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import getpid
+from pathlib import Path
+
+
+class RunLockedError(RuntimeError):
+    """Another process is still running what is in this folder."""
+
+    def __init__(self, folder: Path, pid: int) -> None:
+        super().__init__(f"{folder}: process {pid} is still running this; stop it first")
+        self.pid = pid
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run; the system lets go of it when the process ends, however it does.
+
+    Raises
+    ------
+    RunLockedError
+        If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RunLockedError(folder, int(file.read() or 0)) from error
+        file.truncate(0)
+        file.write(str(getpid()))
+        file.flush()
+        yield
