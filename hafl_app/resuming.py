@@ -102,6 +102,7 @@ class RunCheckpoints:
             "strategy": snapshot.state,
             "report": report.state(),
             "noise_key": strategy.options.privacy.noise_key,
+            "epsilon": report.rounds[-1].metrics.get("privacy/epsilon"),
             "client_states_kept": kept,
         }
         tree = {

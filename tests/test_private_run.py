@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from hafl_app.federation.accounting import central_epsilon, local_epsilon
 from hafl_app.federation.records import METRICS, NUM_EXAMPLES
+from hafl_app.resuming import load_checkpoint
 from hafl_app.strategies.hooks import StrategyError
 
 CENTRAL = ("strategy=zero_padding", "privacy=central_dp")
@@ -51,6 +52,12 @@ class TestEpsilon:
     def test_that_does_not_suffice_for_a_round_is_refused(self, tmp_path):
         with pytest.raises(StrategyError, match=r"max_epsilon=0.1: the first round would already"):
             run_tiny(tmp_path / "out", *CENTRAL, "privacy.max_epsilon=0.1")
+
+    def test_is_in_the_checkpoint(self, tmp_path):
+        run_tiny(tmp_path / "out", *CENTRAL)
+
+        state = load_checkpoint(tmp_path / "out").state
+        assert state["epsilon"] == pytest.approx(central_epsilon(1.0, 1.0, 2, 1e-5))
 
     def test_goes_on_counting_after_a_resume(self, tmp_path):
         folder = tmp_path / "out"

@@ -146,6 +146,7 @@ class Exchange:
         self._server_round = server_round
         self._phase = phase
         self._waiting: dict[int, Request] = {}
+        self._asked: dict[int, Message] = {}  # Flower gives a message its id when it is sent
 
     def messages(
         self,
@@ -166,6 +167,7 @@ class Exchange:
             group = str(self._server_round)
             message = Message(content, profile.node_id, message_type, group_id=group)
             messages.append(message)
+            self._asked[profile.node_id] = message
             self._waiting[profile.node_id] = Request(
                 profile, plan, sent, message_bytes(message), head_bytes(content)
             )
@@ -183,7 +185,7 @@ class Exchange:
         """Enter everything in the ledger, log refusals, and report each node, silent ones too."""
         answered = {one.request.profile.node_id for one in judged}
         silent = [r for node_id, r in self._waiting.items() if node_id not in answered]
-        self._waiting = {}
+        self._waiting, self._asked = {}, {}
         everybody = [*judged, *(Judged(request, error="no reply in time") for request in silent)]
         everybody.sort(key=lambda one: one.request.profile.partition_id)
         return [self._settle(one) for one in everybody]
@@ -193,12 +195,17 @@ class Exchange:
         pairs: dict[int, tuple[Message, Request]] = {}
         for reply in replies:
             node_id = reply.metadata.src_node_id
-            if node_id not in self._waiting or node_id in pairs:
-                why = "a second reply" if node_id in pairs else "a reply nobody asked for"
+            wanted = node_id in self._waiting and self._answers(reply, node_id)
+            if not wanted or node_id in pairs:
+                why = "a second reply" if wanted else "a reply nobody asked for"
                 _LOGGER.warning("round %d, node %d: %s", self._server_round, node_id, why)
                 continue
             pairs[node_id] = (reply, self._waiting[node_id])
         return sorted(pairs.values(), key=lambda pair: pair[1].profile.partition_id)
+
+    def _answers(self, reply: Message, node_id: int) -> bool:
+        """Say whether a reply is to this request, and not a late one to an earlier."""
+        return reply.metadata.reply_to_message_id == self._asked[node_id].metadata.message_id
 
     def _judge(
         self,
