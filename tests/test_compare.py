@@ -293,7 +293,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "experiment= must be given; there are demo, hafl_banking77"),
+            ([], "experiment= must be given; there are chaos, demo"),
             (["experiment=hafl_bankin"], "did you mean hafl_banking77?"),
             (["experiment=demo"], "it has no compare.methods"),
             ([*TINY, "seeds=abc"], "seeds=abc: expected whole numbers"),
