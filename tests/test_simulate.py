@@ -100,6 +100,6 @@ def test_a_failed_job_fails_the_command_and_not_the_sweep(tmp_path):
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     )
     assert result.returncode == 1
-    assert "no client's reply counts" in result.stderr
+    assert "the replies of 0 of 5 clients count" in result.stderr
     assert '"status": "failed"' in (tmp_path / "sweep" / "0-hafl" / "summary.json").read_text()
     assert '"status": "finished"' in (tmp_path / "sweep" / "1-hafl" / "summary.json").read_text()
