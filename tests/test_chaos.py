@@ -29,6 +29,8 @@ from hafl_app.federation.records import (
 from hafl_app.plan import ModulePlan, TrainPlan
 from scripts import chaos
 
+pytestmark = pytest.mark.slow  # whole federations
+
 TINY = (
     "experiment=chaos",
     "model=tiny_random",

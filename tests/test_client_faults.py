@@ -26,6 +26,8 @@ from hafl_app.training.base import load_tokeniser
 from hafl_app.training.classifier import LoraClassifier, adapter_shapes, resident_classifier
 from hafl_app.training.local import DeviceMemoryError
 
+pytestmark = pytest.mark.slow  # whole federations
+
 RANK, NODE = 3, 2  # node 2 has partition 1
 
 

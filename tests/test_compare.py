@@ -15,6 +15,8 @@ from hafl_app.experiments.command import parse_command
 from hafl_app.experiments.compare import compare
 from scripts import compare as script
 
+pytestmark = pytest.mark.slow  # whole federations
+
 METHODS = ("freezing-adaptive", "truncation-zero_padding", "fedit")
 BASELINE = "truncation-zero_padding"
 TINY = (

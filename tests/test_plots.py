@@ -34,6 +34,7 @@ def test_energy_is_the_mean_over_modules():
     assert energy_above(Adapter({"a": diagonal}), 0) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 class TestRankCollapse:
     def test_writes_the_energy_of_every_method_seed_and_round(self, monkeypatch, tmp_path, capsys):
         folder = tmp_path / "out"

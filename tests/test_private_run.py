@@ -14,6 +14,8 @@ from hafl_app.federation.records import METRICS, NUM_EXAMPLES
 from hafl_app.resuming import load_checkpoint
 from hafl_app.strategies.hooks import StrategyError
 
+pytestmark = pytest.mark.slow  # whole federations
+
 CENTRAL = ("strategy=zero_padding", "privacy=central_dp")
 LOCAL = ("strategy=flexlora", "privacy=local_dp")
 

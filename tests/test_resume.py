@@ -49,6 +49,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_goes_on_bit_for_bit(variant, tmp_path):
     overrides = VARIANTS[variant]

@@ -15,6 +15,8 @@ from hafl_app.federation.inprocess import server_identity
 from hafl_app.federation.records import METRICS, NUM_EXAMPLES, read_adapter
 from hafl_app.strategies.rounds import RoundFailedError
 
+pytestmark = pytest.mark.slow  # whole federations
+
 
 def fedavg(*clients: tuple[np.ndarray, int]) -> np.ndarray:
     """Let Flower average the arrays of some clients, given with their number of examples."""

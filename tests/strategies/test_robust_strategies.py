@@ -14,6 +14,8 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.strategies.base import StrategyError
 from hafl_app.strategies.norms import clip_updates
 
+pytestmark = pytest.mark.slow  # whole federations
+
 RULES = ("median", "trimmed_mean")
 # Ten clients of mixed ranks: everybody trains component 0, five the last.
 RANKS = (4, 2, 4, 2, 4, 1, 4, 2, 4, 3)

@@ -17,6 +17,8 @@ from hafl_app.strategies.hetlora import HetLora
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.strategies.rounds import RoundFailedError
 
+pytestmark = pytest.mark.slow  # whole federations
+
 
 def partition_of(request: Message) -> int:
     return request.metadata.dst_node_id - 1  # in the in-process engine
