@@ -1,5 +1,7 @@
 """Weighted sums of low-rank updates and their exact truncated SVD, without the dense matrix."""
 
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite, sqrt
 
@@ -8,6 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hafl_app.lowrank.factors import LoraFactors
+from hafl_app.lowrank.thin_svd import Triplets, is_dense, leading_triplets, rounding_error
+
+# Matrices decomposed in one call: their float64 factors stay below this many numbers.
+_BATCH_NUMBERS = 2**25
 
 
 @dataclass(frozen=True)
@@ -114,17 +120,35 @@ def truncated_svd(
 
     Notes
     -----
-    Costs O((out + in) R^2 + R^3) for ``R = factors.rank``, by `_thin_svd`. The aggregation is
-    that of Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks
-    and Client Resources" (FlexLoRA), arXiv:2402.11505, who decompose the dense matrix.
+    Costs O((out + in) R^2 + R^3) for ``R = factors.rank``, see `leading_triplets`. The aggregation
+    is that of Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous
+    Tasks and Client Resources" (FlexLoRA), arXiv:2402.11505, who decompose the dense matrix.
+    """
+    return truncated_svds([factors], rank, generator=generator)[0]
+
+
+def truncated_svds(
+    matrices: Sequence[LoraFactors], rank: int, *, generator: torch.Generator | None = None
+) -> list[LoraFactors]:
+    """Return `truncated_svd` of many matrices; those of one shape are decomposed in one call.
+
+    Parameters
+    ----------
+    matrices
+        Of any shapes and ranks; each is decomposed on the device it is on.
+    rank, generator
+        As for `truncated_svd`; None is a generator with seed 0 for each.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    left, values, right = _thin_svd(factors, rank)
-    sign = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()  # (1, k)
-    lora_B = torch.nn.functional.pad(left * (values * sign), (0, rank - values.numel()))
-    lora_A = _complete_rows(right * sign.T, rank, generator or torch.Generator().manual_seed(0))
-    return LoraFactors(lora_A.to(factors.lora_A.dtype), lora_B.to(factors.lora_B.dtype))
+    results: dict[int, LoraFactors] = {}
+    for batch in _batches(matrices):
+        lora_A = _stacked([matrices[i].lora_A for i in batch])
+        lora_B = _stacked([matrices[i].lora_B for i in batch])
+        triplets = leading_triplets(lora_A, lora_B, rank)
+        for i, triplet in zip(batch, triplets, strict=True):
+            results[i] = _padded(triplet, rank, matrices[i], generator)
+    return [results[i] for i in range(len(matrices))]
 
 
 def singular_values(factors: LoraFactors) -> Float[Tensor, " k"]:
@@ -137,13 +161,13 @@ def singular_values(factors: LoraFactors) -> Float[Tensor, " k"]:
         error of the decomposition are exactly 0.
     """
     lora_A, lora_B = factors.lora_A.double(), factors.lora_B.double()
-    if _is_dense(factors):
+    if is_dense(factors.out_features, factors.rank, factors.in_features):
         core = lora_B @ lora_A
     else:
         R_B = torch.linalg.qr(lora_B, mode="r").R
         core = R_B @ torch.linalg.qr(lora_A.T, mode="r").R.T  # (R, R)
     values: Tensor = torch.linalg.svdvals(core)
-    return values.where(values > _rounding_error(factors), 0.0)
+    return values.where(values > rounding_error(factors), 0.0)
 
 
 def tail_energy(factors: LoraFactors, rank: int) -> Float[Tensor, ""]:
@@ -170,43 +194,35 @@ def tail_energy(factors: LoraFactors, rank: int) -> Float[Tensor, ""]:
     return energy[rank:].sum() / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def _thin_svd(
-    factors: LoraFactors, rank: int
-) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
-    """Return the first ``rank`` singular triplets of ``delta_weight`` that are not 0, in float64.
-
-    With thin QRs ``lora_B = Q_B R_B``, ``lora_A^T = Q_A R_A`` and the small core
-    ``R_B R_A^T = U S V^T``, ``delta_weight = (Q_B U) S (Q_A V)^T`` is its exact thin SVD: the
-    (out, in) matrix is formed only where it is no larger than the core.
-    """
-    lora_A, lora_B = factors.lora_A.double(), factors.lora_B.double()
-    if _is_dense(factors):
-        U, S, Vh = torch.linalg.svd(lora_B @ lora_A, full_matrices=False)
-    else:
-        Q_B, R_B = torch.linalg.qr(lora_B)  # (out, R), (R, R)
-        Q_A, R_A = torch.linalg.qr(lora_A.T)  # (in, R), (R, R)
-        U, S, Vh = torch.linalg.svd(R_B @ R_A.T)  # (R, R), (R,), (R, R)
-    keep = min(rank, int((_rounding_error(factors) < S).sum()))
-    U, S, Vh = U[:, :keep], S[:keep], Vh[:keep]
-    return (U, S, Vh) if _is_dense(factors) else (Q_B @ U, S, Vh @ Q_A.T)
+def _batches(matrices: Sequence[LoraFactors]) -> Iterator[list[int]]:
+    """Group the positions of matrices that go into one call."""
+    alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    for position, factors in enumerate(matrices):
+        alike[(*_layout(factors), factors.rank)].append(position)
+    for positions in alike.values():
+        first = matrices[positions[0]]
+        numbers = first.rank * (first.out_features + first.in_features)
+        size = max(1, _BATCH_NUMBERS // max(1, numbers))
+        for start in range(0, len(positions), size):
+            yield positions[start : start + size]
 
 
-def _is_dense(factors: LoraFactors) -> bool:
-    """Whether the dense matrix is no larger than what the stacked route works on."""
-    return factors.rank >= min(factors.out_features, factors.in_features)
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack without a copy where there is only one."""
+    return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
-def _rounding_error(factors: LoraFactors) -> Float[Tensor, ""]:
-    """Return the size up to which a singular value computed in float64 may be noise.
-
-    Householder QR perturbs each column relative to that column's norm, so the error of the core
-    is bounded by ``sum_i ||b_i|| ||a_i||``. Pieces that cancel each other can make the largest
-    singular value far smaller than that, so it cannot serve as the yardstick.
-    """
-    columns: Tensor = torch.linalg.vector_norm(factors.lora_B.double(), dim=0)
-    rows: Tensor = torch.linalg.vector_norm(factors.lora_A.double(), dim=1)
-    size = max(factors.out_features, factors.in_features, factors.rank)
-    return torch.finfo(torch.float64).eps * size * (columns @ rows)
+def _padded(
+    triplet: Triplets, rank: int, like: LoraFactors, generator: torch.Generator | None
+) -> LoraFactors:
+    """Return ``rank`` components of fixed sign, in dtype as ``like``."""
+    left, right = triplet
+    if left.shape[1]:
+        sign = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()  # (1, k)
+        left, right = left * sign, right * sign.T
+    lora_B = torch.nn.functional.pad(left, (0, rank - left.shape[1]))
+    lora_A = _complete_rows(right, rank, generator or torch.Generator().manual_seed(0))
+    return LoraFactors(lora_A.to(like.lora_A.dtype), lora_B.to(like.lora_B.dtype))
 
 
 def _complete_rows(

@@ -11,7 +11,7 @@ from typing import ClassVar
 from hafl_app.config.schema import choice, number
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.lowrank.svd import WeightedStack, truncated_svd
+from hafl_app.lowrank.svd import WeightedStack, truncated_svds
 from hafl_app.plan import TrainPlan
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.exchange import ClientUpdate
@@ -113,10 +113,8 @@ class FlexLora(HeterogeneousLora):
 
     def finish(self, state: ProductSums) -> Mapping[str, LoraFactors]:
         """Divide by the weight of all participants, and decompose."""
-        return {
-            name: truncated_svd(self._next(name, stack, state.total_weight), self.max_rank)
-            for name, stack in state.stacks.items()
-        }
+        sums = [self._next(name, stack, state.total_weight) for name, stack in state.stacks.items()]
+        return dict(zip(state.stacks, truncated_svds(sums, self.max_rank), strict=True))
 
     def _next(self, name: str, stack: WeightedStack, total_weight: float) -> LoraFactors:
         """Return the next M of a module before truncation."""

@@ -1,0 +1,1 @@
+"""What the programs under `scripts/bench_*.py` measure, and how."""
