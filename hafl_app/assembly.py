@@ -8,21 +8,25 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.sources import TextSource
+from hafl_app.data.text import Tokenise
+from hafl_app.federation.numbering import Numbering
 from hafl_app.federation.privacy import PrivacyOptions, new_noise_key
-from hafl_app.federation.profiles import scale_tiers
+from hafl_app.federation.profiles import NodeDirectory, scale_tiers
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.options import FederationOptions
 from hafl_app.training.base import BaseSpec, load_tokeniser
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier, resident_classifier
 from hafl_app.training.device import resolve_device
 from hafl_app.training.local import TrainOptions
+from hafl_app.training.memory import StepMemory
+from hafl_app.training.memory import step_memory as count_step_memory
 
 KNOBS = {
     "strategy": "strategy",
@@ -93,7 +97,10 @@ def base_spec(settings: Settings) -> BaseSpec:
 
 def text_source(settings: Settings) -> TextSource:
     """Return where the text comes from."""
-    return TextSource(**{f.name: getattr(settings.dataset, f.name) for f in fields(TextSource)})
+    values = {f.name: getattr(settings.dataset, f.name) for f in fields(TextSource)}
+    if values["label_names"] is not None:
+        values["label_names"] = tuple(values["label_names"])
+    return TextSource(**values)
 
 
 def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
@@ -134,6 +141,21 @@ def _federated_text(
         partitioning,
         validation_fraction=validation_fraction,
         holdout_fraction=holdout_fraction,
+        **tokenising(spec, max_length),
+    )
+
+
+class Tokenising(TypedDict):
+    """How texts become tokens: the arguments of that name of what encodes text."""
+
+    tokenise: Tokenise
+    tokeniser_key: str
+    cache: Path | None
+
+
+def tokenising(spec: BaseSpec, max_length: int) -> Tokenising:
+    """Return how texts become tokens; the tokenizer is loaded when the first text comes."""
+    return Tokenising(
         tokenise=_LazyTokeniser(spec, max_length),
         tokeniser_key=_tokeniser_key(spec, max_length),
         cache=cache_folder(),
@@ -164,6 +186,18 @@ def classifier(settings: Settings, num_labels: int) -> LoraClassifier:
     return resident_classifier(classifier_spec(settings, num_labels)).to(device)
 
 
+def step_memory(settings: Settings, num_labels: int) -> StepMemory:
+    """Return the memory that training takes on this node by rank; counted once a machine."""
+    return count_step_memory(
+        classifier_spec(settings, num_labels),
+        settings.lora.max_rank,
+        train_options(settings),
+        settings.dataset.max_length,
+        resolve_device(settings.client.device),
+        cache_folder() / "memory",
+    )
+
+
 def train_options(settings: Settings) -> TrainOptions:
     """Return how clients train."""
     return TrainOptions(**{f.name: getattr(settings.client, f.name) for f in fields(TrainOptions)})
@@ -178,27 +212,43 @@ def privacy_options(settings: Settings) -> PrivacyOptions:
 def federation_options(settings: Settings) -> FederationOptions:
     """Return what holds for the whole run, whatever the method."""
     federation = settings.federation
+    shared = {f.name for f in fields(FederationOptions)} & {f.name for f in fields(federation)}
     return FederationOptions(
+        **{name: getattr(federation, name) for name in shared},
         seed=settings.seed,
-        fraction_train=federation.fraction_train,
-        fraction_evaluate=federation.fraction_evaluate,
-        evaluate_every=federation.evaluate_every,
-        num_rounds=federation.num_rounds,
         local_epochs=settings.client.local_epochs,
         max_steps=settings.client.max_steps,
         head=settings.model.head,  # type: ignore[arg-type]
         lora_alpha=settings.lora.lora_alpha,
         scaling=settings.lora.scaling,
         timeout_s=federation.round_timeout_s,
-        min_replies=federation.min_replies,
-        max_retries=federation.max_retries,
-        max_norm_ratio=federation.max_norm_ratio,
-        clip_ratio=federation.clip_ratio,
-        robust=federation.robust,
-        trim_fraction=federation.trim_fraction,
         quarantine_after=federation.quarantine.after,
         quarantine_rounds=federation.quarantine.rounds,
         privacy=privacy_options(settings),
+    )
+
+
+def node_directory(
+    settings: Settings,
+    label_names: tuple[str, ...] | None,
+    numbering: Numbering | None = None,
+) -> NodeDirectory:
+    """Return the directory of a run whose nodes are still to be asked.
+
+    Parameters
+    ----------
+    label_names
+        The run's classes; None if the nodes are to say theirs.
+    numbering
+        Of the run that goes on.
+    """
+    federation = settings.federation
+    return NodeDirectory(
+        federation.round_timeout_s,
+        start_timeout_s=federation.start_timeout_s,
+        num_nodes=federation.num_clients,
+        label_names=label_names,
+        numbering=numbering,
     )
 
 

@@ -16,15 +16,15 @@ def check(settings: Settings) -> None:
     ValueError
         In one line: the value, what was expected, and where.
     """
-    check_federation(settings.privacy.kind, settings.federation)  # type: ignore[arg-type]
+    check_federation(settings.privacy.kind, settings.federation)
+    strategy = assembly.strategy(settings)
+    strategy.options = assembly.federation_options(settings)
     if settings.privacy.kind == "central_dp":
-        assembly.strategy(settings).private_division()
+        strategy.private_division()
     resolve_device(settings.client.device)
     num_clients = settings.federation.num_clients
     tiers = assembly.client_tiers(settings, num_clients)
-    assembly.strategy(settings).check(
-        [rank for tier in tiers for rank in (tier.rank, *tier.rank_pattern.values())]
-    )
+    strategy.check([rank for tier in tiers for rank in (tier.rank, *tier.rank_pattern.values())])
     spec = assembly.base_spec(settings)
     if not (spec.random_weights and not spec.path):
         locate(spec)

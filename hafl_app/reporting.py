@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 from hafl_app import assembly
 from hafl_app.config.compose import strategy_arguments
 from hafl_app.config.schema import Settings
-from hafl_app.data.federated import FederatedText
+from hafl_app.data.shares import CentralText
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.gains import device_gains
 from hafl_app.lowrank.factors import Adapter
@@ -54,8 +55,6 @@ class RunReport:
         Of the run.
     strategy
         The method, whose global adapter is scored.
-    text, classifier
-        The data's central splits, and the model to score with.
     folder
         Where everything is written.
     """
@@ -64,25 +63,23 @@ class RunReport:
         self,
         settings: Settings,
         strategy: HeterogeneousLora,
-        text: FederatedText,
-        classifier: LoraClassifier,
         folder: Path,
     ) -> None:
         self._settings = settings
         self._strategy = strategy
-        self._text = text
-        self._classifier = classifier
-        self._score = adapter_evaluator(classifier, settings.client.precision)
         self._folder = folder
         self._num_threads = settings.federation.server_threads or os.cpu_count() or 1
         self._run_id = uuid4().hex
-        self._trackers = _trackers(settings, folder, self._run_id)
         self._history = NO_HISTORY
-        self._privacy = assembly.privacy_options(settings)
         self._started = time.perf_counter()
         self._outcomes: list[ClientReport] = []
         self.rounds: list[RoundRecord] = []
         self._best: tuple[float, int, Adapter] | None = None
+
+    @cached_property
+    def _trackers(self) -> Trackers:
+        # Not made before they are told something: a run that goes on keeps its id.
+        return _trackers(self._settings, self._folder, self._run_id)
 
     def start(self) -> None:
         """Write the resolved settings. The clients follow when they are known."""
@@ -90,6 +87,25 @@ class RunReport:
         OmegaConf.save(
             OmegaConf.create(plain_settings(self._settings)), self._folder / "config.yaml"
         )
+
+    def score_with(self, text: CentralText, classifier: LoraClassifier) -> None:
+        """Take the server's data and the model to score with, once the classes are known."""
+        self._text = text
+        self._classifier = classifier
+        self._score = adapter_evaluator(classifier, self._settings.client.precision)
+
+    @property
+    def has_test(self) -> bool:
+        """Whether the server has test data to score adapters on."""
+        return len(self._text.test) > 0
+
+    @property
+    def _chosen_by(self) -> str | None:
+        """The metric that the best round is chosen by, if there is one fit for it."""
+        if self._settings.model.head != "local" and len(self._text.validation):
+            return "validation/accuracy"
+        # Scores of clients carry no noise, so that a choice by them would cost privacy.
+        return "clients/accuracy" if self._strategy.options.privacy.kind == "none" else None
 
     def clients(self, profiles: Sequence[NodeProfile]) -> None:
         """Tell the trackers who takes part."""
@@ -99,7 +115,7 @@ class RunReport:
                 p.node_id,
                 p.rank,
                 p.num_examples,
-                p.device,
+                p.device_line,
                 *self._strategy.payload_bytes(p),
             )
             for p in profiles
@@ -128,7 +144,6 @@ class RunReport:
             If what it told of its rounds cannot be read.
         """
         self._run_id = state["run_id"]
-        self._trackers = _trackers(self._settings, self._folder, self._run_id)
         self._started -= state["seconds"]
         self._history = read_history(self._folder, last_round)
         self.rounds = list(self._history.rounds)
@@ -154,9 +169,12 @@ class RunReport:
             bytes_up=report.bytes_up,
             error=report.error,
             probe_seconds=metrics.get("probe-seconds", 0.0),
+            steps=int(metrics.get("steps", 0)),
+            out_of_time=bool(metrics.get("out-of-time", 0)),
         )
         # Under central privacy nobody outside is told who took part, and how it went there.
-        self._trackers.log_client(record, external=self._privacy.kind != "central_dp")
+        hidden = self._strategy.options.privacy.kind == "central_dp"
+        self._trackers.log_client(record, external=not hidden)
 
     def evaluate(self, server_round: int) -> MetricRecord:
         """Score the global adapter on the central splits and log the round."""
@@ -166,12 +184,13 @@ class RunReport:
         central = self._settings.model.head != "local"
         if central:
             metrics |= self._central_scores(self._strategy.global_adapter)
-        private = self._privacy.kind != "none"
+        privacy = self._strategy.options.privacy
+        private = privacy.kind != "none"
         if private:
             from hafl_app.federation.accounting import epsilon_after  # noqa: PLC0415  takes a second
 
             rate = self._settings.federation.fraction_train
-            metrics["privacy/epsilon"] = epsilon_after(self._privacy, server_round, rate)
+            metrics["privacy/epsilon"] = epsilon_after(privacy, server_round, rate)
         traffic = self._strategy.ledger.of_round(server_round)
         record = RoundRecord(
             server_round=server_round,
@@ -187,15 +206,16 @@ class RunReport:
         self._outcomes = []
         self.rounds.append(record)
         self._trackers.log_round(record)
-        validation = metrics.get("validation/accuracy", math.nan)
-        if server_round and (self._best is None or validation > self._best[0]):
-            self._best = (validation, server_round, self._strategy.global_adapter)
+        score = metrics.get(self._chosen_by or "", math.nan)
+        if server_round and score > (self._best[0] if self._best else -math.inf):
+            self._best = (score, server_round, self._strategy.global_adapter)
         return MetricRecord(dict(metrics))
 
     def _central_scores(self, adapter: Adapter) -> dict[str, float]:
-        scores = self._score_on(adapter, "test").named("test")
-        if len(self._text.validation.labels):
-            scores |= self._score_on(adapter, "validation").named("validation")
+        scores: dict[str, float] = {}
+        for split in ("test", "validation"):
+            if len(getattr(self._text, split)):
+                scores |= self._score_on(adapter, split).named(split)
         return scores
 
     def _score_on(self, adapter: Adapter, split: str) -> Scores:
@@ -235,19 +255,23 @@ class RunReport:
             },
         )
 
+    def _best_entry(self) -> dict[str, Any]:
+        """Return the best round's scores under what chose it; nothing if none was chosen."""
+        if self._best is None or self._chosen_by is None:
+            return {}
+        chosen = next(r for r in self.rounds if r.server_round == self._best[1])
+        kind = self._chosen_by.partition("/")[0]
+        return {f"best_{kind}": {"round": chosen.server_round, **chosen.metrics}}
+
     def _summary(self, alone: Sequence[AloneResult]) -> dict[str, Any]:
         ledger = self._strategy.ledger
-        best = self._best[1] if self._best else self.rounds[-1].server_round
         return {
             "status": "finished",
             "strategy": plain_settings(self._settings)["strategy"],
             "seed": self._settings.seed,
             "rounds": self.rounds[-1].server_round,
             "final": dict(self.rounds[-1].metrics),
-            "best_validation": {
-                "round": best,
-                **next(r for r in self.rounds if r.server_round == best).metrics,
-            },
+            **self._best_entry(),
             "device_ranks": device_gains(
                 self._strategy.global_adapter,
                 alone,
@@ -265,6 +289,10 @@ class RunReport:
                 }
                 for phase in ("train", "evaluate", "alone")
             },
+            "nodes": [_device_facts(p) for p in self._strategy.directory.in_order()],
+            "left_out": {
+                str(node_id): why for node_id, why in self._strategy.directory.refusals.items()
+            },
             "seconds": time.perf_counter() - self._started,
             "versions": {
                 "hafl-app": "0.1.0",
@@ -272,6 +300,11 @@ class RunReport:
                 **{name: version(name) for name in _PACKAGES},
             },
         }
+
+
+def _device_facts(profile: NodeProfile) -> dict[str, Any]:
+    names = ("partition_id", "rank", "device", "device_name", "memory_total_mb", "memory_free_mb")
+    return {n: getattr(profile, n) for n in (*names, "torch_version", "cuda_version")}
 
 
 def plain_settings(settings: Settings) -> dict[str, Any]:

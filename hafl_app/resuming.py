@@ -6,7 +6,7 @@ The scores of past rounds stay in ``metrics.jsonl``. Random numbers need no stat
 seeded by the run's seed, the round and the partition.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,15 +16,10 @@ from flwr.serverapp import Grid
 
 from hafl_app.config.schema import Settings
 from hafl_app.federation.checkpoint import Checkpoint, CheckpointStore
+from hafl_app.federation.numbering import Numbering
 from hafl_app.reporting import RunReport, plain_settings
 from hafl_app.strategies.hooks import FlowerHooks
-from hafl_app.strategies.snapshot import (
-    Snapshot,
-    flatten,
-    restore,
-    take_snapshot,
-    unflatten,
-)
+from hafl_app.strategies.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
 
 # What may differ when a run goes on: it decides how long, where and how fast, not what is learnt.
 _FREE = (
@@ -37,11 +32,13 @@ _FREE = (
     "federation.num_rounds",
     "federation.checkpoint_every",
     "federation.round_timeout_s",
+    "federation.start_timeout_s",
     "federation.min_replies",
     "federation.max_retries",
     "federation.server_threads",
     "federation.client_cpus",
     "federation.client_gpus",
+    "federation.ray_address",
     "federation.evaluate_every",
     "federation.fraction_evaluate",
     "federation.alone_clients_per_rank",
@@ -93,9 +90,8 @@ class RunCheckpoints:
         due = every and (server_round % every == 0 or server_round == federation.num_rounds)
         if not due:
             return
-        snapshot = take_snapshot(strategy, server_round)
-        kept = isinstance(grid, KeepsClientState)
-        clients = _client_tree(grid.client_states()) if isinstance(grid, KeepsClientState) else {}
+        snapshot = take_snapshot(strategy)
+        clients = grid.client_states() if isinstance(grid, KeepsClientState) else None
         state = {
             "settings": plain_settings(self.settings),
             "overrides": list(self.overrides),
@@ -103,12 +99,14 @@ class RunCheckpoints:
             "report": report.state(),
             "noise_key": strategy.options.privacy.noise_key,
             "epsilon": report.rounds[-1].metrics.get("privacy/epsilon"),
-            "client_states_kept": kept,
+            "client_states_kept": clients is not None,
+            "label_names": list(strategy.directory.label_names or ()),
+            "node_numbers": strategy.directory.numbering.to_json(),
         }
         tree = {
-            "strategy": unflatten(snapshot.tensors),
+            "strategy": snapshot.tree,
             "report": report.tensors(),
-            "clients": clients,
+            "clients": _client_tree(clients or {}),
         }
         _store(self.folder).save(server_round, flatten(tree), state)
 
@@ -161,8 +159,8 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
     ResumeError
         Naming the first setting that differs, with both values.
     """
-    then = dict(_leaves(checkpoint.state["settings"], ""))
-    now = dict(_leaves(plain_settings(settings), ""))
+    then = flatten(checkpoint.state["settings"], ".")
+    now = flatten(plain_settings(settings), ".")
     for name in sorted({*then, *now}):
         free = any(name == f or name.startswith(f"{f}.") for f in _FREE)
         if not free and then.get(name) != now.get(name):
@@ -177,6 +175,32 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
         )
 
 
+def agreed_before(
+    checkpoint: Checkpoint, label_names: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], Numbering]:
+    """Return the classes of the run that goes on, and the numbers that it gave to nodes.
+
+    Parameters
+    ----------
+    label_names
+        The classes that settings or central data say now; None if the nodes were asked.
+
+    Raises
+    ------
+    ResumeError
+        If they are others: the head has an output for each, in their order.
+    """
+    # Checkpoints had neither while every node had a partition.
+    then = tuple(checkpoint.state.get("label_names", label_names or ()))
+    if label_names not in (None, then):
+        changed = sorted(set(then) ^ set(label_names or ()))
+        raise ResumeError(
+            f"the data have {len(label_names or ())} classes, the run to resume has {len(then)}; "
+            + (f"{changed[0]!r} is not in both" if changed else "they are in another order")
+        )
+    return then, Numbering.from_json(checkpoint.state.get("node_numbers", {}))
+
+
 def resume(checkpoint: Checkpoint, strategy: FlowerHooks, report: RunReport, grid: Grid) -> None:
     """Make a prepared run what it was when the checkpoint was written.
 
@@ -187,10 +211,7 @@ def resume(checkpoint: Checkpoint, strategy: FlowerHooks, report: RunReport, gri
     """
     tree = unflatten(checkpoint.tensors)
     _give_back_client_states(checkpoint, tree.get("clients", {}), grid)
-    snapshot = Snapshot(
-        checkpoint.server_round, flatten(tree["strategy"]), checkpoint.state["strategy"]
-    )
-    restore(strategy, snapshot)
+    restore(strategy, Snapshot(tree["strategy"], checkpoint.state["strategy"]))
     # The run's own key, so that a round that is computed again is the same release.
     privacy = replace(strategy.options.privacy, noise_key=checkpoint.state["noise_key"])
     strategy.options = replace(strategy.options, privacy=privacy)
@@ -224,11 +245,3 @@ def _client_tree(states: Mapping[int, RecordDict]) -> dict[str, Any]:
         }
         for partition_id, state in states.items()
     }
-
-
-def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -11,13 +11,23 @@ from flwr.serverapp import Grid, ServerApp
 from hafl_app import assembly
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
+from hafl_app.federation.checkpoint import Checkpoint
+from hafl_app.federation.numbering import Numbering
 from hafl_app.federation.run_lock import run_lock
 from hafl_app.gains import lone_clients
 from hafl_app.lowrank.factors import Adapter, initial_adapter
+from hafl_app.on_device import known_label_names, meet
 from hafl_app.reporting import RunReport
-from hafl_app.resuming import RunCheckpoints, check_settings, load_checkpoint, resume
+from hafl_app.resuming import (
+    RunCheckpoints,
+    agreed_before,
+    check_settings,
+    load_checkpoint,
+    resume,
+)
 from hafl_app.strategies.alone import AloneResult, train_alone
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.private import check_federation
 from hafl_app.strategies.rounds import run_rounds
 
 app = ServerApp()
@@ -48,6 +58,8 @@ def run(
 
     Raises
     ------
+    hafl_app.federation.privacy.PrivacyError
+        If the reported privacy would not hold under these settings.
     hafl_app.strategies.hooks.StrategyError
         If the method cannot serve these nodes.
     hafl_app.strategies.rounds.RoundFailedError
@@ -74,13 +86,7 @@ def _run(
     on_round: Callable[[int, Adapter], None] | None,
 ) -> None:
     strategy = assembly.strategy(settings)
-    # The central splits are the same whatever the number of clients.
-    text = assembly.federated_text(settings, settings.federation.num_clients)
-    classifier = assembly.classifier(settings, len(text.label_names))
-    initial = initial_adapter(classifier.shapes(), strategy.max_rank, settings.seed).with_head(
-        {} if settings.model.head == "local" else classifier.initial_head
-    )
-    report = RunReport(settings, strategy, text, classifier, folder)
+    report = RunReport(settings, strategy, folder)
     checkpoints = RunCheckpoints(folder, settings, tuple(overrides))
 
     def after_round(server_round: int) -> None:
@@ -90,35 +96,43 @@ def _run(
         checkpoints.save(strategy, report, grid, server_round)
 
     try:
-        done = _begin(grid, settings, strategy, initial, report, checkpoints)
-        if done is None:
+        check_federation(settings.privacy.kind, settings.federation)
+        checkpoint = load_checkpoint(Path(settings.resume)) if settings.resume else None
+        if checkpoint is not None:
+            check_settings(checkpoint, settings)
+        report.start()
+        initial = _prepare(grid, settings, strategy, report, checkpoint)
+        if checkpoint is None:
+            checkpoints.forget()
             after_round(0)
-        run_rounds(strategy, grid, (done or 0) + 1, after_round)
-        report.finish(_alone(grid, settings, strategy, initial))
+        else:
+            resume(checkpoint, strategy, report, grid)
+        run_rounds(strategy, grid, checkpoint.server_round + 1 if checkpoint else 1, after_round)
+        report.finish(_alone(grid, settings, strategy, initial) if report.has_test else [])
     except BaseException as error:
         report.fail(f"{type(error).__name__}: {error}")
         raise
 
 
-def _begin(
+def _prepare(
     grid: Grid,
     settings: Settings,
     strategy: HeterogeneousLora,
-    initial: Adapter,
     report: RunReport,
-    checkpoints: RunCheckpoints,
-) -> int | None:
-    """Prepare everything, and return the last finished round of the run to go on from."""
-    checkpoint = load_checkpoint(Path(settings.resume)) if settings.resume else None
+    checkpoint: Checkpoint | None,
+) -> Adapter:
+    """Meet the nodes, build what their classes need, and return the adapter of round 0."""
+    label_names, numbering = known_label_names(settings), Numbering()
     if checkpoint is not None:
-        check_settings(checkpoint, settings)
-    report.start()
-    strategy.prepare(grid, initial, assembly.federation_options(settings), report.on_client)
-    if checkpoint is None:
-        checkpoints.forget()
-        return None
-    resume(checkpoint, strategy, report, grid)
-    return checkpoint.server_round
+        label_names, numbering = agreed_before(checkpoint, label_names)
+    text = meet(grid, settings, strategy, label_names, numbering)
+    classifier = assembly.classifier(settings, len(text.label_names))
+    initial = initial_adapter(classifier.shapes(), strategy.max_rank, settings.seed).with_head(
+        {} if settings.model.head == "local" else classifier.initial_head
+    )
+    report.score_with(text, classifier)
+    strategy.prepare(initial, report.on_client)
+    return initial
 
 
 def _alone(

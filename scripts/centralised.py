@@ -11,16 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import run_script  # noqa: E402
+from hafl_app.experiments.script import run_program  # noqa: E402
 
 
 def main() -> int:
     """Check the settings, train, and say where the results are."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
-    return run_script(lambda: _train(arguments))
+    return run_program(__doc__, _train)
 
 
 def _train(arguments: list[str]) -> int:

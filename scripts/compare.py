@@ -18,18 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import FAILED, run_script  # noqa: E402
+from hafl_app.experiments.script import FAILED, run_program  # noqa: E402
 
 
 def main() -> int:
     """Check the command line, run the comparison, and say how it went."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
-    return run_script(
-        lambda: _compare(arguments),
-        interrupted="interrupted; output_dir= with the same folder goes on from here",
+    return run_program(
+        __doc__, _compare, "interrupted; output_dir= with the same folder goes on from here"
     )
 
 

@@ -5,6 +5,7 @@
 Settings are Hydra overrides of `conf/`; `--help` lists the groups.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from omegaconf import DictConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.config.compose import SettingsError, compose, register_schema  # noqa: E402
+from hafl_app.config.compose import SettingsError, compose, quoted, register_schema  # noqa: E402
 from hafl_app.config.schema import Settings  # noqa: E402
 from hafl_app.experiments.script import FAILED, run_script  # noqa: E402
 
@@ -73,7 +74,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     overrides = [o for o in checkpoint.state["overrides"] if not o.startswith(own)]
     overrides += [o for o in arguments if not o.startswith(own)]
     check_settings(checkpoint, compose([o for o in overrides if not o.startswith("hydra.")]))
-    return [*overrides, f"resume={_quoted(str(folder))}", f"hydra.run.dir={_quoted(str(folder))}"]
+    return [*overrides, f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}"]
 
 
 def _stop_what_is_left(folder: Path) -> None:
@@ -101,23 +102,21 @@ def with_absolute_paths(overrides: Sequence[str], settings: Settings) -> list[st
     return [
         *overrides,
         *(
-            f"{name}={_quoted(str(Path(path).expanduser().absolute()))}"
+            f"{name}={quoted(Path(path).expanduser().absolute())}"
             for name, path in paths.items()
             if path and Path(path).expanduser().exists()
         ),
     ]
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def run_job(overrides: Sequence[str], folder: Path) -> None:
     """Run one federation and leave its results in ``folder``."""
     settings = compose(overrides)
-    overrides = [*with_absolute_paths(overrides, settings), f"output_dir={_quoted(str(folder))}"]
+    overrides = [*with_absolute_paths(overrides, settings), f"output_dir={quoted(folder)}"]
     folder.mkdir(parents=True, exist_ok=True)
     if settings.engine == "inprocess":
+        if settings.federation.ray_address:
+            raise SettingsError("federation.ray_address: engine=inprocess uses no Ray; drop either")
         from hafl_app.experiments.running import run_federation
 
         run_federation(overrides)
@@ -129,8 +128,12 @@ def _run_on_ray(overrides: Sequence[str], settings: Settings, folder: Path) -> N
     import torch
 
     from hafl_app.federation.flower_run import flwr_run, own_superlink, resources_for
+    from hafl_app.federation.ray_cluster import check_shares, cluster_address
 
     federation, client = settings.federation, settings.client
+    address = cluster_address(federation.ray_address, os.environ)
+    if address:
+        check_shares(federation.client_cpus, federation.client_gpus)
     resources = resources_for(
         federation.num_clients,
         client.num_threads,
@@ -140,7 +143,7 @@ def _run_on_ray(overrides: Sequence[str], settings: Settings, folder: Path) -> N
     )
     print(f"Simulating with {resources.to_federation_config()}", flush=True)
     with (
-        own_superlink(folder / "superlink.log") as environment,
+        own_superlink(folder / "superlink.log", address) as environment,
         (folder / "flower.log").open("w") as log,
     ):
 

@@ -12,9 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hafl_app import client_app, reporting
+from hafl_app import reporting
 from hafl_app.experiments.running import run_federation
 from hafl_app.federation import checkpoint
+from hafl_app.node import handlers
 from hafl_app.strategies.hafl import Hafl
 from hafl_app.tracking.base import Trackers
 
@@ -35,7 +36,7 @@ def kill_at(call_number: int, function: Callable[..., Any]) -> Callable[..., Any
 
 # What is interrupted in round 2 of 3, with 5 clients; round 0 has an evaluation and a checkpoint.
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "training": (client_app, "train_locally", 8),
+    "training": (handlers, "train_locally", 8),
     "fold": (Hafl, "accumulate", 8),
     "evaluation": (reporting.RunReport, "_score_on", 6),
     "trackers": (Trackers, "log_round", 3),

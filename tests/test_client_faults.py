@@ -14,12 +14,12 @@ from running import TINY, records, run_tiny
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from hafl_app import assembly
-from hafl_app import client_app as client_module
 from hafl_app.client_app import app
 from hafl_app.federation.faults import Fault, fault_of
 from hafl_app.federation.inprocess import InProcessGrid, server_identity
 from hafl_app.federation.permissions import own_machine
 from hafl_app.federation.records import AdapterArrays, adapter_content, plan_record
+from hafl_app.node import handlers
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.training import base as base_module
 from hafl_app.training.base import load_tokeniser
@@ -255,7 +255,7 @@ class TestRequests:
         def broken(*arguments):
             raise KeyError("surprise")
 
-        monkeypatch.setattr(client_module, "train_locally", broken)
+        monkeypatch.setattr(handlers, "train_locally", broken)
 
         reply = Node().ask(MessageType.TRAIN)
 
@@ -265,7 +265,7 @@ class TestRequests:
 
 
 def test_a_run_goes_on_without_the_node_and_names_its_reason(tmp_path, monkeypatch):
-    train = client_module.train_locally
+    train = handlers.train_locally
     asked = []
 
     def scarce(classifier, adapter, *arguments):
@@ -274,7 +274,7 @@ def test_a_run_goes_on_without_the_node_and_names_its_reason(tmp_path, monkeypat
             raise DeviceMemoryError("cuda: out of memory at rank 8")
         return train(classifier, adapter, *arguments)
 
-    monkeypatch.setattr(client_module, "train_locally", scarce)
+    monkeypatch.setattr(handlers, "train_locally", scarce)
     run_tiny(tmp_path / "a", "federation.num_rounds=1", "federation.alone_clients_per_rank=0")
 
     errors = [client["error"] for client in records(tmp_path / "a", "client") if client["error"]]

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from matplotlib import image
 
-from hafl_app import client_app as client_app_module
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.experiments import running
 from hafl_app.experiments.command import parse_command
 from hafl_app.experiments.compare import compare
+from hafl_app.node import handlers
 from scripts import compare as script
 
 pytestmark = pytest.mark.slow  # whole federations
@@ -265,14 +265,14 @@ class TestResuming:
         assert [row["method"] for row in rows] == [BASELINE]
 
     def test_a_run_in_which_a_client_failed_says_so(self, tmp_path, monkeypatch):
-        real = client_app_module.train_locally
+        real = handlers.train_locally
 
         def fail(classifier, adapter, plan, *rest):
             if len(next(iter(plan.modules.values())).trainable) == 2:
                 raise RuntimeError("out of memory")
             return real(classifier, adapter, plan, *rest)
 
-        monkeypatch.setattr(client_app_module, "train_locally", fail)
+        monkeypatch.setattr(handlers, "train_locally", fail)
         _, lines = run(tmp_path, "tune=false", "seeds=0", f"methods={BASELINE}")
         failures = sum(r["failures"] for r in records(tmp_path / BASELINE / "seed0", "round"))
         assert failures > 0

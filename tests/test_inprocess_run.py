@@ -10,8 +10,8 @@ from flwr.app import Array, Message, RecordDict
 from running import ReorderedGrid, records, run_tiny, tampering
 from safetensors.torch import load_file
 
-from hafl_app import client_app as client_module
 from hafl_app.federation.records import METRICS
+from hafl_app.node import handlers
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.strategies.rounds import RoundFailedError
 from hafl_app.training import classifier as classifier_module
@@ -227,13 +227,13 @@ class TestClientTable:
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_clients_train_with_the_threads_they_are_given(tmp_path, monkeypatch, num_threads):
     seen = set()
-    train = client_module.train_locally
+    train = handlers.train_locally
 
     def spy(*args):
         seen.add(torch.get_num_threads())
         return train(*args)
 
-    monkeypatch.setattr(client_module, "train_locally", spy)
+    monkeypatch.setattr(handlers, "train_locally", spy)
     run_tiny(tmp_path / "a", f"client.num_threads={num_threads}", "federation.num_rounds=1")
     assert seen == {num_threads}
 

@@ -102,15 +102,15 @@ class TestNoise:
 
 class TestUploads:
     def test_hold_nothing_without_noise_under_local_privacy(self, tmp_path, monkeypatch):
-        from hafl_app import client_app
+        from hafl_app.node import handlers
 
-        told, metrics = [], client_app._metrics
+        told, metrics = [], handlers._metrics
 
         def spy(*args):
             told.append(dict(metrics(*args).items()))
             return metrics(*args)
 
-        monkeypatch.setattr(client_app, "_metrics", spy)
+        monkeypatch.setattr(handlers, "_metrics", spy)
         run_tiny(tmp_path / "out", *LOCAL)
 
         assert told

@@ -12,6 +12,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -59,6 +60,11 @@ def _compose(overrides: tuple[str, ...]) -> Settings:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise SettingsError(_explain(error, overrides)) from error
+
+
+def quoted(value: str | Path) -> str:
+    """Return what stands behind ``key=`` in an override to set exactly this text."""
+    return QuotedString(str(value), Quote.single).with_quotes()
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

@@ -76,15 +76,21 @@ class DatasetSettings:
 
     `validation_fraction` of the training data never reaches a client and serves for choosing
     rounds and learning rates; each client keeps `holdout_fraction` of its own data for evaluation.
+
+    `label_names` are the classes in their order (null: those of the data). With `on_device` each
+    node has a file of its own, named by its operator: `max_examples` then limits each node's rows,
+    there is no validation split, `test_path` is a file on the server (null: it scores nothing), and
+    null `label_names` are all that the nodes have before round 1.
     """
 
-    source: str = choice(MISSING, "banking77", "newsgroups", "local", "synthetic")
+    source: str = choice(MISSING, "banking77", "newsgroups", "local", "synthetic", "on_device")
     path: str | None = None
     test_path: str | None = None
     hub: str | None = None
     revision: str | None = None
     text_column: str = "text"
     label_column: str = "label"
+    label_names: list[str] | None = None
     max_length: int = number(64, at_least=4)
     max_examples: int | None = number(None, at_least=1)
     max_test_examples: int | None = number(None, at_least=1)
@@ -121,13 +127,23 @@ class RankTier:
 
 @dataclass
 class RanksSettings:
-    """Rank budgets in simulation: tiers, scaled to the number of clients.
+    """Rank budgets of nodes whose `--node-config` has no `rank`.
 
-    `order` is `ascending` (the first partitions are the weakest) or `shuffled` by the seed.
+    `tiers` are scaled to the number of clients; `order` is `ascending` (the first partitions are
+    the weakest) or `shuffled` by the seed.
+
+    With `source` `memory` each node takes the largest rank up to its tier's whose training step
+    fits into its memory, of which the share `memory_margin` stays free. `memory_limit_mb` (MB of
+    10^6 bytes; `memory-mb` in a node's config goes before it) limits the whole process on a CPU
+    and the tensors on a GPU; null is what is free when the node is asked, so that the ranks of two
+    runs may differ.
     """
 
     tiers: list[RankTier] = MISSING
     order: str = choice("ascending", "ascending", "shuffled")
+    source: str = choice("tiers", "tiers", "memory")
+    memory_margin: float = number(0.1, at_least=0, below=1)
+    memory_limit_mb: int | None = number(None, at_least=1)
 
 
 @dataclass
@@ -135,6 +151,11 @@ class ClientSettings:
     """Local training. `precision` `auto` is bf16 on CUDA and fp32 on the CPU.
 
     `lora_B_lr_ratio` multiplies the learning rate for lora_B; `max_steps` 0 means no limit.
+    `max_seconds` (0: no limit) ends training behind the step in which they are over, so that a
+    slow device trains less instead of being late; a node may set `max-steps` and `max-seconds` in
+    its `--node-config`, and the smaller wins. A client that stopped early keeps the weight of all
+    its data. What is learnt then depends on the clock: runs that must be repeatable leave both
+    at 0. Privacy accounting is per round and does not see them.
     """
 
     local_epochs: int = number(1, at_least=1)
@@ -145,6 +166,7 @@ class ClientSettings:
     weight_decay: float = number(0.0, at_least=0)
     max_grad_norm: float = number(1.0, at_least=0)
     max_steps: int = number(0, at_least=0)
+    max_seconds: float = number(0.0, at_least=0)
     num_threads: int = number(1, at_least=1)
     device: str = choice("auto", "auto", "cpu", "cuda")
     precision: str = choice("auto", "auto", "fp32", "bf16")
@@ -175,8 +197,14 @@ class FederationSettings:
     left when `trim_fraction` is cut off at either end. `clip_ratio` scales every update down to
     that multiple of the round's median norm (null: not).
 
+    Round 1 begins when all nodes are there, at the latest after `start_timeout_s`; later ones join.
+    Nodes with data of their own do not know how many they are: all means `num_clients` then.
+
     `client_cpus` and `client_gpus` are the share of one simulated client; null means found by
-    looking at the machine. `server_threads` score the global adapter (null: one per CPU).
+    looking at the machine. `ray_address` is a Ray cluster to simulate on, host:port (null: that of
+    the environment's RAY_ADDRESS, else a Ray of the run's own). `server_threads` score the global
+    adapter (null: one per CPU).
+
     `alone_clients_per_rank` clients of every rank are also trained alone, to measure what the
     federation gains them (0: none); with `alone_at_max_rank` once more at `lora.max_rank`, to
     tell what the rank costs them from what the little data costs.
@@ -190,6 +218,7 @@ class FederationSettings:
     alone_clients_per_rank: int = number(1, at_least=0)
     alone_at_max_rank: bool = False
     round_timeout_s: float = number(3600.0, above=0)
+    start_timeout_s: float = number(600.0, above=0)
     min_replies: int = number(1, at_least=1)
     max_retries: int = number(2, at_least=0)
     max_norm_ratio: float | None = number(10.0, above=0)
@@ -201,6 +230,7 @@ class FederationSettings:
     server_threads: int | None = number(None, at_least=1)
     client_cpus: int | None = number(None, at_least=1)
     client_gpus: float | None = number(None, at_least=0)
+    ray_address: str | None = None
 
 
 @dataclass

@@ -8,6 +8,22 @@ class DataError(ValueError):
     """A user's mistake in the data settings or files, told in one line."""
 
 
+class UnfitDataError(DataError):
+    """A node's data that do not fit the run, which is the server's business too.
+
+    The message holds nothing of the data and may leave the node.
+
+    Parameters
+    ----------
+    details
+        What helps whoever owns the data and may quote them: for the node's own log.
+    """
+
+    def __init__(self, message: str, details: str) -> None:
+        super().__init__(message)
+        self.details = details
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Hint at the candidate nearest to ``name``, to be appended to a message.
 

@@ -1,5 +1,6 @@
 """One data set as a federation sees it: training rows per client, validation rows, test rows."""
 
+import functools
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -9,11 +10,12 @@ from datasets import Dataset
 
 from hafl_app.data.errors import DataError
 from hafl_app.data.partition import Partitioning, Rows, partition, split_off
+from hafl_app.data.shares import Share
 from hafl_app.data.sources import LabelledText, TextSource, load_text
 from hafl_app.data.text import EncodedText, Tokenise, encode
 
 
-class _Share(NamedTuple):
+class _Part(NamedTuple):
     """Rows of the training data that one client trains and evaluates on."""
 
     train: Rows
@@ -92,7 +94,7 @@ class FederatedText:
         DataError
             If ``partition_id`` is not in [0, num_partitions).
         """
-        return self._encoded_train.select(self._share(partition_id).train)
+        return self._encoded_train.select(self._part(partition_id).train)
 
     def holdout(self, partition_id: int) -> EncodedText:
         """Rows of a client's share that it evaluates on; none if their share is 0.
@@ -102,16 +104,31 @@ class FederatedText:
         DataError
             If ``partition_id`` is not in [0, num_partitions).
         """
-        return self._encoded_train.select(self._share(partition_id).holdout)
+        return self._encoded_train.select(self._part(partition_id).holdout)
 
     def sizes(self) -> list[int]:
         """Count the rows each client trains on, without tokenising."""
-        return [len(share.train) for share in self._shares]
+        return [len(part.train) for part in self._parts]
 
-    def _share(self, partition_id: int) -> _Share:
+    def share(self, partition_id: int) -> Share:
+        """Return the data of one client.
+
+        Raises
+        ------
+        DataError
+            If ``partition_id`` is not in [0, num_partitions).
+        """
+        return Share(
+            self.label_names,
+            len(self._part(partition_id).train),
+            functools.partial(self.train, partition_id),
+            functools.partial(self.holdout, partition_id),
+        )
+
+    def _part(self, partition_id: int) -> _Part:
         if not 0 <= partition_id < self.num_partitions:
             raise DataError(f"partition {partition_id}: expected 0 to {self.num_partitions - 1}")
-        return self._shares[partition_id]
+        return self._parts[partition_id]
 
     @cached_property
     def _text(self) -> LabelledText:
@@ -139,12 +156,12 @@ class FederatedText:
         return split_off(rows, self._validation_fraction, self._partitioning.seed, labels)
 
     @cached_property
-    def _shares(self) -> list[_Share]:
+    def _parts(self) -> list[_Part]:
         kept, _ = self._kept_and_validation
         partitions = partition(self._text.train.select(kept), self._partitioning)
         seed = self._partitioning.seed
         return [
             # Not stratified: where most classes have a row or two, that would leave them out.
-            _Share(*split_off(kept[rows], self._holdout_fraction, (seed, partition_id)))
+            _Part(*split_off(kept[rows], self._holdout_fraction, (seed, partition_id)))
             for partition_id, rows in enumerate(partitions)
         ]

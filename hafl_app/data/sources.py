@@ -14,11 +14,17 @@ from hafl_app.data.files import read_names, read_table
 from hafl_app.data.folders import both_files, find_split, resolve, train_file
 from hafl_app.data.hub import read_hub
 from hafl_app.data.splits import split_off
-from hafl_app.data.tables import index_labels, sorted_label_names, standardise, to_dataset
+from hafl_app.data.tables import (
+    index_labels,
+    shuffled,
+    sorted_label_names,
+    standardise,
+    to_dataset,
+)
 
 __all__ = ["DataError", "LabelledText", "SourceName", "TextSource", "load_text"]
 
-SourceName = Literal["banking77", "newsgroups", "local", "synthetic"]
+SourceName = Literal["banking77", "newsgroups", "local", "synthetic", "on_device"]
 
 TEST_FRACTION: Final = 0.1
 """Share of a local training file that becomes the test set where none is given."""
@@ -31,18 +37,22 @@ class TextSource:
     Parameters
     ----------
     source
-        ``banking77``, ``newsgroups``, ``local`` or ``synthetic``.
+        ``banking77``, ``newsgroups``, ``local``, ``synthetic``, or ``on_device``: every node has
+        a file of its own, see `hafl_app.data.own`, and there is nothing to load here.
     path
         ``banking77``: folder with train.csv and test.csv, and categories.json if need be.
         ``newsgroups``: folder with a train and a test file with the columns label, subject and
         text, and labels.json. ``local``: the training file, or a folder with a train and
         optionally a test file. None: from the hub.
     test_path
-        ``local``: the test file; else a tenth of the training data is split off.
+        ``local``: the test file; else a tenth of the training data is split off. ``on_device``:
+        the server's test file; without one it has none.
     hub, revision
         Hub id and commit of ``banking77`` and ``newsgroups``, used without ``path``.
     text_column, label_column
-        Columns of the files of ``banking77`` and ``local``.
+        Columns of the files of ``banking77``, ``local`` and ``on_device``.
+    label_names
+        Names of the classes, in their order; None for those of the data.
     max_examples, max_test_examples
         Size of a random subset, at least 1; None for all.
     num_train, num_test
@@ -58,6 +68,7 @@ class TextSource:
     revision: str | None = None
     text_column: str = "text"
     label_column: str = "label"
+    label_names: tuple[str, ...] | None = None
     max_examples: int | None = None
     max_test_examples: int | None = None
     num_train: int = 4000
@@ -100,24 +111,24 @@ def load_text(source: TextSource) -> LabelledText:
         If the source is unknown, a file or column is missing, a file cannot be read, a text or
         label is null, or a test label does not occur in the training data.
     """
+    if source.source == "on_device":
+        raise DataError(
+            "dataset=on_device: the data stay on the nodes, each names its file with data-path in "
+            "its --node-config; simulated nodes have none"
+        )
     if source.source not in _READERS:
         raise DataError(
             f"dataset.source: {source.source!r} is none of {', '.join(get_args(SourceName))}"
             f"{nearest(source.source, _READERS)}"
         )
     train, test, names = _READERS[source.source](source)
-    names = names or sorted_label_names(train["label"])
+    names = source.label_names or names or sorted_label_names(train["label"])
     train, test = index_labels(train, names, "train"), index_labels(test, names, "test")
     return LabelledText(
-        to_dataset(_subset(train, source.max_examples, (source.data_seed, 0)), "train"),
-        to_dataset(_subset(test, source.max_test_examples, (source.data_seed, 1)), "test"),
+        to_dataset(shuffled(train, source.max_examples, (source.data_seed, 0)), "train"),
+        to_dataset(shuffled(test, source.max_test_examples, (source.data_seed, 1)), "test"),
         names,
     )
-
-
-def _subset(table: pd.DataFrame, size: int | None, seed: tuple[int, int]) -> pd.DataFrame:
-    # Always shuffled: files sorted by label are common, and a subset of one must not be.
-    return table.iloc[np.random.default_rng(seed).permutation(len(table))[:size]]
 
 
 def _read_banking77(source: TextSource) -> _Tables:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 
 from hafl_app.data.errors import DataError, nearest
@@ -93,10 +94,18 @@ def index_labels(table: pd.DataFrame, names: Sequence[str], origin: str) -> pd.D
         raise DataError(
             f"{origin} data: {int(unknown.sum())} rows, the first is row "
             f"{int(unknown.to_numpy().argmax()) + 1}, have a label that is not among the "
-            f"{len(names)} of the training data"
+            f"{len(names)} label names"
         )
     index = {name: i for i, name in enumerate(names)}
     return table.assign(label=table["label"].map(index).astype("int64"))
+
+
+def shuffled(table: pd.DataFrame, size: int | None, seed: Sequence[int]) -> pd.DataFrame:
+    """Return a random subset of the rows, all of them if ``size`` is None, in a random order.
+
+    Always shuffled: files sorted by label are common, and a subset of one must not be.
+    """
+    return table.iloc[np.random.default_rng(seed).permutation(len(table))[:size]]
 
 
 def to_dataset(table: pd.DataFrame, origin: str) -> datasets.Dataset:

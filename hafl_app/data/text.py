@@ -8,18 +8,21 @@ import os
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 from hafl_app.data.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 Tokenise = Callable[[list[str]], list[list[int]]]
+
+_WAIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,19 +119,26 @@ def encode(
     classes = np.asarray(labels, dtype=np.int64)
     if classes.shape != (len(texts),):
         raise DataError(f"labels of shape {classes.shape} for {len(texts)} texts")
-    path = cache / f"{_digest(key, texts, classes)}.npz" if cache else None
-    cached = _read(path, classes) if path else None
-    if cached is not None:
-        return cached
+    if cache is None:
+        return _encoded(texts, classes, tokenise)
+    path = cache / f"{_digest(key, texts, classes)}.npz"
+    with _alone(path):
+        encoded = _read(path, classes)
+        if encoded is None:
+            encoded = _encoded(texts, classes, tokenise)
+            _write(path, encoded)
+    return encoded
+
+
+def _encoded(
+    texts: Sequence[str], labels: npt.NDArray[np.int64], tokenise: Tokenise
+) -> EncodedText:
     rows = tokenise(list(texts)) if texts else []
     if len(rows) != len(texts):
         raise DataError(f"the tokenizer made {len(rows)} rows of {len(texts)} texts")
     offsets = _offsets(np.fromiter(map(len, rows), np.int64, len(rows)))
     tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(offsets[-1]))
-    encoded = EncodedText(tokens, offsets, classes)
-    if path:
-        _write(path, encoded)
-    return encoded
+    return EncodedText(tokens, offsets, labels)
 
 
 def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -144,6 +154,27 @@ def _digest(key: str, texts: Sequence[str], labels: npt.NDArray[np.int64]) -> st
         digest.update(data)
     digest.update(labels.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process at a time look for a file of the cache and make it; the others wait.
+
+    Without the lock no more than time is lost, so whatever is wrong with it stops nobody. The
+    system lets go of it when its holder ends, however that happens.
+    """
+    lock = FileLock(path.parent / "locks" / path.stem, timeout=_WAIT_SECONDS)
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except TimeoutError:
+        logger.warning("%s: another process does not finish it; tokenising here as well", path)
+    except OSError:
+        pass  # read-only: what is there can be read all the same, and `_write` tells the rest
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(path: Path, labels: npt.NDArray[np.int64]) -> EncodedText | None:

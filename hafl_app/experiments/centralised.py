@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from hafl_app import assembly
 from hafl_app.config.schema import Settings
 from hafl_app.data.text import EncodedText
+from hafl_app.federation.sampling import sample_size
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.plan import TrainPlan
 from hafl_app.reporting import plain_settings
@@ -116,14 +117,12 @@ def _start(settings: Settings, classifier: LoraClassifier) -> tuple[Adapter, Tra
     strategy.global_adapter = initial_adapter(classifier.shapes(), strategy.max_rank, settings.seed)
     federation = settings.federation
     # A limit of steps holds for each client of each round.
-    trainings = federation.num_rounds * max(
-        1, round(federation.fraction_train * federation.num_clients)
-    )
+    clients = sample_size(federation.fraction_train, federation.num_clients)
     plan = strategy.prefix_plan(
         strategy.max_rank,
         head="frozen" if settings.model.head == "frozen" else "averaged",
         local_epochs=num_passes(settings),
-        max_steps=trainings * settings.client.max_steps,
+        max_steps=federation.num_rounds * clients * settings.client.max_steps,
     )
     return strategy.global_adapter.with_head(classifier.initial_head), plan
 

@@ -14,6 +14,7 @@ from hafl_app.experiments.chaos_faults import Kind, NoFaults, RandomFaults, Sign
 from hafl_app.experiments.chaos_grid import read_journal
 from hafl_app.experiments.chaos_report import LAST_ROUNDS, markdown, problems, tally
 from hafl_app.experiments.chaos_run import Part, run_part, run_with_kills
+from hafl_app.experiments.command import Reader, split_arguments
 from hafl_app.experiments.compare import hardware, output_folder
 from hafl_app.experiments.results import read_curve
 
@@ -64,19 +65,11 @@ def parse_command(arguments: Sequence[str]) -> ChaosCommand:
     SettingsError
         In one line, naming the argument and what was expected.
     """
-    own: dict[str, Any] = {}
-    overrides = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if argument.startswith("-") or not equals:
-            raise SettingsError(f"{argument}: expected key=value, e.g. bad=0.1")
-        if key in _DECIDED:
-            raise SettingsError(f"{argument}: a chaos run decides that itself")
-        if key in _READERS:
-            own[key] = _READERS[key](key, value)
-        else:
-            overrides.append(argument)
-    return ChaosCommand(tuple(overrides), **own)
+    own, overrides = split_arguments(arguments, _READERS, "bad=0.1")
+    for override in overrides:
+        if override.partition("=")[0] in _DECIDED:
+            raise SettingsError(f"{override}: a chaos run decides that itself")
+    return ChaosCommand(overrides, **own)
 
 
 def _whole(key: str, text: str) -> int:
@@ -95,7 +88,7 @@ def _share(key: str, text: str) -> float:
     return share
 
 
-_READERS: Mapping[str, Callable[[str, str], object]] = {
+_READERS: Mapping[str, Reader] = {
     "seed": _whole,
     "bad": _share,
     "kills": _whole,

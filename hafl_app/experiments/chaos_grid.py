@@ -79,7 +79,7 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
 class ChaoticGrid(InProcessGrid):
     """Virtual nodes and a network that go wrong in training as a schedule says.
 
-    A late reply is withheld, and delivered behind the replies of the next training phase.
+    A late reply is withheld, and delivered before the replies of the next training phase.
 
     Parameters
     ----------

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hafl_app.config.compose import compose
+from hafl_app.config.compose import compose, quoted
 from hafl_app.experiments.chaos_faults import NoFaults, Schedule
 from hafl_app.experiments.chaos_grid import JOURNAL, ChaoticGrid, Journal, read_journal
+from hafl_app.experiments.running import output_to
 from hafl_app.federation.inprocess import server_identity
 from hafl_app.federation.permissions import own_machine
 from hafl_app.server_app import run
@@ -66,10 +67,9 @@ def run_part(part: Part, life: int = 0, kill_round: int | None = None) -> None:
     part.folder.mkdir(parents=True, exist_ok=True)
     if not life:
         (part.folder / JOURNAL).unlink(missing_ok=True)
-    quoted = str(part.folder).replace("\\", "\\\\").replace("'", "\\'")
-    overrides = [*part.overrides, _NO_LONE_CLIENTS, f"output_dir='{quoted}'"]
+    overrides = [*part.overrides, _NO_LONE_CLIENTS, f"output_dir={quoted(part.folder)}"]
     if life:
-        overrides.append(f"resume='{quoted}'")
+        overrides.append(f"resume={quoted(part.folder)}")
     settings = compose(overrides)
     with _recorded(part.folder, "a" if life else "w") as journal, server_identity(), own_machine():
         grid = ChaoticGrid(
@@ -135,18 +135,13 @@ def _killer(part: Part, life: int, kill_round: int | None) -> Callable[[int], No
 
 
 @contextlib.contextmanager
-def _recorded(folder: Path, mode: str) -> Iterator[Journal]:
+def _recorded(folder: Path, mode: Literal["a", "w"]) -> Iterator[Journal]:
     """Send what this project prints and logs to files of a folder."""
     logger = logging.getLogger("hafl_app")
     journal = Journal(folder / JOURNAL)
-    with (folder / "run.log").open(mode, encoding="utf-8") as log:
-        lines = logging.StreamHandler(log)
-        lines.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        for handler in (journal, lines):
-            logger.addHandler(handler)
-        try:
-            with contextlib.redirect_stdout(log):
-                yield journal
-        finally:
-            for handler in (journal, lines):
-                logger.removeHandler(handler)
+    logger.addHandler(journal)
+    try:
+        with (folder / "run.log").open(mode, encoding="utf-8") as log, output_to(log):
+            yield journal
+    finally:
+        logger.removeHandler(journal)

@@ -1,16 +1,19 @@
-"""The command line of a comparison: what to run beside the settings of `conf/`."""
+"""Command lines of the experiments: what to run beside the settings of `conf/`."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hafl_app.config.compose import CONF, SettingsError
+
+Reader = Callable[[str, str], object]
 
 
 @dataclass(frozen=True)
 class Command:
-    """A checked command line.
+    """The checked command line of a comparison.
 
     Parameters
     ----------
@@ -53,25 +56,47 @@ def parse_command(arguments: Sequence[str], experiment: str | None = None) -> Co
     SettingsError
         In one line, naming the argument and what was expected.
     """
-    own: dict[str, str] = {}
-    overrides = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if argument.startswith("-") or not equals:
-            raise SettingsError(f"{argument}: expected key=value, e.g. seeds=0,1,2")
-        if key in {"experiment", *_READERS}:
-            own[key] = value
-        elif near := [n for n in _READERS if n != key and n.rstrip("s") == key.rstrip("s")]:
-            raise SettingsError(f"{argument}: a comparison takes {near[0]}=")
-        elif key == "engine":
-            raise SettingsError(f"{argument}: the runs of a comparison are in process")
-        else:
-            overrides.append(argument)
+    own, overrides = split_arguments(arguments, _READERS, "seeds=0,1,2")
+    for override in overrides:
+        key = override.partition("=")[0]
+        if near := [name for name in _READERS if name.rstrip("s") == key.rstrip("s")]:
+            raise SettingsError(f"{override}: a comparison takes {near[0]}=")
+        if key == "engine":
+            raise SettingsError(f"{override}: the runs of a comparison are in process")
     chosen = own.pop("experiment", experiment)
     if not chosen:
         raise SettingsError(f"experiment= must be given; there are {', '.join(_experiments())}")
-    values = {key: _READERS[key](key, value) for key, value in own.items()}
-    return Command(chosen, tuple(overrides), **values)  # type: ignore[arg-type]
+    return Command(chosen, overrides, **own)
+
+
+def split_arguments(
+    arguments: Sequence[str], readers: Mapping[str, Reader], example: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Split a command line of ``key=value`` into a program's own values and Hydra overrides.
+
+    Parameters
+    ----------
+    readers
+        By the program's own keys: called with key and text, returns the value.
+    example
+        An argument as it should be.
+
+    Raises
+    ------
+    SettingsError
+        If an argument has another form, or from a reader.
+    """
+    own: dict[str, Any] = {}
+    overrides = []
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if argument.startswith("-") or not equals:
+            raise SettingsError(f"{argument}: expected key=value, e.g. {example}")
+        if key in readers:
+            own[key] = readers[key](key, text)
+        else:
+            overrides.append(argument)
+    return own, tuple(overrides)
 
 
 def choose(kind: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -128,7 +153,8 @@ def _switch(key: str, text: str) -> bool:
     return text == "true"
 
 
-_READERS: dict[str, Callable[[str, str], object]] = {
+_READERS: Mapping[str, Reader] = {
+    "experiment": lambda _, text: text,
     "seeds": _seeds,
     "workers": _workers,
     "tune": _switch,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hafl_app.config.compose import SettingsError, compose
+from hafl_app.config.compose import SettingsError, compose, quoted
 from hafl_app.config.schema import CompareSettings, MethodSettings, Settings
 from hafl_app.experiments.budget import equal_mean_bytes_rank
 from hafl_app.experiments.command import Command, choose
@@ -141,8 +141,7 @@ class Comparison:
         extra: Sequence[str] = (),
     ) -> Job:
         folder = self.folder / place if extra else self.folder / place / f"seed{seed}"
-        quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-        more = [*extra, f"{_LEARNING_RATE}={rate}", f"seed={seed}", f"output_dir='{quoted}'"]
+        more = [*extra, f"{_LEARNING_RATE}={rate}", f"seed={seed}", f"output_dir={quoted(folder)}"]
         overrides = self.overrides_of(cell, method, *more)
         return Job(cell, method, seed, rate, tuple(overrides), folder)
 

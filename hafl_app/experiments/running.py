@@ -69,7 +69,7 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
     started = time.perf_counter()
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        with (job.folder / "run.log").open("w", encoding="utf-8") as log, _output_to(log):
+        with (job.folder / "run.log").open("w", encoding="utf-8") as log, output_to(log):
             # One number of threads throughout: results must not depend on how many jobs share
             # the machine.
             num_threads = compose(job.overrides).client.num_threads
@@ -111,7 +111,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
 
 
 @contextlib.contextmanager
-def _output_to(log: TextIO) -> Iterator[None]:
+def output_to(log: TextIO) -> Iterator[None]:
     """Send what this project prints and logs to a file."""
     logger = logging.getLogger("hafl_app")
     handler = logging.StreamHandler(log)

@@ -39,6 +39,23 @@ def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+def run_program(
+    description: str | None, job: Callable[[list[str]], int], interrupted: str = "interrupted"
+) -> int:
+    """Run a program with its arguments as they were typed, see `run_script`.
+
+    Parameters
+    ----------
+    description
+        What ``--help`` prints instead.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(description)  # noqa: T201
+        return 0
+    return run_script(lambda: job(arguments), interrupted)
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     del signum, frame
     raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from enum import IntEnum
 from flwr.app import Context, Error, Message
 
 from hafl_app.config.compose import SettingsError
-from hafl_app.data.errors import DataError
+from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.federation.permissions import NotAllowedError
 from hafl_app.federation.privacy import PrivacyError
 from hafl_app.federation.records import RecordError
@@ -40,6 +40,7 @@ class Fault(IntEnum):
     DISK_FULL = 1005
     REFUSED = 1006  # the node's owner does not allow it
     BAD_REQUEST = 1007  # the message, or the settings, ask for what cannot be done
+    WORKER_FAILED = 1008  # the node's own warm process died, or cannot be used
 
 
 def error_reply(message: Message, fault: Fault, reason: str) -> Message:
@@ -53,8 +54,12 @@ def error_reply(message: Message, fault: Fault, reason: str) -> Message:
         Made one line of at most 300 characters. It leaves the node, so it must hold nothing of
         the node's data, and no secret.
     """
-    line = " ".join(reason.split())[:_LONGEST_REASON]
-    return Message(Error(int(fault), line), reply_to=message)
+    return Message(Error(int(fault), one_line(reason)), reply_to=message)
+
+
+def one_line(reason: str) -> str:
+    """Return a reason on one line, of at most 300 characters."""
+    return " ".join(reason.split())[:_LONGEST_REASON]
 
 
 def fault_of(reply: Message) -> Fault | None:
@@ -74,22 +79,22 @@ def fault_behind(error: Exception) -> tuple[Fault, str] | None:
     """
     if any(isinstance(e, OSError) and e.errno in _NO_SPACE for e in _chain(error)):
         return Fault.DISK_FULL, "no space left on a disk of this node"
-    if isinstance(error, DataError):
-        # These messages may quote a file's path, a label or a cell, for whoever owns the data.
-        return Fault.DATA_UNAVAILABLE, "this node cannot read its data; its own log says why"
-    if isinstance(error, DeviceMemoryError):
-        return Fault.OUT_OF_MEMORY, str(error)
-    if is_out_of_memory(error):  # outside of training, where there is nothing to halve
-        return Fault.OUT_OF_MEMORY, "this node's memory does not suffice"
     for kind, fault in _TOLD_IN_FULL.items():
         if isinstance(error, kind):
             return fault, str(error)
+    if isinstance(error, DataError):
+        # These messages may quote a file's path, a label or a cell, for whoever owns the data.
+        return Fault.DATA_UNAVAILABLE, "this node cannot read its data; its own log says why"
+    if is_out_of_memory(error):  # outside of training, where there is nothing to halve
+        return Fault.OUT_OF_MEMORY, "this node's memory does not suffice"
     return None
 
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Their messages are made of settings and plans, which come from the server.
+# Their messages are made of settings and plans, which come from the server, and of counts.
 _TOLD_IN_FULL: dict[type[Exception], Fault] = {
+    DeviceMemoryError: Fault.OUT_OF_MEMORY,
+    UnfitDataError: Fault.DATA_UNAVAILABLE,
     LossNotFiniteError: Fault.LOSS_NOT_FINITE,
     ModelError: Fault.MODEL_UNAVAILABLE,
     NotAllowedError: Fault.REFUSED,

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,13 @@ from typing import Any
 import psutil
 
 from hafl_app.federation.permissions import OWN_MACHINE
+from hafl_app.federation.ray_cluster import ray_environment
 
 # Every process that a run starts inherits this variable, and is found by it afterwards.
 _TOKEN = "HAFL_RUN_TOKEN"
 _OWNER = "HAFL_RUN_OWNER"  # "<pid> <start time>" of the process that started them
-_CONNECTION = "own"
+CONNECTION = "own"
+"""Name of the SuperLink in the `config.toml` of a run's Flower home."""
 _START_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 
@@ -86,7 +89,7 @@ def resources_for(
 
 
 @contextmanager
-def own_superlink(log_file: Path) -> Iterator[dict[str, str]]:
+def own_superlink(log_file: Path, ray_address: str | None = None) -> Iterator[dict[str, str]]:
     """Start a SuperLink for simulations; yield the environment in which `flwr` speaks to it.
 
     Whatever happens inside, every process that it or its runs started is gone afterwards, and so
@@ -96,6 +99,8 @@ def own_superlink(log_file: Path) -> Iterator[dict[str, str]]:
     ----------
     log_file
         Where the SuperLink's own log is kept if it failed to start.
+    ray_address
+        A Ray cluster to simulate on, which is left as it is; None starts a Ray for each run.
 
     Raises
     ------
@@ -103,29 +108,22 @@ def own_superlink(log_file: Path) -> Iterator[dict[str, str]]:
         If it does not come up.
     """
     home = Path(tempfile.mkdtemp(prefix="hafl-"))
-    token, port = uuid.uuid4().hex, _free_port()
-    environment = _environment(home, token)
+    token, port = uuid.uuid4().hex, free_port()
+    environment = run_environment(home, token)
+    environment |= ray_environment(ray_address, home / "code", environment)
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
         f'address = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     superlink_log = home / "superlink.log"
     try:
-        with superlink_log.open("wb") as stream:
-            # Its own session, so that Ctrl-C reaches it through us and in order.
-            process = subprocess.Popen(
-                [
-                    *(_tool("flower-superlink"), "--insecure", "--simulation"),
-                    *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)),
-                    *("--log-file", str(home / "superlink-rotating.log")),
-                ],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        if not _healthy(process, port):
+        command = [
+            *(tool("flower-superlink"), "--insecure", "--simulation"),
+            *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)),
+            *("--log-file", str(home / "superlink-rotating.log")),
+        ]
+        process = start_process(command, environment, superlink_log)
+        if not comes_up(process, f"http://127.0.0.1:{port}/health"):
             shutil.copy(superlink_log, log_file)
             raise FlowerRunError(f"the SuperLink did not come up; its log: {log_file}")
         yield environment
@@ -134,11 +132,35 @@ def own_superlink(log_file: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(home, ignore_errors=True)
 
 
+def start_process(
+    command: Sequence[str], environment: Mapping[str, str], log_file: Path
+) -> "subprocess.Popen[bytes]":
+    """Start a process of a run in the background.
+
+    Parameters
+    ----------
+    environment
+        From `run_environment`.
+    log_file
+        Takes what it prints; an existing one goes on.
+    """
+    with log_file.open("ab") as stream:
+        # Its own session, so that Ctrl-C reaches it through us and in order.
+        return subprocess.Popen(
+            list(command),
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
 def flwr_run(
     app: Path,
     environment: Mapping[str, str],
     run_config: Mapping[str, str],
-    resources: SimulationResources,
+    resources: SimulationResources | None,
     on_line: Callable[[str], None],
 ) -> None:
     """Submit the app, pass its log on line by line, and wait for its end.
@@ -148,9 +170,11 @@ def flwr_run(
     app
         Folder of the app.
     environment
-        From `own_superlink`.
+        From `own_superlink`, or another one whose Flower home names the SuperLink `CONNECTION`.
     run_config
         Values of the app's run config.
+    resources
+        None if the nodes are real.
     on_line
         Called with every line of the log.
 
@@ -165,10 +189,11 @@ def flwr_run(
     # JSON strings are TOML basic strings.
     config_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in run_config.items()))
     command = [
-        *(_tool("flwr"), "run", str(app), _CONNECTION, "--stream"),
+        *(tool("flwr"), "run", str(app), CONNECTION, "--stream"),
         *("--run-config", str(config_file)),
-        *("--federation-config", resources.to_federation_config()),
     ]
+    if resources is not None:
+        command += ["--federation-config", resources.to_federation_config()]
     run_id, last_line = "", ""
     with subprocess.Popen(
         command,
@@ -198,7 +223,7 @@ def _status(environment: Mapping[str, str], run_id: str) -> tuple[str, str]:
     status, details = "unknown", ""
     for _ in range(20):
         result = subprocess.run(
-            [_tool("flwr"), "list", _CONNECTION, "--run-id", run_id, "--format", "json"],
+            [tool("flwr"), "list", CONNECTION, "--run-id", run_id, "--format", "json"],
             env=dict(environment),
             capture_output=True,
             text=True,
@@ -224,7 +249,16 @@ def _shorten(details: str) -> str:
     return lines[0] if lines else ""
 
 
-def _environment(home: Path, token: str) -> dict[str, str]:
+def run_environment(home: Path, token: str) -> dict[str, str]:
+    """Return the environment of a run's processes.
+
+    Parameters
+    ----------
+    home
+        Their Flower home.
+    token
+        By which `stop_processes` finds them.
+    """
     scripts = str(Path(sys.executable).parent)
     # What the user has set goes before what is allowed on one's own machine.
     inherited = OWN_MACHINE | dict(os.environ)
@@ -247,24 +281,37 @@ def _environment(home: Path, token: str) -> dict[str, str]:
     }
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
+    """Return a command of the environment that this program runs in."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else name
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _healthy(process: "subprocess.Popen[bytes]", port: int) -> bool:
+def comes_up(
+    process: "subprocess.Popen[bytes]", url: str, context: ssl.SSLContext | None = None
+) -> bool:
+    """Wait until a server answers, and say whether it did before it ended or a minute passed.
+
+    Parameters
+    ----------
+    url
+        Answers with status 200 as soon as the server is up.
+    context
+        How to check the server of an https address.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with (
             suppress(urllib.error.URLError, OSError),
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as reply,
+            urllib.request.urlopen(url, timeout=1, context=context) as reply,
         ):
             if reply.status == 200:
                 return True

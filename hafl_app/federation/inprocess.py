@@ -7,7 +7,7 @@ names the version of flwr that they were read from.
 
 import logging
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
@@ -31,26 +31,38 @@ class InProcessGrid(Grid):
     client_app
         Called for every message.
     num_nodes
-        Nodes with ``partition-id`` 0 to ``num_nodes - 1``.
+        Nodes with ``partition-id`` 0 to ``num_nodes - 1``, unless `node_configs` says otherwise.
     run_config
         What every client finds in ``context.run_config``.
+    node_configs
+        What each node finds in ``context.node_config``: ``num_nodes`` of them.
     """
 
     def __init__(
-        self, client_app: ClientApp, num_nodes: int, run_config: Mapping[str, Any] | None = None
+        self,
+        client_app: ClientApp,
+        num_nodes: int,
+        run_config: Mapping[str, Any] | None = None,
+        node_configs: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
+        if node_configs is None:
+            node_configs = [
+                {"partition-id": number, "num-partitions": num_nodes} for number in range(num_nodes)
+            ]
+        if len(node_configs) != num_nodes:
+            raise ValueError(f"{len(node_configs)} node configs for {num_nodes} nodes")
         self._client_app = client_app
         self._run = Run.create_empty(run_id=1)
         self._replies: dict[str, Message] = {}
         self._contexts = {
-            partition_id + 1: Context(
+            node_id: Context(
                 run_id=self._run.run_id,
-                node_id=partition_id + 1,
-                node_config={"partition-id": partition_id, "num-partitions": num_nodes},
+                node_id=node_id,
+                node_config=UserConfig(node_config),
                 state=RecordDict(),
                 run_config=UserConfig(run_config or {}),
             )
-            for partition_id in range(num_nodes)
+            for node_id, node_config in enumerate(node_configs, 1)
         }
 
     def set_run(self, run: Run) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
+from hafl_app.federation.faults import one_line
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.federation.records import (
     METRICS,
@@ -27,7 +28,7 @@ _SIZE_SLACK, _FIXED_BYTES, _BYTES_PER_NAME = 1.5, 64 * 1024, 256
 # More data means more steps, and a step moves an adapter as far as any other at the most. Beyond
 # this, a claim of many examples buys nothing.
 _LARGEST_ALLOWANCE = 100.0
-_LONGEST_REASON, _LONGEST_QUOTE = 300, 60  # characters
+_LONGEST_QUOTE = 60  # characters
 
 
 class ReplyError(ValueError):
@@ -80,7 +81,7 @@ def read_metrics(reply: Message, profile: NodeProfile) -> dict[str, float]:
     """
     if reply.has_error():
         # A node writes this line: nothing that it holds may break the server's log.
-        reason = " ".join((reply.error.reason or "").split())[:_LONGEST_REASON]
+        reason = one_line(reply.error.reason or "")
         raise ReplyError(reason or f"error {reply.error.code}")
     record = reply.content.metric_records.get(METRICS)
     if record is None:
@@ -98,7 +99,7 @@ def read_update(
     reply: Message,
     plan: TrainPlan,
     head: Mapping[str, tuple[int, ...]],
-    shapes: Mapping[str, tuple[int, int]] | None = None,
+    shapes: Mapping[str, tuple[int, int]],
 ) -> AdapterArrays:
     """Return the adapter of a reply that does what its plan asked for.
 
@@ -109,7 +110,7 @@ def read_update(
     head
         Shapes of the head's tensors that it must upload; empty if the head does not travel.
     shapes
-        Module name to ``(out_features, in_features)``; without it, see `check_shapes`.
+        Module name to ``(out_features, in_features)``.
 
     Raises
     ------
@@ -119,10 +120,9 @@ def read_update(
     try:
         update = read_adapter(reply.content)
     except RecordError as error:
-        raise ReplyError(" ".join(str(error).split())[:_LONGEST_REASON]) from error
+        raise ReplyError(one_line(str(error))) from error
     _check_names("modules", update.modules, plan.modules)
-    if shapes is not None:
-        check_shapes(update, shapes)
+    check_shapes(update, shapes)
     _check_ranks(update, plan)
     _check_head(update, head)
     _check_scores(update, plan)

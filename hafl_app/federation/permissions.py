@@ -43,6 +43,16 @@ OWN_MACHINE = {variable(key): _ALL for key in (PATHS, MODELS, DATASETS)} | {
 """Environment of nodes whose user starts the run: the files are that user's own."""
 
 
+def spelled_out(node_config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return a node config that permits by itself what it permits with an environment beside it.
+
+    For a message that is answered in another process, whose environment is another.
+    """
+    keys = (PATHS, MODELS, DATASETS, REMOTE_CODE)
+    added = {key: environ[variable(key)] for key in keys if variable(key) in environ}
+    return {**added, **node_config}
+
+
 class NotAllowedError(ValueError):
     """A setting that this node's operator has not allowed, told in one line."""
 

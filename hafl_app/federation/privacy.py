@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.lowrank.change import change_of, total_norm
+from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
 
 PrivacyKind = Literal["none", "central_dp", "local_dp"]
@@ -127,26 +128,10 @@ class NoiseSource:
             noise, the difference of two releases would show one client's change without any.
         """
         digest = hmac.new(self._key, f"noise/{server_round}/{label}".encode(), "sha256")
-        for name, tensor in sorted(_tensors(content or Adapter({})).items()):
+        for name, tensor in sorted((content or Adapter({})).tensors().items()):
             digest.update(f"/{name}/{tuple(tensor.shape)}/".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return NoiseGenerator(digest.digest())
-
-
-def _tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Return all tensors of an adapter by a name that no two share."""
-    tensors = {f"head/{name}": tensor for name, tensor in adapter.head.items()}
-    for name, factors in adapter.modules.items():
-        tensors[f"lora_A/{name}"] = factors.lora_A
-        tensors[f"lora_B/{name}"] = factors.lora_B
-    return tensors
-
-
-def _from_tensors(tensors: dict[str, Tensor], like: Adapter) -> Adapter:
-    return Adapter(
-        {n: LoraFactors(tensors[f"lora_A/{n}"], tensors[f"lora_B/{n}"]) for n in like.modules},
-        {n: tensors[f"head/{n}"] for n in like.head},
-    )
 
 
 # ---- clipping and noise on adapters --------------------------------------------------------
@@ -180,26 +165,24 @@ def clipped_change(after: Adapter, before: Adapter, clip_norm: float) -> Adapter
     PrivacyError
         If the two do not fit together, or the change is not finite.
     """
-    new, old = _tensors(after), _tensors(before)
-    shapes, expected = ({n: tuple(t.shape) for n, t in part.items()} for part in (new, old))
-    if shapes != expected:
-        odd = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
-        raise PrivacyError(f"{odd}: shape {shapes.get(odd)}, expected {expected.get(odd)}")
-    change = {name: new[name].double() - old[name].double() for name in new}
-    norm = math.sqrt(sum(float(t.square().sum()) for t in change.values()))
+    try:
+        change = change_of(after, before)
+    except ValueError as error:
+        raise PrivacyError(str(error)) from error
+    norm = total_norm(change)
     if not math.isfinite(norm):
         raise PrivacyError(f"a change of norm {norm}, expected a finite one")
     factor = min(1.0, clip_norm / norm) if norm else 1.0
-    return _from_tensors({name: factor * tensor for name, tensor in change.items()}, before)
+    return Adapter.from_tensors({n: factor * tensor for n, tensor in change.tensors().items()})
 
 
 def add_noise(adapter: Adapter, std: float, generator: NoiseGenerator) -> Adapter:
     """Return the adapter with independent noise of this standard deviation on every number."""
     noisy = {
         name: tensor.double() + std * generator.normal(name, tensor.shape).to(tensor.device)
-        for name, tensor in _tensors(adapter).items()
+        for name, tensor in adapter.tensors().items()
     }
-    return _from_tensors(noisy, adapter)
+    return Adapter.from_tensors(noisy)
 
 
 def privatise_upload(
@@ -223,9 +206,9 @@ def privatise_upload(
         float32; rounding after the noise gives nothing away.
     """
     change = clipped_change(after, before, options.clip_norm)
-    noisy, start = _tensors(add_noise(change, options.noise_std, generator)), _tensors(before)
-    upload = {name: (start[name].double() + noisy[name]).float() for name in start}
-    return _from_tensors(upload, before)
+    noisy = add_noise(change, options.noise_std, generator).tensors()
+    upload = {n: (start.double() + noisy[n]).float() for n, start in before.tensors().items()}
+    return Adapter.from_tensors(upload)
 
 
 def check_local_plan(plan: TrainPlan) -> None:

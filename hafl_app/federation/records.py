@@ -20,6 +20,7 @@ FACTORS, HEAD_PREFIX, IMPORTANCE = "factors", "head/", "importance"
 _NPY, _NPY_MAGIC, _NPY_HEADER_START = "numpy.ndarray", b"\x93NUMPY\x01\x00", 10
 _LARGEST_SIZE = 2**31 - 1  # of one side of a matrix
 NUM_EXAMPLES, SERVER_ROUND = "num-examples", "server-round"
+PARTITION_ID, LABEL_NAMES = "partition-id", "label-names"
 
 Float32 = NDArray[np.float32]
 T = TypeVar("T")
@@ -210,6 +211,36 @@ def read_plan(content: RecordDict) -> TrainPlan:
         return TrainPlan.from_json(str(content.config_records[PLAN][PLAN]))
     except (KeyError, ValueError) as error:
         raise RecordError(f"no readable plan in the message: {error}") from error
+
+
+def read_label_names(content: RecordDict) -> tuple[str, ...] | None:
+    """Read the names of the run's classes; None if the server does not say them.
+
+    Raises
+    ------
+    RecordError
+        If they are not a list of text.
+    """
+    names = content.config_records.get(CONFIG, ConfigRecord()).get(LABEL_NAMES)
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecordError(f"config: {LABEL_NAMES!r} is not a list of text")
+    return tuple(cast(list[str], names))
+
+
+def read_partition_id(content: RecordDict) -> int:
+    """Read the number that the server gave a node which has none of its own.
+
+    Raises
+    ------
+    RecordError
+        If there is none, or it is no number from 0.
+    """
+    number = content.config_records.get(CONFIG, ConfigRecord()).get(PARTITION_ID)
+    if type(number) is not int or number < 0:
+        raise RecordError(f"config: {PARTITION_ID!r} is {number!r}, expected a number from 0")
+    return number
 
 
 def message_bytes(message: Message) -> int:

@@ -7,6 +7,19 @@ from collections.abc import Sequence
 from hafl_app.federation.profiles import NodeProfile
 
 
+def sample_size(fraction: float, count: int) -> int:
+    """Return how many of ``count`` clients a share is: at least one, unless either is 0.
+
+    Parameters
+    ----------
+    fraction
+        In [0, 1].
+    count
+        At least 0.
+    """
+    return max(1, round(fraction * count)) if fraction and count else 0
+
+
 def sample_profiles(
     profiles: Sequence[NodeProfile], fraction: float, seed: int, server_round: int, phase: str
 ) -> list[NodeProfile]:
@@ -23,10 +36,8 @@ def sample_profiles(
     phase
         Makes training and evaluation draw independently.
     """
-    if fraction == 0 or not profiles:
-        return []
     candidates = sorted(profiles, key=lambda p: (p.partition_id, p.node_id))
-    count = max(1, round(fraction * len(candidates)))
+    count = sample_size(fraction, len(candidates))
     # A string seed is hashed with SHA-512: the same on every machine.
     drawn = random.Random(f"{seed}/{phase}/{server_round}").sample(range(len(candidates)), count)
     return [candidates[i] for i in sorted(drawn)]

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from math import inf, sqrt
 from statistics import median
 
-from torch import Tensor
-
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 
 # Fewer norms have no usual size: two wrong ones among four are half of them.
@@ -16,11 +14,10 @@ _DEVIATIONS_PER_MAD = 1.4826
 _LEAST_DEVIATION = 0.2
 
 
-def change_norm(after: Adapter, before: Adapter) -> float:
-    """Return the norm of the change over all factors and the head together, in float64.
+def change_of(after: Adapter, before: Adapter) -> Adapter:
+    """Return ``after - before``, factors and head, in float64; nothing is broadcast.
 
-    ``sqrt(sum ||A' - A||_F^2 + ||B' - B||_F^2 + ||h' - h||^2)``, of the factors and not of their
-    products.
+    Of the factors and not of their products.
 
     Parameters
     ----------
@@ -32,31 +29,44 @@ def change_norm(after: Adapter, before: Adapter) -> float:
     ValueError
         If the two differ in modules, shapes or head; the message names the tensor.
     """
-    changes = _changes(after, before).values()
-    return sqrt(sum(float(change.square().sum()) for change in changes))
+    new, old = after.tensors(), before.tensors()
+    if new.keys() != old.keys():
+        odd = sorted(new.keys() ^ old.keys())
+        raise ValueError(f"the adapters before and after differ in {odd[:3]}")
+    for name in sorted(new):
+        got, expected = tuple(new[name].shape), tuple(old[name].shape)
+        if got != expected:
+            raise ValueError(f"{name}: shape {got}, expected {expected}")
+    return Adapter.from_tensors({n: tensor.double() - old[n].double() for n, tensor in new.items()})
+
+
+def total_norm(adapter: Adapter) -> float:
+    """Return the L2 norm of all numbers of an adapter together, of factors and head alike."""
+    return sqrt(sum(float(tensor.square().sum()) for tensor in adapter.tensors().values()))
 
 
 def change_size(after: Adapter, before: Adapter, scaling: Mapping[str, float]) -> float:
     """Return the root mean square change of the trained numbers, comparable over ranks.
 
-    `change_norm` over the square root of how many numbers there are, with lora_B as the optimiser
-    sees it. A norm grows with the number of components, and under ``lora.scaling=per_rank`` the
-    folded lora_B of a low rank moves further for the same steps; neither tells anything of a
-    client.
+    The change's `total_norm` over the square root of how many numbers there are, with lora_B as
+    the optimiser sees it. A norm grows with the number of components, and under
+    ``lora.scaling=per_rank`` the folded lora_B of a low rank moves further for the same steps;
+    neither tells anything of a client.
 
     Parameters
     ----------
     after, before
-        As in `change_norm`. Without any number in them the size is 0.
+        As in `change_of`. Without any number in them the size is 0.
     scaling
         Module name to the PEFT scaling that is folded into its lora_B, above 0.
     """
-    squares, count = 0.0, 0
-    for (part, name), change in _changes(after, before).items():
-        unfolded = change / scaling[name] if part == "lora_B" else change
-        squares += float(unfolded.square().sum())
-        count += change.numel()
-    return sqrt(squares / count) if count else 0.0
+    change = change_of(after, before)
+    unfolded = Adapter(
+        {n: LoraFactors(f.lora_A, f.lora_B / scaling[n]) for n, f in change.modules.items()},
+        change.head,
+    )
+    count = sum(tensor.numel() for tensor in unfolded.tensors().values())
+    return total_norm(unfolded) / sqrt(count) if count else 0.0
 
 
 def norm_bound(norms: Sequence[float], ratio: float) -> float:
@@ -108,40 +118,15 @@ def shrink_change(after: Adapter, before: Adapter, factor: float) -> Adapter:
     Parameters
     ----------
     after, before
-        As in `change_norm`; the result has the dtype of ``before``.
+        As in `change_of`; the result has the dtype of ``before``.
     factor
         In [0, 1]. 1 returns ``after`` bit for bit.
     """
     if factor == 1:
         return after
-    changes = _changes(after, before)
-
-    def shrink(part: str, name: str, old: Tensor) -> Tensor:
-        change = changes[part, name]
-        return (old.double() + factor * change).to(old.dtype)
-
-    modules = {
-        name: LoraFactors(shrink("lora_A", name, old.lora_A), shrink("lora_B", name, old.lora_B))
-        for name, old in before.modules.items()
+    change = change_of(after, before).tensors()
+    shrunk = {
+        name: (old.double() + factor * change[name]).to(old.dtype)
+        for name, old in before.tensors().items()
     }
-    return Adapter(modules, {n: shrink("head", n, old) for n, old in before.head.items()})
-
-
-def _changes(after: Adapter, before: Adapter) -> dict[tuple[str, str], Tensor]:
-    """Return the change of every tensor in float64, by part and name; none is broadcast."""
-    new, old = _tensors(after), _tensors(before)
-    if new.keys() != old.keys():
-        odd = sorted(new.keys() ^ old.keys())
-        raise ValueError(f"the adapters before and after differ in {odd[:3]}")
-    for (part, name), tensor in new.items():
-        shapes = tuple(tensor.shape), tuple(old[part, name].shape)
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{part} of {name!r}: {shapes[0]} after, {shapes[1]} before")
-    return {key: tensor.double() - old[key].double() for key, tensor in new.items()}
-
-
-def _tensors(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
-    tensors = {("head", name): tensor for name, tensor in adapter.head.items()}
-    for name, factors in adapter.modules.items():
-        tensors |= {("lora_A", name): factors.lora_A, ("lora_B", name): factors.lora_B}
-    return tensors
+    return Adapter.from_tensors(shrunk)

@@ -121,6 +121,24 @@ class Adapter:
         """Return the adapter with another head."""
         return Adapter(self.modules, head)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name: ``head/NAME``, ``lora_A/MODULE`` and ``lora_B/MODULE``."""
+        tensors = {f"head/{name}": tensor for name, tensor in self.head.items()}
+        for name, factors in self.modules.items():
+            tensors[f"lora_A/{name}"] = factors.lora_A
+            tensors[f"lora_B/{name}"] = factors.lora_B
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Adapter":
+        """Return the adapter whose `tensors` these are."""
+        parts: dict[str, dict[str, Tensor]] = {"head": {}, "lora_A": {}, "lora_B": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = tensor
+        modules = {n: LoraFactors(a, parts["lora_B"][n]) for n, a in parts["lora_A"].items()}
+        return cls(modules, parts["head"])
+
     @property
     def num_parameters(self) -> int:
         """Numbers in the factors, head excluded."""

@@ -141,9 +141,10 @@ def robust_tensors(
 
 @dataclass(frozen=True)
 class RobustSums(ComponentSums):
-    """Sums that also keep what was added, because a robust rule needs the whole round.
+    """The weights of `ComponentSums`, and what was added, because a robust rule needs all of it.
 
-    Memory grows with the number of participants, where `ComponentSums` alone does not.
+    Memory grows with the number of participants, where `ComponentSums` alone does not. Nothing
+    is summed: lora_A and lora_B have the rank of the module and no features.
 
     Parameters
     ----------
@@ -160,16 +161,14 @@ class RobustSums(ComponentSums):
     @classmethod
     def empty(cls, like: LoraFactors, rule: str, trim_fraction: float) -> "RobustSums":
         """Return the state before anybody, for a module with the sizes of ``like``."""
-        sums = ComponentSums.zeros(like)
+        sums = ComponentSums.zeros(_without_features(like))
         return cls(sums.lora_A, sums.lora_B, sums.weight, rule=rule, trim_fraction=trim_fraction)
 
     def add(self, factors: LoraFactors, indices: Sequence[int], weight: float) -> "RobustSums":
-        """Return the sums with one participant added; the weight counts in the sums alone."""
-        sums = super().add(factors, indices, weight)
+        """Return the sums with one participant added; its weight is no part of the rule."""
+        sums = super().add(_without_features(factors), indices, weight)
         return replace(
             self,
-            lora_A=sums.lora_A,
-            lora_B=sums.lora_B,
             weight=sums.weight,
             total_weight=sums.total_weight,
             contributions=(*self.contributions, (factors, indices)),
@@ -188,3 +187,7 @@ class RobustSums(ComponentSums):
             Always.
         """
         raise ValueError(f"a {self.rule} over everybody is of the missing components' zeros")
+
+
+def _without_features(factors: LoraFactors) -> LoraFactors:
+    return LoraFactors(factors.lora_A[:, :0], factors.lora_B[:0])

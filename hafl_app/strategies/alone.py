@@ -10,7 +10,6 @@ from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
 from hafl_app.strategies.base import HeterogeneousLora
-from hafl_app.strategies.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def train_alone(
         return Adapter(modules, initial.head if plan.head == "averaged" else {})
 
     after = options.num_rounds + 1
-    exchange = Exchange(strategy.ledger, after, "alone")
+    exchange = strategy.exchange(after, "alone")
     messages = exchange.messages(profiles, plans, dispatch, MessageType.TRAIN)
     # A run of many rounds at once may take that many times as long.
     replies = grid.send_and_receive(messages, timeout=options.timeout_s * options.num_rounds)

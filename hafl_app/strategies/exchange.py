@@ -19,7 +19,9 @@ from hafl_app.federation.ledger import Ledger, Traffic
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.federation.records import (
     CONFIG,
+    LABEL_NAMES,
     NUM_EXAMPLES,
+    PARTITION_ID,
     PLAN,
     SERVER_ROUND,
     AdapterArrays,
@@ -139,12 +141,17 @@ class Exchange:
         Round, from 1.
     phase
         ``train``, ``evaluate`` or ``alone``.
+    label_names
+        The run's classes: nodes with data of their own are told them with every request.
     """
 
-    def __init__(self, ledger: Ledger, server_round: int, phase: str) -> None:
+    def __init__(
+        self, ledger: Ledger, server_round: int, phase: str, label_names: Sequence[str] = ()
+    ) -> None:
         self._ledger = ledger
         self._server_round = server_round
         self._phase = phase
+        self._label_names = label_names
         self._waiting: dict[int, Request] = {}
         self._asked: dict[int, Message] = {}  # Flower gives a message its id when it is sent
 
@@ -155,7 +162,7 @@ class Exchange:
         dispatch: Callable[[TrainPlan], Adapter],
         message_type: str,
     ) -> list[Message]:
-        """Make one message a client; clients with the same plan share the same records."""
+        """Make one message a client; clients with the same plan share the same arrays."""
         contents: dict[str, tuple[RecordDict, Adapter]] = {}
         messages = []
         for profile, plan in zip(profiles, plans, strict=True):
@@ -163,7 +170,8 @@ class Exchange:
             if key not in contents:
                 sent = dispatch(plan)
                 contents[key] = (self._content(plan, sent), sent)
-            content, sent = contents[key]
+            shared, sent = contents[key]
+            content = self._for_own_data(shared, profile) if profile.own_data else shared
             group = str(self._server_round)
             message = Message(content, profile.node_id, message_type, group_id=group)
             messages.append(message)
@@ -226,6 +234,17 @@ class Exchange:
         config = ConfigRecord({SERVER_ROUND: self._server_round})
         arrays = AdapterArrays(*to_arrays(sent))
         return adapter_content(arrays, **{PLAN: plan_record(plan), CONFIG: config})
+
+    def _for_own_data(self, content: RecordDict, profile: NodeProfile) -> RecordDict:
+        """Return the same content with what a node cannot know that no partition was given to."""
+        config = ConfigRecord(
+            {
+                SERVER_ROUND: self._server_round,
+                PARTITION_ID: profile.partition_id,
+                LABEL_NAMES: list(self._label_names),
+            }
+        )
+        return RecordDict({**content, CONFIG: config})
 
     def _settle(self, judged: Judged) -> ClientReport:
         request, profile = judged.request, judged.request.profile

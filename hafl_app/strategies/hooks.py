@@ -21,7 +21,7 @@ from hafl_app.federation.privacy import PrivacyError, check_local_plan
 from hafl_app.federation.profiles import NodeDirectory, NodeProfile, matches
 from hafl_app.federation.quarantine import Quarantine
 from hafl_app.federation.records import NUM_EXAMPLES
-from hafl_app.federation.sampling import sample_poisson, sample_profiles
+from hafl_app.federation.sampling import sample_poisson, sample_profiles, sample_size
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
 from hafl_app.strategies.exchange import ClientReport, ClientUpdate, Exchange
@@ -52,6 +52,7 @@ class FlowerHooks(FedAvg, ABC):
         self.ledger = Ledger()
         self.directory = NodeDirectory(self.options.timeout_s)
         self.quarantine = Quarantine(0, 1)
+        self._served: dict[int, NodeProfile] = {}  # whom the method has been found to serve
         self.rank_limits: Mapping[int, int] = {}  # by partition, of nodes that ran out of memory
         self.on_client: Callable[[ClientReport], None] = lambda _: None
         self.global_adapter = Adapter({})
@@ -98,14 +99,36 @@ class FlowerHooks(FedAvg, ABC):
 
     # ---- the run ---------------------------------------------------------------------------
 
-    def prepare(
-        self,
-        grid: Grid,
-        initial: Adapter,
-        options: FederationOptions,
-        on_client: Callable[[ClientReport], None],
-    ) -> None:
-        """Begin a run: ask the nodes what they are.
+    def meet(
+        self, grid: Grid, options: FederationOptions, directory: NodeDirectory
+    ) -> list[NodeProfile]:
+        """Begin a run: ask the nodes what they are, before anything is built for them.
+
+        Returns
+        -------
+        list of NodeProfile
+            Those that take part, in partition order.
+
+        Raises
+        ------
+        StrategyError
+            If the method cannot serve these nodes.
+        TimeoutError
+            If no node answers.
+        """
+        self.options, self.directory = options, directory
+        profiles = directory.wait_for_all(grid)
+        self.check([rank for profile in profiles for rank in profile.ranks])
+        asked = sample_size(options.fraction_train, len(profiles))
+        if options.min_replies > asked:
+            raise StrategyError(
+                f"federation.min_replies={options.min_replies}: only {asked} of {len(profiles)} "
+                "clients are asked in a round"
+            )
+        return profiles
+
+    def prepare(self, initial: Adapter, on_client: Callable[[ClientReport], None]) -> None:
+        """Get ready for the first round with the nodes that `meet` found.
 
         Parameters
         ----------
@@ -117,30 +140,20 @@ class FlowerHooks(FedAvg, ABC):
         Raises
         ------
         StrategyError
-            If the method cannot serve these nodes.
-        TimeoutError
-            If no node answers.
+            If the method cannot serve these nodes with this adapter.
         """
-        self.options, self.on_client = options, on_client
-        self.global_adapter = initial
+        options, profiles = self.options, self.directory.in_order()
+        self.global_adapter, self.on_client = initial, on_client
         self.head_shapes = {
             name: tuple(tensor.shape)
             for name, tensor in initial.head.items()
             if options.head == "averaged"
         }
         self.quarantine = Quarantine(options.quarantine_after, options.quarantine_rounds)
-        self.directory = NodeDirectory(options.timeout_s)
-        profiles = self.directory.wait_for_all(grid)
-        self.check([rank for profile in profiles for rank in profile.ranks])
         for profile in profiles:
             _check_patterns(profile, initial.modules)
         self._check_privacy(profiles)
-        asked = max(1, round(options.fraction_train * len(profiles)))
-        if options.min_replies > asked:
-            raise StrategyError(
-                f"federation.min_replies={options.min_replies}: only {asked} of {len(profiles)} "
-                "clients are asked in a round"
-            )
+        self._served = {profile.node_id: profile for profile in profiles}
 
     def _check_privacy(self, profiles: Sequence[NodeProfile]) -> None:
         """Refuse a method that the chosen privacy cannot cover."""
@@ -177,9 +190,8 @@ class FlowerHooks(FedAvg, ABC):
             rate, key = self.options.fraction_train, self.options.privacy.noise_key
             profiles = sample_poisson(present, rate, key, server_round)
             return self._ask(profiles, server_round, MessageType.TRAIN)
-        count = len(present)
         fresh = [p for p in present if p.partition_id not in self._failed]
-        wanted = max(1, round(self.options.fraction_train * count)) if count else 0
+        wanted = sample_size(self.options.fraction_train, len(present))
         candidates = fresh if len(fresh) >= wanted else present
         fraction = wanted / len(candidates) if candidates else 0.0
         profiles = sample_profiles(candidates, fraction, self.options.seed, server_round, phase)
@@ -193,7 +205,7 @@ class FlowerHooks(FedAvg, ABC):
         phase = MessageType.EVALUATE
         last = server_round == self.options.num_rounds
         if server_round % self.options.evaluate_every and not last:
-            self._exchange = Exchange(self.ledger, server_round, phase)
+            self._exchange = self.exchange(server_round, phase)
             return []
         present = self._at_hand(server_round, grid)
         fraction = self.options.fraction_evaluate
@@ -202,15 +214,34 @@ class FlowerHooks(FedAvg, ABC):
 
     def _at_hand(self, server_round: int, grid: Grid) -> list[NodeProfile]:
         """Return the connected nodes, without those in quarantine unless nobody else is there."""
-        present = self.directory.refresh(grid)
+        present = [p for p in self.directory.refresh(grid) if self._serves(p)]
         excluded = self.quarantine.excluded(server_round)
         rested = [p for p in present if p.partition_id not in excluded]
         # Under central privacy a node may decide about itself, but never about another.
         return rested if self.options.privacy.kind == "central_dp" else rested or present
 
+    def _serves(self, profile: NodeProfile) -> bool:
+        """Say whether the run can serve a node; one that joins late ends no run, it is left out."""
+        if self._served.get(profile.node_id) == profile:
+            return True
+        others = [p for p in self._served.values() if p.node_id != profile.node_id]
+        try:
+            self.check([rank for p in [*others, profile] for rank in p.ranks])
+            _check_patterns(profile, self.global_adapter.modules)
+            self._check_privacy([profile])
+        except StrategyError as error:
+            self.directory.refuse(profile.node_id, str(error))
+            return False
+        self._served[profile.node_id] = profile
+        return True
+
+    def exchange(self, server_round: int, phase: str) -> Exchange:
+        """Return a fresh exchange of this run."""
+        return Exchange(self.ledger, server_round, phase, self.directory.label_names or ())
+
     def _ask(self, profiles: Sequence[NodeProfile], server_round: int, phase: str) -> list[Message]:
         plans = [self.plan(profile, server_round) for profile in profiles]
-        self._exchange = Exchange(self.ledger, server_round, phase)
+        self._exchange = self.exchange(server_round, phase)
         return self._exchange.messages(profiles, plans, self.dispatch, phase)
 
     def aggregate_train(

@@ -14,7 +14,6 @@ from hafl_app.config.schema import FederationSettings
 from hafl_app.federation.privacy import (
     NoiseSource,
     PrivacyError,
-    PrivacyKind,
     PrivacyOptions,
     add_noise,
     clipped_change,
@@ -29,7 +28,7 @@ Division = Literal["contributors", "everybody"]
 # What a setting of `federation` must be, and why nothing else can be covered.
 _CROSS_CLIENT = "one client's upload would change how the others count"
 _ONE_RELEASE = "a repeated round is one more release than epsilon counts"
-_NEEDS: Mapping[PrivacyKind, Mapping[str, tuple[object, str]]] = {
+_NEEDS: Mapping[str, Mapping[str, tuple[object, str]]] = {
     "none": {},
     "central_dp": {
         "robust": ("none", _CROSS_CLIENT),
@@ -46,8 +45,13 @@ _NEEDS: Mapping[PrivacyKind, Mapping[str, tuple[object, str]]] = {
 }
 
 
-def check_federation(kind: PrivacyKind, federation: FederationSettings) -> None:
+def check_federation(kind: str, federation: FederationSettings) -> None:
     """Refuse settings under which the privacy that is reported would not hold.
+
+    Parameters
+    ----------
+    kind
+        A `hafl_app.federation.privacy.PrivacyKind`.
 
     Raises
     ------

@@ -20,21 +20,18 @@ class Snapshot:
 
     Parameters
     ----------
-    server_round
-        The last round that is finished.
-    tensors
-        By name.
+    tree
+        Dictionaries with tensors as leaves.
     state
         Plain values, as JSON has them.
     """
 
-    server_round: int
-    tensors: Mapping[str, Tensor]
+    tree: Mapping[str, Any]
     state: Mapping[str, Any]
 
 
-def take_snapshot(strategy: FlowerHooks, server_round: int) -> Snapshot:
-    """Return the strategy as it is after a round."""
+def take_snapshot(strategy: FlowerHooks) -> Snapshot:
+    """Return the strategy as it is now, between two rounds."""
     tree = {"adapter": adapter_tree(strategy.global_adapter), "memory": strategy.memory()}
     state = {
         "ledger": strategy.ledger.to_json(),
@@ -42,13 +39,12 @@ def take_snapshot(strategy: FlowerHooks, server_round: int) -> Snapshot:
         "rank_limits": {str(k): rank for k, rank in strategy.rank_limits.items()},
         "train_loss": strategy.train_loss,
     }
-    return Snapshot(server_round, flatten(tree), state)
+    return Snapshot(tree, state)
 
 
 def restore(strategy: FlowerHooks, snapshot: Snapshot) -> None:
-    """Make a prepared strategy what it was when the snapshot was taken."""
-    tree = unflatten(snapshot.tensors)
-    state = snapshot.state
+    """Make a prepared strategy what it was; the tree's branches without a leaf may be gone."""
+    tree, state = snapshot.tree, snapshot.state
     strategy.global_adapter = adapter_of(tree["adapter"])
     strategy.recall(tree.get("memory", {}))
     strategy.ledger = Ledger.from_json(state["ledger"])
@@ -72,9 +68,9 @@ def adapter_of(tree: Mapping[str, Any]) -> Adapter:
     return Adapter(modules, tree.get("head", {}))
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[str, Tensor]:
+def flatten(tree: Mapping[str, Any], separator: str = _SEPARATOR) -> dict[str, Any]:
     """Return the leaves of a tree of dictionaries by their path."""
-    return {_SEPARATOR.join(path): leaf for path, leaf in _leaves(tree, ())}
+    return {separator.join(path): leaf for path, leaf in _leaves(tree, ())}
 
 
 def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -91,7 +87,7 @@ def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _leaves(
     tree: Mapping[str, Any], path: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, node in tree.items():
         if isinstance(node, Mapping):
             yield from _leaves(node, (*path, name))

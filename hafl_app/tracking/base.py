@@ -59,6 +59,8 @@ class ClientRecord:
         Why it failed; empty when it did not.
     probe_seconds
         Of `seconds`, those spent on measuring all components before training.
+    steps, out_of_time
+        Optimiser steps, and whether its time was over before its plan was done.
     """
 
     server_round: int
@@ -74,6 +76,8 @@ class ClientRecord:
     bytes_up: int
     error: str = ""
     probe_seconds: float = 0.0
+    steps: int = 0
+    out_of_time: bool = False
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,7 @@ class ConsoleTracker:
         width = len(str(self._num_rounds))
         parts = [
             f"round {record.server_round:>{width}}/{self._num_rounds}",
-            f"val {percent(record.metrics.get('validation/accuracy')):>6}",
-            f"test {percent(record.metrics.get('test/accuracy')):>6}",
+            *_scores(record.metrics),
             f"loss {_loss(record.train_loss):>6}",
             f"down {megabytes(record.bytes_down):>8}",
             f"up {megabytes(record.bytes_up):>8}",
@@ -75,6 +74,8 @@ class ConsoleTracker:
         if record.failures:
             asked = record.replies + record.failures
             line.append(f"  {record.failures} of {asked} clients failed", style="red")
+        if late := self._out_of_time(record.server_round):
+            line.append(f"  {late} stopped by their time", style="yellow")
         self._print(line)
 
     def log_client(self, record: ClientRecord) -> None:
@@ -88,7 +89,7 @@ class ConsoleTracker:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the results, the traffic and, from ``device_ranks``, what each device gains."""
         if self._rounds:
-            self._print_table("Results", _RESULT_COLUMNS, _result_rows(self._rounds))
+            self._print_table("Results", *_results(self._rounds))
         if self._trainings:
             title = "Traffic by client rank"
             self._print_table(title, _TRAFFIC_COLUMNS, _traffic_rows(self._trainings))
@@ -115,6 +116,10 @@ class ConsoleTracker:
     def fail(self, reason: str) -> None:
         """Print the reason."""
         self._print(Text(f"The run failed: {reason}", style="red"))
+
+    def _out_of_time(self, server_round: int) -> int:
+        trained = (one for one in self._trainings if one.server_round == server_round)
+        return sum(one.out_of_time for one in trained)
 
     def _time_left(self, record: RoundRecord) -> str:
         left = self._num_rounds - record.server_round
@@ -194,10 +199,19 @@ def _standard_output() -> Console:
     return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
+def _scores(metrics: Mapping[str, float]) -> list[str]:
+    """Return a round's central scores, or, where the server has no data, the clients'."""
+    central = {"val": "validation/accuracy", "test": "test/accuracy"}
+    if _CLIENTS in metrics and not set(central.values()) & set(metrics):
+        central = {"clients": _CLIENTS}
+    return [f"{name} {percent(metrics.get(metric)):>6}" for name, metric in central.items()]
+
+
 def _loss(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "-"
 
 
+_CLIENTS = "clients/accuracy"
 _TRAFFIC_NAMES = ["down a round", "up a round"]
 _CLIENT_COLUMNS = {
     **dict.fromkeys(["client", "rank", "examples", *_TRAFFIC_NAMES], "right"),
@@ -207,12 +221,11 @@ _RANK_COLUMNS = dict.fromkeys(
     ["rank", "clients", "examples min", "median", "max", *_TRAFFIC_NAMES], "right"
 )
 _RESULT_COLUMNS = {
-    "": "left",
-    "round": "right",
-    "validation": "right",
-    "test": "right",
-    "test macro F1": "right",
+    "validation": "validation/accuracy",
+    "test": "test/accuracy",
+    "test macro F1": "test/macro-f1",
 }
+_CLIENT_RESULT_COLUMNS = {"clients": _CLIENTS, "clients macro F1": "clients/macro-f1"}
 _TRAFFIC_COLUMNS = dict.fromkeys(
     ["rank", "trainings", "down each", "up each", "down total", "up total"], "right"
 )
@@ -252,22 +265,34 @@ def _rows_by_rank(clients: Sequence[ClientRow]) -> list[list[str]]:
     return rows
 
 
-def _result_rows(rounds: Sequence[RoundRecord]) -> list[list[str]]:
+def _results(rounds: Sequence[RoundRecord]) -> tuple[dict[str, str], list[list[str]]]:
+    """Return columns and rows: the last round and the best, by the server's data if it has any."""
+    seen = {name for record in rounds for name in record.metrics}
+    central = _CLIENTS not in seen or bool(seen & {"validation/accuracy", "test/accuracy"})
+    columns = _RESULT_COLUMNS if central else _CLIENT_RESULT_COLUMNS
+    kind = "validation" if central else "clients"
     chosen = {"last round": rounds[-1]}
-    validated = [
-        record
-        for record in rounds
-        if record.server_round > 0
-        and math.isfinite(record.metrics.get("validation/accuracy", math.nan))
-    ]
-    if validated:
-        best = max(validated, key=lambda record: record.metrics["validation/accuracy"])
-        chosen["best validation"] = best
-    names = ("validation/accuracy", "test/accuracy", "test/macro-f1")
-    return [
-        [label, str(record.server_round), *(percent(record.metrics.get(name)) for name in names)]
+    if best := _best(rounds, f"{kind}/accuracy"):
+        chosen[f"best {kind}"] = best
+    rows = [
+        [
+            label,
+            str(record.server_round),
+            *(percent(record.metrics.get(name)) for name in columns.values()),
+        ]
         for label, record in chosen.items()
     ]
+    justified = {"": "left", **dict.fromkeys(["round", *columns], "right")}
+    return justified, rows
+
+
+def _best(rounds: Sequence[RoundRecord], metric: str) -> RoundRecord | None:
+    scored = [
+        record
+        for record in rounds
+        if record.server_round > 0 and math.isfinite(record.metrics.get(metric, math.nan))
+    ]
+    return max(scored, key=lambda record: record.metrics[metric], default=None)
 
 
 def _traffic_rows(records: Sequence[ClientRecord]) -> list[list[str]]:

@@ -1,11 +1,18 @@
-"""The device to train on, its precision, and how many threads its arithmetic may use."""
+"""The device to train on: its kind and memory, its precision, and how many threads it may use."""
 
 import contextlib
+import platform
 import resource
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
+
+_MEGABYTE = 1e6
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -28,6 +35,104 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     return device.type
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a device is.
+
+    Parameters
+    ----------
+    kind, name
+        ``cpu`` or ``cuda``, and the model's name.
+    memory_total_mb, memory_free_mb
+        In MB of 10^6 bytes; on the CPU no more than the container or service may use.
+    torch_version, cuda_version
+        Of PyTorch and of the CUDA that it was built with; empty for a CPU build.
+    """
+
+    kind: str
+    name: str
+    memory_total_mb: int
+    memory_free_mb: int
+    torch_version: str
+    cuda_version: str
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Return what a device is, and how much of its memory is free now."""
+    total, free = _memory(device)
+    cuda = device.type == "cuda"
+    return DeviceFacts(
+        kind=device.type,
+        name=torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        memory_total_mb=int(total / _MEGABYTE),
+        memory_free_mb=int(free / _MEGABYTE),
+        torch_version=str(torch.__version__),
+        cuda_version=torch.version.cuda or "",
+    )
+
+
+def usable_memory_mb(device: torch.device) -> float:
+    """Return the free memory plus what this process holds of it already, in MB of 10^6 bytes.
+
+    On the CPU that is what the whole process may grow to; on CUDA what its tensors may take.
+    """
+    _, free = _memory(device)
+    if device.type == "cuda":
+        return (free + torch.cuda.memory_reserved(device)) / _MEGABYTE
+    return float(free + psutil.Process().memory_info().rss) / _MEGABYTE
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Return the device's memory and the free part of it, in bytes."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    machine = psutil.virtual_memory()
+    limits = list(_cgroup_memory(_CGROUPS, _own_cgroup()))
+    total = min([machine.total, *(limit for limit, _ in limits)])
+    return total, min([machine.available, *(max(0, limit - used) for limit, used in limits)])
+
+
+def _own_cgroup() -> str:
+    """Return this process's path in the unified hierarchy (cgroup v2), ``/`` when there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            if line.startswith("0::"):
+                return line.removeprefix("0::")
+    return "/"
+
+
+def _cgroup_memory(root: Path, own: str) -> Iterator[tuple[int, int]]:
+    """Yield the limit and the use, in bytes, of every group around a process that has a limit."""
+    folder = root / own.strip("/")
+    # A container may be shown the host's path under a mount that begins at its own group.
+    for group in (folder, *folder.parents):
+        if not group.is_relative_to(root):
+            return
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit here
+            limit = int((group / "memory.max").read_text(encoding="utf-8"))
+            yield limit, _cgroup_use(group)
+
+
+def _cgroup_use(group: Path) -> int:
+    """Return what cannot be reclaimed: the files that a group has read are in its use as well."""
+    used = int((group / "memory.current").read_text(encoding="utf-8"))
+    for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(" ")
+        if name == "inactive_file":
+            return used - int(value)
+    return used
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

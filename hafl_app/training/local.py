@@ -43,7 +43,7 @@ class LossNotFiniteError(TrainingError):
 
 
 class DeviceMemoryError(TrainingError):
-    """The device's memory does not suffice for the gradients of a single text."""
+    """The device's memory does not suffice, not even for the least that could be asked of it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class TrainOptions:
         Clip the gradient's norm to this; 0 leaves it.
     precision
         ``auto``, ``fp32`` or ``bf16``.
+    max_seconds
+        Wall time after which training ends, behind the step in which it is over; 0 for no limit.
+        What is learnt then depends on the clock.
     """
 
     batch_size: int = 32
@@ -75,6 +78,7 @@ class TrainOptions:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     precision: str = "auto"
+    max_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,10 @@ class TrainResult:
         Trained components (`ModulePlan.trainable`, in that order) and head. A pruned module holds
         only the first of them.
     num_examples
-        Texts that took part.
+        Texts that the client trains on: its share of the data, which is its weight in averages.
+        Steps or time may have ended before all of them took part.
     loss
-        Mean training loss of the last epoch.
+        Mean training loss of the last epoch, or of the steps in it that were taken.
     steps
         Optimiser steps.
     seconds
@@ -102,6 +107,8 @@ class TrainResult:
         Module name to the scores of its trained components (of all held ones after a probe).
     micro_batch_size
         Texts that went through the model at once: the batch size, or less where memory was short.
+    out_of_time
+        Whether ``max_seconds`` were over before the plan was done.
     """
 
     adapter: Adapter
@@ -113,6 +120,26 @@ class TrainResult:
     peak_memory_mb: float
     importance: Mapping[str, Tensor]
     micro_batch_size: int
+    out_of_time: bool = False
+
+
+class _Allowance:
+    """How long training may go on: the plan's steps, and the client's time."""
+
+    def __init__(self, max_steps: int, max_seconds: float, started: float) -> None:
+        self._max_steps = max_steps
+        self._max_seconds = max_seconds
+        self._started = started
+        self.out_of_time = False
+
+    def is_spent(self, steps: int) -> bool:
+        """Say whether there may be no further step; to be asked only when there is one to take."""
+        if self._max_steps and steps >= self._max_steps:
+            return True
+        # Without a single step the reply would bring nothing.
+        if steps and self._max_seconds:
+            self.out_of_time = time.perf_counter() - self._started >= self._max_seconds
+        return self.out_of_time
 
 
 @dataclass(frozen=True)
@@ -124,6 +151,7 @@ class _Task:
     examples: Examples
     options: TrainOptions
     micro_batches: MicroBatches
+    allowance: _Allowance
 
 
 def train(
@@ -164,7 +192,8 @@ def train(
     device = classifier.device
     reset_peak_memory(device)
     micro_batches = MicroBatches(options.batch_size)
-    task = _Task(classifier, plan, examples, options, micro_batches)
+    allowance = _Allowance(plan.max_steps, options.max_seconds, started)
+    task = _Task(classifier, plan, examples, options, micro_batches, allowance)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         probed, probe_seconds = _probe(task, adapter, seed)
@@ -187,6 +216,7 @@ def train(
         peak_memory_mb=peak_memory_mb(device),
         importance=probed or meter.scores(),
         micro_batch_size=micro_batches.size,
+        out_of_time=allowance.out_of_time,
     )
 
 
@@ -201,12 +231,12 @@ def _optimise(
     optimizer = build_optimizer(task.classifier, plan, options)
     steps, losses = 0, [0.0]
     for epoch in range(plan.local_epochs):
-        if plan.max_steps and steps >= plan.max_steps:
+        if task.allowance.is_spent(steps):
             break  # before the losses of the last epoch with a step are gone
         task.classifier.train()
         losses = []
         for rows in training_batches(task.examples, options.batch_size, rng):
-            if plan.max_steps and steps >= plan.max_steps:
+            if task.allowance.is_spent(steps):
                 break
             losses.append(_step(task, rows, optimizer, meter))
             steps += 1

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hafl_app import assembly
-from hafl_app.config.compose import CONF, SettingsError, compose
+from hafl_app.config.compose import CONF, SettingsError, compose, quoted
 from hafl_app.reporting import plain_settings
 from hafl_app.strategies.base import HeterogeneousLora
 
@@ -53,6 +53,13 @@ def test_everyday_settings_take_effect():
     options = assembly.federation_options(settings)
     assert (options.num_rounds, options.fraction_train, options.local_epochs) == (3, 0.5, 2)
     assert (options.seed, settings.client.learning_rate) == (5, 0.01)
+
+
+@pytest.mark.parametrize(
+    "text", ["two words", "it's", "a\\b", "a\\'b", "end\\", "a,b=[c]{d}", 'say "x"', "null", "7"]
+)
+def test_a_quoted_text_arrives_as_it_is(text):
+    assert compose([f"output_dir={quoted(text)}"]).output_dir == text
 
 
 class TestRefusals:

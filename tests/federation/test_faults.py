@@ -8,7 +8,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 
 from hafl_app.config.compose import SettingsError
-from hafl_app.data.errors import DataError
+from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.federation.faults import (
     Fault,
     answering_faults,
@@ -46,6 +46,7 @@ class TestCodes:
             "DISK_FULL": 1005,
             "REFUSED": 1006,
             "BAD_REQUEST": 1007,
+            "WORKER_FAILED": 1008,
         }
 
 
@@ -72,7 +73,7 @@ class TestErrorReply:
     def test_nothing_else_is_a_fault(self, request_message):
         content = RecordDict({"fault": ConfigRecord({"code": 1001})})
         assert fault_of(Message(content, reply_to=request_message)) is None
-        for code in (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, 0, 1000, 1008, -1001):
+        for code in (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, 0, 1000, 1009, -1001):
             assert fault_of(Message(Error(code, "?"), reply_to=request_message)) is None
 
 
@@ -94,6 +95,7 @@ class TestFaultBehind:
             (LossNotFiniteError("the loss is nan"), Fault.LOSS_NOT_FINITE),
             (TrainingError("the plan trains nothing"), Fault.BAD_REQUEST),
             (DataError("no file"), Fault.DATA_UNAVAILABLE),
+            (UnfitDataError("2 unknown classes", "HIV"), Fault.DATA_UNAVAILABLE),
             (ModelError("no folder"), Fault.MODEL_UNAVAILABLE),
             (FULL, Fault.DISK_FULL),
             (OSError(errno.EDQUOT, "Disk quota exceeded"), Fault.DISK_FULL),
@@ -123,6 +125,11 @@ class TestFaultBehind:
             fault_behind(FULL),
         ]
         assert not any("ada" in reason or "HIV" in reason for _, reason in told)
+
+    def test_data_that_do_not_fit_are_told_without_the_details(self):
+        error = UnfitDataError("2 unknown classes", "'HIV positive' in /home/ada/patients.csv")
+
+        assert fault_behind(error) == (Fault.DATA_UNAVAILABLE, "2 unknown classes")
 
     def test_what_the_server_can_mend_is_told_in_full(self):
         assert fault_behind(LossNotFiniteError("the loss is nan in step 3")) == (

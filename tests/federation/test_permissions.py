@@ -212,7 +212,7 @@ class TestEnvironment:
     def test_the_nodes_of_ones_own_superlink_have_it(self, monkeypatch, tmp_path):
         monkeypatch.delenv("HAFL_ALLOWED_PATHS", raising=False)
         monkeypatch.setenv("HAFL_ALLOWED_MODELS", "some/encoder")
-        environ = flower_run._environment(tmp_path, "token")
+        environ = flower_run.run_environment(tmp_path, "token")
         check(self.LOCAL + " model=tiny_random", environ=environ)
         refusal("", environ=environ)
 

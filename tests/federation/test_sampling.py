@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hafl_app.federation.profiles import NodeProfile
-from hafl_app.federation.sampling import sample_poisson, sample_profiles
+from hafl_app.federation.sampling import sample_poisson, sample_profiles, sample_size
 
 PROFILES = [NodeProfile(i, 40, 2 + i % 3, 10 + 7 * i, "cpu", node_id=1000 - i) for i in range(40)]
 
@@ -48,3 +48,13 @@ class TestPoisson:
         assert partitions(sample_poisson(renamed, 0.5, "key", 3)) == first == sorted(first)
         assert partitions(sample_poisson(PROFILES, 0.5, "key", 4)) != first
         assert partitions(sample_poisson(PROFILES, 0.5, "other", 3)) != first
+
+
+class TestSampleSize:
+    @pytest.mark.parametrize(
+        ("fraction", "count", "expected"),
+        [(0.3, 40, 12), (0.01, 40, 1), (1.0, 7, 7), (0.0, 40, 0), (0.5, 0, 0)],
+    )
+    def test_is_the_share_of_the_clients_and_at_least_one(self, fraction, count, expected):
+        assert sample_size(fraction, count) == expected
+        assert len(sample_profiles(PROFILES[:count], fraction, 1, 2, "train")) == expected

@@ -96,6 +96,23 @@ class TestAdapter:
         assert adapter.num_parameters == (RANK + 2) * (OUT + IN)
 
 
+class TestTensors:
+    def test_no_two_share_a_name_whatever_modules_and_head_are_called(self):
+        modules = {"a": random_factors(2, 0), "lora_A/a": random_factors(RANK, 1, 5, 13)}
+        head = {"a": torch.arange(4.0), "lora_B/a": torch.ones(2, 5)}
+
+        tensors = Adapter(modules, head).tensors()
+
+        names = {f"{p}/{n}" for p in ("lora_A", "lora_B") for n in modules}
+        assert tensors.keys() == names | {f"head/{n}" for n in head}
+        assert tensors["lora_B/lora_A/a"] is modules["lora_A/a"].lora_B
+        again = Adapter.from_tensors(tensors)
+        assert again.head == head
+        assert list(again.modules) == list(modules)
+        for name, factors in modules.items():
+            assert_same_bits(again.modules[name], factors)
+
+
 class TestInitialAdapter:
     SHAPES = {"query": ModuleShape(OUT, IN), "dense": ModuleShape(5, 13)}  # noqa: RUF012
 

@@ -244,7 +244,7 @@ class TestRobustTensors:
 
 
 class TestRobustSums:
-    def test_is_the_rule_over_what_was_added_and_weights_count_in_the_sums_alone(self):
+    def test_is_the_rule_over_what_was_added_and_weights_count_apart(self):
         contributions = contributions_of([(0, 2), (2,), (2, 1), (1, 2)], seed=3)
         sums, plain = RobustSums.empty(PREVIOUS, "median", TRIM), ComponentSums.zeros(PREVIOUS)
         for (factors, slots), weight in zip(contributions, (3.0, 90.0, 7.0, 11.0), strict=True):
@@ -254,6 +254,15 @@ class TestRobustSums:
         assert_same_bits(sums.average_over_contributors(PREVIOUS), expected)
         assert torch.equal(sums.weight, plain.weight)
         assert sums.total_weight == plain.total_weight == 111
+
+    @pytest.mark.parametrize(
+        ("slots", "weight", "reason"),
+        [((1, 1), 1.0, "distinct"), ((0, 9), 1.0, "must be in"), ((0, 1), -1.0, "weight")],
+    )
+    def test_what_cannot_be_added_is_refused_at_once(self, slots, weight, reason):
+        factors = random_factors(2, 3)
+        with pytest.raises(ValueError, match=reason):
+            RobustSums.empty(PREVIOUS, "median", TRIM).add(factors, slots, weight)
 
     def test_zeros_for_the_missing_are_refused(self):
         with pytest.raises(ValueError, match="zeros"):

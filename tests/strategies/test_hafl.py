@@ -237,3 +237,44 @@ class TestAggregation:
         for name in before:
             torch.testing.assert_close(kept[name].delta_weight(), before[name].delta_weight())
             assert shrunk[name].delta_weight().norm() < 0.9 * before[name].delta_weight().norm()
+
+
+class TestScoresUnderARobustRule:
+    """One client says of a component that it is a million times as important as all others."""
+
+    CLIENTS = tuple(Client(MAX_RANK, n, k) for k, n in enumerate((10, 25, 7, 31, 12)))
+    HONEST = torch.tensor([4.0, 3.0, 2.0, 1.0])
+
+    def after_a_lie(self, rule):
+        strategy = hafl("importance=sensitivity", "exploration=0")
+        strategy.options = replace(strategy.options, robust=rule)
+        updates = []
+        for client in self.CLIENTS:
+            lie = torch.tensor([1.0, 1.0, 1.0, 1e6]) if client.partition_id == 3 else 1.0
+            scores = (1 + 0.1 * client.partition_id) * self.HONEST * lie
+            update = update_of(strategy, client, noise)
+            told = {"query": scores.tolist(), "dense": scores.flip(0).tolist()}
+            updates.append(with_scores(update, told))
+        merge(strategy, updates)
+        return strategy
+
+    @pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
+    def test_it_steers_nobodys_plan(self, rule):
+        strategy = self.after_a_lie(rule)
+
+        plan = strategy.plan(Client(RANK, 10, 0).profile, 2)
+
+        assert {n: set(m.trainable) for n, m in plan.modules.items()} == {
+            "query": {0, 1},
+            "dense": {2, 3},
+        }
+
+    def test_the_score_is_the_clients_median(self):
+        # They say 1.0, 1.1, 1.2, 1.4 and either 1.3 or, of one component, 1.3 million times HONEST.
+        scores = self.after_a_lie("median").scores
+        torch.testing.assert_close(scores["query"], 1.2 * self.HONEST.double())
+
+    def test_without_a_rule_it_steers_everybodys(self):
+        plan = self.after_a_lie("none").plan(Client(RANK, 10, 0).profile, 2)
+        assert 3 in plan.modules["query"].trainable
+        assert 0 in plan.modules["dense"].trainable

@@ -175,11 +175,12 @@ class TestTail:
         arrays = AdapterArrays(*to_arrays(update.adapter.with_head({})))
         with server_identity():
             reply = Message(adapter_content(arrays), 1, MessageType.TRAIN)
+        shapes = {n: (s.out_features, s.in_features) for n, s in SHAPES.items()}
         if counts:
-            assert read_update(reply, update.plan, {}).modules["query"][0].shape[0] == rank
+            assert read_update(reply, update.plan, {}, shapes).modules["query"][0].shape[0] == rank
         else:
             with pytest.raises(ReplyError, match=f"query: rank {rank}, expected "):
-                read_update(reply, update.plan, {})
+                read_update(reply, update.plan, {}, shapes)
 
 
 class TestMemory:

@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from training_factories import (
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
+from hafl_app.training import local
 from hafl_app.training.classifier import FROZEN, TRAINABLE, LoraClassifier
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.local import LossNotFiniteError, TrainingError, TrainOptions, train
@@ -40,6 +42,20 @@ def classifier() -> LoraClassifier:
 @pytest.fixture
 def adapter(classifier) -> Adapter:
     return random_adapter(classifier, 5)
+
+
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """Let every batch take ten seconds, on a clock that nothing else moves."""
+    clock, forward = itertools.count(0, 10), LoraClassifier.forward
+    now = [0.0]
+
+    def slow(classifier, *inputs):
+        now[0] = float(next(clock) + 10)
+        return forward(classifier, *inputs)
+
+    monkeypatch.setattr(LoraClassifier, "forward", slow)
+    monkeypatch.setattr(local.time, "perf_counter", lambda: now[0])
 
 
 class TestFreezing:
@@ -175,6 +191,52 @@ class TestTraining:
         assert (stopped.steps, crossing.steps, whole.steps) == (4, 8, 6)
         # The loss is that of the last epoch with a step in it, not of the empty ones after it.
         assert stopped.loss > 0.1
+
+    @pytest.mark.parametrize(("max_seconds", "steps"), [(0, 12), (1e9, 12), (35, 4), (30, 3)])
+    def test_stops_behind_the_step_in_which_the_time_is_over(
+        self, classifier, adapter, slow_steps, max_seconds, steps
+    ):
+        plan = plan_for(adapter, local_epochs=2)  # twelve steps of ten seconds
+        options = replace(OPTIONS, max_seconds=max_seconds)
+
+        result = train(classifier, adapter, plan, ROWS, options, seed=1)
+
+        assert (result.steps, result.out_of_time) == (steps, steps < 12)
+        assert result.num_examples == 22  # its weight is its data, not its speed
+        assert math.isfinite(result.loss)
+
+    def test_takes_one_step_however_little_time_there_is(self, classifier, adapter, slow_steps):
+        options = replace(OPTIONS, max_seconds=1e-9)
+
+        result = train(classifier, adapter, plan_for(adapter), ROWS, options, seed=1)
+
+        assert (result.steps, result.out_of_time) == (1, True)
+        assert len(differing(result.adapter, adapter)) == 14
+
+    def test_time_that_suffices_changes_no_bit(self, classifier, adapter):
+        plan = plan_for(adapter)
+        timed, untimed = (
+            train(classifier, adapter, plan, ROWS, replace(OPTIONS, max_seconds=s), seed=1)
+            for s in (1e9, 0.0)
+        )
+
+        assert_same_adapter(timed.adapter, untimed.adapter)
+        assert not timed.out_of_time
+
+    def test_steps_or_time_whichever_is_over_first(self, classifier, adapter, slow_steps):
+        plan, options = plan_for(adapter, max_steps=2), replace(OPTIONS, max_seconds=35)
+        by_steps = train(classifier, adapter, plan, ROWS, options, seed=1)
+        by_time = train(classifier, adapter, replace(plan, max_steps=5), ROWS, options, seed=1)
+
+        assert (by_steps.steps, by_steps.out_of_time) == (2, False)
+        assert (by_time.steps, by_time.out_of_time) == (4, True)
+
+    def test_the_probe_is_part_of_the_time(self, classifier, adapter, slow_steps):
+        plan = plan_for(adapter, importance="sensitivity", probe_batches=3)
+
+        result = train(classifier, adapter, plan, ROWS, replace(OPTIONS, max_seconds=35), seed=1)
+
+        assert (result.steps, result.out_of_time) == (1, True)
 
     def test_reports_each_epoch_and_may_be_scored_in_between(self, classifier, adapter):
         plan, told = plan_for(adapter, local_epochs=3, max_steps=8), []

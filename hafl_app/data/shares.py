@@ -1,0 +1,44 @@
+"""What one client, and what the server, sees of a federation's data, wherever they come from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from hafl_app.data.text import EncodedText
+
+
+@dataclass(frozen=True)
+class Share:
+    """The data of one client.
+
+    Parameters
+    ----------
+    label_names
+        Name of each class.
+    num_examples
+        Rows that it trains on.
+    train, holdout
+        Return the rows that it trains on, and those that it evaluates on; the texts are tokenised
+        when they are first asked for.
+    """
+
+    label_names: tuple[str, ...]
+    num_examples: int
+    train: Callable[[], EncodedText]
+    holdout: Callable[[], EncodedText]
+
+
+class CentralText(Protocol):
+    """The data that the server scores the global adapter on; either split may have no rows."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Name of each class."""
+
+    @property
+    def validation(self) -> EncodedText:
+        """Rows for choosing a round."""
+
+    @property
+    def test(self) -> EncodedText:
+        """The test set."""

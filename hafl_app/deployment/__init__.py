@@ -1,0 +1,1 @@
+"""Real SuperLink and SuperNodes: credentials, the fence before the SuperLink, a local trial."""
