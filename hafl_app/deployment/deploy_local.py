@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
+from hafl_app.config.compose import quoted
 from hafl_app.deployment.credentials import Credentials, make_credentials
 from hafl_app.deployment.local import Deployment, LocalNode, local_deployment
 from hafl_app.experiments.script import run_script
@@ -99,9 +100,8 @@ def _overrides(
     options: argparse.Namespace, nodes: Sequence[LocalNode], output: Path
 ) -> tuple[str, ...]:
     data = _DATA_ON_DEVICES if options.data else _GENERATED_DATA
-    quoted = "'" + str(output).replace("\\", "\\\\").replace("'", "\\'") + "'"
     # The last one of a setting counts: the user's go before ours, but for what is settled here.
-    settled = (f"federation.num_clients={len(nodes)}", f"output_dir={quoted}")
+    settled = (f"federation.num_clients={len(nodes)}", f"output_dir={quoted(output)}")
     return (*data, *TINY, *options.overrides, *settled)
 
 

@@ -1,5 +1,6 @@
 """`scripts/deploy_local.sh`, by its Python module: what it starts, leaves behind and returns."""
 
+import json
 import os
 import signal
 import subprocess
@@ -99,6 +100,32 @@ class TestStopping:
         assert process.returncode == 1
         assert "error: FlowerRunError: the run is finished:failed" in log
         assert not marked(mark)
+
+
+def rows(number):
+    return "".join(f"text {i} about {i % 2},class-{i % 2}\n" for i in range(number))
+
+
+@pytest.mark.deploy
+@pytest.mark.timeout(900)
+def test_nodes_train_on_their_own_files_and_a_broken_one_is_left_out(tmp_path, mark):
+    files = [tmp_path / f"{name}.csv" for name in ("a", "b", "broken")]
+    for path, text in zip(files, (rows(20), rows(30), "nothing,here\n1,2\n"), strict=True):
+        path.write_text("text,label\n" * (path.stem != "broken") + text)
+    out = tmp_path / "out"
+    data = [word for path in files for word in ("--data", str(path))]
+
+    process = deploy(mark, "--nodes", "3", *data, "--output", str(out))
+    log, _ = process.communicate(timeout=880)
+
+    assert process.returncode == 0, log
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert len(summary["left_out"]) == 1
+    clients = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    trained = {c["rank"]: c["num_examples"] for c in clients if c["kind"] == "client"}
+    assert trained == {2: 18, 4: 27}  # a tenth is held out
+    assert not marked(mark)
 
 
 class TestArguments:
