@@ -16,9 +16,10 @@ from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.sources import TextSource
 from hafl_app.data.text import Tokenise
+from hafl_app.federation.directory import NodeDirectory
 from hafl_app.federation.numbering import Numbering
 from hafl_app.federation.privacy import PrivacyOptions, new_noise_key
-from hafl_app.federation.profiles import NodeDirectory, scale_tiers
+from hafl_app.federation.profiles import scale_tiers
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.options import FederationOptions
 from hafl_app.training.base import BaseSpec, load_tokeniser

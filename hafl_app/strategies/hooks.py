@@ -15,10 +15,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from hafl_app.federation.directory import NodeDirectory
 from hafl_app.federation.faults import Fault
 from hafl_app.federation.ledger import Ledger
 from hafl_app.federation.privacy import PrivacyError, check_local_plan
-from hafl_app.federation.profiles import NodeDirectory, NodeProfile, matches
+from hafl_app.federation.profiles import NodeProfile, matches
 from hafl_app.federation.quarantine import Quarantine
 from hafl_app.federation.records import NUM_EXAMPLES
 from hafl_app.federation.sampling import sample_poisson, sample_profiles, sample_size

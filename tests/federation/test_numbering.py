@@ -6,9 +6,10 @@ import pytest
 from fake_grid import FakeGrid
 from flwr.app import ConfigRecord, MessageType
 
+from hafl_app.federation.directory import NodeDirectory
 from hafl_app.federation.inprocess import server_identity
 from hafl_app.federation.numbering import Numbering
-from hafl_app.federation.profiles import UNNUMBERED, NodeDirectory, NodeProfile
+from hafl_app.federation.profiles import UNNUMBERED, NodeProfile
 from hafl_app.federation.records import CONFIG, LABEL_NAMES
 
 

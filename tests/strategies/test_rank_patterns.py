@@ -13,8 +13,9 @@ from running import TINY, run_tiny
 from hafl_app import assembly
 from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import CONF, compose
+from hafl_app.federation.directory import NodeDirectory
 from hafl_app.federation.inprocess import InProcessGrid, server_identity
-from hafl_app.federation.profiles import PROFILE, NodeDirectory, NodeProfile
+from hafl_app.federation.profiles import PROFILE, NodeProfile
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.lowrank.svd import singular_values, truncated_svd
 from hafl_app.preflight import check
