@@ -21,13 +21,17 @@ import torch
 from numpy.typing import NDArray
 from transformers import BertConfig, LlamaConfig, PretrainedConfig, RobertaConfig
 
-from hafl_app.lowrank.factors import initial_adapter
-from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training.base import BaseSpec
-from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
-from hafl_app.training.device import peak_memory_mb
-from hafl_app.training.local import TrainOptions, train
-from hafl_app.training.memory import StepMemory, step_memory
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hafl_app.experiments.script import run_script  # noqa: E402
+from hafl_app.lowrank.factors import initial_adapter  # noqa: E402
+from hafl_app.plan import ModulePlan, TrainPlan  # noqa: E402
+from hafl_app.training.base import BaseSpec  # noqa: E402
+from hafl_app.training.classifier import ClassifierSpec, LoraClassifier  # noqa: E402
+from hafl_app.training.device import peak_memory_mb  # noqa: E402
+from hafl_app.training.local import TrainOptions, train  # noqa: E402
+from hafl_app.training.memory import StepMemory, step_memory  # noqa: E402
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 MEASURED_RANKS = (1, 8, 64)
@@ -122,14 +126,20 @@ def train_once(folder: str, rank: int, options: TrainOptions, length: int) -> fl
     return peak_memory_mb(CPU)
 
 
-def main() -> None:
+def main() -> int:
     """Read the command line and print what it asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=32, help="texts per step (32)")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a text (64)")
+    parser.add_argument("--batch-size", type=_positive, default=32, help="texts per step (32)")
+    parser.add_argument("--length", type=_positive, default=64, help="tokens of a text (64)")
     parser.add_argument("--measure", metavar="FOLDER", help="train the model of this folder")
-    parser.add_argument("--rank", type=int, help="train once at this rank, print the peak in MB")
+    parser.add_argument(
+        "--rank", type=_positive, help="train once at this rank, print the peak in MB"
+    )
     arguments = parser.parse_args()
+    return run_script(lambda: _print(arguments))
+
+
+def _print(arguments: argparse.Namespace) -> int:
     options = replace(TrainOptions(), batch_size=arguments.batch_size)
     folder = arguments.measure and str(Path(arguments.measure).resolve())
     if folder and arguments.rank:
@@ -138,8 +148,15 @@ def main() -> None:
         print_measured(folder, options, arguments.length)
     else:
         print_table(options, arguments.length)
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
+    return int(text)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    sys.exit(main())

@@ -56,12 +56,18 @@ def _stop(options: argparse.Namespace) -> str:
     return f"stopped the Ray on {LOOPBACK}:{options.port} and its workers"
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1024 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1024 to 65535")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=("start", "status", "stop"))
-    parser.add_argument("--port", type=int, default=6390, help="default: %(default)s")
+    parser.add_argument("--port", type=_port, default=6390, help="default: %(default)s")
     parser.add_argument("--num-gpus", type=int, help="default: all that there are")
     parser.add_argument(
         "--temp-dir", type=Path, help="for sockets and logs, emptied on stop; at most 40 characters"

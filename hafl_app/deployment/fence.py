@@ -146,8 +146,12 @@ async def _body(request: Request) -> AsyncIterator[bytes]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve the fence until it is stopped."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     credentials = Credentials(options.credentials)
+    for path in (credentials.ca, credentials.server_certificate, credentials.server_key):
+        if not path.is_file():
+            parser.error(f"argument --credentials: {path} is missing")
     uvicorn.run(
         fence(options.superlink, credentials.ca),
         host=options.host,
