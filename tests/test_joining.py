@@ -6,6 +6,8 @@ from running import records, run_tiny
 
 from hafl_app.federation.inprocess import InProcessGrid
 
+pytestmark = pytest.mark.slow
+
 JOINS_IN, NEWCOMER, RANK = 7, 5, 3
 EIGHT_ROUNDS = (
     "federation.num_rounds=8",

@@ -12,6 +12,8 @@ from running import records, run_tiny
 from hafl_app.federation.inprocess import InProcessGrid
 from hafl_app.training.classifier import LoraClassifier
 
+pytestmark = pytest.mark.slow
+
 SLOW_NODE, SILENT_NODE, STEP_SECONDS, TIMEOUT = 5, 2, 0.8, 6.0
 ONE_ROUND = (
     "federation.num_rounds=1",

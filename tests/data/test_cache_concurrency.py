@@ -17,6 +17,8 @@ from hafl_app.data import text
 from hafl_app.data.text import encode
 from hafl_app.training.base import BaseSpec, locate
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [f"text number {i} of them" for i in range(300)]
 LABELS = [i % 7 for i in range(300)]
 EXPECTED = [[ord(letter) for letter in t] for t in TEXTS]
