@@ -77,6 +77,7 @@ class TestEqualMeanBytes:
         assert mean_bytes(strategy, [4, 4], 10) >= 4 * (2 * 26 * 4 + 2 * 10)
 
 
+@pytest.mark.slow
 class TestExperimentFiles:
     @pytest.mark.parametrize("name", EXPERIMENTS)
     def test_composes_and_every_method_composes_in_every_cell(self, name):

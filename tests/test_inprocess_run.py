@@ -111,6 +111,7 @@ class TestDeterminism:
         assert [len(p) for p in partitions] == [2, 2]
 
 
+@pytest.mark.slow
 class TestHeads:
     @pytest.mark.parametrize("head", ["averaged", "frozen", "local"])
     def test_every_policy_runs(self, tmp_path, head):
@@ -146,6 +147,7 @@ def test_the_base_model_is_loaded_once(tmp_path, monkeypatch):
     assert len(calls) == 1  # for the server, 5 clients, 2 rounds and 3 lone clients
 
 
+@pytest.mark.slow
 class TestFaults:
     def test_a_failing_client_costs_its_reply_and_no_more(self, tmp_path):
         def change(request, reply):

@@ -105,6 +105,7 @@ class TestSettings:
             run_tiny(tmp_path / "out", f"resume={tmp_path}")
 
 
+@pytest.mark.slow
 class TestWhatIsKept:
     def test_the_last_two_checkpoints_stay(self, tmp_path):
         run_tiny(tmp_path / "out", "federation.num_rounds=4")

@@ -52,6 +52,8 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Time jobs alternately, so that a change of the machine's speed meets all of them.
 
+    Every round begins with another job: what one leaves in caches and allocator meets all as well.
+
     Parameters
     ----------
     jobs
@@ -65,10 +67,11 @@ def time_in_turn(
     """
     first = {name: _time(job, clock) for name, job in jobs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            if first[name] <= patience_s:
-                seconds[name].append(_time(job, clock))
+    names = [name for name in jobs if first[name] <= patience_s]
+    for turn in range(repeats if names else 0):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            seconds[name].append(_time(jobs[name], clock))
     return {name: Timing(tuple(values or [first[name]])) for name, values in seconds.items()}
 
 

@@ -36,11 +36,11 @@ def test_the_first_call_warms_up_and_is_not_counted(clock):
     assert str(timings["a"]) == "2000 (1000-3000)"
 
 
-def test_jobs_take_turns():
+def test_jobs_take_turns_and_none_is_always_first():
     order = []
-    time_in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    time_in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
 
-    assert order == ["a", "b", "a", "b", "a", "b"]
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
 
 
 def test_a_job_beyond_patience_is_called_once_and_counts(clock):

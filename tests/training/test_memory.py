@@ -116,6 +116,7 @@ class TestCount:
         assert counted.peak / MEGABYTE == pytest.approx(result.peak_memory_mb, rel=0.15)
 
 
+@pytest.mark.slow
 class TestStepMemory:
     def test_is_close_to_the_count_at_every_rank_between(self):
         step = step_memory(SPEC, 12, OPTIONS, LENGTH, CPU)
@@ -177,6 +178,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 """
 
 
+@pytest.mark.slow
 class TestCache:
     def test_a_count_is_kept(self, tmp_path, monkeypatch):
         first = step_memory(SPEC, 5, OPTIONS, LENGTH, CPU, tmp_path)

@@ -28,6 +28,8 @@ from hafl_app.training.batches import MicroBatches, is_out_of_memory
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.local import DeviceMemoryError, TrainOptions, TrainResult, train
 
+pytestmark = pytest.mark.slow
+
 ROWS = random_rows(22)  # an epoch is four batches of five texts and one of two
 SGD = TrainOptions(batch_size=5, optimizer="sgd", learning_rate=0.1, max_grad_norm=0.5)
 CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 6400000000 bytes."
