@@ -10,7 +10,6 @@ adapters that come back are not the same, bit for bit.
 import argparse
 import json
 import os
-import platform
 import shlex
 import shutil
 import statistics
@@ -24,12 +23,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from hafl_app.benchmarks.deployed import NODES, RESULTS  # noqa: E402
+from hafl_app.benchmarks.timing import describe, machine, write_json  # noqa: E402
 from hafl_app.deployment.credentials import make_credentials  # noqa: E402
 from hafl_app.deployment.local import Deployment, LocalNode, local_deployment  # noqa: E402
 from hafl_app.experiments.script import run_script  # noqa: E402
 from hafl_app.federation.flower_run import free_port  # noqa: E402
 from hafl_app.node import ray_runtime  # noqa: E402
-from hafl_app.node.bench_server import NODES, RESULTS  # noqa: E402
 
 DEFAULTS = (
     *("model=tiny_random", "dataset=synthetic", "dataset.num_train=160", "dataset.num_test=40"),
@@ -44,19 +44,20 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    load = os.getloadavg()[0]
+    where = machine()
+    print(describe(where), flush=True)
     with tempfile.TemporaryDirectory(prefix="hafl-") as name:
         rows = measure(options.messages, options.overrides, Path(name))
     check_equal(rows)
     found = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "load": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "machine": where,
+        "load_after": machine()["load"],
         "overrides": [*DEFAULTS, *options.overrides],
         "summary": summary(rows),
         "messages": rows,
     }
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+        write_json(options.json, found)
     _print(found)
     return 0
 
@@ -148,13 +149,13 @@ def _timing_app(folder: Path) -> Path:
     for name in ("README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     project = (ROOT / "pyproject.toml").read_text()
-    own, timing = "hafl_app.server_app:app", "hafl_app.node.bench_server:app"
+    own, timing = "hafl_app.server_app:app", "hafl_app.benchmarks.deployed:app"
     (folder / "pyproject.toml").write_text(project.replace(own, timing))
     return folder
 
 
 def _print(found: dict[str, Any]) -> None:
-    print(f"{found['machine']}, load {found['load'][0]} to {found['load'][1]}")
+    print(f"load {found['machine']['load']} before, {found['load_after']} after")
     print("seconds of a training message beyond training, as the server sees it")
     print(f"{'':12}{'first':>8}{'median':>8}{'min':>8}{'max':>8}")
     for way, figures in found["summary"].items():

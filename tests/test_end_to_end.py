@@ -1,5 +1,6 @@
 """The app under `flwr run` on Ray: same numbers as in process, failures said, nothing left."""
 
+import contextlib
 import json
 import os
 import signal
@@ -32,6 +33,15 @@ def flower_processes():
         if any(name in line for name in names):
             found.add(process.info["pid"])
     return found
+
+
+def homes_of(pids):
+    """The Flower homes of processes that were started for a run."""
+    homes = set()
+    for pid in pids:
+        with contextlib.suppress(psutil.Error, KeyError):
+            homes.add(Path(psutil.Process(pid).environ()["FLWR_HOME"]))
+    return homes
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +138,10 @@ def test_a_killed_run_is_stopped_and_goes_on(tmp_path):
             if "  2/500" in line:
                 break
         process.kill()
-    assert flower_processes() - before  # nobody could stop them
+    left = flower_processes() - before
+    assert left  # nobody could stop them
+    homes = homes_of(left)
+    assert homes
 
     newest = max((tmp_path / "out" / "checkpoints").glob("round-*"))
     rounds = int(newest.stem.removeprefix("round-")) + 80  # it went on meanwhile
@@ -146,6 +159,7 @@ def test_a_killed_run_is_stopped_and_goes_on(tmp_path):
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert "stopped what the killed run had left behind" in result.stdout
+    assert not any(home.exists() for home in homes)
     told = [r["server_round"] for r in records(tmp_path / "out", "round")]
     assert told == list(range(rounds + 1))
     assert not flower_processes() - before

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from hafl_app.training.device import cpu_name
+
 Job = Callable[[], object]
 
 
@@ -84,7 +86,7 @@ def _time(job: Job, clock: Callable[[], float]) -> float:
 def machine() -> dict[str, Any]:
     """Describe where the times were taken: processor, cores, threads, load, versions, date."""
     return {
-        "processor": _processor(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -93,15 +95,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def describe(where: Mapping[str, Any]) -> str:

@@ -22,9 +22,11 @@ from pathlib import Path
 from hafl_app.deployment.credentials import Credentials
 from hafl_app.federation.flower_run import (
     CONNECTION,
+    HOME_PREFIX,
     comes_up,
     flwr_run,
     free_port,
+    name_superlink,
     run_environment,
     start_process,
     stop_processes,
@@ -95,11 +97,7 @@ class Deployment:
         DeploymentError
             If it does not come up.
         """
-        (self.home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-            f'address = "127.0.0.1:{self.superlink_port}"\n'
-            f"root-certificates = {json.dumps(str(self.credentials.ca))}\n"
-        )
+        name_superlink(self.home, self.superlink_port, self.credentials.ca)
         command = [
             *(tool("flower-superlink"), "--enable-supernode-auth"),
             *("--host", "127.0.0.1", "--port", str(self.superlink_port)),
@@ -246,7 +244,7 @@ def local_deployment(credentials: Credentials, logs: Path) -> Iterator[Deploymen
     logs
         Folder for the logs; it is made if need be, and stays.
     """
-    home, token = Path(tempfile.mkdtemp(prefix="hafl-")), uuid.uuid4().hex
+    home, token = Path(tempfile.mkdtemp(prefix=HOME_PREFIX)), uuid.uuid4().hex
     logs.mkdir(parents=True, exist_ok=True)
     try:
         yield Deployment(home, logs, credentials, run_environment(home, token))

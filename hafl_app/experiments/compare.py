@@ -26,6 +26,7 @@ from hafl_app.experiments.tuning import (
     tuned_line,
     write_tuning,
 )
+from hafl_app.training.device import cpu_name
 
 Say = Callable[[str], None]
 _PACKAGES = ("flwr", "torch", "transformers", "peft")
@@ -95,13 +96,8 @@ def output_folder(given: Path | None, name: str) -> Path:
 
 def hardware() -> str:
     """Return what the numbers of seconds depend on: processor, cores, accelerator, system."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    parts = [f"{os.cpu_count()} cores of {processor}", *gpus, platform.system()]
+    parts = [f"{os.cpu_count()} cores of {cpu_name()}", *gpus, platform.system()]
     return ", ".join(parts)
 
 

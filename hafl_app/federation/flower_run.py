@@ -30,6 +30,8 @@ _TOKEN = "HAFL_RUN_TOKEN"
 _OWNER = "HAFL_RUN_OWNER"  # "<pid> <start time>" of the process that started them
 CONNECTION = "own"
 """Name of the SuperLink in the `config.toml` of a run's Flower home."""
+HOME_PREFIX = "hafl-"
+"""How the names of the Flower homes begin that are made for a run and go with it."""
 _START_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 
@@ -107,14 +109,11 @@ def own_superlink(log_file: Path, ray_address: str | None = None) -> Iterator[di
     FlowerRunError
         If it does not come up.
     """
-    home = Path(tempfile.mkdtemp(prefix="hafl-"))
+    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX))
     token, port = uuid.uuid4().hex, free_port()
     environment = run_environment(home, token)
     environment |= ray_environment(ray_address, home / "code", environment)
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-        f'address = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
+    name_superlink(home, port)
     superlink_log = home / "superlink.log"
     try:
         command = [
@@ -130,6 +129,25 @@ def own_superlink(log_file: Path, ray_address: str | None = None) -> Iterator[di
     finally:
         stop_processes(token)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def name_superlink(home: Path, port: int, ca: Path | None = None) -> None:
+    """Write where the `flwr` command finds the SuperLink `CONNECTION`.
+
+    Parameters
+    ----------
+    home
+        Flower home of those who call it.
+    port
+        Of the SuperLink, on the loopback.
+    ca
+        Certificate of the authority that signed the SuperLink's; None if it speaks plain http.
+    """
+    trust = "insecure = true" if ca is None else f"root-certificates = {json.dumps(str(ca))}"
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f'address = "127.0.0.1:{port}"\n{trust}\n'
+    )
 
 
 def start_process(
@@ -332,6 +350,8 @@ def processes_of(token: str) -> list[psutil.Process]:
 def stop_abandoned_run(pid: int) -> bool:
     """Stop the run that a process belongs to, if whoever started it is gone (after a kill -9).
 
+    Its Flower home goes as well, as it would have at the end of the run.
+
     Returns
     -------
     bool
@@ -340,12 +360,15 @@ def stop_abandoned_run(pid: int) -> bool:
     try:
         environment = psutil.Process(pid).environ()
         token, (owner, started) = environment[_TOKEN], environment[_OWNER].split()
+        home = Path(environment["FLWR_HOME"])
     except (psutil.Error, KeyError, ValueError):
         return False
     with suppress(psutil.NoSuchProcess):
         if psutil.Process(int(owner)).create_time() == float(started):
             return False
     stop_processes(token)
+    if home.name.startswith(HOME_PREFIX):  # never a home that a user chose
+        shutil.rmtree(home, ignore_errors=True)
     return True
 
 

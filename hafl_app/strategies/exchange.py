@@ -239,7 +239,7 @@ class Exchange:
         """Return the same content with what a node cannot know that no partition was given to."""
         config = ConfigRecord(
             {
-                SERVER_ROUND: self._server_round,
+                **content.config_records[CONFIG],
                 PARTITION_ID: profile.partition_id,
                 LABEL_NAMES: list(self._label_names),
             }

@@ -65,7 +65,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
     cuda = device.type == "cuda"
     return DeviceFacts(
         kind=device.type,
-        name=torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        name=torch.cuda.get_device_name(device) if cuda else cpu_name(),
         memory_total_mb=int(total / _MEGABYTE),
         memory_free_mb=int(free / _MEGABYTE),
         torch_version=str(torch.__version__),
@@ -126,7 +126,8 @@ def _cgroup_use(group: Path) -> int:
     return used
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the model name of this machine's processor, or its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
