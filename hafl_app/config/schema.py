@@ -197,6 +197,10 @@ class FederationSettings:
     left when `trim_fraction` is cut off at either end. `clip_ratio` scales every update down to
     that multiple of the round's median norm (null: not).
 
+    With `streaming` replies are folded in as they arrive, in partition order, and dropped: the
+    server then holds `stream_buffer` of them and not a whole round. What must see all of a round at
+    once (`robust`, `max_norm_ratio`, `clip_ratio`) must be off.
+
     Round 1 begins when all nodes are there, at the latest after `start_timeout_s`; later ones join.
     Nodes with data of their own do not know how many they are: all means `num_clients` then.
 
@@ -226,6 +230,8 @@ class FederationSettings:
     robust: str = choice("none", "none", "median", "trimmed_mean")
     trim_fraction: float = number(0.2, above=0, below=0.5)
     clip_ratio: float | None = number(None, above=0)
+    streaming: bool = False
+    stream_buffer: int = number(16, at_least=1)
     checkpoint_every: int = number(1, at_least=0)
     server_threads: int | None = number(None, at_least=1)
     client_cpus: int | None = number(None, at_least=1)

@@ -10,10 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.lowrank.thin_svd import Triplets, is_dense, leading_triplets, rounding_error
+from hafl_app.lowrank.thin_svd import (
+    Triplets,
+    dense_triplets,
+    is_dense,
+    leading_triplets,
+    rounding_error,
+)
 
-# Matrices decomposed in one call: their float64 factors stay below this many numbers.
-_BATCH_NUMBERS = 2**25
+# Matrices decomposed in one call: their float64 factors stay below this many numbers (32 MB); what
+# is larger gains nothing from company.
+_BATCH_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,11 @@ class WeightedStack:
     def total_weight(self) -> float:
         """Sum of the weights, 0 for an empty stack."""
         return fsum(weight for _, weight in self.pieces)
+
+    @property
+    def rank(self) -> int:
+        """Sum of the pieces' ranks."""
+        return sum(factors.rank for factors, _ in self.pieces)
 
     def append(self, factors: LoraFactors, weight: float) -> "WeightedStack":
         """Return the stack with ``weight * delta_weight`` added; nothing is copied.
@@ -147,8 +159,15 @@ def truncated_svds(
         lora_B = _stacked([matrices[i].lora_B for i in batch])
         triplets = leading_triplets(lora_A, lora_B, rank)
         for i, triplet in zip(batch, triplets, strict=True):
-            results[i] = _padded(triplet, rank, matrices[i], generator)
+            results[i] = _padded(triplet, rank, matrices[i].lora_A.dtype, generator)
     return [results[i] for i in range(len(matrices))]
+
+
+def truncated_dense(dense: Float[Tensor, "out in"], rank: int, dtype: torch.dtype) -> LoraFactors:
+    """Return `truncated_svd` of a matrix that there are no factors of, in this dtype."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    return _padded(dense_triplets(dense, rank), rank, dtype, None)
 
 
 def singular_values(factors: LoraFactors) -> Float[Tensor, " k"]:
@@ -213,16 +232,16 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _padded(
-    triplet: Triplets, rank: int, like: LoraFactors, generator: torch.Generator | None
+    triplet: Triplets, rank: int, dtype: torch.dtype, generator: torch.Generator | None
 ) -> LoraFactors:
-    """Return ``rank`` components of fixed sign, in dtype as ``like``."""
+    """Return ``rank`` components of fixed sign."""
     left, right = triplet
     if left.shape[1]:
         sign = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()  # (1, k)
         left, right = left * sign, right * sign.T
     lora_B = torch.nn.functional.pad(left, (0, rank - left.shape[1]))
     lora_A = _complete_rows(right, rank, generator or torch.Generator().manual_seed(0))
-    return LoraFactors(lora_A.to(like.lora_A.dtype), lora_B.to(like.lora_B.dtype))
+    return LoraFactors(lora_A.to(dtype), lora_B.to(dtype))
 
 
 def _complete_rows(

@@ -55,6 +55,24 @@ def leading_triplets(
     ]
 
 
+def dense_triplets(dense: Float[Tensor, "out in"], rank: int) -> Triplets:
+    """Return the leading singular triplets of a matrix that there are no factors of.
+
+    As `leading_triplets`, by the Gram matrix or, where squaring would show, by an SVD.
+
+    Raises
+    ------
+    torch.linalg.LinAlgError
+        If the matrix is not finite.
+    """
+    dense = dense.double()
+    left, right, good = _by_dense_gram(dense[None], min(rank, *dense.shape))
+    if good[0]:
+        return left[0], right[0]
+    noise = _EPS * max(dense.shape) * torch.linalg.matrix_norm(dense)
+    return _dense_svd(dense, rank, noise)
+
+
 def _by_gram(
     lora_A: Float[Tensor, "batch R in"], lora_B: Float[Tensor, "batch out R"], kept: int
 ) -> tuple[Float[Tensor, "batch out k"], Float[Tensor, "batch k in"], Bool[Tensor, " batch"]]:
@@ -122,14 +140,19 @@ def exact_triplets(
     """
     noise = rounding_error(LoraFactors(lora_A, lora_B))
     if is_dense(lora_B.shape[0], *lora_A.shape):
-        U, S, Vh = torch.linalg.svd(lora_B @ lora_A, full_matrices=False)
-        kept = min(rank, int((noise < S).sum()))
-        return U[:, :kept] * S[:kept], Vh[:kept]
+        return _dense_svd(lora_B @ lora_A, rank, noise)
     Q_B, R_B = torch.linalg.qr(lora_B)  # (out, R), (R, R)
     Q_A, R_A = torch.linalg.qr(lora_A.T)  # (in, R), (R, R)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T)  # (R, R), (R,), (R, R)
     kept = min(rank, int((noise < S).sum()))
     return Q_B @ (U[:, :kept] * S[:kept]), Vh[:kept] @ Q_A.T
+
+
+def _dense_svd(dense: Float[Tensor, "out in"], rank: int, noise: Float[Tensor, ""]) -> Triplets:
+    """Return up to ``rank`` triplets whose singular value is above the noise."""
+    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+    kept = min(rank, int((noise < S).sum()))
+    return U[:, :kept] * S[:kept], Vh[:kept]
 
 
 def is_dense(out_features: int, R: int, in_features: int) -> bool:

@@ -7,24 +7,23 @@ for it (`dispatch`), and how the uploads become the next global adapter (`begin`
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
 
 from hafl_app.config.schema import number
 from hafl_app.federation.privacy import NoiseSource
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.lowrank.robust import robust_tensors
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.strategies.exchange import ClientUpdate
+from hafl_app.strategies.heads import HeadMean, RobustHeads
 from hafl_app.strategies.hooks import FlowerHooks, StrategyError
 from hafl_app.strategies.private import Division, next_adapter, trainable_counts
 
 _FLOAT32_BYTES = 4
+_NEEDS_WHOLE_ROUND = {"robust": "none", "max_norm_ratio": None, "clip_ratio": None}
+"""Options that compare the replies of a round with each other, and what switches them off."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -67,11 +66,21 @@ class HeterogeneousLora(FlowerHooks, ABC):
             raise StrategyError(
                 f"a client has rank {max(too_large)}, above lora.max_rank={self.max_rank}"
             )
+        self._check_streaming()
         if self.options.robust != "none" and (reason := self.robust_reason()):
             raise StrategyError(
                 f"federation.robust={self.options.robust} is refused for {type(self).__name__}: "
                 f"{reason}"
             )
+
+    def _check_streaming(self) -> None:
+        """Refuse to stream what must see a whole round."""
+        for name, off in _NEEDS_WHOLE_ROUND.items() if self.options.streaming else ():
+            if (value := getattr(self.options, name)) != off:
+                raise StrategyError(
+                    f"federation.streaming=true needs federation.{name}={off or 'null'}, not "
+                    f"{value}: it compares all replies of a round, and streaming drops each at once"
+                )
 
     def robust_reason(self) -> str:
         """Return why ``federation.robust`` has no meaning for this method; empty if it has."""
@@ -97,14 +106,15 @@ class HeterogeneousLora(FlowerHooks, ABC):
     def finish(self, state: Any) -> Mapping[str, LoraFactors]:
         """Return the factors of the next global adapter; components nobody trained stay."""
 
-    def fold(self, updates: Sequence[ClientUpdate]) -> Adapter:
+    def fold(self, updates: Iterable[ClientUpdate]) -> Adapter:
         """Fold the updates, in their order, into the next global adapter."""
         if self.options.privacy.kind == "central_dp":
             return self._fold_privately(updates)
-        state = self.begin()
+        state, heads = self.begin(), self._begin_heads()
         for update in updates:
             state = self.accumulate(state, update)
-        return Adapter(self.finish(state), self.average_heads(updates))
+            heads.add(update.adapter.head, update.num_examples)
+        return Adapter(self.finish(state), heads.mean(self.global_adapter.head))
 
     def private_division(self) -> Division:
         """Return what divides a component's sum under central privacy.
@@ -119,7 +129,7 @@ class HeterogeneousLora(FlowerHooks, ABC):
             "weights and denominators that the plans fix, and this method does not say so of its"
         )
 
-    def _fold_privately(self, updates: Sequence[ClientUpdate]) -> Adapter:
+    def _fold_privately(self, updates: Iterable[ClientUpdate]) -> Adapter:
         """Return the next global adapter from clipped changes, noise and expected counts."""
         nodes, privacy = self.directory.in_order(), self.options.privacy
         travelling = self.global_adapter if self.head_shapes else self.global_adapter.with_head({})
@@ -192,18 +202,7 @@ class HeterogeneousLora(FlowerHooks, ABC):
             for name, factors in self.global_adapter.modules.items()
         }
 
-    def average_heads(self, updates: Sequence[ClientUpdate]) -> Mapping[str, Tensor]:
-        """Return the next head: the clients' mean by examples, or the old one if it stays."""
-        if not self.head_shapes:
-            return self.global_adapter.head
+    def _begin_heads(self) -> HeadMean | RobustHeads:
         if self.options.robust != "none":
-            heads = [update.adapter.head for update in updates]
-            return robust_tensors(heads, self.options.robust, self.options.trim_fraction)
-        total = sum(update.num_examples for update in updates)
-        return {
-            name: sum(
-                (u.adapter.head[name].double() * (u.num_examples / total) for u in updates),
-                start=torch.zeros(shape, dtype=torch.float64),
-            ).to(self.global_adapter.head[name].dtype)
-            for name, shape in self.head_shapes.items()
-        }
+            return RobustHeads(self.head_shapes, self.options.robust, self.options.trim_fraction)
+        return HeadMean(self.head_shapes)

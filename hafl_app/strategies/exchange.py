@@ -1,11 +1,12 @@
 """Requests to nodes and their replies: made, paired, judged, and entered in the ledger."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from torch import Tensor
 
 from hafl_app.federation.faults import Fault, fault_of
@@ -35,6 +36,7 @@ from hafl_app.plan import TrainPlan
 from hafl_app.training.adapter import from_arrays, to_arrays
 
 _LOGGER = logging.getLogger(__name__)
+_KEPT_DISPATCHES = 16  # one a rank tier, as a rule; what more there are is made again
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,17 @@ class ClientReport:
 
 @dataclass(frozen=True)
 class Request:
-    """What one node was asked, and what that cost to send."""
+    """What one node was asked, and what that cost to send.
+
+    Parameters
+    ----------
+    asked
+        The message's; Flower puts its id there when it is sent.
+    """
 
     profile: NodeProfile
     plan: TrainPlan
-    sent: Adapter
+    asked: Metadata
     bytes_down: int
     head_bytes_down: int
 
@@ -130,6 +138,30 @@ class Judged:
         return replace(self, metrics={}, update=None, error=reason)
 
 
+class _Dispatches:
+    """What is sent for a plan: made once for plans that hold the same components.
+
+    Only the last few are kept, so that what each client gets for itself does not pile up.
+    """
+
+    def __init__(self, dispatch: Callable[[TrainPlan], Adapter], server_round: int) -> None:
+        self._dispatch = dispatch
+        self._config = ConfigRecord({SERVER_ROUND: server_round})
+        self._kept: OrderedDict[object, tuple[Adapter, RecordDict]] = OrderedDict()
+
+    def of(self, plan: TrainPlan) -> tuple[Adapter, RecordDict]:
+        """Return the adapter to send, and a content with everything but the plan."""
+        key = plan.head, tuple((name, module.held) for name, module in plan.modules.items())
+        if key not in self._kept:
+            sent = self._dispatch(plan)
+            arrays = AdapterArrays(*to_arrays(sent))
+            self._kept[key] = sent, adapter_content(arrays, **{CONFIG: self._config})
+            if len(self._kept) > _KEPT_DISPATCHES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
 class Exchange:
     """One phase of one round: every node is asked once and answers once, or not at all.
 
@@ -153,7 +185,7 @@ class Exchange:
         self._phase = phase
         self._label_names = label_names
         self._waiting: dict[int, Request] = {}
-        self._asked: dict[int, Message] = {}  # Flower gives a message its id when it is sent
+        self._dispatches = _Dispatches(lambda _: Adapter({}), server_round)
 
     def messages(
         self,
@@ -162,41 +194,57 @@ class Exchange:
         dispatch: Callable[[TrainPlan], Adapter],
         message_type: str,
     ) -> list[Message]:
-        """Make one message a client; clients with the same plan share the same arrays."""
-        contents: dict[str, tuple[RecordDict, Adapter]] = {}
-        messages = []
+        """Make one message a client; clients that hold the same share the same arrays."""
+        return list(self.each_message(profiles, plans, dispatch, message_type))
+
+    def each_message(
+        self,
+        profiles: Sequence[NodeProfile],
+        plans: Sequence[TrainPlan],
+        dispatch: Callable[[TrainPlan], Adapter],
+        message_type: str,
+    ) -> Iterator[Message]:
+        """Make one message a client, each when it is asked for.
+
+        Parameters
+        ----------
+        dispatch
+            What to send for a plan; asked again when the reply is judged, so it must not change
+            before.
+        """
+        self._dispatches = _Dispatches(dispatch, self._server_round)
         for profile, plan in zip(profiles, plans, strict=True):
-            key = plan.to_json()
-            if key not in contents:
-                sent = dispatch(plan)
-                contents[key] = (self._content(plan, sent), sent)
-            shared, sent = contents[key]
-            content = self._for_own_data(shared, profile) if profile.own_data else shared
+            content = RecordDict({**self._dispatches.of(plan)[1], PLAN: plan_record(plan)})
+            if profile.own_data:
+                content = self._for_own_data(content, profile)
             group = str(self._server_round)
             message = Message(content, profile.node_id, message_type, group_id=group)
-            messages.append(message)
-            self._asked[profile.node_id] = message
             self._waiting[profile.node_id] = Request(
-                profile, plan, sent, message_bytes(message), head_bytes(content)
+                profile, plan, message.metadata, message_bytes(message), head_bytes(content)
             )
-        return messages
+            yield message
 
     def judge_training(self, replies: Iterable[Message]) -> list[Judged]:
         """Judge every reply to a training request by itself, in partition order."""
-        return [self._judge(*pair, _read_training) for pair in self._pairs(replies)]
+        return [self._judge(*pair, self._read_training) for pair in self._pairs(replies)]
+
+    def judge_each(self, replies: Iterable[Message]) -> Iterator[Judged]:
+        """Judge training replies as they come, in their order; settle one before the next."""
+        for reply in replies:
+            for pair in self._pairs([reply]):
+                yield self._judge(*pair, self._read_training)
 
     def judge_scores(self, replies: Iterable[Message]) -> list[Judged]:
         """Judge every reply to an evaluation request, in partition order."""
-        return [self._judge(*pair, _read_scores) for pair in self._pairs(replies)]
+        return [self._judge(*pair, self._read_scores) for pair in self._pairs(replies)]
 
     def close(self, judged: Sequence[Judged]) -> list[ClientReport]:
-        """Enter everything in the ledger, log refusals, and report each node, silent ones too."""
+        """Settle these replies and the nodes that are silent until now, in partition order."""
         answered = {one.request.profile.node_id for one in judged}
         silent = [r for node_id, r in self._waiting.items() if node_id not in answered]
-        self._waiting, self._asked = {}, {}
         everybody = [*judged, *(Judged(request, error="no reply in time") for request in silent)]
         everybody.sort(key=lambda one: one.request.profile.partition_id)
-        return [self._settle(one) for one in everybody]
+        return [self.settle(one) for one in everybody]
 
     def _pairs(self, replies: Iterable[Message]) -> list[tuple[Message, Request]]:
         """Pair replies with their requests; strangers and second replies are ignored."""
@@ -213,7 +261,7 @@ class Exchange:
 
     def _answers(self, reply: Message, node_id: int) -> bool:
         """Say whether a reply is to this request, and not a late one to an earlier."""
-        return reply.metadata.reply_to_message_id == self._asked[node_id].metadata.message_id
+        return reply.metadata.reply_to_message_id == self._waiting[node_id].asked.message_id
 
     def _judge(
         self,
@@ -230,11 +278,6 @@ class Exchange:
             return Judged(request, bytes_up, heads, error=str(error), fault=fault)
         return Judged(request, bytes_up, heads, metrics, update)
 
-    def _content(self, plan: TrainPlan, sent: Adapter) -> RecordDict:
-        config = ConfigRecord({SERVER_ROUND: self._server_round})
-        arrays = AdapterArrays(*to_arrays(sent))
-        return adapter_content(arrays, **{PLAN: plan_record(plan), CONFIG: config})
-
     def _for_own_data(self, content: RecordDict, profile: NodeProfile) -> RecordDict:
         """Return the same content with what a node cannot know that no partition was given to."""
         config = ConfigRecord(
@@ -246,8 +289,10 @@ class Exchange:
         )
         return RecordDict({**content, CONFIG: config})
 
-    def _settle(self, judged: Judged) -> ClientReport:
+    def settle(self, judged: Judged) -> ClientReport:
+        """Enter one exchange in the ledger, log it if it does not count, and report it."""
         request, profile = judged.request, judged.request.profile
+        self._waiting.pop(profile.node_id, None)
         if judged.error:
             _LOGGER.warning(
                 "round %d, node %d (partition %d): %s reply does not count: %s",
@@ -278,34 +323,36 @@ class Exchange:
             judged.fault,
         )
 
+    def _read_training(
+        self, reply: Message, request: Request, num_bytes: int
+    ) -> tuple[dict[str, float], ClientUpdate]:
+        """Read a training reply.
 
-def _read_training(
-    reply: Message, request: Request, num_bytes: int
-) -> tuple[dict[str, float], ClientUpdate]:
-    """Read a training reply.
+        Raises
+        ------
+        ReplyError
+            If it must not count.
+        """
+        sent, _ = self._dispatches.of(request.plan)
+        head = {n: tuple(t.shape) for n, t in sent.head.items()}
+        sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
+        check_size(num_bytes, request.plan, head, sizes)  # before anything is unpacked
+        metrics = read_metrics(reply, request.profile)
+        arrays = read_update(reply, request.plan, head, sizes)
+        update = ClientUpdate(
+            partition_id=request.profile.partition_id,
+            num_examples=int(metrics[NUM_EXAMPLES]),
+            plan=request.plan,
+            sent=sent,
+            adapter=from_arrays(arrays.modules, arrays.head),
+            importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
+        )
+        return metrics, update
 
-    Raises
-    ------
-    ReplyError
-        If it must not count.
-    """
-    head = {n: tuple(t.shape) for n, t in request.sent.head.items()}
-    sizes = {n: (f.out_features, f.in_features) for n, f in request.sent.modules.items()}
-    check_size(num_bytes, request.plan, head, sizes)  # before anything is unpacked
-    metrics = read_metrics(reply, request.profile)
-    arrays = read_update(reply, request.plan, head, sizes)
-    update = ClientUpdate(
-        partition_id=request.profile.partition_id,
-        num_examples=int(metrics[NUM_EXAMPLES]),
-        plan=request.plan,
-        sent=request.sent,
-        adapter=from_arrays(arrays.modules, arrays.head),
-        importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
-    )
-    return metrics, update
-
-
-def _read_scores(reply: Message, request: Request, num_bytes: int) -> tuple[dict[str, float], None]:
-    sizes = {n: (f.out_features, f.in_features) for n, f in request.sent.modules.items()}
-    check_size(num_bytes, request.plan, {}, sizes)
-    return read_metrics(reply, request.profile), None
+    def _read_scores(
+        self, reply: Message, request: Request, num_bytes: int
+    ) -> tuple[dict[str, float], None]:
+        sent, _ = self._dispatches.of(request.plan)
+        sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
+        check_size(num_bytes, request.plan, {}, sizes)
+        return read_metrics(reply, request.profile), None

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from hafl_app.config.schema import choice, number
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.lowrank.svd import WeightedStack, truncated_svds
+from hafl_app.lowrank.product_sum import ProductSum, truncated_sums
 from hafl_app.plan import TrainPlan
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.exchange import ClientUpdate
@@ -21,9 +24,20 @@ from hafl_app.strategies.private import Division
 
 @dataclass(frozen=True)
 class ProductSums:
-    """A round's fold: ``sum_k n_k B_k A_k`` by module (less what was sent), and ``sum_k n_k``."""
+    """A round's fold, by module: ``sum_k n_k B_k A_k``, and ``sum_k n_k`` over whom.
 
-    stacks: Mapping[str, WeightedStack]
+    Parameters
+    ----------
+    sums
+        The products.
+    sent
+        Of the clients that were sent component i, shape ``(max_rank,)``, float64.
+    total_weight
+        Of all clients.
+    """
+
+    sums: Mapping[str, ProductSum]
+    sent: Mapping[str, Tensor]
     total_weight: float = 0.0
 
 
@@ -95,30 +109,31 @@ class FlexLora(HeterogeneousLora):
 
     def begin(self) -> ProductSums:
         """Return empty sums."""
-        return ProductSums(dict.fromkeys(self.global_adapter.modules, WeightedStack()))
+        modules = self.global_adapter.modules
+        sent = {n: f.lora_A.new_zeros(f.rank, dtype=torch.float64) for n, f in modules.items()}
+        return ProductSums(dict.fromkeys(modules, ProductSum()), sent)
 
     def accumulate(self, state: ProductSums, update: ClientUpdate) -> ProductSums:
-        """Stack the client's factors, and with ``change`` what it was sent, to be subtracted."""
+        """Add the client's products, and note which components it was sent."""
         weight = float(update.num_examples)
-        stacks = {
-            name: stack.append(update.adapter.modules[name], weight)
-            for name, stack in state.stacks.items()
-        }
-        if self.aggregation == "change":
-            stacks = {
-                name: stack.append(update.sent.modules[name], -weight)
-                for name, stack in stacks.items()
-            }
-        return ProductSums(stacks, state.total_weight + weight)
+        for name, weights in state.sent.items():
+            weights[list(update.plan.modules[name].held)] += weight
+        sums = {n: s.add(update.adapter.modules[n], weight) for n, s in state.sums.items()}
+        return ProductSums(sums, state.sent, state.total_weight + weight)
 
     def finish(self, state: ProductSums) -> Mapping[str, LoraFactors]:
         """Divide by the weight of all participants, and decompose."""
-        sums = [self._next(name, stack, state.total_weight) for name, stack in state.stacks.items()]
-        return dict(zip(state.stacks, truncated_svds(sums, self.max_rank), strict=True))
+        step = self.server_step / state.total_weight
+        sums = {name: one.scale(step) for name, one in state.sums.items()}
+        if self.aggregation == "change":
+            # M - eta sum_k w_k sent_k: what was sent are components of M.
+            sums = {n: s.add(self._kept(n, 1 - step * state.sent[n]), 1.0) for n, s in sums.items()}
+        dtype = next(iter(self.global_adapter.modules.values())).lora_A.dtype
+        return dict(
+            zip(sums, truncated_sums(list(sums.values()), self.max_rank, dtype), strict=True)
+        )
 
-    def _next(self, name: str, stack: WeightedStack, total_weight: float) -> LoraFactors:
-        """Return the next M of a module before truncation."""
-        if self.aggregation == "state":
-            return stack.factors().scale(1 / total_weight)
-        current = WeightedStack().append(self.global_adapter.modules[name], 1.0)
-        return current.append(stack.factors(), self.server_step / total_weight).factors()
+    def _kept(self, name: str, shares: Tensor) -> LoraFactors:
+        """Return the global module with each component times its share."""
+        factors = self.global_adapter.modules[name]
+        return LoraFactors(factors.lora_A, factors.lora_B * shares.to(factors.lora_B.dtype))

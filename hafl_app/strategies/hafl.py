@@ -31,6 +31,9 @@ from hafl_app.strategies.exchange import ClientUpdate
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.strategies.private import Division
 
+Scored = tuple[tuple[int, ...], Tensor]
+"""Components of a module, and a score for each."""
+Measured = Mapping[str, Scored]
 _GRADIENT_MEASURES = ("sensitivity", "smoothed", "adalora")
 
 
@@ -92,7 +95,7 @@ class Hafl(ComponentAveraging):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.scores: dict[str, Tensor] = {}
-        self._updates: list[ClientUpdate] = []
+        self._measured: list[tuple[float, Measured]] = []  # of this round: a weight, and scores
         self._averages: dict[str, SensitivityAverages] = {}
 
     # ---- plans -----------------------------------------------------------------------------
@@ -187,12 +190,14 @@ class Hafl(ComponentAveraging):
 
     def begin(self) -> Sums:
         """Return empty sums, and forget the last round's measurements."""
-        self._updates = []
+        self._measured = []
         return super().begin()
 
     def accumulate(self, state: Sums, update: ClientUpdate) -> Sums:
         """Add the client's components to their slots, and keep what it says of importance."""
-        self._updates.append(update)
+        if (measure := self._measure()) is not None:
+            scores = {name: measure(update, name) for name in self.global_adapter.modules}
+            self._measured.append((float(update.num_examples), scores))
         return super().accumulate(state, update)
 
     def finish(self, state: Sums) -> Mapping[str, LoraFactors]:
@@ -202,29 +207,31 @@ class Hafl(ComponentAveraging):
             if self.aggregation == "adaptive"
             else self.over_all(state)
         )
-        if self.selection == "importance":
-            self._update_scores(merged, state)
-        self._updates = []
+        if self._measure() is not None:
+            self._average_scores()
+        elif self.selection == "importance" and self.importance != "magnitude":
+            self._score_change(merged, state)
+        self._measured = []
         return merged
 
-    def _update_scores(self, merged: Mapping[str, LoraFactors], state: Sums) -> None:
+    def _measure(self) -> Callable[[ClientUpdate, str], Scored] | None:
+        """Return what reads components and their scores off an upload, if anything does."""
+        if self.selection != "importance" or self.importance == "magnitude":
+            return None
         if self.importance == "contribution":
-            self._average_scores(_contributions)
-        elif self.importance != "magnitude" and self.source == "client":
-            self._average_scores(_uploaded_scores)
-        elif self.importance != "magnitude":
-            self._score_change(merged, state)
+            return _contributions
+        return _uploaded_scores if self.source == "client" else None
 
-    def _average_scores(self, measure: Callable[[ClientUpdate, str], Any]) -> None:
+    def _average_scores(self) -> None:
         """Average the clients' scores, then smooth over rounds; unmeasured components stay."""
         decay = 0.0 if self.importance == "sensitivity" else self.smoothing
-        weights = torch.tensor([float(update.num_examples) for update in self._updates])
+        weights = torch.tensor([weight for weight, _ in self._measured], dtype=torch.float64)
         for name in self.global_adapter.modules:
             values = torch.full((len(weights), self.max_rank), torch.nan, dtype=torch.float64)
-            for row, update in zip(values, self._updates, strict=True):
-                components, scores = measure(update, name)
+            for row, (_, measured) in zip(values, self._measured, strict=True):
+                components, scores = measured[name]
                 row[list(components)] = scores.double()
-            now = self._mean_score(values, weights.double())
+            now = self._mean_score(values, weights)
             before = self.scores.get(name, torch.full_like(now, torch.nan))
             smoothed = torch.where(before.isfinite(), decay * before + (1 - decay) * now, now)
             self.scores[name] = torch.where(now.isfinite(), smoothed, before)
@@ -263,13 +270,13 @@ class Hafl(ComponentAveraging):
             self.scores[name] = scores.where(averages.steps > 0, torch.nan)
 
 
-def _uploaded_scores(update: ClientUpdate, module: str) -> tuple[tuple[int, ...], Tensor]:
+def _uploaded_scores(update: ClientUpdate, module: str) -> Scored:
     """Return what the client measured: of the components it trained, or all it held (probe)."""
     plan = update.plan.modules[module]
     components = plan.held if update.plan.probe_batches else plan.trainable
     return components, update.importance.get(module, torch.zeros(len(components)))
 
 
-def _contributions(update: ClientUpdate, module: str) -> tuple[tuple[int, ...], Tensor]:
+def _contributions(update: ClientUpdate, module: str) -> Scored:
     before = update.sent.modules[module].select(update.plan.modules[module].trainable_slots)
     return update.components(module), contribution_scores(before, update.adapter.modules[module])

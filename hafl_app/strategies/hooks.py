@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -59,7 +59,7 @@ class FlowerHooks(FedAvg, ABC):
         self.global_adapter = Adapter({})
         self.head_shapes: Mapping[str, tuple[int, ...]] = {}
         self._exchange = Exchange(self.ledger, 0, "train")
-        self._server_round, self._attempt = 0, 0
+        self._server_round, self._attempt, self._asked = 0, 0, 0
         self._failed: set[int] = set()
         self.round_started = 0.0
         self.train_loss = math.nan
@@ -84,8 +84,8 @@ class FlowerHooks(FedAvg, ABC):
         """Return what divides a component's sum under central privacy, or refuse."""
 
     @abstractmethod
-    def fold(self, updates: Sequence[ClientUpdate]) -> Adapter:
-        """Return the next global adapter."""
+    def fold(self, updates: Iterable[ClientUpdate]) -> Adapter:
+        """Return the next global adapter; each update is looked at once and can then be dropped."""
 
     def memory(self) -> dict[str, Any]:
         """Return what the method remembers beside the global adapter.
@@ -240,10 +240,17 @@ class FlowerHooks(FedAvg, ABC):
         """Return a fresh exchange of this run."""
         return Exchange(self.ledger, server_round, phase, self.directory.label_names or ())
 
-    def _ask(self, profiles: Sequence[NodeProfile], server_round: int, phase: str) -> list[Message]:
+    def _ask(
+        self, profiles: Sequence[NodeProfile], server_round: int, phase: str
+    ) -> Iterable[Message]:
+        """Return a message for each of these; while streaming they are made one by one."""
+        self._exchange, self._asked = self.exchange(server_round, phase), len(profiles)
+        streaming = self.options.streaming and phase == MessageType.TRAIN
+        if streaming:
+            profiles = sorted(profiles, key=lambda profile: profile.partition_id)
         plans = [self.plan(profile, server_round) for profile in profiles]
-        self._exchange = self.exchange(server_round, phase)
-        return self._exchange.messages(profiles, plans, self.dispatch, phase)
+        make = self._exchange.each_message if streaming else self._exchange.messages
+        return make(profiles, plans, self.dispatch, phase)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -257,22 +264,51 @@ class FlowerHooks(FedAvg, ABC):
         """
         judged = self._exchange.judge_training(replies)
         judged = refuse_outliers(judged, self.options.max_norm_ratio)
-        reports = self._exchange.close(judged)
-        for report in reports:
+        for report in self._exchange.close(judged):
             self._take_note(report)
-        good = [one for one in judged if one.update is not None]
         updates = [one.update for one in judged if one.update is not None]
-        private = self.options.privacy.kind == "central_dp"  # then an empty round counts too
-        if len(updates) < self.options.min_replies and not private:
-            raise TooFewRepliesError(
-                f"round {server_round}: the replies of {len(updates)} of {len(reports)} clients "
-                f"count, federation.min_replies={self.options.min_replies}"
-            )
+        self._check_count(server_round, len(updates))
         self._advance(clip_updates(updates, self.options.clip_ratio))
-        self.train_loss = _weighted_mean([one.metrics for one in good], "loss")
+        self.train_loss = _weighted_mean([one.metrics for one in judged if one.update], "loss")
         return None, MetricRecord({"loss": self.train_loss})
 
-    def _advance(self, updates: Sequence[ClientUpdate]) -> None:
+    def aggregate_stream(self, server_round: int, replies: Iterable[Message]) -> None:
+        """Do what `aggregate_train` does, but judge, fold and drop each reply before the next.
+
+        Parameters
+        ----------
+        replies
+            In partition order.
+
+        Raises
+        ------
+        TooFewRepliesError
+            If fewer than ``min_replies`` count. Then, as after any error, nothing has changed.
+        """
+        counted: list[Mapping[str, float]] = []
+
+        def updates() -> Iterator[ClientUpdate]:
+            for judged in self._exchange.judge_each(replies):
+                self._take_note(self._exchange.settle(judged))
+                if judged.update is not None:
+                    counted.append(judged.metrics)
+                    yield judged.update
+            for report in self._exchange.close([]):
+                self._take_note(report)
+            self._check_count(server_round, len(counted))
+
+        self._advance(updates())
+        self.train_loss = _weighted_mean(counted, "loss")
+
+    def _check_count(self, server_round: int, counted: int) -> None:
+        private = self.options.privacy.kind == "central_dp"  # then an empty round counts too
+        if counted < self.options.min_replies and not private:
+            raise TooFewRepliesError(
+                f"round {server_round}: the replies of {counted} of {self._asked} clients "
+                f"count, federation.min_replies={self.options.min_replies}"
+            )
+
+    def _advance(self, updates: Iterable[ClientUpdate]) -> None:
         """Make the next global adapter, or, if that fails, change nothing."""
         memory = self.memory()
         try:

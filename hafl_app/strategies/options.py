@@ -35,6 +35,8 @@ class FederationOptions:
         Multiple of the round's median norm that updates are scaled down to; None is never.
     robust, trim_fraction
         ``none``, ``median`` or ``trimmed_mean`` over the contributors of a component.
+    streaming, stream_buffer
+        Whether replies are folded in as they arrive, and how many are held at once, at least 1.
     quarantine_after, quarantine_rounds
         Refused replies in a row that leave a node out (0: never), and for how many rounds.
     privacy
@@ -58,6 +60,8 @@ class FederationOptions:
     clip_ratio: float | None = None
     robust: str = "none"
     trim_fraction: float = 0.2
+    streaming: bool = False
+    stream_buffer: int = 16
     quarantine_after: int = 3
     quarantine_rounds: int = 5
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)

@@ -4,7 +4,7 @@ McMahan et al., "Learning Differentially Private Recurrent Language Models", ICL
 arXiv:1710.06963, with the estimator of fixed denominators, component by component.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -96,7 +96,7 @@ def trainable_counts(plans: Iterable[TrainPlan], adapter: Adapter) -> dict[str, 
 
 def next_adapter(
     previous: Adapter,
-    updates: Sequence[ClientUpdate],
+    updates: Iterable[ClientUpdate],
     trainable_counts: Mapping[str, Tensor],
     num_nodes: int,
     sampling_rate: float,
@@ -140,11 +140,11 @@ def next_adapter(
     PrivacyError
         If an update does not fit the previous adapter, or trains what no plan trains.
     """
-    total = sum_of_changes(previous, updates, options.clip_norm)
+    planned = (_checked(update, trainable_counts) for update in updates)
+    total = sum_of_changes(previous, planned, options.clip_norm)
     noisy = add_noise(
         total, options.noise_std, noise.generator(server_round, "sum of changes", total)
     )
-    _check_counts(updates, trainable_counts)
     modules = {
         name: _next_factors(
             factors, noisy.modules[name], trainable_counts[name], num_nodes, sampling_rate, division
@@ -158,7 +158,7 @@ def next_adapter(
     return Adapter(modules, head)
 
 
-def sum_of_changes(previous: Adapter, updates: Sequence[ClientUpdate], clip_norm: float) -> Adapter:
+def sum_of_changes(previous: Adapter, updates: Iterable[ClientUpdate], clip_norm: float) -> Adapter:
     """Return ``sum_k clip(change_k)``, each component in its slot, in float64.
 
     One client more or less changes it by at most ``clip_norm`` in L2 norm.
@@ -203,16 +203,16 @@ def _next_factors(
     )
 
 
-def _check_counts(updates: Sequence[ClientUpdate], counts: Mapping[str, Tensor]) -> None:
-    """Refuse updates of components that would be dropped: the counts are of other plans."""
-    for update in updates:
-        for name, n in counts.items():
-            odd = [i for i in update.components(name) if n[i] == 0]
-            if odd:
-                raise PrivacyError(
-                    f"partition {update.partition_id}, {name}: component {odd[0]} was trained, "
-                    "but no registered node's plan trains it"
-                )
+def _checked(update: ClientUpdate, counts: Mapping[str, Tensor]) -> ClientUpdate:
+    """Return an update; refuse one of components that would be dropped: the plans are others'."""
+    for name, n in counts.items():
+        odd = [i for i in update.components(name) if n[i] == 0]
+        if odd:
+            raise PrivacyError(
+                f"partition {update.partition_id}, {name}: component {odd[0]} was trained, "
+                "but no registered node's plan trains it"
+            )
+    return update
 
 
 def _word(value: object) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
+from hafl_app.federation.streaming import replies_in_order
 from hafl_app.strategies.hooks import FlowerHooks, StrategyError, TooFewRepliesError
 from hafl_app.strategies.options import FederationOptions
 
@@ -61,10 +62,8 @@ def _last_round(options: FederationOptions) -> int:
 def _train(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
     attempts = 1 + strategy.options.max_retries
     for attempt in range(1, attempts + 1):
-        messages = strategy.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-        replies = grid.send_and_receive(messages, timeout=strategy.options.timeout_s)
         try:
-            strategy.aggregate_train(server_round, replies)
+            _train_once(strategy, grid, server_round)
         except TooFewRepliesError as error:
             _LOGGER.warning("%s (attempt %d of %d)", error, attempt, attempts)
             if attempt == attempts:
@@ -73,6 +72,17 @@ def _train(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
                 ) from error
         else:
             return
+
+
+def _train_once(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
+    options = strategy.options
+    messages = strategy.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
+    if options.streaming:
+        stream = replies_in_order(grid, messages, options.timeout_s, options.stream_buffer)
+        strategy.aggregate_stream(server_round, stream)
+    else:
+        replies = grid.send_and_receive(messages, timeout=options.timeout_s)
+        strategy.aggregate_train(server_round, replies)
 
 
 def _evaluate(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
