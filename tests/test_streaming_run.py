@@ -47,16 +47,35 @@ def test_a_reply_is_folded_before_the_buffer_runs_over(monkeypatch, tmp_path):
     assert max(ahead) == 2
 
 
+def assert_same_products(one, other):
+    left, right = products_of(one), products_of(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-5)
+
+
+def products_of(folder):
+    tensors = adapter_of(folder)
+    return {
+        name: tensors[name.replace("lora_A", "lora_B")] @ lora_A
+        for name, lora_A in tensors.items()
+        if "lora_A" in name
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_comes_out_the_same_to_the_bit(method, tmp_path):
+def test_every_method_comes_out_the_same(method, tmp_path):
     ranks = ["ranks=homogeneous"] if method == "fedit" else []
     at_once, streamed = tmp_path / "a", tmp_path / "s"
 
     run_tiny(at_once, f"strategy={method}", *ranks, *BASE)
     run_tiny(streamed, f"strategy={method}", *ranks, *STREAMING, grid_type=ReorderedGrid)
 
-    assert_same_results(at_once, streamed)
+    if method.startswith("flexlora"):  # sums the products densely, in another order
+        assert_same_products(at_once, streamed)
+    else:
+        assert_same_results(at_once, streamed)
 
 
 @pytest.mark.slow

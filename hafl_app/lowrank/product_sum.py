@@ -1,7 +1,7 @@
 """A weighted sum of any number of low-rank products, exact, in bounded memory."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -20,18 +20,22 @@ _JOINED_NUMBERS = 2**24  # 64 MB in float32
 class ProductSum:
     """``sum_k c_k lora_B_k lora_A_k``: a stack while it is small, else the dense matrix.
 
-    Up to rank ``min(out_features, in_features)`` the summands are kept; beyond, the dense matrix is
-    smaller than they, and no slower to decompose. So the sum is exact to rounding in float64, and
-    takes at most the memory of the dense matrix in float64 and of 256 further ranks.
+    Up to rank ``share * min(out_features, in_features)`` the summands are kept. With all of it,
+    the dense matrix is then smaller than they and no slower to decompose; with less, the two are
+    never in memory together at full size. The sum is exact to rounding in float64, and takes at
+    most the memory of the dense matrix in float64 and that of the summands kept.
 
     Parameters
     ----------
+    share
+        In (0, 1].
     stack
         Summands that are not in ``dense`` yet.
     dense
         The others' sum, shape ``(out_features, in_features)``, float64; None while there is none.
     """
 
+    share: float = 1.0
     stack: WeightedStack = field(default_factory=WeightedStack)
     dense: Float[Tensor, "out in"] | None = None
 
@@ -47,16 +51,16 @@ class ProductSum:
             As `WeightedStack.append`.
         """
         stack = self.stack.append(_without_the_message(factors), weight)
-        full = min(factors.out_features, factors.in_features)
-        if stack.rank <= (full if self.dense is None else min(full, _BLOCK_RANK)):
-            return ProductSum(stack, self.dense)
-        return ProductSum(dense=_added(self.dense, stack))
+        kept = self.share * min(factors.out_features, factors.in_features)
+        if stack.rank <= (kept if self.dense is None else min(kept, _BLOCK_RANK)):
+            return replace(self, stack=stack)
+        return ProductSum(self.share, dense=_added(self.dense, stack))
 
     def scale(self, factor: float) -> "ProductSum":
         """Return the sum times a finite factor; like `add`, in place."""
         pieces = tuple((factors, weight * factor) for factors, weight in self.stack.pieces)
         dense = None if self.dense is None else self.dense.mul_(factor)
-        return ProductSum(WeightedStack(pieces), dense)
+        return ProductSum(self.share, WeightedStack(pieces), dense)
 
     def matrix(self) -> Float[Tensor, "out in"]:
         """Return the dense sum, in float64."""

@@ -21,6 +21,10 @@ from hafl_app.strategies.exchange import ClientUpdate
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.strategies.private import Division
 
+# Of a weight's full rank, kept as factors before they are summed up densely while streaming. The
+# result is the same to rounding.
+_STREAMED_SHARE = 0.25
+
 
 @dataclass(frozen=True)
 class ProductSums:
@@ -111,7 +115,8 @@ class FlexLora(HeterogeneousLora):
         """Return empty sums."""
         modules = self.global_adapter.modules
         sent = {n: f.lora_A.new_zeros(f.rank, dtype=torch.float64) for n, f in modules.items()}
-        return ProductSums(dict.fromkeys(modules, ProductSum()), sent)
+        share = _STREAMED_SHARE if self.options.streaming else 1.0
+        return ProductSums(dict.fromkeys(modules, ProductSum(share)), sent)
 
     def accumulate(self, state: ProductSums, update: ClientUpdate) -> ProductSums:
         """Add the client's products, and note which components it was sent."""

@@ -46,6 +46,13 @@ class TestProductSum:
             one = one.add(random_factors(2, number), 1.0)
             assert one.stack.rank <= (min(OUT, IN) if one.dense is None else 4)
 
+    def test_a_share_switches_earlier_to_the_same_sum(self):
+        one = ProductSum(0.5).add(PIECES[0], 2.0).add(PIECES[1], 3.0).add(PIECES[2], 0.5)
+
+        assert one.dense is not None
+        expected = 2 * dense(PIECES[0]) + 3 * dense(PIECES[1]) + 0.5 * dense(PIECES[2])
+        torch.testing.assert_close(one.matrix(), expected, rtol=0, atol=1e-12)
+
     def test_single_precision_pieces_are_summed_in_double(self):
         big, small = (random_factors(4, seed, dtype=torch.float32) for seed in (1, 2))
         pieces, weights = [big, small, big, small], [1.0, 1.0, -1.0, 0.0]
