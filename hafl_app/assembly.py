@@ -1,6 +1,7 @@
 """From checked settings to the objects of a run: where settings, data and training meet."""
 
 import functools
+import json
 import logging
 import os
 import random
@@ -10,24 +11,28 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
-from hafl_app.config.compose import compose
+from hafl_app.config.compose import SettingsError, compose
 from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.sources import TextSource
-from hafl_app.data.text import Tokenise
+from hafl_app.data.text import Tokenise, TokenisePairs
 from hafl_app.federation.directory import NodeDirectory
 from hafl_app.federation.numbering import Numbering
 from hafl_app.federation.privacy import PrivacyOptions, new_noise_key
 from hafl_app.federation.profiles import scale_tiers
+from hafl_app.metrics import TASKS, Task
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.options import FederationOptions
-from hafl_app.training.base import BaseSpec, load_tokeniser
-from hafl_app.training.classifier import ClassifierSpec, LoraClassifier, resident_classifier
+from hafl_app.training.base import CAUSAL_LM, BaseSpec, load_tokeniser
+from hafl_app.training.causal import CausalSpec
+from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.device import resolve_device
 from hafl_app.training.local import TrainOptions
+from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model
 from hafl_app.training.memory import StepMemory
 from hafl_app.training.memory import step_memory as count_step_memory
+from hafl_app.training.prompts import load_pair_tokeniser
 
 KNOBS = {
     "strategy": "strategy",
@@ -68,7 +73,8 @@ def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
 def show_log() -> None:
     """Print what this project logs from level INFO on, unless someone already shows it."""
     logger = logging.getLogger("hafl_app")
-    logger.setLevel(logging.INFO)
+    if logger.level != logging.INFO:  # to set it clears what logging has cached, every time
+        logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
@@ -93,7 +99,33 @@ def base_spec(settings: Settings) -> BaseSpec:
         random_weights=model.random_weights,
         pooling=model.pooling,
         trust_remote_code=model.trust_remote_code,
+        task=model.task,
+        shape=json.dumps(model.shape, sort_keys=True) if model.shape else "",
     )
+
+
+def task(settings: Settings) -> Task:
+    """Return what is learnt and by what it is scored.
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError
+        If model and data do not have the same task.
+    """
+    answers, causal = settings.dataset.answer_column, settings.model.task == CAUSAL_LM
+    if causal and not answers:
+        raise SettingsError(
+            "model.task=causal_lm needs prompts with answers: dataset=dolly, or another with "
+            "dataset.answer_column and dataset.template"
+        )
+    if answers and not causal:
+        raise SettingsError(
+            f"dataset.answer_column={answers}: answers are learnt by a model=causal, "
+            f"model.task is {settings.model.task}"
+        )
+    if causal and settings.model.head == "local":
+        raise SettingsError("model.head=local: a causal language model has no head")
+    return TASKS[settings.model.task]
 
 
 def text_source(settings: Settings) -> TextSource:
@@ -106,6 +138,7 @@ def text_source(settings: Settings) -> TextSource:
 
 def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
     """Return the data of a federation; nothing is loaded before it is asked for."""
+    task(settings)
     dataset, partition = settings.dataset, settings.partition
     partitioning = Partitioning(
         num_partitions=num_partitions, seed=settings.seed, **asdict(partition)
@@ -128,6 +161,17 @@ class _LazyTokeniser:
         return load_tokeniser(self._spec, self._max_length)(texts)
 
 
+class _LazyPairTokeniser:
+    """The same for prompts with answers."""
+
+    def __init__(self, spec: BaseSpec, max_length: int) -> None:
+        self._spec = spec
+        self._max_length = max_length
+
+    def __call__(self, prompts: list[str], answers: list[str]) -> tuple[list[list[int]], list[int]]:
+        return load_pair_tokeniser(self._spec, self._max_length)(prompts, answers)
+
+
 @functools.lru_cache(maxsize=2)
 def _federated_text(
     source: TextSource,
@@ -137,11 +181,15 @@ def _federated_text(
     max_length: int,
 ) -> FederatedText:
     validation_fraction, holdout_fraction = shares
+    pairs: TokenisePairs | None = None
+    if spec.task == CAUSAL_LM:
+        pairs = _LazyPairTokeniser(spec, max_length)
     return FederatedText(
         source,
         partitioning,
         validation_fraction=validation_fraction,
         holdout_fraction=holdout_fraction,
+        tokenise_pairs=pairs,
         **tokenising(spec, max_length),
     )
 
@@ -169,28 +217,49 @@ def _tokeniser_key(spec: BaseSpec, max_length: int) -> str:
     return f"{spec.path}@{spec.revision}/{max_length}{code}"
 
 
+def model_spec(settings: Settings, num_labels: int) -> LoraSpec:
+    """Return what decides the model's weights before training.
+
+    Parameters
+    ----------
+    num_labels
+        Classes; without meaning for a causal language model.
+    """
+    if settings.model.task != CAUSAL_LM:
+        return classifier_spec(settings, num_labels)
+    dropout = settings.lora.lora_dropout
+    return CausalSpec(base_spec(settings), _target_modules(settings), dropout, settings.seed)
+
+
 def classifier_spec(settings: Settings, num_labels: int) -> ClassifierSpec:
-    """Return what decides the classifier's weights before training."""
-    targets = settings.lora.target_modules
+    """Return what decides a classifier's weights before training."""
     return ClassifierSpec(
         base=base_spec(settings),
         num_labels=num_labels,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        target_modules=_target_modules(settings),
         lora_dropout=settings.lora.lora_dropout,
         seed=settings.seed,
     )
 
 
-def classifier(settings: Settings, num_labels: int) -> LoraClassifier:
-    """Return this process's classifier on its device; the base model is loaded once."""
+def _target_modules(settings: Settings) -> str | tuple[str, ...]:
+    targets = settings.lora.target_modules
+    return targets if isinstance(targets, str) else tuple(targets)
+
+
+def model(settings: Settings, num_labels: int) -> LoraModel:
+    """Return this process's model on its device; the base model is loaded once."""
     device = resolve_device(settings.client.device)
-    return resident_classifier(classifier_spec(settings, num_labels)).to(device)
+    return resident_model(model_spec(settings, num_labels)).to(device)
+
+
+classifier = model
 
 
 def step_memory(settings: Settings, num_labels: int) -> StepMemory:
     """Return the memory that training takes on this node by rank; counted once a machine."""
     return count_step_memory(
-        classifier_spec(settings, num_labels),
+        model_spec(settings, num_labels),
         settings.lora.max_rank,
         train_options(settings),
         settings.dataset.max_length,
@@ -255,10 +324,22 @@ def node_directory(
 
 def client_tiers(settings: Settings, num_clients: int) -> list[RankTier]:
     """Return the tier of every partition, as the `ranks` group draws them."""
-    tiers = scale_tiers([(t, t.share) for t in settings.ranks.tiers], num_clients)
-    if settings.ranks.order == "shuffled":
-        random.Random(f"{settings.seed}/ranks").shuffle(tiers)
-    return tiers
+    ranks = settings.ranks
+    drawn = _drawn_tiers(
+        tuple(t.share for t in ranks.tiers), num_clients, ranks.order, settings.seed
+    )
+    return [ranks.tiers[i] for i in drawn]
+
+
+@functools.lru_cache(maxsize=8)  # every one of many simulated nodes asks for its own
+def _drawn_tiers(
+    shares: tuple[float, ...], num_clients: int, order: str, seed: int
+) -> tuple[int, ...]:
+    """Return which tier each partition is of."""
+    tiers = scale_tiers(list(enumerate(shares)), num_clients)
+    if order == "shuffled":
+        random.Random(f"{seed}/ranks").shuffle(tiers)
+    return tuple(tiers)
 
 
 def client_ranks(settings: Settings, num_clients: int) -> list[int]:
@@ -267,6 +348,14 @@ def client_ranks(settings: Settings, num_clients: int) -> list[int]:
 
 
 def strategy(settings: Settings) -> HeterogeneousLora:
-    """Return a fresh strategy with its hyper-parameters."""
+    """Return a fresh strategy with its hyper-parameters.
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError
+        See `task`.
+    """
     method: HeterogeneousLora = settings.strategy
-    return type(method)(**{f.name: getattr(method, f.name) for f in fields(method) if f.init})
+    made = type(method)(**{f.name: getattr(method, f.name) for f in fields(method) if f.init})
+    made.task = task(settings)
+    return made

@@ -9,6 +9,7 @@ from hafl_app.config.schema import Settings
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.lowrank.svd import truncated_svd
+from hafl_app.metrics import Metric
 from hafl_app.strategies.alone import AloneResult
 
 
@@ -28,7 +29,8 @@ def lone_clients(settings: Settings, profiles: Sequence[NodeProfile]) -> list[No
 def device_gains(
     global_adapter: Adapter,
     alone: Sequence[AloneResult],
-    accuracy_of: Callable[[Adapter], float],
+    score_of: Callable[[Adapter], float],
+    metric: Metric,
 ) -> list[dict[str, Any]]:
     """Compare, for every budget, what a device gets from the federation with what it has alone.
 
@@ -38,27 +40,30 @@ def device_gains(
         The federation's last; a device holds its best approximation of the device's ranks.
     alone
         What clients trained by themselves.
-    accuracy_of
-        Test accuracy of an adapter, in [0, 1].
+    score_of
+        The metric of an adapter on the test data.
+    metric
+        Which one.
 
     Returns
     -------
     list
-        A row a budget: ``rank`` (``ranks`` too where layer types differ), accuracies
-        ``federated`` and ``alone`` (mean over ``clients_alone``), and ``gain``, their difference.
+        A row a budget: ``rank`` (``ranks`` too where layer types differ), the scores
+        ``federated`` and ``alone`` (mean over ``clients_alone``), and ``gain``, by how much the
+        first is better.
     """
     rows = []
     for ranks in sorted({result.profile.ranks for result in alone}):
         same = [result for result in alone if result.profile.ranks == ranks]
-        federated = accuracy_of(_cut(global_adapter, same[0].profile))
-        each = [accuracy_of(result.adapter) for result in same if result.at_own_rank]
-        at_max = [accuracy_of(result.adapter) for result in same if not result.at_own_rank]
+        federated = score_of(_cut(global_adapter, same[0].profile))
+        each = [score_of(result.adapter) for result in same if result.at_own_rank]
+        at_max = [score_of(result.adapter) for result in same if not result.at_own_rank]
         mean = _mean(each)
         row: dict[str, Any] = {
             "rank": ranks[0],
             "federated": federated,
             "alone": mean,
-            "gain": federated - mean,
+            "gain": metric.difference(federated, mean),
             "clients_alone": len(each),
             "alone_each": each,
         }

@@ -9,12 +9,17 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from math import floor
 from textwrap import shorten
 from typing import Any, Literal, get_args
 
 HeadPolicy = Literal["averaged", "frozen", "local"]
 ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
+NumberFormat = Literal["fp32", "bf16", "int8"]
+
+NUMBER_BYTES: Mapping[NumberFormat, int] = {"fp32": 4, "bf16": 2, "int8": 1}
+"""What a number of a format takes."""
 
 # "0-99999999999" is short to write and long to expand; no adapter has that many components.
 _MAX_COMPONENTS = 2**16
@@ -101,7 +106,7 @@ class ModulePlan:
         valid = _is_finite(self.scaling) and self.scaling > 0
         _require(valid, "scaling", "above 0 and finite", self.scaling)
 
-    @property
+    @cached_property
     def trainable_slots(self) -> tuple[int, ...]:
         """Positions of the trainable components among the held ones."""
         slot = {component: position for position, component in enumerate(self.held)}
@@ -184,6 +189,12 @@ class TrainPlan:
         Passes over the local training data.
     max_steps
         Upper limit of optimiser steps, 0 for none.
+    upload
+        Numbers of the uploaded factors. ``fp32``: the factors themselves. Otherwise their change
+        against what was sent, rounded, see `hafl_app.lowrank.quantise`. The head is always fp32.
+    error_feedback
+        Whether the client keeps what rounding lost of a component's change, and adds it to that
+        component's next one; only where rounding loses something.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -194,12 +205,15 @@ class TrainPlan:
     tail: TailPruning | None = None
     local_epochs: int = 1
     max_steps: int = 0
+    upload: NumberFormat = "fp32"
+    error_feedback: bool = False
 
     def __post_init__(self) -> None:
         # A plan comes over the wire: a word that no branch knows would silently train by default.
         for name, value, allowed in (
             ("head", self.head, get_args(HeadPolicy)),
             ("importance", self.importance, get_args(ImportanceMeasure)),
+            ("upload", self.upload, get_args(NumberFormat)),
         ):
             _require(value in allowed, name, f"one of {', '.join(allowed)}", value)
         smoothing = self.importance_smoothing
@@ -211,6 +225,10 @@ class TrainPlan:
             ("max_steps", self.max_steps, 0),
         ):
             _require(_is_whole(number, least), name, f"a whole number from {least}", number)
+        feedback = isinstance(self.error_feedback, bool)
+        _require(feedback, "error_feedback", "true or false", self.error_feedback)
+        rounds = self.upload != "fp32" or not self.error_feedback
+        _require(rounds, "error_feedback", "false with upload=fp32", self.error_feedback)
 
     def training_everything(self) -> "TrainPlan":
         """Return the plan with every held component trainable."""

@@ -4,8 +4,8 @@ from hafl_app import assembly
 from hafl_app.config.schema import Settings
 from hafl_app.strategies.private import check_federation
 from hafl_app.training.base import locate
-from hafl_app.training.classifier import adapter_shapes
 from hafl_app.training.device import resolve_device
+from hafl_app.training.lora_model import adapter_shapes
 
 
 def check(settings: Settings) -> None:
@@ -29,5 +29,5 @@ def check(settings: Settings) -> None:
     if not (spec.random_weights and not spec.path):
         locate(spec)
     text = assembly.federated_text(settings, num_clients)
-    adapter_shapes(assembly.classifier_spec(settings, len(text.label_names)))
+    adapter_shapes(assembly.model_spec(settings, len(text.label_names)))
     text.sizes()

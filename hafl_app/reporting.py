@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
@@ -14,14 +14,18 @@ from uuid import uuid4
 
 from flwr.app import MetricRecord
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from hafl_app import assembly
 from hafl_app.config.compose import strategy_arguments
 from hafl_app.config.schema import Settings
 from hafl_app.data.shares import CentralText
+from hafl_app.data.text import EncodedText
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.gains import device_gains
 from hafl_app.lowrank.factors import Adapter
+from hafl_app.metrics import TASKS
+from hafl_app.publishing.card import add_card
 from hafl_app.strategies.alone import AloneResult
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.exchange import ClientReport
@@ -38,7 +42,6 @@ from hafl_app.tracking.console import ConsoleTracker
 from hafl_app.tracking.curves import draw_curves
 from hafl_app.tracking.jsonl import JsonlTracker, read_history
 from hafl_app.tracking.wandb import WandbTracker
-from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.device import threads
 from hafl_app.training.evaluate import Scores, adapter_evaluator
 from hafl_app.training.saved import save_adapter
@@ -66,6 +69,7 @@ class RunReport:
         folder: Path,
     ) -> None:
         self._settings = settings
+        self._metric = TASKS[settings.model.task].primary
         self._strategy = strategy
         self._folder = folder
         self._num_threads = settings.federation.server_threads or os.cpu_count() or 1
@@ -88,24 +92,36 @@ class RunReport:
             OmegaConf.create(plain_settings(self._settings)), self._folder / "config.yaml"
         )
 
-    def score_with(self, text: CentralText, classifier: LoraClassifier) -> None:
-        """Take the server's data and the model to score with, once the classes are known."""
+    def score_with(self, text: CentralText, initial_head: Mapping[str, Tensor]) -> None:
+        """Take the server's data and the head before training, once the classes are known."""
         self._text = text
-        self._classifier = classifier
-        self._score = adapter_evaluator(classifier, self._settings.client.precision)
+        self._initial_head = initial_head
+
+    @cached_property
+    def _score(self) -> Callable[[Adapter, EncodedText], Scores]:
+        # Not before it is needed: a server that scores nothing needs no base model.
+        model = assembly.model(self._settings, len(self._text.label_names))
+        return adapter_evaluator(model, self._settings.client.precision)
 
     @property
     def has_test(self) -> bool:
-        """Whether the server has test data to score adapters on."""
-        return len(self._text.test) > 0
+        """Whether the server scores adapters on test data."""
+        return self._settings.federation.central_evaluation and len(self._text.test) > 0
 
     @property
     def _chosen_by(self) -> str | None:
         """The metric that the best round is chosen by, if there is one fit for it."""
-        if self._settings.model.head != "local" and len(self._text.validation):
-            return "validation/accuracy"
+        if self._scores_centrally and len(self._text.validation):
+            return self._metric.key("validation")
         # Scores of clients carry no noise, so that a choice by them would cost privacy.
-        return "clients/accuracy" if self._strategy.options.privacy.kind == "none" else None
+        none_private = self._strategy.options.privacy.kind == "none"
+        return self._metric.key("clients") if none_private else None
+
+    @property
+    def _scores_centrally(self) -> bool:
+        """Whether the server scores global adapters; with local heads there is no global model."""
+        settings = self._settings
+        return settings.federation.central_evaluation and settings.model.head != "local"
 
     def clients(self, profiles: Sequence[NodeProfile]) -> None:
         """Tell the trackers who takes part."""
@@ -181,8 +197,7 @@ class RunReport:
         if server_round == 0:
             self.clients(self._strategy.directory.in_order())
         metrics = {f"clients/{k}": v for k, v in self._strategy.client_scores.items()}
-        central = self._settings.model.head != "local"
-        if central:
+        if self._scores_centrally:
             metrics |= self._central_scores(self._strategy.global_adapter)
         privacy = self._strategy.options.privacy
         private = privacy.kind != "none"
@@ -207,7 +222,8 @@ class RunReport:
         self.rounds.append(record)
         self._trackers.log_round(record)
         score = metrics.get(self._chosen_by or "", math.nan)
-        if server_round and score > (self._best[0] if self._best else -math.inf):
+        best = self._metric.merit(self._best[0]) if self._best else -math.inf
+        if server_round and self._metric.merit(score) > best:
             self._best = (score, server_round, self._strategy.global_adapter)
         return MetricRecord(dict(metrics))
 
@@ -226,7 +242,7 @@ class RunReport:
     def finish(self, alone: Sequence[AloneResult]) -> None:
         """Write adapters, curves and the summary."""
         last = self._strategy.global_adapter
-        head = last.head or self._classifier.initial_head
+        head = last.head or self._initial_head
         self._save("adapter", last.with_head(head), self.rounds[-1])
         if self._best is not None:
             _, best_round, adapter = self._best
@@ -234,6 +250,9 @@ class RunReport:
             self._save("adapter-best", adapter.with_head(adapter.head or head), record)
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
         self._trackers.finish(self._summary(alone))
+        for name in ("adapter", "adapter-best"):
+            if (self._folder / name).is_dir():
+                add_card(self._folder / name)  # reads the summary
 
     def fail(self, reason: str) -> None:
         """Tell the trackers that the run failed, and why."""
@@ -243,7 +262,7 @@ class RunReport:
         save_adapter(
             self._folder / name,
             adapter,
-            assembly.classifier_spec(self._settings, len(self._text.label_names)),
+            assembly.model_spec(self._settings, len(self._text.label_names)),
             label_names=self._text.label_names,
             max_length=self._settings.dataset.max_length,
             facts={
@@ -275,8 +294,12 @@ class RunReport:
             "device_ranks": device_gains(
                 self._strategy.global_adapter,
                 alone,
-                lambda adapter: self._score_on(adapter, "test").accuracy,
+                lambda adapter: self._score_on(adapter, "test").named("test")[
+                    self._metric.key("test")
+                ],
+                self._metric,
             ),
+            "metric": self._metric.name,
             "bytes": {
                 phase: {
                     "down": ledger.of_phase(phase).bytes_down,

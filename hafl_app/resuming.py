@@ -6,6 +6,7 @@ The scores of past rounds stay in ``metrics.jsonl``. Random numbers need no stat
 seeded by the run's seed, the round and the partition.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from hafl_app.reporting import RunReport, plain_settings
 from hafl_app.strategies.hooks import FlowerHooks
 from hafl_app.strategies.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
 
+_LOGGER = logging.getLogger(__name__)
 # What may differ when a run goes on: it decides how long, where and how fast, not what is learnt.
 _FREE = (
     "output_dir",
@@ -28,6 +30,7 @@ _FREE = (
     "engine",
     "tracking",
     "client.device",
+    "client.gradient_checkpointing",
     "privacy.max_epsilon",
     "federation.num_rounds",
     "federation.checkpoint_every",
@@ -39,6 +42,7 @@ _FREE = (
     "federation.client_cpus",
     "federation.client_gpus",
     "federation.ray_address",
+    "federation.central_evaluation",
     "federation.evaluate_every",
     "federation.fraction_evaluate",
     "federation.alone_clients_per_rank",
@@ -223,13 +227,21 @@ def _store(folder: Path) -> CheckpointStore:
 
 
 def _give_back_client_states(checkpoint: Checkpoint, tree: Mapping[str, Any], grid: Grid) -> None:
-    if checkpoint.state["settings"]["model"]["head"] != "local":
+    settings = checkpoint.state["settings"]
+    if settings["model"]["head"] != "local" and settings["federation"]["upload"] == "fp32":
         return  # clients keep nothing
     if not (checkpoint.state["client_states_kept"] and isinstance(grid, KeepsClientState)):
-        raise ResumeError(
-            "model.head=local: each client keeps its own head, which only engine=inprocess gives "
-            "back to a run that goes on"
+        if settings["model"]["head"] == "local":
+            raise ResumeError(
+                "model.head=local: each client keeps its own head, which only engine=inprocess "
+                "gives back to a run that goes on"
+            )
+        _LOGGER.warning(
+            "federation.upload=%s: what rounding had kept back on the clients is lost, which only "
+            "engine=inprocess gives back to a run that goes on",
+            settings["federation"]["upload"],
         )
+        return
     grid.set_client_states(
         {
             int(partition_id): RecordDict({n: ArrayRecord(dict(a)) for n, a in records.items()})

@@ -29,6 +29,7 @@ from hafl_app.strategies.alone import AloneResult, train_alone
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.private import check_federation
 from hafl_app.strategies.rounds import run_rounds
+from hafl_app.training.lora_model import adapter_shapes
 
 app = ServerApp()
 
@@ -121,16 +122,20 @@ def _prepare(
     report: RunReport,
     checkpoint: Checkpoint | None,
 ) -> Adapter:
-    """Meet the nodes, build what their classes need, and return the adapter of round 0."""
+    """Meet the nodes, build what their classes need, and return the adapter of round 0.
+
+    The base model's weights are loaded when the first adapter is scored, if any is.
+    """
     label_names, numbering = known_label_names(settings), Numbering()
     if checkpoint is not None:
         label_names, numbering = agreed_before(checkpoint, label_names)
     text = meet(grid, settings, strategy, label_names, numbering)
-    classifier = assembly.classifier(settings, len(text.label_names))
-    initial = initial_adapter(classifier.shapes(), strategy.max_rank, settings.seed).with_head(
-        {} if settings.model.head == "local" else classifier.initial_head
+    spec = assembly.model_spec(settings, len(text.label_names))
+    head = spec.initial_head()
+    initial = initial_adapter(adapter_shapes(spec), strategy.max_rank, settings.seed).with_head(
+        {} if settings.model.head == "local" else head
     )
-    report.score_with(text, classifier)
+    report.score_with(text, head)
     strategy.prepare(initial, report.on_client)
     return initial
 

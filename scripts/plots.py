@@ -58,7 +58,7 @@ def _curves(folders: list[Path], output: Path) -> None:
     from hafl_app.experiments.results import read_curve
 
     runs = {str(folder): [read_curve(folder)] for folder in folders}
-    draw_comparison({"": runs}, output, "Test accuracy")
+    draw_comparison({"": runs}, output, "Test scores")
     print(f"Written: {output}")
 
 

@@ -27,6 +27,10 @@ SETTINGS = {
     "trim_fraction": ("federation.trim_fraction", 0.1),
     "quarantine_after": ("federation.quarantine.after", 9),
     "quarantine_rounds": ("federation.quarantine.rounds", 13),
+    "streaming": ("federation.streaming", True),
+    "stream_buffer": ("federation.stream_buffer", 4),
+    "upload": ("federation.upload", "int8"),
+    "error_feedback": ("federation.error_feedback", False),
 }
 
 

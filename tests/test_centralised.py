@@ -59,7 +59,7 @@ def test_the_saved_adapter_scores_the_last_pass(finished):
     folder, summary, _ = finished
     loaded = load_adapter(folder / "adapter")
     text = assembly.federated_text(compose(TINY), 4)
-    assert evaluate(loaded.classifier, text.test).accuracy == summary["final"]["test/accuracy"]
+    assert evaluate(loaded.model, text.test).accuracy == summary["final"]["test/accuracy"]
 
 
 def test_scoring_does_not_disturb_training(finished, tmp_path, monkeypatch):
@@ -70,9 +70,7 @@ def test_scoring_does_not_disturb_training(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(centralised, "train", lambda *args: real(*args[:-1], lambda *_: None))
     monkeypatch.setattr(centralised, "_summary", lambda *_: {"final": {}})
     train_centralised(compose(TINY), tmp_path, lambda _: None)
-    first, second = (
-        load_adapter(f / "adapter").classifier.head_state() for f in (folder, tmp_path)
-    )
+    first, second = (load_adapter(f / "adapter").model.head_state() for f in (folder, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -23,8 +23,9 @@ from hafl_app.node import handlers
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.training import base as base_module
 from hafl_app.training.base import load_tokeniser
-from hafl_app.training.classifier import LoraClassifier, adapter_shapes, resident_classifier
+from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.local import DeviceMemoryError
+from hafl_app.training.lora_model import adapter_shapes, resident_model
 
 pytestmark = pytest.mark.slow  # whole federations
 
@@ -34,7 +35,7 @@ RANK, NODE = 3, 2  # node 2 has partition 1
 def forget() -> None:
     """Drop what a process keeps: a deployed node answers every message in a new one."""
     assembly._federated_text.cache_clear()
-    resident_classifier.cache_clear()
+    resident_model.cache_clear()
     load_tokeniser.cache_clear()
 
 
@@ -54,7 +55,7 @@ class Node:
     def content(self, poison: float = 1.0, **records: ConfigRecord):
         settings = assembly.settings_of_run({"overrides": shlex.join(self.overrides)})
         # The layers of the built-in model, whichever the node is told to load.
-        spec = assembly.classifier_spec(settings, 20)
+        spec = assembly.model_spec(settings, 20)
         shapes = adapter_shapes(replace(spec, base=base_module.BaseSpec("", random_weights=True)))
         rng = np.random.default_rng(0)
         modules = {

@@ -1,5 +1,6 @@
 """The parts of a comparison, each against numbers worked out by hand."""
 
+import json
 import math
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from hafl_app.config.compose import CONF, compose
 from hafl_app.experiments.budget import equal_mean_bytes_rank, homogeneous_rank, mean_bytes
 from hafl_app.experiments.command import parse_command
 from hafl_app.experiments.comparison import Comparison
-from hafl_app.experiments.results import Curve, Spread, make_row
-from hafl_app.experiments.table import percent, size
+from hafl_app.experiments.results import Curve, Spread, make_row, read_curve
+from hafl_app.experiments.table import percent, score, size
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
+from hafl_app.metrics import ACCURACY, PERPLEXITY
 from hafl_app.strategies.hafl import Hafl
 from hafl_app.strategies.zero_padding import ZeroPadding
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# What an experiment cannot know: where the user keeps data and model.
+GIVEN = {"dolly_stories260k": ("dataset.path=data", "model.path=model")}
 SHAPES = {"a": ModuleShape(7, 5), "b": ModuleShape(3, 11)}  # out + in: 12 and 14, together 26
 
 
@@ -81,14 +85,15 @@ class TestEqualMeanBytes:
 class TestExperimentFiles:
     @pytest.mark.parametrize("name", EXPERIMENTS)
     def test_composes_and_every_method_composes_in_every_cell(self, name):
-        settings = compose([f"experiment={name}"])
+        chosen = [f"experiment={name}", *GIVEN.get(name, ())]
+        settings = compose(chosen)
         if not settings.compare.methods:
             return
-        comparison = Comparison.of(parse_command([f"experiment={name}"]), Path("out"))
+        comparison = Comparison.of(parse_command(chosen), Path("out"))
         assert settings.compare.baseline in settings.compare.methods
         for cell in comparison.cells:
             for its in comparison.methods.values():
-                overrides = [f"experiment={name}", *comparison.cells[cell], *its.overrides]
+                overrides = [*chosen, *comparison.cells[cell], *its.overrides]
                 composed = compose(overrides)
                 ranks = assembly.client_ranks(composed, composed.federation.num_clients)
                 assembly.strategy(composed).check(ranks)
@@ -124,9 +129,36 @@ class TestExperimentFiles:
         assert list(comparison.cells) == ["clients10-0.01"]
 
 
-def curve(test, validation=None, step=1_000_000):
+def curve(test, validation=None, step=1_000_000, metric=ACCURACY):
     sent = tuple(step * r for r in range(len(test)))
-    return Curve(tuple(test), tuple(validation or test), sent, tuple(2 * s for s in sent))
+    sizes = sent, tuple(2 * s for s in sent)
+    return Curve(tuple(test), tuple(validation or test), *sizes, metric=metric)
+
+
+class TestPerplexity:
+    def test_the_lowest_is_the_best(self):
+        its = curve([60.0, 30.0, 25.0, 27.0], [61.0, 31.0, 28.0, 26.0], metric=PERPLEXITY)
+
+        assert its.best_round == 3
+        assert its.first_round_at(28.0) == 2
+        assert its.first_round_at(20.0) is None
+        assert curve([0.6, 0.3, 0.25]).best_round == 1  # of accuracies the highest
+
+    def test_is_written_with_decimals(self):
+        spread = Spread((25.0, 27.0))
+        assert score(spread, PERPLEXITY) == "26.00 ± 1.41"
+        assert (
+            score(Spread((0.25, 0.27)), ACCURACY) == percent(Spread((0.25, 0.27))) == "26.0 ± 1.4"
+        )
+
+    def test_of_a_run_is_found_in_its_records(self, tmp_path):
+        line = {"kind": "round", "bytes_down": 5, "bytes_up": 3}
+        lines = [{**line, "metrics": {"test/perplexity": p, "test/loss": 1.0}} for p in (9.0, 7.5)]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+        its = read_curve(tmp_path)
+
+        assert (its.metric, its.test) == (PERPLEXITY, (9.0, 7.5))
 
 
 class TestRows:

@@ -14,7 +14,7 @@ from hafl_app.federation.records import METRICS
 from hafl_app.node import handlers
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.strategies.rounds import RoundFailedError
-from hafl_app.training import classifier as classifier_module
+from hafl_app.training import lora_model
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.saved import load_adapter
 
@@ -63,7 +63,7 @@ class TestOutput:
 
         text = assembly.federated_text(assembly.settings_of_run({"overrides": " ".join(TINY)}), 5)
         assert loaded.label_names == text.label_names
-        assert evaluate(loaded.classifier, text.test).accuracy == summary["final"]["test/accuracy"]
+        assert evaluate(loaded.model, text.test).accuracy == summary["final"]["test/accuracy"]
 
     def test_every_rank_is_compared_with_a_lone_client(self, finished):
         _, summary = finished
@@ -130,17 +130,15 @@ class TestHeads:
         from hafl_app import assembly
 
         settings = assembly.settings_of_run({"overrides": " ".join(TINY)})
-        initial = assembly.classifier(settings, 20).initial_head
-        assert all(torch.equal(loaded.classifier.head_state()[k], initial[k]) for k in initial)
+        initial = assembly.model(settings, 20).initial_head
+        assert all(torch.equal(loaded.model.head_state()[k], initial[k]) for k in initial)
 
 
 def test_the_base_model_is_loaded_once(tmp_path, monkeypatch):
     calls = []
-    load = classifier_module.load_base
-    monkeypatch.setattr(
-        classifier_module, "load_base", lambda *args: calls.append(args) or load(*args)
-    )
-    classifier_module.resident_classifier.cache_clear()
+    load = lora_model.load_base
+    monkeypatch.setattr(lora_model, "load_base", lambda *args: calls.append(args) or load(*args))
+    lora_model.resident_model.cache_clear()
 
     run_tiny(tmp_path / "a")
 

@@ -113,7 +113,7 @@ class TestAWholeRun:
         loaded = load_adapter(folder / "adapter")
 
         assert loaded.label_names == ("food", "music", "weather")
-        assert loaded.classifier.head_state()["weight"].shape[0] == 3
+        assert loaded.model.head_state()["weight"].shape[0] == 3
 
     def test_every_request_has_the_nodes_number_and_the_classes(self, finished):
         _, _, grid = finished

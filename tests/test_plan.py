@@ -17,6 +17,11 @@ def module_plans(draw):
     return ModulePlan(held, tuple(trainable), scaling)
 
 
+uploads = st.sampled_from(
+    [{}, *({"upload": u, "error_feedback": f} for u in ("bf16", "int8") for f in (True, False))]
+)
+
+
 @st.composite
 def train_plans(draw):
     tails = st.builds(
@@ -35,6 +40,7 @@ def train_plans(draw):
         tail=draw(st.none() | tails),
         local_epochs=draw(st.integers(1, 9)),
         max_steps=draw(st.integers(0, 99)),
+        **draw(uploads),
     )
 
 
@@ -147,6 +153,8 @@ class TestTrainPlan:
             ({"importance": "norm"}, "importance must be one of none, .*, got 'norm'"),
             ({"epochs": 2}, "not a train plan: .*epochs"),
             ({"tail": {"decay": 0.5}}, "not a train plan: .*weight"),
+            ({"upload": "int4"}, "upload must be one of fp32, bf16, int8, got 'int4'"),
+            ({"error_feedback": True}, "error_feedback must be false with upload=fp32, got True"),
             ({"modules": [["0-1", "5", 1.0, ["q"]]]}, "among the held"),
             ({"modules": [["0-1", "0", "1", ["q"]]]}, "not a train plan"),
             ({"modules": [["0-1", "0", 1.0]]}, "not enough values"),

@@ -21,6 +21,8 @@ VARIANTS = {
     "fedit": ("strategy=fedit", "ranks=homogeneous"),
     "truncation": ("strategy=hafl", "strategy.scheme=truncation", "strategy.scope=model"),
     "server's importance": ("strategy=hafl", "strategy.source=server"),
+    "rounding errors": ("strategy=hafl", "federation.upload=int8"),
+    "local heads, rounded": ("strategy=hafl", "federation.upload=int8", "model.head=local"),
     "local heads": ("strategy=hafl", "model.head=local"),
     "partial participation": ("strategy=hafl", "federation.fraction_train=0.5"),
     "central privacy": ("strategy=zero_padding", "privacy=central_dp", "privacy.noise_seed=5"),

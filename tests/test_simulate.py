@@ -1,6 +1,7 @@
 """The command line: refusals before anything starts, sweeps, and exit codes."""
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import TINY
+from running import TINY, records, run_tiny
+
+from hafl_app.training import lora_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +74,7 @@ def test_wrong_input_is_one_line_and_nothing_starts(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_missing_column_names_the_ones_there_are(tmp_path):
     (tmp_path / "data.csv").write_text("txt,label\nhello,a\nbye,b\n")
     result = simulate("model=tiny_random", "dataset=local", f"dataset.path={tmp_path / 'data.csv'}")
@@ -89,6 +93,31 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
     folders = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
     assert folders == ["0-hafl", "1-hafl", "2-zero_padding", "3-zero_padding"]
     assert all((tmp_path / "sweep" / f / "summary.json").exists() for f in folders)
+
+
+@pytest.mark.slow
+def test_the_jobs_of_a_sweep_share_one_base_model_and_end_as_single_runs(
+    tmp_path, monkeypatch, capsys
+):
+    loads, load_base = [], lora_model.load_base
+    monkeypatch.setattr(
+        lora_model, "load_base", lambda *a: loads.append(os.getpid()) or load_base(*a)
+    )
+    lora_model.resident_model.cache_clear()
+    alone = "federation.alone_clients_per_rank=0"
+    jobs = ("-m", *TINY, "engine=inprocess", alone, "strategy=hafl,flexlora,hetlora")
+
+    code, errors = in_this_process(
+        monkeypatch, capsys, *jobs, f"hydra.sweep.dir={tmp_path / 'sweep'}"
+    )
+
+    assert code == 0, errors
+    assert loads == [os.getpid()]
+    # The last one, which comes after what the others have left behind.
+    lora_model.resident_model.cache_clear()
+    run_tiny(tmp_path / "single", alone, "strategy=hetlora")
+    last = records(tmp_path / "sweep" / "2-hetlora", "round")
+    assert last == records(tmp_path / "single", "round")
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
         ("scripts/memory_table.py", ["--measure", "/nowhere"], "model.path=/nowhere: no such"),
         ("scripts/memory_table.py", ["--batch-size", "0"], "'0': expected a whole number from 1"),
         ("scripts/bench_aggregation.py", ["--clients", "5y16"], "'5y16': expected such as 5x16"),
+        ("scripts/bench_training.py", ["--cases", "8:9"], "'8:9': expected such as 8, or 64:16"),
+        ("scripts/bench_gpu.py", ["--loads", "8:4"], "'8:4': expected such as 8:4x512"),
         ("scripts/bench_deploy.py", ["--messages", "0"], "--messages: 0: expected at least 2"),
     ],
 )

@@ -27,7 +27,7 @@ from hafl_app.federation.records import (
     plan_record,
 )
 from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training.classifier import adapter_shapes
+from hafl_app.training.lora_model import adapter_shapes
 
 NODES = {1: "in process", 2: "worker"}
 """What the nodes' rank budgets tell here: how a node answers."""
@@ -76,7 +76,7 @@ def _figures(reply: Message, seconds: float) -> dict[str, Any]:
 
 def _content(settings: Settings) -> RecordDict:
     num_labels = len(assembly.federated_text(settings, 1).label_names)
-    shapes = adapter_shapes(assembly.classifier_spec(settings, num_labels))
+    shapes = adapter_shapes(assembly.model_spec(settings, num_labels))
     rng = np.random.default_rng(settings.seed)
     modules = {
         name: (

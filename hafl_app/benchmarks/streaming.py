@@ -4,7 +4,6 @@ Flower's messages, the judge and the strategy are the real ones, in process; the
 random numbers of the right shape.
 """
 
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,19 +24,19 @@ from hafl_app.federation.records import (
     METRICS,
     NUM_EXAMPLES,
     AdapterArrays,
-    Float32,
     adapter_content,
     read_adapter,
     read_plan,
 )
+from hafl_app.federation.wire_arrays import Float32
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
 from hafl_app.lowrank.svd import WeightedStack
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.rounds import run_rounds
+from hafl_app.training.device import peak_memory_mb
 
 TINYLLAMA = ("q_proj", 2048, 2048), ("v_proj", 256, 2048)
 """Name, out_features and in_features of the layers that LoRA adapts by default."""
-_MB = 1e6
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,12 @@ def measure_round(
     """Run one round and measure it; for a process of its own, whose peak counts."""
     with server_identity():
         strategy, grid = _federation(method, shapes, rank, num_clients, streaming=streaming)
-        before = psutil.Process().memory_info().rss
+        before = psutil.Process().memory_info().rss / 1e6
         started = time.perf_counter()
         run_rounds(strategy, grid, 1, lambda _: None)
         seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return Cost(seconds, max(0.0, peak - before) / _MB)
+    peak = peak_memory_mb(torch.device("cpu"))
+    return Cost(seconds, max(0.0, peak - before))
 
 
 def check_same(method: str, shapes: dict[str, ModuleShape], ranks: Sequence[int]) -> None:

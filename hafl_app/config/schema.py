@@ -34,16 +34,22 @@ def choice(default: Any, *values: str) -> Any:
 
 @dataclass
 class ModelSettings:
-    """The frozen base model and the classification head.
+    """The frozen base model, and the classification head if `task` is `classification`.
+
+    With `causal_lm` it learns the answers to prompts; it has no head, and `pooling` and `head` mean
+    nothing.
 
     `trust_remote_code` lets a hub repository's own Python code run on every node: only for a
     repository whose code you have read, and only on nodes that allow it too.
 
     `path` is a hub name or a local folder; `package_path` a folder inside an installed package
-    that carries the same files, used when the hub is not reachable.
+    that carries the same files, used when the hub is not reachable. `random_weights` without a path
+    are those of a model of `shape`, the values of a Transformers configuration with its
+    `model_type`; null is a tiny model for tests. Its tokenizer hashes words.
     """
 
     name: str = MISSING
+    task: str = choice("classification", "classification", "causal_lm")
     path: str = ""
     revision: str | None = None
     sha256: str | None = None
@@ -52,6 +58,7 @@ class ModelSettings:
     pooling: str = choice("mean", "mean", "cls")
     head: str = choice("averaged", "averaged", "frozen", "local")
     random_weights: bool = False
+    shape: dict[str, Any] | None = None
     trust_remote_code: bool = False
 
 
@@ -74,6 +81,11 @@ class LoraSettings:
 class DatasetSettings:
     """Labelled text. `max_examples` limits the training set, for quick runs (null: all of it).
 
+    With an `answer_column` the data are prompts and answers, for `model.task=causal_lm`: `template`
+    makes the prompt of the other columns, each in braces, and leaves out a paragraph whose columns
+    are all blank. `label_column` is then the category (empty: none). A row is cut to `max_length`
+    tokens; where that leaves nothing of the answer it is left out.
+
     `validation_fraction` of the training data never reaches a client and serves for choosing
     rounds and learning rates; each client keeps `holdout_fraction` of its own data for evaluation.
 
@@ -83,13 +95,25 @@ class DatasetSettings:
     null `label_names` are all that the nodes have before round 1.
     """
 
-    source: str = choice(MISSING, "banking77", "newsgroups", "local", "synthetic", "on_device")
+    source: str = choice(
+        MISSING,
+        "banking77",
+        "newsgroups",
+        "dolly",
+        "gsm8k",
+        "natural_instructions",
+        "local",
+        "synthetic",
+        "on_device",
+    )
     path: str | None = None
     test_path: str | None = None
     hub: str | None = None
     revision: str | None = None
     text_column: str = "text"
     label_column: str = "label"
+    answer_column: str | None = None
+    template: str | None = None
     label_names: list[str] | None = None
     max_length: int = number(64, at_least=4)
     max_examples: int | None = number(None, at_least=1)
@@ -156,10 +180,16 @@ class ClientSettings:
     its `--node-config`, and the smaller wins. A client that stopped early keeps the weight of all
     its data. What is learnt then depends on the clock: runs that must be repeatable leave both
     at 0. Privacy accounting is per round and does not see them.
+
+    `micro_batch_size` texts go through the model at once (null: the whole batch), and their
+    gradients add up to the batch's. `gradient_checkpointing` computes activations twice instead of
+    keeping them.
     """
 
     local_epochs: int = number(1, at_least=1)
     batch_size: int = number(32, at_least=1)
+    micro_batch_size: int | None = number(None, at_least=1)
+    gradient_checkpointing: bool = False
     learning_rate: float = number(3e-3, above=0)
     lora_B_lr_ratio: float = number(1.0, above=0)
     optimizer: str = choice("adamw", "adamw", "sgd")
@@ -201,6 +231,11 @@ class FederationSettings:
     server then holds `stream_buffer` of them and not a whole round. What must see all of a round at
     once (`robust`, `max_norm_ratio`, `clip_ratio`) must be off.
 
+    `upload` is what numbers the factors are uploaded in: `fp32`; or their change against what was
+    sent in `bf16`, or in `int8` with a scale for every component. With `error_feedback` a client
+    keeps what rounding lost of a component and adds it to that component's next change (null:
+    wherever that has a meaning; true: the run is refused where it has none). The head stays fp32.
+
     Round 1 begins when all nodes are there, at the latest after `start_timeout_s`; later ones join.
     Nodes with data of their own do not know how many they are: all means `num_clients` then.
 
@@ -208,6 +243,9 @@ class FederationSettings:
     looking at the machine. `ray_address` is a Ray cluster to simulate on, host:port (null: that of
     the environment's RAY_ADDRESS, else a Ray of the run's own). `server_threads` score the global
     adapter (null: one per CPU).
+
+    Without `central_evaluation` the server scores nothing itself and needs no weights of the base
+    model; rounds are then chosen by the clients' scores.
 
     `alone_clients_per_rank` clients of every rank are also trained alone, to measure what the
     federation gains them (0: none); with `alone_at_max_rank` once more at `lora.max_rank`, to
@@ -219,6 +257,7 @@ class FederationSettings:
     fraction_train: float = number(1.0, above=0, at_most=1)
     fraction_evaluate: float = number(1.0, at_least=0, at_most=1)
     evaluate_every: int = number(1, at_least=1)
+    central_evaluation: bool = True
     alone_clients_per_rank: int = number(1, at_least=0)
     alone_at_max_rank: bool = False
     round_timeout_s: float = number(3600.0, above=0)
@@ -232,6 +271,8 @@ class FederationSettings:
     clip_ratio: float | None = number(None, above=0)
     streaming: bool = False
     stream_buffer: int = number(16, at_least=1)
+    upload: str = choice("fp32", "fp32", "bf16", "int8")
+    error_feedback: bool | None = None
     checkpoint_every: int = number(1, at_least=0)
     server_threads: int | None = number(None, at_least=1)
     client_cpus: int | None = number(None, at_least=1)

@@ -1,6 +1,7 @@
 """One data set as a federation sees it: training rows per client, validation rows, test rows."""
 
 import functools
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,9 @@ from hafl_app.data.errors import DataError
 from hafl_app.data.partition import Partitioning, Rows, partition, split_off
 from hafl_app.data.shares import Share
 from hafl_app.data.sources import LabelledText, TextSource, load_text
-from hafl_app.data.text import EncodedText, Tokenise, encode
+from hafl_app.data.text import EncodedText, Tokenise, TokenisePairs, encode, encode_pairs
+
+logger = logging.getLogger(__name__)
 
 
 class _Part(NamedTuple):
@@ -23,7 +26,10 @@ class _Part(NamedTuple):
 
 
 class FederatedText:
-    """Labelled text shared out to clients, loaded and tokenised when first asked for.
+    """Text shared out to clients, loaded and tokenised when first asked for.
+
+    Labelled, or prompts with answers. Then a row of which no token of the answer is left within
+    the length that ``tokenise_pairs`` cuts to is counted in `sizes`, but nobody is given it.
 
     Validation rows are split off the training data, stratified by label, before it is shared out;
     each client's held-out rows are split off its share. All follow from the seeds alone, so
@@ -45,6 +51,8 @@ class FederatedText:
         All that ``tokenise`` depends on: the tokenizer and the length it cuts to.
     cache
         Folder for token ids; None to keep none.
+    tokenise_pairs
+        As ``tokenise``, for prompts with answers.
     """
 
     def __init__(
@@ -57,12 +65,14 @@ class FederatedText:
         tokenise: Tokenise,
         tokeniser_key: str,
         cache: Path | None,
+        tokenise_pairs: TokenisePairs | None = None,
     ) -> None:
         self._source = source
         self._partitioning = partitioning
         self._validation_fraction = validation_fraction
         self._holdout_fraction = holdout_fraction
         self._tokenise = tokenise
+        self._tokenise_pairs = tokenise_pairs
         self._tokeniser_key = tokeniser_key
         self._cache = cache
 
@@ -79,12 +89,12 @@ class FederatedText:
     @cached_property
     def validation(self) -> EncodedText:
         """Rows of the training data that no client has; none if their share is 0."""
-        return self._encoded_train.select(self._kept_and_validation[1])
+        return self._encoded_train.select(self._kept_and_validation[1]).with_answers()
 
     @cached_property
     def test(self) -> EncodedText:
         """The test set."""
-        return self._encode(self._text.test)
+        return self._encode(self._text.test, "test").with_answers()
 
     def train(self, partition_id: int) -> EncodedText:
         """Rows that a client trains on.
@@ -92,9 +102,15 @@ class FederatedText:
         Raises
         ------
         DataError
-            If ``partition_id`` is not in [0, num_partitions).
+            If ``partition_id`` is not in [0, num_partitions), or no answer is left of any row.
         """
-        return self._encoded_train.select(self._part(partition_id).train)
+        rows = self._encoded_train.select(self._part(partition_id).train)
+        if not len(answered := rows.with_answers()):
+            raise DataError(
+                f"partition {partition_id}: none of its {len(rows)} rows keeps a token of its "
+                "answer; raise dataset.max_length"
+            )
+        return answered
 
     def holdout(self, partition_id: int) -> EncodedText:
         """Rows of a client's share that it evaluates on; none if their share is 0.
@@ -104,7 +120,7 @@ class FederatedText:
         DataError
             If ``partition_id`` is not in [0, num_partitions).
         """
-        return self._encoded_train.select(self._part(partition_id).holdout)
+        return self._encoded_train.select(self._part(partition_id).holdout).with_answers()
 
     def sizes(self) -> list[int]:
         """Count the rows each client trains on, without tokenising."""
@@ -137,17 +153,33 @@ class FederatedText:
     @cached_property
     def _encoded_train(self) -> EncodedText:
         # The whole set, also for one client's sake: then all clients share one file of the cache.
-        return self._encode(self._text.train)
+        return self._encode(self._text.train, "training")
 
-    def _encode(self, rows: Dataset) -> EncodedText:
+    def _encode(self, rows: Dataset, split: str) -> EncodedText:
         columns = rows.with_format(None)
-        return encode(
-            columns["text"][:],
-            columns["label"][:],
-            self._tokenise,
+        texts, labels = columns["text"][:], columns["label"][:]
+        if not self._source.answer_column:
+            return encode(texts, labels, self._tokenise, self._cache, self._tokeniser_key)
+        if self._tokenise_pairs is None:
+            raise DataError(
+                f"dataset.answer_column={self._source.answer_column}: the model cannot learn "
+                "answers, see model.task"
+            )
+        pairs = encode_pairs(
+            texts,
+            columns["answer"][:],
+            labels,
+            self._tokenise_pairs,
             self._cache,
             self._tokeniser_key,
         )
+        if cut := len(pairs) - len(pairs.with_answers()):
+            logger.warning(
+                "%d of %d %s examples are left out: their prompts leave no room for an answer "
+                "within dataset.max_length",
+                *(cut, len(pairs), split),
+            )
+        return pairs
 
     @cached_property
     def _kept_and_validation(self) -> tuple[Rows, Rows]:

@@ -1,4 +1,4 @@
-"""Labelled text by source: BANKING77, 20 Newsgroups, the user's own files, or generated."""
+"""Text by source: labelled, or prompts with answers; public sets, own files, or generated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from hafl_app.data.errors import DataError, nearest
 from hafl_app.data.files import read_names, read_table
 from hafl_app.data.folders import both_files, find_split, resolve, train_file
 from hafl_app.data.hub import read_hub
+from hafl_app.data.instructions import read_dolly, read_tasks, with_pairs
 from hafl_app.data.splits import split_off
 from hafl_app.data.tables import (
     index_labels,
@@ -24,7 +25,16 @@ from hafl_app.data.tables import (
 
 __all__ = ["DataError", "LabelledText", "SourceName", "TextSource", "load_text"]
 
-SourceName = Literal["banking77", "newsgroups", "local", "synthetic", "on_device"]
+SourceName = Literal[
+    "banking77",
+    "newsgroups",
+    "dolly",
+    "gsm8k",
+    "natural_instructions",
+    "local",
+    "synthetic",
+    "on_device",
+]
 
 TEST_FRACTION: Final = 0.1
 """Share of a local training file that becomes the test set where none is given."""
@@ -37,13 +47,17 @@ class TextSource:
     Parameters
     ----------
     source
-        ``banking77``, ``newsgroups``, ``local``, ``synthetic``, or ``on_device``: every node has
-        a file of its own, see `hafl_app.data.own`, and there is nothing to load here.
+        Labelled text: ``banking77``, ``newsgroups``, ``local``, ``synthetic``, or ``on_device``:
+        every node has a file of its own, see `hafl_app.data.own`, and there is nothing to load
+        here. Prompts with answers: ``dolly``, ``gsm8k``, ``natural_instructions``, and ``local``
+        with an ``answer_column``.
     path
         ``banking77``: folder with train.csv and test.csv, and categories.json if need be.
         ``newsgroups``: folder with a train and a test file with the columns label, subject and
-        text, and labels.json. ``local``: the training file, or a folder with a train and
-        optionally a test file. None: from the hub.
+        text, and labels.json. ``dolly``: see `hafl_app.data.instructions.read_dolly`.
+        ``gsm8k``: folder with a train and a test file. ``natural_instructions``: folder of tasks,
+        of which a tenth becomes the test set. ``local``: the training file, or a folder with a
+        train and optionally a test file. None: from the hub.
     test_path
         ``local``: the test file; else a tenth of the training data is split off. ``on_device``:
         the server's test file; without one it has none.
@@ -59,6 +73,10 @@ class TextSource:
         ``synthetic``: number of texts, at least 1.
     data_seed
         Seed, not negative, of the order, the subsets, the test split and the synthetic texts.
+    answer_column
+        Column of the answers; None for text without any.
+    template
+        What makes the prompt of the other columns, see `hafl_app.data.template.render`.
     """
 
     source: SourceName
@@ -74,19 +92,21 @@ class TextSource:
     num_train: int = 4000
     num_test: int = 1000
     data_seed: int = 0
+    answer_column: str | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """A data set for text classification.
+    """A data set of labelled texts, or of prompts with answers.
 
     Parameters
     ----------
     train, test
         Columns ``text`` (string) and ``label`` (int, an index into ``label_names``), beside
-        the others of the file.
+        the others of the file; with answers, ``text`` is the prompt and ``answer`` a string.
     label_names
-        Name of each class.
+        Name of each class, or of each category of prompts.
     """
 
     train: datasets.Dataset
@@ -122,6 +142,10 @@ def load_text(source: TextSource) -> LabelledText:
             f"{nearest(source.source, _READERS)}"
         )
     train, test, names = _READERS[source.source](source)
+    if source.answer_column and "answer" not in train:
+        raise DataError(
+            f"dataset.answer_column={source.answer_column}: {source.source!r} has no answers"
+        )
     names = source.label_names or names or sorted_label_names(train["label"])
     train, test = index_labels(train, names, "train"), index_labels(test, names, "test")
     return LabelledText(
@@ -176,7 +200,40 @@ def _read_local(source: TextSource) -> _Tables:
     return _Tables(train, _read_file(test_file, source), None)
 
 
+def _read_gsm8k(source: TextSource) -> _Tables:
+    train, test = (
+        _with_pairs(read_table(file, ()), source, str(file)) for file in both_files(_folder(source))
+    )
+    return _Tables(train, test, None)
+
+
+def _read_dolly(source: TextSource) -> _Tables:
+    folder = _folder(source)
+    train, test = (_with_pairs(table, source, str(folder)) for table in read_dolly(folder))
+    return _Tables(train, test, None)
+
+
+def _read_natural_instructions(source: TextSource) -> _Tables:
+    folder = _folder(source)
+    rows = _with_pairs(read_tasks(folder), source, str(folder))
+    return _split_test_off(rows, source.data_seed)
+
+
+def _folder(source: TextSource) -> Path:
+    if not source.path:
+        raise DataError(f"dataset.path: the source {source.source!r} needs a folder, got none")
+    return resolve(source.path, "dataset.path")
+
+
+def _with_pairs(table: pd.DataFrame, source: TextSource, origin: str) -> pd.DataFrame:
+    if not source.answer_column:
+        raise DataError(f"dataset.answer_column must be given for {origin}")
+    return with_pairs(table, source.template, source.answer_column, source.label_column, origin)
+
+
 def _read_file(file: Path, source: TextSource) -> pd.DataFrame:
+    if source.answer_column:
+        return _with_pairs(read_table(file, ()), source, str(file))
     columns = (source.text_column, source.label_column)
     return standardise(read_table(file, columns), *columns, str(file))
 
@@ -213,6 +270,9 @@ def _from_hub(source: TextSource) -> _Tables:
 _READERS: Final[dict[str, Callable[[TextSource], _Tables]]] = {
     "banking77": _read_banking77,
     "newsgroups": _read_newsgroups,
+    "dolly": _read_dolly,
+    "gsm8k": _read_gsm8k,
+    "natural_instructions": _read_natural_instructions,
     "local": _read_local,
     "synthetic": _read_synthetic,
 }

@@ -5,12 +5,14 @@ import hashlib
 import itertools
 import logging
 import os
+import struct
 import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +23,11 @@ from hafl_app.data.errors import DataError
 logger = logging.getLogger(__name__)
 
 Tokenise = Callable[[list[str]], list[list[int]]]
+TokenisePairs = Callable[[list[str], list[str]], tuple[list[list[int]], list[int]]]
+"""From prompts and answers to rows of both, and where in its row each answer starts."""
 
 _WAIT_SECONDS = 600.0
+_ZIP_LENGTHS_AT = 26  # of a file's name and extra field, in its header; what they tell follows
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +42,15 @@ class EncodedText:
         Where each row starts, and the end, int64, shape (rows + 1,).
     labels
         Class index of each row, int64, shape (rows,).
+    answer_starts
+        Of prompts with answers: tokens of each row before its answer, int64, shape (rows,). At
+        least the row's length where it was cut before the answer. None for plain text.
     """
 
     tokens: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
+    answer_starts: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,7 +92,18 @@ class EncodedText:
         offsets = _offsets(lengths)
         shift = self.offsets[rows] - offsets[:-1]
         source = np.arange(offsets[-1]) + np.repeat(shift, lengths)
-        return EncodedText(self.tokens[source], offsets, self.labels[rows])
+        starts = None if self.answer_starts is None else self.answer_starts[rows]
+        return EncodedText(self.tokens[source], offsets, self.labels[rows], starts)
+
+    def with_answers(self) -> "EncodedText":
+        """Return the rows that have a token of their answer to predict; all rows of plain text.
+
+        The first token of a row does not count: it follows nothing.
+        """
+        if self.answer_starts is None:
+            return self
+        answered = self.lengths > np.maximum(self.answer_starts, 1)
+        return self if answered.all() else self.select(np.flatnonzero(answered))
 
 
 def encode(
@@ -116,29 +136,91 @@ def encode(
     DataError
         If there is not one label, or not one list of tokens, per text.
     """
+    classes = _classes(labels, len(texts))
+
+    def make() -> EncodedText:
+        return _flat(tokenise(list(texts)) if texts else [], classes)
+
+    return _kept(cache, key, texts, classes, make)
+
+
+def encode_pairs(
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    labels: npt.ArrayLike,
+    tokenise: TokenisePairs,
+    cache: Path | None,
+    key: str,
+) -> EncodedText:
+    """Tokenise prompts with their answers, or read the result of an earlier time.
+
+    Parameters
+    ----------
+    prompts, answers, labels
+        One of each per row, shape (rows,).
+    tokenise
+        From prompts and answers to rows, cut to length, and where the answers start.
+    cache, key
+        As in `encode`.
+
+    Returns
+    -------
+    EncodedText
+        One row per prompt, also where nothing of the answer is left.
+
+    Raises
+    ------
+    DataError
+        If there is not one answer, one label and one row of tokens per prompt.
+    """
+    classes = _classes(labels, len(prompts))
+    if len(answers) != len(prompts):
+        raise DataError(f"{len(answers)} answers for {len(prompts)} prompts")
+
+    def make() -> EncodedText:
+        rows, starts = tokenise(list(prompts), list(answers)) if prompts else ([], [])
+        return _flat(rows, classes, np.asarray(starts, dtype=np.int64))
+
+    return _kept(cache, f"{key}/pairs", [*prompts, *answers], classes, make)
+
+
+def _classes(labels: npt.ArrayLike, rows: int) -> npt.NDArray[np.int64]:
     classes = np.asarray(labels, dtype=np.int64)
-    if classes.shape != (len(texts),):
-        raise DataError(f"labels of shape {classes.shape} for {len(texts)} texts")
+    if classes.shape != (rows,):
+        raise DataError(f"labels of shape {classes.shape} for {rows} texts")
+    return classes
+
+
+def _kept(
+    cache: Path | None,
+    key: str,
+    texts: Sequence[str],
+    labels: npt.NDArray[np.int64],
+    make: Callable[[], EncodedText],
+) -> EncodedText:
+    """Return what the cache has of these texts; make and keep it where that is nothing sound."""
     if cache is None:
-        return _encoded(texts, classes, tokenise)
-    path = cache / f"{_digest(key, texts, classes)}.npz"
+        return make()
+    path = cache / f"{_digest(key, texts, labels)}.npz"
     with _alone(path):
-        encoded = _read(path, classes)
+        encoded = _read(path, labels)
         if encoded is None:
-            encoded = _encoded(texts, classes, tokenise)
+            encoded = make()
             _write(path, encoded)
+            encoded = _read(path, labels) or encoded  # so that this process shares it as well
     return encoded
 
 
-def _encoded(
-    texts: Sequence[str], labels: npt.NDArray[np.int64], tokenise: Tokenise
+def _flat(
+    rows: Sequence[Sequence[int]],
+    labels: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64] | None = None,
 ) -> EncodedText:
-    rows = tokenise(list(texts)) if texts else []
-    if len(rows) != len(texts):
-        raise DataError(f"the tokenizer made {len(rows)} rows of {len(texts)} texts")
+    if len(rows) != len(labels) or (starts is not None and len(starts) != len(rows)):
+        raise DataError(f"the tokenizer made {len(rows)} rows of {len(labels)} texts")
     offsets = _offsets(np.fromiter(map(len, rows), np.int64, len(rows)))
     tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(offsets[-1]))
-    return EncodedText(tokens, offsets, labels)
+    return EncodedText(tokens, offsets, labels, starts)
 
 
 def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -181,7 +263,9 @@ def _read(path: Path, labels: npt.NDArray[np.int64]) -> EncodedText | None:
     """Read a file of the cache; None if it is absent, damaged or not ours."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            encoded = EncodedText(arrays["tokens"], arrays["offsets"], arrays["labels"])
+            starts = arrays.get("answer_starts")
+            tokens = _mapped(path, "tokens")
+            encoded = EncodedText(tokens, arrays["offsets"], arrays["labels"], starts)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
@@ -190,8 +274,32 @@ def _read(path: Path, labels: npt.NDArray[np.int64]) -> EncodedText | None:
     return encoded if _is_sound(encoded, labels) else None
 
 
+def _mapped(path: Path, name: str) -> npt.NDArray[Any]:
+    """Map an array of an npz file into memory, read-only: processes share its pages.
+
+    Raises
+    ------
+    ValueError
+        If the array is compressed or of objects, or the file does not hold what was written.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        about = archive.getinfo(f"{name}.npy")
+        np.lib.format.read_magic(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        header_bytes = member.tell()
+    if about.compress_type != zipfile.ZIP_STORED or dtype.hasobject:
+        raise ValueError(f"{name}: compressed, or of {dtype}")
+    with path.open("rb") as file:  # what stands before a file in an archive, and how long it is
+        file.seek(about.header_offset + _ZIP_LENGTHS_AT)
+        start = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
+    written = np.asarray(np.memmap(path, np.uint8, "r", start, (about.file_size,)))
+    if zlib.crc32(written.data) != about.CRC:
+        raise ValueError(f"{name}: another checksum")
+    return written[header_bytes:].view(dtype).reshape(shape)
+
+
 def _is_sound(encoded: EncodedText, labels: npt.NDArray[np.int64]) -> bool:
-    tokens, offsets = encoded.tokens, encoded.offsets
+    tokens, offsets, starts = encoded.tokens, encoded.offsets, encoded.answer_starts
     return (
         (tokens.dtype, offsets.dtype) == (np.dtype(np.int32), np.dtype(np.int64))
         and tokens.ndim == 1
@@ -199,6 +307,7 @@ def _is_sound(encoded: EncodedText, labels: npt.NDArray[np.int64]) -> bool:
         and (int(offsets[0]), int(offsets[-1])) == (0, len(tokens))
         and bool((np.diff(offsets) >= 0).all())
         and np.array_equal(encoded.labels, labels)
+        and (starts is None or (starts.dtype, starts.shape) == (np.dtype(np.int64), labels.shape))
     )
 
 
@@ -207,8 +316,9 @@ def _write(path: Path, encoded: EncodedText) -> None:
     unfinished = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {name: array for name, array in vars(encoded).items() if array is not None}
         with unfinished.open("wb") as file:
-            np.savez(file, tokens=encoded.tokens, offsets=encoded.offsets, labels=encoded.labels)
+            np.savez(file, **arrays)
         os.replace(unfinished, path)  # noqa: PTH105
     except OSError as error:
         # The cache saves time and nothing else: a full disk or a read-only home is no obstacle.

@@ -7,6 +7,7 @@ from hafl_app.config.schema import Settings
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import ModuleShape, initial_adapter
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.training.lora_model import adapter_shapes
 
 BYTES_PER_NUMBER = 4
 
@@ -18,15 +19,16 @@ def equal_mean_bytes_rank(settings: Settings) -> int:
     homogeneous federation never has the larger budget.
     """
     text = assembly.federated_text(settings, settings.federation.num_clients)
-    classifier = assembly.classifier(settings, len(text.label_names))
+    spec = assembly.model_spec(settings, len(text.label_names))
+    shapes = adapter_shapes(spec)
     head = 0
     if settings.model.head == "averaged":
-        head = sum(tensor.numel() for tensor in classifier.initial_head.values())
+        head = sum(tensor.numel() for tensor in spec.initial_head().values())
     strategy = assembly.strategy(settings)
     strategy.options = assembly.federation_options(settings)
-    strategy.global_adapter = initial_adapter(classifier.shapes(), strategy.max_rank, settings.seed)
+    strategy.global_adapter = initial_adapter(shapes, strategy.max_rank, settings.seed)
     ranks = assembly.client_ranks(settings, settings.federation.num_clients)
-    return homogeneous_rank(mean_bytes(strategy, ranks, head), classifier.shapes(), head)
+    return homogeneous_rank(mean_bytes(strategy, ranks, head), shapes, head)
 
 
 def mean_bytes(strategy: HeterogeneousLora, ranks: Sequence[int], head_parameters: int) -> float:

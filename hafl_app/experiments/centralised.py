@@ -1,5 +1,6 @@
 """Centralised LoRA: all clients' training data in one place, the upper reference."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,17 +15,18 @@ from hafl_app.config.schema import Settings
 from hafl_app.data.text import EncodedText
 from hafl_app.federation.sampling import sample_size
 from hafl_app.lowrank.factors import Adapter, initial_adapter
+from hafl_app.metrics import Metric, Task
 from hafl_app.plan import TrainPlan
 from hafl_app.reporting import plain_settings
 from hafl_app.tracking.base import RoundRecord
 from hafl_app.tracking.jsonl import JsonlTracker
-from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.device import threads
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.local import TrainResult, train
+from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.saved import save_adapter
 
-HEADER = "pass   train loss   validation     test   test macro F1   seconds"
+_WIDTH = 6  # of a column of scores, unless its title is longer
 
 
 def num_passes(settings: Settings) -> int:
@@ -42,10 +44,12 @@ def union(parts: Sequence[EncodedText]) -> EncodedText:
     starts = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])])
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=True)]
     end = sum(len(part.tokens) for part in parts)
+    answers = [part.answer_starts for part in parts if part.answer_starts is not None]
     return EncodedText(
         tokens=np.concatenate([part.tokens for part in parts]),
         offsets=np.concatenate([*offsets, [end]]),
         labels=np.concatenate([part.labels for part in parts]),
+        answer_starts=np.concatenate(answers) if answers else None,
     )
 
 
@@ -65,31 +69,32 @@ def train_centralised(
         the adapter of the last pass.
     """
     text = assembly.federated_text(settings, settings.federation.num_clients)
-    classifier = assembly.classifier(settings, len(text.label_names))
+    model = assembly.model(settings, len(text.label_names))
     examples = union([text.train(i) for i in range(text.num_partitions)])
-    adapter, plan = _start(settings, classifier)
+    adapter, plan = _start(settings, model)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(plain_settings(settings)), folder / "config.yaml")
     tracker = JsonlTracker(folder)
     tracker.start(plain_settings(settings), [])
-    say(HEADER)
+    task = assembly.task(settings)
+    say(header(task))
     records: list[RoundRecord] = []
     began = [time.perf_counter()]
 
     def on_epoch(epoch: int, loss: float) -> None:
-        metrics = evaluate(classifier, text.test, settings.client.precision).named("test")
+        metrics = evaluate(model, text.test, settings.client.precision).named("test")
         if len(text.validation.labels):
-            scores = evaluate(classifier, text.validation, settings.client.precision)
+            scores = evaluate(model, text.validation, settings.client.precision)
             metrics |= scores.named("validation")
         seconds = time.perf_counter() - began[-1]
         began.append(time.perf_counter())
         records.append(RoundRecord(epoch, seconds, loss, 0, 0, 0, 0, metrics))
         tracker.log_round(records[-1])
-        say(_line(records[-1]))
+        say(_line(records[-1], task))
 
     with threads(settings.client.num_threads):
         result = train(
-            classifier,
+            model,
             adapter,
             plan,
             examples,
@@ -102,7 +107,7 @@ def train_centralised(
     save_adapter(
         folder / "adapter",
         result.adapter,
-        assembly.classifier_spec(settings, len(text.label_names)),
+        assembly.model_spec(settings, len(text.label_names)),
         label_names=text.label_names,
         max_length=settings.dataset.max_length,
         facts={"centralised": True, "seed": settings.seed, "metrics": summary["final"]},
@@ -110,11 +115,11 @@ def train_centralised(
     return summary
 
 
-def _start(settings: Settings, classifier: LoraClassifier) -> tuple[Adapter, TrainPlan]:
+def _start(settings: Settings, model: LoraModel) -> tuple[Adapter, TrainPlan]:
     """Return what the federation would start from, and the plan to train all of it."""
     strategy = assembly.strategy(settings)
     strategy.options = assembly.federation_options(settings)
-    strategy.global_adapter = initial_adapter(classifier.shapes(), strategy.max_rank, settings.seed)
+    strategy.global_adapter = initial_adapter(model.shapes(), strategy.max_rank, settings.seed)
     federation = settings.federation
     # A limit of steps holds for each client of each round.
     clients = sample_size(federation.fraction_train, federation.num_clients)
@@ -124,13 +129,18 @@ def _start(settings: Settings, classifier: LoraClassifier) -> tuple[Adapter, Tra
         local_epochs=num_passes(settings),
         max_steps=federation.num_rounds * clients * settings.client.max_steps,
     )
-    return strategy.global_adapter.with_head(classifier.initial_head), plan
+    return strategy.global_adapter.with_head(model.initial_head), plan
 
 
 def _summary(
     settings: Settings, plan: TrainPlan, result: TrainResult, records: Sequence[RoundRecord]
 ) -> dict[str, Any]:
-    chosen = max(records, key=lambda r: r.metrics.get("validation/accuracy", 0.0))
+    metric = assembly.task(settings).primary
+
+    def merit(record: RoundRecord) -> float:
+        return metric.merit(record.metrics.get(metric.key("validation"), metric.merit(-math.inf)))
+
+    chosen = max(records, key=merit)
     return {
         "status": "finished",
         "kind": "centralised",
@@ -151,12 +161,27 @@ def _summary(
     }
 
 
-def _line(record: RoundRecord) -> str:
-    metrics = record.metrics
-    validation = metrics.get("validation/accuracy")
+def header(task: Task) -> str:
+    """Return the heading of the table of passes."""
+    cells = "   ".join(f"{title:>{_WIDTH}}" for title, _, _ in _columns(task))
+    return f"pass   train loss   {cells}   seconds"
+
+
+def _columns(task: Task) -> list[tuple[str, Metric, str]]:
+    """Return title, metric and phase of the scores in the table."""
+    return [
+        ("validation", task.primary, "validation"),
+        ("test", task.primary, "test"),
+        (f"test {task.second.title}", task.second, "test"),
+    ]
+
+
+def _line(record: RoundRecord, task: Task) -> str:
+    cells = [
+        f"{metric.text(record.metrics.get(metric.key(phase))):>{max(_WIDTH, len(title))}}"
+        for title, metric, phase in _columns(task)
+    ]
+    scores = "   ".join(cells)
     return (
-        f"{record.server_round:>4}   {record.train_loss:>10.4f}   "
-        f"{'-' if validation is None else f'{validation:.1%}':>10}   "
-        f"{metrics['test/accuracy']:>6.1%}   {metrics['test/macro-f1']:>13.1%}   "
-        f"{record.seconds:>7.1f}"
+        f"{record.server_round:>4}   {record.train_loss:>10.4f}   {scores}   {record.seconds:>7.1f}"
     )

@@ -13,11 +13,11 @@ from hafl_app.federation.records import (
     METRICS,
     NUM_EXAMPLES,
     AdapterArrays,
-    Float32,
     adapter_content,
     read_adapter,
     read_plan,
 )
+from hafl_app.federation.wire_arrays import Float32
 
 _SCALE, _MANY_EXAMPLES = 1e6, 10**9
 

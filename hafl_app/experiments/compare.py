@@ -80,6 +80,7 @@ def compare(command: Command, command_line: str, say: Say) -> int:
         seeds=command.seeds,
         tuning=tuning,
         versions=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
+        metric=comparison.metric,
     )
     say("\n" + _sum_up(comparison, outcomes, source))
     say(f"Written: table.md, table.csv, results.json and comparison.png in {folder}")
@@ -118,7 +119,8 @@ def _news(outcome: Outcome) -> str:
         return f"FAILED: {outcome.error}"
     curve = read_curve(outcome.job.folder)
     when = "finished earlier" if outcome.resumed else f"{outcome.seconds:.1f} s"
-    scores = f"val {curve.validation[-1]:.1%}  test {curve.test[-1]:.1%}"
+    text = curve.metric.text
+    scores = f"val {text(curve.validation[-1])}  test {text(curve.test[-1])}"
     failed = f"  {curve.failures} TRAININGS FAILED, see run.log" if curve.failures else ""
     return f"{scores}  {curve.sent[-1]:.2f} MB  {when}{failed}"
 
@@ -131,7 +133,7 @@ def _tuning_line(comparison: Comparison) -> str:
     if cells and not tuning.per_cell:
         where += f" in {cells[0]}"
     grid = ", ".join(f"{rate:g}" for rate in tuning.learning_rates)
-    return f"best of {grid} by validation accuracy, per method, on {where}"
+    return f"best of {grid} by validation {comparison.metric.title}, per method, on {where}"
 
 
 def _sum_up(comparison: Comparison, outcomes: Sequence[Outcome], source: Provenance) -> str:
@@ -162,7 +164,9 @@ def _sum_up(comparison: Comparison, outcomes: Sequence[Outcome], source: Provena
         cell: [
             line
             for method in comparison.methods
-            for line in alone_cells(method, _device_ranks(jobs.get((cell, method), [])))
+            for line in alone_cells(
+                method, _device_ranks(jobs.get((cell, method), [])), comparison.metric
+            )
         ]
         for cell in comparison.cells
     }

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hafl_app import assembly
 from hafl_app.config.compose import SettingsError, compose, quoted
 from hafl_app.config.schema import CompareSettings, MethodSettings, Settings
 from hafl_app.experiments.budget import equal_mean_bytes_rank
 from hafl_app.experiments.command import Command, choose
+from hafl_app.metrics import ACCURACY, Metric
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _LEARNING_RATE = "client.learning_rate"
@@ -38,7 +40,8 @@ class Comparison:
     """Every chosen method in every chosen cell, on the same seeds.
 
     The seed alone decides partitions, rank budgets and sampling, so the methods of a cell meet
-    the same clients. A comparison without cells has one, with the empty name.
+    the same clients. A comparison without cells has one, with the empty name. Methods are compared
+    by ``metric``.
     """
 
     command: Command
@@ -46,6 +49,7 @@ class Comparison:
     folder: Path
     methods: Mapping[str, MethodSettings]
     cells: Mapping[str, Sequence[str]]
+    metric: Metric = ACCURACY
 
     @classmethod
     def of(cls, command: Command, folder: Path) -> "Comparison":
@@ -73,6 +77,7 @@ class Comparison:
                 for name in choose("methods", command.methods, [*plan.methods])
             },
             {name: cells[name] for name in choose("cells", command.cells, [*cells])},
+            assembly.task(settings).primary,
         )
         comparison._check(settings)
         return comparison

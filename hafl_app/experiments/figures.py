@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hafl_app.experiments.results import Curve
+from hafl_app.metrics import ACCURACY
 
 # Okabe and Ito's colours, told apart by the colour-blind; with a marker each, also in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,7 +29,7 @@ class Line:
 def draw_comparison(
     cells: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path, title: str
 ) -> None:
-    """Draw test accuracy by round and by MB sent, one row of panels a cell, into a PNG.
+    """Draw the test score by round and by MB sent, one row of panels a cell, into a PNG.
 
     Parameters
     ----------
@@ -41,16 +42,17 @@ def draw_comparison(
     methods = list(dict.fromkeys(method for lines in cells.values() for method in lines))
     for (by_round, by_traffic), (cell, lines) in zip(panels, cells.items(), strict=True):
         known = {method: curves for method, curves in lines.items() if curves}
-        accuracy = {m: [curve.test for curve in curves] for m, curves in known.items()}
-        rounds = {m: Line(range(len(each[0])), each) for m, each in accuracy.items()}
+        scores = {m: [curve.test for curve in curves] for m, curves in known.items()}
+        metric = next((curve.metric for curves in known.values() for curve in curves), ACCURACY)
+        rounds = {m: Line(range(len(each[0])), each) for m, each in scores.items()}
         sent = {
             m: Line(np.mean([curve.sent for curve in known[m]], axis=0).tolist(), each)
-            for m, each in accuracy.items()
+            for m, each in scores.items()
         }
-        draw_lines(by_round, rounds, methods)
-        draw_lines(by_traffic, sent, methods)
+        draw_lines(by_round, rounds, methods, percent=metric.is_share)
+        draw_lines(by_traffic, sent, methods, percent=metric.is_share)
         by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
-        by_round.set(xlabel="round", ylabel="test accuracy", title=cell)
+        by_round.set(xlabel="round", ylabel=f"test {metric.title}", title=cell)
         by_traffic.set(xlabel="sent so far, down and up (MB)", title=cell)
         by_traffic.tick_params(labelleft=True)
     save(figure, panels[0][0], path)
@@ -68,13 +70,17 @@ def draw_shares(lines: Mapping[str, Line], path: Path, title: str, ylabel: str) 
     save(figure, axes, path)
 
 
-def draw_lines(axes: Axes, lines: Mapping[str, Line], order: Sequence[str]) -> None:
+def draw_lines(
+    axes: Axes, lines: Mapping[str, Line], order: Sequence[str], *, percent: bool = True
+) -> None:
     """Draw a mean line a method, and a band from the lowest to the highest seed.
 
     Parameters
     ----------
     order
         All methods of the figure; a method's place decides its colour and marker.
+    percent
+        Whether the values are shares in [0, 1], to be written in percent.
     """
     for method, line in lines.items():
         place = order.index(method)
@@ -94,7 +100,8 @@ def draw_lines(axes: Axes, lines: Mapping[str, Line], order: Sequence[str]) -> N
                 line.xs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, lw=0
             )
     axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.grid(color="0.9")
 
 

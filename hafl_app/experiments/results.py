@@ -9,12 +9,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from hafl_app.metrics import ACCURACY, Metric, task_of
+
 MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run by round, from round 0: accuracies in [0, 1] (NaN if unknown), and bytes so far.
+    """A run by round, from round 0: values of `metric` (NaN if unknown), and bytes so far.
 
     `failures` counts the trainings, of all rounds, that did not count.
     """
@@ -24,6 +26,7 @@ class Curve:
     bytes_down: tuple[int, ...]
     bytes_up: tuple[int, ...]
     failures: int = 0
+    metric: Metric = ACCURACY
 
     @property
     def sent(self) -> list[float]:
@@ -32,13 +35,16 @@ class Curve:
 
     @property
     def best_round(self) -> int:
-        """The first round of training with the highest validation accuracy; the last without."""
+        """The first round of training with the best validation score; the last without."""
         known = [r for r, value in enumerate(self.validation) if r and math.isfinite(value)]
-        return max(known, key=lambda r: self.validation[r], default=len(self.test) - 1)
+        merit = self.metric.merit
+        return max(known, key=lambda r: merit(self.validation[r]), default=len(self.test) - 1)
 
-    def first_round_at(self, accuracy: float) -> int | None:
-        """Return the first round whose test accuracy is at least this one."""
-        return next((r for r, value in enumerate(self.test) if value >= accuracy), None)
+    def first_round_at(self, score: float) -> int | None:
+        """Return the first round whose test score is at least as good as this one."""
+        merit = self.metric.merit
+        wanted = merit(score)
+        return next((r for r, value in enumerate(self.test) if merit(value) >= wanted), None)
 
 
 def read_curve(folder: Path) -> Curve:
@@ -57,12 +63,14 @@ def read_curve(folder: Path) -> Curve:
     rounds = [line for line in lines if line.get("kind") == "round"]
     if not rounds:
         raise ValueError(f"{folder}: metrics.jsonl has no round")
+    metric = task_of({name for line in rounds for name in line["metrics"]}).primary
     return Curve(
-        test=_metric(rounds, "test/accuracy"),
-        validation=_metric(rounds, "validation/accuracy"),
+        test=_metric(rounds, metric.key("test")),
+        validation=_metric(rounds, metric.key("validation")),
         bytes_down=tuple(accumulate(r["bytes_down"] for r in rounds)),
         bytes_up=tuple(accumulate(r["bytes_up"] for r in rounds)),
         failures=sum(r.get("failures", 0) for r in rounds),
+        metric=metric,
     )
 
 
@@ -90,9 +98,9 @@ class Row:
     Parameters
     ----------
     final, best
-        Test accuracy in the last round, and in the one with the best validation accuracy.
+        Test score in the last round, and in the one with the best validation score.
     rounds_to_baseline, mb_to_baseline
-        Until the test accuracy is that of the baseline's last round on the same seed, over the
+        Until the test score is that of the baseline's last round on the same seed, over the
         seeds that get there.
     mb_down, mb_up
         Of the whole run.

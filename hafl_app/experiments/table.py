@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hafl_app.experiments.results import Row, Spread
+from hafl_app.metrics import ACCURACY, Metric
 
 _COLUMNS = (
     "method",
@@ -26,7 +27,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a table comes from; all of it stands under the table."""
+    """Where a table comes from; all of it but the metric stands under the table as it is."""
 
     title: str
     baseline: str
@@ -35,14 +36,24 @@ class Provenance:
     seeds: tuple[int, ...]
     tuning: str
     versions: str
+    metric: Metric = ACCURACY
 
 
 def percent(spread: Spread) -> str:
     """Return mean and deviation in percent, e.g. ``81.2 ± 0.4``; ``-`` if there is none."""
+    return _mean_and_deviation(spread, 100, 1)
+
+
+def score(spread: Spread, metric: Metric) -> str:
+    """Return mean and deviation of a metric: shares in percent, others with two decimals."""
+    return percent(spread) if metric.is_share else _mean_and_deviation(spread, 1, 2)
+
+
+def _mean_and_deviation(spread: Spread, factor: float, decimals: int) -> str:
     if not math.isfinite(spread.mean):
         return "-"
-    deviation = f" ± {100 * spread.sd:.1f}" if math.isfinite(spread.sd) else ""
-    return f"{100 * spread.mean:.1f}{deviation}"
+    deviation = f" ± {factor * spread.sd:.{decimals}f}" if math.isfinite(spread.sd) else ""
+    return f"{factor * spread.mean:.{decimals}f}{deviation}"
 
 
 def size(value: float) -> str:
@@ -67,7 +78,9 @@ def markdown(
     for cell in dict.fromkeys(row.cell for row in rows):
         if cell:
             parts.append(f"## {cell}")
-        parts.append(_grid(_COLUMNS, [_cells(row) for row in rows if row.cell == cell]))
+        parts.append(
+            _grid(_COLUMNS, [_cells(row, source.metric) for row in rows if row.cell == cell])
+        )
         if alone.get(cell):
             parts.append(_grid(ALONE_COLUMNS, alone[cell]))
     parts.append(_footer(source))
@@ -77,7 +90,9 @@ def markdown(
 ALONE_COLUMNS = ("method", "client rank", "federated", "alone, own rank", "alone, max rank")
 
 
-def alone_cells(method: str, by_seed: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[str]]:
+def alone_cells(
+    method: str, by_seed: Sequence[Sequence[Mapping[str, Any]]], metric: Metric = ACCURACY
+) -> list[list[str]]:
     """Return rows of `ALONE_COLUMNS` from the ``device_ranks`` of a method's summaries."""
     rows = []
     for rank in sorted({row["rank"] for summary in by_seed for row in summary}):
@@ -86,7 +101,7 @@ def alone_cells(method: str, by_seed: Sequence[Sequence[Mapping[str, Any]]]) -> 
             key: Spread(tuple(row[key] for row in same if row.get(key) is not None))
             for key in ("federated", "alone", "alone_at_max_rank")
         }
-        rows.append([method, str(rank), *(percent(spread) for spread in each.values())])
+        rows.append([method, str(rank), *(score(spread, metric) for spread in each.values())])
     return rows
 
 
@@ -105,18 +120,18 @@ def write_tables(
     writer.writeheader()
     writer.writerows({k: v for k, v in row.items() if not isinstance(v, list)} for row in plain)
     (folder / "table.csv").write_text(stream.getvalue(), encoding="utf-8")
-    results = {**asdict(source), "rows": plain}
+    results = {**asdict(source), "metric": source.metric.name, "rows": plain}
     (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     return text
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, metric: Metric) -> list[str]:
     return [
         row.method,
         str(row.max_rank),
         f"{row.learning_rate:g}",
-        percent(row.final),
-        percent(row.best),
+        score(row.final, metric),
+        score(row.best, metric),
         _rounds(row),
         size(row.mb_to_baseline.mean),
         size(row.mb_down.mean),
@@ -153,12 +168,14 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _footer(source: Provenance) -> str:
+    name = source.metric.title
+    unit = " in percent" if source.metric.is_share else ""
     return "\n".join(
         [
-            "Test accuracy in percent: mean ± standard deviation over the seeds. To baseline: "
-            f"until the test accuracy of {source.baseline}'s last round on the same seed is "
-            "reached, mean over the seeds that reach it (-: none). MB of 10^6 bytes: all messages "
-            "of training and evaluation, over all clients and rounds.",
+            f"Test {name}{unit}: mean ± standard deviation over the seeds. To baseline: until the "
+            f"test {name} of {source.baseline}'s last round on the same seed is reached, mean over "
+            "the seeds that reach it (-: none). MB of 10^6 bytes: all messages of training and "
+            "evaluation, over all clients and rounds.",
             "",
             f"- command: `{source.command}`",
             f"- seeds: {', '.join(map(str, source.seeds))}",

@@ -1,4 +1,4 @@
-"""Choose each method's learning rate by validation accuracy, on a seed of its own."""
+"""Choose each method's learning rate by its validation score, on a seed of its own."""
 
 import json
 import math
@@ -9,14 +9,15 @@ from typing import Any
 from hafl_app.experiments.comparison import Comparison, Job
 from hafl_app.experiments.results import read_curve
 from hafl_app.experiments.running import Outcome
+from hafl_app.metrics import task_of
 
 
 class TuningError(RuntimeError):
     """A method that does not finish at any learning rate of the grid."""
 
 
-def validation_accuracy(folder: Path) -> float:
-    """Return a run's validation accuracy in its last round."""
+def validation_score(folder: Path) -> float:
+    """Return a run's validation score in its last round."""
     return read_curve(folder).validation[-1]
 
 
@@ -25,7 +26,7 @@ def choose_learning_rates(
 ) -> tuple[dict[tuple[str, str], float], list[dict[str, Any]]]:
     """Return the learning rate of every cell and method, and the record of the search.
 
-    The highest validation accuracy wins, the first of the grid among equals. Runs that failed,
+    The best validation score wins, the first of the grid among equals. Runs that failed,
     as at a rate so high that training diverges, do not count.
 
     Raises
@@ -36,14 +37,14 @@ def choose_learning_rates(
     scores: dict[tuple[str, str], dict[float, float]] = {}
     for outcome in outcomes:
         job = outcome.job
-        accuracy = math.nan if outcome.error else validation_accuracy(job.folder)
-        scores.setdefault((job.cell, job.method), {})[job.learning_rate] = accuracy
+        score = math.nan if outcome.error else validation_score(job.folder)
+        scores.setdefault((job.cell, job.method), {})[job.learning_rate] = score
     best: dict[tuple[str, str], float] = {}
     for (cell, method), by_rate in scores.items():
         known = {rate: value for rate, value in by_rate.items() if math.isfinite(value)}
         if not known:
             raise TuningError(f"{method}: no learning rate of {list(by_rate)} works; see run.log")
-        best[cell, method] = max(known, key=lambda rate: known[rate])
+        best[cell, method] = max(known, key=lambda rate: comparison.metric.merit(known[rate]))
     record = [
         _record(cell, method, best[cell, method], by_rate, comparison)
         for (cell, method), by_rate in scores.items()
@@ -65,9 +66,10 @@ def write_tuning(path: Path, record: Sequence[dict[str, Any]]) -> None:
 
 def tuned_line(record: dict[str, Any]) -> str:
     """Return one line about one method's search."""
+    metric = task_of([record["metric"]]).primary
     tried = ", ".join(
-        f"{rate} {'failed' if value is None else f'{value:.1%}'}"
-        for rate, value in record["validation_accuracy"].items()
+        f"{rate} {'failed' if value is None else metric.text(value)}"
+        for rate, value in record["validation"].items()
     )
     edge = "; at the edge of the grid" if record["at_edge"] else ""
     name = " ".join(part for part in (record["cell"], record["method"]) if part)
@@ -88,7 +90,8 @@ def _record(
         "cell": cell,
         "method": method,
         "learning_rate": best,
-        "validation_accuracy": {
+        "metric": comparison.metric.name,
+        "validation": {
             str(rate): value if math.isfinite(value) else None for rate, value in by_rate.items()
         },
         "at_edge": len(grid) > 1 and best in {grid[0], grid[-1]},

@@ -160,13 +160,15 @@ class NodeDirectory:
             self.profiles[profile.node_id] = profile
             self.refusals.pop(profile.node_id, None)
 
-    def _numbered(self, present: Sequence[NodeProfile]) -> list[NodeProfile]:
+    def _numbered(self, present: list[NodeProfile]) -> list[NodeProfile]:
         """Give numbers to the nodes that have none, and return those that are present.
 
         Only now, and to all of them at once: who answers first must not decide.
         """
-        lowest = max((p.num_partitions for p in self.profiles.values()), default=0)
         unnumbered = [p for p in self.profiles.values() if p.partition_id == UNNUMBERED]
+        if not unnumbered:
+            return present
+        lowest = max(p.num_partitions for p in self.profiles.values())
         self.numbering.admit((profile.node_id for profile in unnumbered), lowest)
         for profile in unnumbered:
             number = self.numbering.of(profile.node_id)

@@ -16,7 +16,7 @@ from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.federation.permissions import NotAllowedError
 from hafl_app.federation.privacy import PrivacyError
-from hafl_app.federation.records import RecordError
+from hafl_app.federation.wire_arrays import RecordError
 from hafl_app.training.base import ModelError
 from hafl_app.training.batches import is_out_of_memory
 from hafl_app.training.local import DeviceMemoryError, LossNotFiniteError, TrainingError

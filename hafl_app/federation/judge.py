@@ -7,22 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, MetricRecord
 from numpy.typing import NDArray
 
 from hafl_app.federation.faults import one_line
 from hafl_app.federation.profiles import NodeProfile
-from hafl_app.federation.records import (
-    METRICS,
-    NUM_EXAMPLES,
-    AdapterArrays,
-    RecordError,
-    read_adapter,
-)
+from hafl_app.federation.records import METRICS, NUM_EXAMPLES, AdapterArrays, read_adapter
+from hafl_app.federation.uploads import decode_upload
+from hafl_app.federation.wire_arrays import RecordError
 from hafl_app.lowrank.change import norm_bound
-from hafl_app.plan import TrainPlan
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.plan import NUMBER_BYTES, TrainPlan
 
-_FLOAT32_BYTES = 4
 # What a reply may weigh above its numbers: generous, because a refusal is for what cannot be.
 _SIZE_SLACK, _FIXED_BYTES, _BYTES_PER_NAME = 1.5, 64 * 1024, 256
 # More data means more steps, and a step moves an adapter as far as any other at the most. Beyond
@@ -43,8 +39,8 @@ def check_size(
 ) -> None:
     """Refuse a reply that is larger than its plan explains, before anything in it is unpacked.
 
-    At most 1.5 times what the plan's factors, head and scores take in float32, plus 64 KiB and
-    something for each name.
+    At most 1.5 times what the plan's factors take in its numbers, and head and scores in float32,
+    plus 64 KiB and something for each name.
 
     Parameters
     ----------
@@ -58,12 +54,13 @@ def check_size(
     ReplyError
         With both sizes.
     """
-    numbers = sum(math.prod(shape) for shape in head.values())
+    payload = NUMBER_BYTES["fp32"] * sum(math.prod(shape) for shape in head.values())
     for name, module in plan.modules.items():
-        numbers += len(module.trainable) * sum(shapes[name]) + _num_scores(plan, name)
+        payload += NUMBER_BYTES[plan.upload] * len(module.trainable) * sum(shapes[name])
+        payload += NUMBER_BYTES["fp32"] * _num_scores(plan, name)
     names = [*plan.modules, *head]
     named = sum(_BYTES_PER_NAME + 2 * len(name.encode()) for name in names)
-    limit = int(_SIZE_SLACK * _FLOAT32_BYTES * numbers) + named + _FIXED_BYTES
+    limit = int(_SIZE_SLACK * payload) + named + _FIXED_BYTES
     if num_bytes > limit:
         raise ReplyError(f"{num_bytes} bytes, expected at most {limit} for this plan")
 
@@ -83,8 +80,8 @@ def read_metrics(reply: Message, profile: NodeProfile) -> dict[str, float]:
         # A node writes this line: nothing that it holds may break the server's log.
         reason = one_line(reply.error.reason or "")
         raise ReplyError(reason or f"error {reply.error.code}")
-    record = reply.content.metric_records.get(METRICS)
-    if record is None:
+    record = reply.content.get(METRICS)
+    if not isinstance(record, MetricRecord):
         raise ReplyError(f"no {METRICS!r} in the reply; it has {_quote(sorted(reply.content))}")
     for name, value in record.items():
         if not (isinstance(value, int | float) and abs(value) <= sys.float_info.max):
@@ -102,6 +99,8 @@ def read_update(
     shapes: Mapping[str, tuple[int, int]],
 ) -> AdapterArrays:
     """Return the adapter of a reply that does what its plan asked for.
+
+    With ``plan.upload`` other than ``fp32`` its factors are their change, in float32 all the same.
 
     Parameters
     ----------
@@ -121,9 +120,12 @@ def read_update(
         update = read_adapter(reply.content)
     except RecordError as error:
         raise ReplyError(one_line(str(error))) from error
+    if update.numbers != plan.upload:
+        raise ReplyError(f"factors in {update.numbers}, expected {plan.upload}")
     _check_names("modules", update.modules, plan.modules)
     check_shapes(update, shapes)
     _check_ranks(update, plan)
+    update = decode_upload(update)
     _check_head(update, head)
     _check_scores(update, plan)
     for name, (lora_A, lora_B) in update.modules.items():
@@ -132,6 +134,32 @@ def read_update(
     for name, array in update.head.items():
         _check_finite(f"head {name}", array)
     return update
+
+
+def restored(change: Adapter, before: Adapter) -> Adapter:
+    """Return the adapter that a client meant by this change of its factors.
+
+    Parameters
+    ----------
+    change
+        Its factors are changes, its head is not.
+    before
+        What the same components were when they were sent.
+
+    Raises
+    ------
+    ReplyError
+        If the sum is too large for float32.
+    """
+    modules = {}
+    for name, factors in change.modules.items():
+        sent = before.modules[name]
+        lora_A = sent.lora_A.cpu().float() + factors.lora_A
+        lora_B = sent.lora_B.cpu().float() + factors.lora_B
+        _check_finite(f"{name}: lora_A", lora_A.numpy())
+        _check_finite(f"{name}: lora_B", lora_B.numpy())
+        modules[name] = LoraFactors(lora_A, lora_B)
+    return Adapter(modules, change.head)
 
 
 def check_shapes(update: AdapterArrays, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -231,8 +259,12 @@ def _check_scores(update: AdapterArrays, plan: TrainPlan) -> None:
 
 
 def _check_finite(what: str, array: NDArray[Any]) -> None:
-    wrong = array[~np.isfinite(array)]
-    if wrong.size:
+    flat = array.ravel()
+    if np.isfinite(np.dot(flat, flat)):  # reads each number once and writes none
+        return
+    finite = np.isfinite(array)
+    if not finite.all():
+        wrong = array[~finite]
         raise ReplyError(
             f"{what}: {wrong.size} of {array.size} numbers are not finite, the first is {wrong[0]}"
         )

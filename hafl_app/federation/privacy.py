@@ -217,7 +217,7 @@ def check_local_plan(plan: TrainPlan) -> None:
     Raises
     ------
     PrivacyError
-        If it asks for importance scores, or for ranks that training decides.
+        If it asks for importance scores, for ranks that training decides, or for error feedback.
     """
     if plan.importance != "none":
         raise PrivacyError(
@@ -229,4 +229,9 @@ def check_local_plan(plan: TrainPlan) -> None:
         raise PrivacyError(
             "the plan lets training decide the uploaded rank, which is not noised: "
             "privacy=local_dp needs strategy.pruning=false"
+        )
+    if plan.error_feedback:
+        raise PrivacyError(
+            "the plan carries what rounding lost of one upload over to the next, which couples "
+            "them: privacy=local_dp needs federation.error_feedback=false"
         )

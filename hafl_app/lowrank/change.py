@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from math import inf, sqrt
 from statistics import median
 
-from hafl_app.lowrank.factors import Adapter, LoraFactors
+import torch
+from torch import Tensor
+
+from hafl_app.lowrank.factors import Adapter
 
 # Fewer norms have no usual size: two wrong ones among four are half of them.
 _FEWEST_NORMS = 5
@@ -30,6 +33,11 @@ def change_of(after: Adapter, before: Adapter) -> Adapter:
         If the two differ in modules, shapes or head; the message names the tensor.
     """
     new, old = after.tensors(), before.tensors()
+    _check_alike(new, old)
+    return Adapter.from_tensors({n: tensor.double() - old[n].double() for n, tensor in new.items()})
+
+
+def _check_alike(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
     if new.keys() != old.keys():
         odd = sorted(new.keys() ^ old.keys())
         raise ValueError(f"the adapters before and after differ in {odd[:3]}")
@@ -37,7 +45,6 @@ def change_of(after: Adapter, before: Adapter) -> Adapter:
         got, expected = tuple(new[name].shape), tuple(old[name].shape)
         if got != expected:
             raise ValueError(f"{name}: shape {got}, expected {expected}")
-    return Adapter.from_tensors({n: tensor.double() - old[n].double() for n, tensor in new.items()})
 
 
 def total_norm(adapter: Adapter) -> float:
@@ -60,13 +67,15 @@ def change_size(after: Adapter, before: Adapter, scaling: Mapping[str, float]) -
     scaling
         Module name to the PEFT scaling that is folded into its lora_B, above 0.
     """
-    change = change_of(after, before)
-    unfolded = Adapter(
-        {n: LoraFactors(f.lora_A, f.lora_B / scaling[n]) for n, f in change.modules.items()},
-        change.head,
-    )
-    count = sum(tensor.numel() for tensor in unfolded.tensors().values())
-    return total_norm(unfolded) / sqrt(count) if count else 0.0
+    new, old = after.tensors(), before.tensors()
+    _check_alike(new, old)
+    squares = 0.0
+    for name, tensor in new.items():
+        norm = float(torch.linalg.vector_norm(tensor - old[name], dtype=torch.float64))
+        kind, _, module = name.partition("/")
+        squares += (norm / scaling[module] if kind == "lora_B" else norm) ** 2
+    count = sum(tensor.numel() for tensor in new.values())
+    return sqrt(squares / count) if count else 0.0
 
 
 def norm_bound(norms: Sequence[float], ratio: float) -> float:

@@ -46,10 +46,11 @@ class ComponentSums:
         )
 
     def add(self, factors: LoraFactors, indices: Sequence[int], weight: float) -> "ComponentSums":
-        """Return the sums with one participant's components added.
+        """Return the sums with one participant's components added, to these very tensors.
 
-        Call it for every participant: one without a component in this module adds rank-0 factors
-        and no ``indices``, and still counts in ``total_weight``.
+        One copy of the sums is enough for a fold: go on with what is returned. Call it for every
+        participant: one without a component in this module adds rank-0 factors and no ``indices``,
+        and still counts in ``total_weight``.
 
         Parameters
         ----------
@@ -73,13 +74,17 @@ class ComponentSums:
             raise ValueError(f"{factors.rank} components need distinct indices, got {indices}")
         if any(not 0 <= i < rank for i in indices):
             raise ValueError(f"indices {indices} must be in [0, {rank})")
-        slots = torch.tensor(indices, dtype=torch.long, device=self.weight.device)
-        return ComponentSums(
-            self.lora_A.index_add(0, slots, weight * factors.lora_A.double()),
-            self.lora_B.index_add(1, slots, weight * factors.lora_B.double()),
-            self.weight.index_add(0, slots, torch.full_like(slots, weight, dtype=torch.float64)),
-            self.total_weight + weight,
-        )
+        if list(indices) == list(range(len(indices))):  # a prefix, by far the usual case
+            prefix = len(indices)
+            self.lora_A[:prefix].add_(factors.lora_A, alpha=weight)
+            self.lora_B[:, :prefix].add_(factors.lora_B, alpha=weight)
+            self.weight[:prefix].add_(weight)
+        else:
+            slots = torch.tensor(indices, dtype=torch.long, device=self.weight.device)
+            self.lora_A.index_add_(0, slots, factors.lora_A.double(), alpha=weight)
+            self.lora_B.index_add_(1, slots, factors.lora_B.double(), alpha=weight)
+            self.weight.index_add_(0, slots, torch.full_like(slots, weight, dtype=torch.float64))
+        return ComponentSums(self.lora_A, self.lora_B, self.weight, self.total_weight + weight)
 
     def average_over_contributors(self, previous: LoraFactors) -> LoraFactors:
         """Return each component's average over those who trained it.

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from safetensors import SafetensorError
@@ -28,7 +28,6 @@ from hafl_app.federation.records import (
     METRICS,
     NUM_EXAMPLES,
     SERVER_ROUND,
-    AdapterArrays,
     adapter_content,
     read_adapter,
     read_label_names,
@@ -36,16 +35,18 @@ from hafl_app.federation.records import (
     read_plan,
 )
 from hafl_app.federation.sampling import client_seed
+from hafl_app.federation.uploads import encode_upload
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.node.budget import NodeLimits, rank_budget
+from hafl_app.node.feedback import read_errors, write_errors
 from hafl_app.on_device import DATA_PATH, ON_DEVICE, own_file, own_share
-from hafl_app.training.adapter import from_arrays, to_arrays
+from hafl_app.training.adapter import from_arrays
 from hafl_app.training.base import ModelError
-from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.device import device_facts, resolve_device, threads
 from hafl_app.training.evaluate import evaluate as score
 from hafl_app.training.local import TrainResult
 from hafl_app.training.local import train as train_locally
+from hafl_app.training.lora_model import LoraModel
 
 _LOGGER = logging.getLogger(__name__)
 _LOCAL_HEAD = "local-head"
@@ -84,7 +85,7 @@ def train(message: Message, context: Context) -> Message:
     node = _node(context)
     settings, partition_id = node.settings, _number(node, message)
     share = _share(node, read_label_names(message.content))
-    classifier = _classifier(settings, len(share.label_names))
+    model = _model(settings, len(share.label_names))
     limits = NodeLimits.of(context.node_config)
     plan = limits.limit_plan(read_plan(message.content))
     adapter = _received(message, context)
@@ -97,7 +98,7 @@ def train(message: Message, context: Context) -> Message:
     server_round = int(message.content.config_records[CONFIG][SERVER_ROUND])  # type: ignore[arg-type]
     with threads(settings.client.num_threads):
         result = train_locally(
-            classifier,
+            model,
             adapter,
             plan,
             share.train(),
@@ -113,7 +114,9 @@ def train(message: Message, context: Context) -> Message:
         generator = NoiseSource(privacy.noise_key).generator(server_round, label, upload)
         upload = privatise_upload(upload, trained_part(adapter, plan), privacy, generator)
     importance = {name: scores.numpy() for name, scores in result.importance.items()}
-    arrays = AdapterArrays(*to_arrays(upload), importance=importance)
+    arrays, errors = encode_upload(upload, adapter, plan, importance, read_errors(context.state))
+    if plan.error_feedback:
+        write_errors(context.state, errors)
     metrics = _metrics(result, private)
     return Message(adapter_content(arrays, **{METRICS: metrics}), reply_to=message)
 
@@ -126,13 +129,12 @@ def evaluate(message: Message, context: Context) -> Message:
     if settings.privacy.kind == "local_dp":
         raise PrivacyError("scores on private data carry no noise: refused under local_dp")
     share = _share(node, read_label_names(message.content))
-    classifier = _classifier(settings, len(share.label_names))
+    model = _model(settings, len(share.label_names))
     plan = read_plan(message.content)
     with threads(settings.client.num_threads):
-        classifier.load(_received(message, context), plan)
-        scores = score(classifier, share.holdout(), settings.client.precision)
-    named = {k.replace("_", "-"): v for k, v in asdict(scores).items()}
-    return Message(RecordDict({METRICS: MetricRecord(named)}), reply_to=message)
+        model.load(_received(message, context), plan)
+        scores = score(model, share.holdout(), settings.client.precision)
+    return Message(RecordDict({METRICS: MetricRecord({**scores.to_wire()})}), reply_to=message)
 
 
 @dataclass(frozen=True)
@@ -197,9 +199,9 @@ def _share(node: _Node, label_names: tuple[str, ...] | None) -> Share:
         raise
 
 
-def _classifier(settings: Settings, num_labels: int) -> LoraClassifier:
+def _model(settings: Settings, num_labels: int) -> LoraModel:
     try:
-        return assembly.classifier(settings, num_labels)
+        return assembly.model(settings, num_labels)
     except (OSError, SafetensorError) as error:  # files that went away, or are not whole
         raise ModelError(
             f"model.path={settings.model.path}: cannot be loaded ({type(error).__name__})"

@@ -110,8 +110,8 @@ class Worker:
 
     def report(self) -> dict[str, int]:
         """Return the process id, its messages so far, and the base models loaded for this run."""
-        classifiers = sys.modules.get("hafl_app.training.classifier")
-        cached = classifiers.resident_classifier.cache_info() if classifiers else None
+        models = sys.modules.get("hafl_app.training.lora_model")
+        cached = models.resident_model.cache_info() if models else None
         loads = cached.misses if cached else 0
         return {"pid": os.getpid(), "messages": self._messages, "models_loaded": loads}
 

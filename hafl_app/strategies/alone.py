@@ -51,6 +51,9 @@ def train_alone(
             head="frozen" if options.head == "frozen" else "averaged",
             local_epochs=options.num_rounds * options.local_epochs,
             max_steps=options.num_rounds * options.max_steps,
+            # Alone, a device uploads nothing; here it does so only to be scored.
+            upload="fp32",
+            error_feedback=False,
         )
         for profile in profiles
     ]

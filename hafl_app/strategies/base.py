@@ -9,19 +9,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from hafl_app.config.schema import number
 from hafl_app.federation.privacy import NoiseSource
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import NUMBER_BYTES, ModulePlan, TrainPlan
 from hafl_app.strategies.exchange import ClientUpdate
 from hafl_app.strategies.heads import HeadMean, RobustHeads
 from hafl_app.strategies.hooks import FlowerHooks, StrategyError
 from hafl_app.strategies.private import Division, next_adapter, trainable_counts
 
-_FLOAT32_BYTES = 4
 _NEEDS_WHOLE_ROUND = {"robust": "none", "max_norm_ratio": None, "clip_ratio": None}
 """Options that compare the replies of a round with each other, and what switches them off."""
 
@@ -42,6 +42,9 @@ class HeterogeneousLora(FlowerHooks, ABC):
     # num_examples. The conformance suite holds every method to it, and to the laws that it lists
     # there, unless the method declares here which one its paper breaks, and where it says so.
     homogeneous_form: ClassVar[str] = "factor mean"
+    # Whether component i of one round is component i of the next. Where every round makes new ones,
+    # what rounding lost of the old ones has nothing to be added to.
+    keeps_components: ClassVar[bool] = True
     breaks: ClassVar[Mapping[str, str]] = {}
 
     # ---- what a method overrides -----------------------------------------------------------
@@ -72,6 +75,10 @@ class HeterogeneousLora(FlowerHooks, ABC):
                 f"federation.robust={self.options.robust} is refused for {type(self).__name__}: "
                 f"{reason}"
             )
+        if self.options.error_feedback and (reason := self.feedback_reason()):
+            raise StrategyError(
+                f"federation.error_feedback=true is refused for {type(self).__name__}: {reason}"
+            )
 
     def _check_streaming(self) -> None:
         """Refuse to stream what must see a whole round."""
@@ -85,6 +92,16 @@ class HeterogeneousLora(FlowerHooks, ABC):
     def robust_reason(self) -> str:
         """Return why ``federation.robust`` has no meaning for this method; empty if it has."""
         return "it does not average components over those who trained them"
+
+    def feedback_reason(self) -> str:
+        """Return why rounding errors are not carried over to later rounds; empty if they are."""
+        if self.options.upload == "fp32":
+            return "federation.upload=fp32 rounds nothing"
+        if self.options.privacy.kind == "local_dp":
+            return "under privacy=local_dp what is kept of one round would leak into the next"
+        if not self.keeps_components:
+            return "it makes new components in every round"
+        return ""
 
     def dispatch(self, plan: TrainPlan) -> Adapter:
         """Return what a client receives: the held components, and the head if it travels."""
@@ -171,8 +188,7 @@ class HeterogeneousLora(FlowerHooks, ABC):
         """
         names = self.global_adapter.modules
         ranks = dict.fromkeys(names, rank) if isinstance(rank, int) else rank
-        prefixes = {name: tuple(range(ranks[name])) for name in names}
-        modules = {n: ModulePlan(p, p, self.scaling_of(len(p))) for n, p in prefixes.items()}
+        modules = {name: _prefix(ranks[name], self.scaling_of(ranks[name])) for name in names}
         return self.train_plan(modules, **changes)
 
     def train_plan(self, modules: Mapping[str, ModulePlan], **changes: Any) -> TrainPlan:
@@ -181,6 +197,9 @@ class HeterogeneousLora(FlowerHooks, ABC):
             "head": self.options.head,
             "local_epochs": self.options.local_epochs,
             "max_steps": self.options.max_steps,
+            "upload": self.options.upload,
+            "error_feedback": self.options.error_feedback is not False
+            and not self.feedback_reason(),
         }
         return TrainPlan(modules, **(settings | changes))
 
@@ -194,7 +213,8 @@ class HeterogeneousLora(FlowerHooks, ABC):
         widths = {n: sum(shape) for n, shape in self._layer_shapes().items()}
         down = sum(len(module.held) * widths[name] for name, module in plan.modules.items())
         up = sum(len(module.trainable) * widths[name] for name, module in plan.modules.items())
-        return _FLOAT32_BYTES * (down + head), _FLOAT32_BYTES * (up + head)
+        number = NUMBER_BYTES["fp32"]
+        return number * (down + head), NUMBER_BYTES[plan.upload] * up + number * head
 
     def _layer_shapes(self) -> dict[str, tuple[int, int]]:
         return {
@@ -206,3 +226,9 @@ class HeterogeneousLora(FlowerHooks, ABC):
         if self.options.robust != "none":
             return RobustHeads(self.head_shapes, self.options.robust, self.options.trim_fraction)
         return HeadMean(self.head_shapes)
+
+
+@lru_cache(maxsize=1024)
+def _prefix(rank: int, scaling: float) -> ModulePlan:
+    """Return a plan for the first components; the same object for the same arguments."""
+    return ModulePlan(tuple(range(rank)), tuple(range(rank)), scaling)

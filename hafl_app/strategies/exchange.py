@@ -1,7 +1,7 @@
 """Requests to nodes and their replies: made, paired, judged, and entered in the ledger."""
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +15,7 @@ from hafl_app.federation.judge import (
     check_size,
     read_metrics,
     read_update,
+    restored,
 )
 from hafl_app.federation.ledger import Ledger, Traffic
 from hafl_app.federation.profiles import NodeProfile
@@ -31,7 +32,8 @@ from hafl_app.federation.records import (
     message_bytes,
     plan_record,
 )
-from hafl_app.lowrank.factors import Adapter
+from hafl_app.federation.wire_size import content_size
+from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import TrainPlan
 from hafl_app.training.adapter import from_arrays, to_arrays
 
@@ -68,8 +70,8 @@ class ClientUpdate:
     def before(self) -> Adapter:
         """What the uploaded components and the head were when they were sent."""
         modules = {
-            name: self.sent.modules[name].select(
-                self.plan.modules[name].trainable_slots[: factors.rank]
+            name: _selected(
+                self.sent.modules[name], self.plan.modules[name].trainable_slots[: factors.rank]
             )
             for name, factors in self.adapter.modules.items()
         }
@@ -78,6 +80,11 @@ class ClientUpdate:
     def components(self, module: str) -> tuple[int, ...]:
         """Global indices of the components that this update holds for a module."""
         return self.plan.modules[module].trainable[: self.adapter.modules[module].rank]
+
+
+def _selected(factors: LoraFactors, slots: Sequence[int]) -> LoraFactors:
+    """Return some components; the same factors, uncopied, where these are all of them."""
+    return factors if list(slots) == list(range(factors.rank)) else factors.select(slots)
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,15 @@ class Judged:
         return replace(self, metrics={}, update=None, error=reason)
 
 
+@dataclass(frozen=True)
+class _Content:
+    """A message's content, what it weighs, and what its head does."""
+
+    records: RecordDict
+    num_bytes: int
+    head_bytes: int
+
+
 class _Dispatches:
     """What is sent for a plan: made once for plans that hold the same components.
 
@@ -148,6 +164,7 @@ class _Dispatches:
         self._dispatch = dispatch
         self._config = ConfigRecord({SERVER_ROUND: server_round})
         self._kept: OrderedDict[object, tuple[Adapter, RecordDict]] = OrderedDict()
+        self._requests: deque[tuple[TrainPlan, _Content]] = deque(maxlen=_KEPT_DISPATCHES)
 
     def of(self, plan: TrainPlan) -> tuple[Adapter, RecordDict]:
         """Return the adapter to send, and a content with everything but the plan."""
@@ -160,6 +177,16 @@ class _Dispatches:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
+
+    def request(self, plan: TrainPlan) -> _Content:
+        """Return what to send with a plan: written and counted once for equal plans."""
+        for known, made in self._requests:
+            if known == plan:
+                return made
+        content = RecordDict({**self.of(plan)[1], PLAN: plan_record(plan)})
+        made = _Content(content, content_size(content), head_bytes(content))
+        self._requests.append((plan, made))
+        return made
 
 
 class Exchange:
@@ -214,13 +241,13 @@ class Exchange:
         """
         self._dispatches = _Dispatches(dispatch, self._server_round)
         for profile, plan in zip(profiles, plans, strict=True):
-            content = RecordDict({**self._dispatches.of(plan)[1], PLAN: plan_record(plan)})
+            content = self._dispatches.request(plan)
             if profile.own_data:
                 content = self._for_own_data(content, profile)
             group = str(self._server_round)
-            message = Message(content, profile.node_id, message_type, group_id=group)
+            message = Message(content.records, profile.node_id, message_type, group_id=group)
             self._waiting[profile.node_id] = Request(
-                profile, plan, message.metadata, message_bytes(message), head_bytes(content)
+                profile, plan, message.metadata, content.num_bytes, content.head_bytes
             )
             yield message
 
@@ -278,16 +305,17 @@ class Exchange:
             return Judged(request, bytes_up, heads, error=str(error), fault=fault)
         return Judged(request, bytes_up, heads, metrics, update)
 
-    def _for_own_data(self, content: RecordDict, profile: NodeProfile) -> RecordDict:
+    def _for_own_data(self, content: _Content, profile: NodeProfile) -> _Content:
         """Return the same content with what a node cannot know that no partition was given to."""
         config = ConfigRecord(
             {
-                **content.config_records[CONFIG],
+                **content.records.config_records[CONFIG],
                 PARTITION_ID: profile.partition_id,
                 LABEL_NAMES: list(self._label_names),
             }
         )
-        return RecordDict({**content, CONFIG: config})
+        records = RecordDict({**content.records, CONFIG: config})
+        return replace(content, records=records, num_bytes=content_size(records))
 
     def settle(self, judged: Judged) -> ClientReport:
         """Enter one exchange in the ledger, log it if it does not count, and report it."""
@@ -347,6 +375,8 @@ class Exchange:
             adapter=from_arrays(arrays.modules, arrays.head),
             importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
         )
+        if request.plan.upload != "fp32":  # then the factors are changes
+            update = replace(update, adapter=restored(update.adapter, update.before))
         return metrics, update
 
     def _read_scores(

@@ -82,6 +82,7 @@ class FlexLora(HeterogeneousLora):
     """
 
     homogeneous_form: ClassVar[str] = "product mean"
+    keeps_components: ClassVar[bool] = False  # each round's SVD makes them anew
 
     aggregation: str = choice("state", "state", "change")
     server_step: float = number(1.0, above=0)

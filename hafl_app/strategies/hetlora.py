@@ -148,8 +148,10 @@ class HetLora(HeterogeneousLora):
 
     def begin(self) -> Mapping[str, ModuleSums]:
         """Return empty sums for every module."""
-        empty = {n: ComponentSums.zeros(f) for n, f in self.global_adapter.modules.items()}
-        return {name: ModuleSums(sums, sums) for name, sums in empty.items()}
+        return {
+            name: ModuleSums(ComponentSums.zeros(factors), ComponentSums.zeros(factors))
+            for name, factors in self.global_adapter.modules.items()
+        }
 
     def accumulate(
         self, state: Mapping[str, ModuleSums], update: ClientUpdate

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from hafl_app.federation.quarantine import Quarantine
 from hafl_app.federation.records import NUM_EXAMPLES
 from hafl_app.federation.sampling import sample_poisson, sample_profiles, sample_size
 from hafl_app.lowrank.factors import Adapter
+from hafl_app.metrics import CLASSIFICATION, weighted_mean
 from hafl_app.plan import TrainPlan
 from hafl_app.strategies.exchange import ClientReport, ClientUpdate, Exchange
 from hafl_app.strategies.norms import clip_updates, refuse_outliers
@@ -50,10 +52,12 @@ class FlowerHooks(FedAvg, ABC):
     def __post_init__(self) -> None:
         super().__init__()
         self.options = FederationOptions()
+        self.task = CLASSIFICATION
         self.ledger = Ledger()
         self.directory = NodeDirectory(self.options.timeout_s)
         self.quarantine = Quarantine(0, 1)
         self._served: dict[int, NodeProfile] = {}  # whom the method has been found to serve
+        self._served_ranks: Counter[int] = Counter()  # and how often each rank occurs in them
         self.rank_limits: Mapping[int, int] = {}  # by partition, of nodes that ran out of memory
         self.on_client: Callable[[ClientReport], None] = lambda _: None
         self.global_adapter = Adapter({})
@@ -155,6 +159,7 @@ class FlowerHooks(FedAvg, ABC):
             _check_patterns(profile, initial.modules)
         self._check_privacy(profiles)
         self._served = {profile.node_id: profile for profile in profiles}
+        self._served_ranks = Counter(rank for profile in profiles for rank in profile.ranks)
 
     def _check_privacy(self, profiles: Sequence[NodeProfile]) -> None:
         """Refuse a method that the chosen privacy cannot cover."""
@@ -223,17 +228,22 @@ class FlowerHooks(FedAvg, ABC):
 
     def _serves(self, profile: NodeProfile) -> bool:
         """Say whether the run can serve a node; one that joins late ends no run, it is left out."""
-        if self._served.get(profile.node_id) == profile:
+        known = self._served.get(profile.node_id)
+        if known is profile or known == profile:
             return True
-        others = [p for p in self._served.values() if p.node_id != profile.node_id]
+        ranks = self._served_ranks.copy()
+        ranks.subtract(known.ranks if known else ())
         try:
-            self.check([rank for p in [*others, profile] for rank in p.ranks])
+            # Which ranks occur, not how often: thousands of nodes may join, one after another.
+            self.check(sorted({*(+ranks), *profile.ranks}))
             _check_patterns(profile, self.global_adapter.modules)
             self._check_privacy([profile])
         except StrategyError as error:
             self.directory.refuse(profile.node_id, str(error))
             return False
         self._served[profile.node_id] = profile
+        ranks.update(profile.ranks)
+        self._served_ranks = ranks
         return True
 
     def exchange(self, server_round: int, phase: str) -> Exchange:
@@ -269,7 +279,9 @@ class FlowerHooks(FedAvg, ABC):
         updates = [one.update for one in judged if one.update is not None]
         self._check_count(server_round, len(updates))
         self._advance(clip_updates(updates, self.options.clip_ratio))
-        self.train_loss = _weighted_mean([one.metrics for one in judged if one.update], "loss")
+        self.train_loss = weighted_mean(
+            [one.metrics for one in judged if one.update], "loss", NUM_EXAMPLES
+        )
         return None, MetricRecord({"loss": self.train_loss})
 
     def aggregate_stream(self, server_round: int, replies: Iterable[Message]) -> None:
@@ -298,7 +310,7 @@ class FlowerHooks(FedAvg, ABC):
             self._check_count(server_round, len(counted))
 
         self._advance(updates())
-        self.train_loss = _weighted_mean(counted, "loss")
+        self.train_loss = weighted_mean(counted, "loss", NUM_EXAMPLES)
 
     def _check_count(self, server_round: int, counted: int) -> None:
         private = self.options.privacy.kind == "central_dp"  # then an empty round counts too
@@ -356,8 +368,7 @@ class FlowerHooks(FedAvg, ABC):
         metrics = [one.metrics for one in judged if not one.error]
         if not metrics:
             return None
-        names = ("accuracy", "macro-f1", "loss")
-        self.client_scores = {name: _weighted_mean(metrics, name) for name in names}
+        self.client_scores = self.task.of_clients(metrics, NUM_EXAMPLES)
         return MetricRecord(dict(self.client_scores))
 
 
@@ -370,10 +381,3 @@ def _check_patterns(profile: NodeProfile, modules: Iterable[str]) -> None:
                 f"partition {profile.partition_id}: rank_pattern {pattern!r} matches none of the "
                 f"{len(names)} adapted modules, such as {names[-1]!r}"
             )
-
-
-def _weighted_mean(metrics: Sequence[Mapping[str, float]], name: str) -> float:
-    total = sum(m[NUM_EXAMPLES] for m in metrics)
-    if not total:
-        return math.nan
-    return sum(m.get(name, math.nan) * m[NUM_EXAMPLES] for m in metrics) / total

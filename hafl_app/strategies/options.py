@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from hafl_app.federation.privacy import PrivacyOptions
-from hafl_app.plan import HeadPolicy
+from hafl_app.plan import HeadPolicy, NumberFormat
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class FederationOptions:
         Whether replies are folded in as they arrive, and how many are held at once, at least 1.
     quarantine_after, quarantine_rounds
         Refused replies in a row that leave a node out (0: never), and for how many rounds.
+    upload
+        Numbers of the uploaded factors, see `TrainPlan`.
+    error_feedback
+        Whether clients carry what rounding loses over to their next upload; None is wherever it
+        has a meaning.
     privacy
         How private the run is; see docs/privacy.md.
     """
@@ -64,4 +69,6 @@ class FederationOptions:
     stream_buffer: int = 16
     quarantine_after: int = 3
     quarantine_rounds: int = 5
+    upload: NumberFormat = "fp32"
+    error_feedback: bool | None = None
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hafl_app.metrics import ACCURACY, Metric, task_of
 from hafl_app.tracking.base import NO_HISTORY, ClientRecord, ClientRow, History, RoundRecord
 
 LOG_WIDTH = 100
@@ -94,12 +95,13 @@ class ConsoleTracker:
             title = "Traffic by client rank"
             self._print_table(title, _TRAFFIC_COLUMNS, _traffic_rows(self._trainings))
         if devices := summary.get("device_ranks"):
+            metric = task_of([summary.get("metric", "")]).primary
             title = "What each device gains"
-            columns, rows = _DEVICE_COLUMNS, [_device_row(row) for row in devices]
+            columns, rows = _DEVICE_COLUMNS, [_device_row(row, metric) for row in devices]
             if any("alone_at_max_rank" in row for row in devices):
                 columns = {**columns, "alone at max rank": "right"}
                 rows = [
-                    [*cells, percent(row.get("alone_at_max_rank"))]
+                    [*cells, metric.text(row.get("alone_at_max_rank"))]
                     for cells, row in zip(rows, devices, strict=True)
                 ]
             self._print_table(title, columns, rows)
@@ -107,7 +109,7 @@ class ConsoleTracker:
                 Text(
                     "federated: the rank-r slice of the global adapter; alone: a client of that "
                     "rank training\nby itself, mean over the clients counted; "
-                    "gain in percentage points.",
+                    f"{_gain_unit(metric)}.",
                     style="dim",
                 )
             )
@@ -165,10 +167,20 @@ def points(value: float | None) -> Text:
     """Difference of two fractions in signed percentage points, green above 0 and red below."""
     if value is None or not math.isfinite(value):
         return Text("-")
-    rounded = round(100 * value, 1)
+    return _signed(round(100 * value, 1), 1)
+
+
+def gained(value: float | None) -> Text:
+    """Gain of any metric, signed, green above 0 and red below."""
+    if value is None or not math.isfinite(value):
+        return Text("-")
+    return _signed(round(value, 2), 2)
+
+
+def _signed(rounded: float, decimals: int) -> Text:
     if rounded == 0:
-        return Text("0.0")
-    return Text(f"{rounded:+.1f}", style="green" if rounded > 0 else "red")
+        return Text(f"{0:.{decimals}f}")
+    return Text(f"{rounded:+.{decimals}f}", style="green" if rounded > 0 else "red")
 
 
 def megabytes(count: float) -> str:
@@ -201,17 +213,25 @@ def _standard_output() -> Console:
 
 def _scores(metrics: Mapping[str, float]) -> list[str]:
     """Return a round's central scores, or, where the server has no data, the clients'."""
-    central = {"val": "validation/accuracy", "test": "test/accuracy"}
-    if _CLIENTS in metrics and not set(central.values()) & set(metrics):
-        central = {"clients": _CLIENTS}
-    return [f"{name} {percent(metrics.get(metric)):>6}" for name, metric in central.items()]
+    metric = task_of(metrics).primary
+    shown = {"val": metric.key("validation"), "test": metric.key("test")}
+    if metric.key("clients") in metrics and not set(shown.values()) & set(metrics):
+        shown = {"clients": metric.key("clients")}
+    unit = f" {metric.unit}" if metric.unit else ""
+    return [f"{name}{unit} {metric.text(metrics.get(key)):>6}" for name, key in shown.items()]
+
+
+def _gain_unit(metric: Metric) -> str:
+    if metric.is_share:
+        return "gain in percentage points"
+    way = "higher" if metric.higher_is_better else "lower"
+    return f"gain: by how much the {metric.title} is {way}"
 
 
 def _loss(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "-"
 
 
-_CLIENTS = "clients/accuracy"
 _TRAFFIC_NAMES = ["down a round", "up a round"]
 _CLIENT_COLUMNS = {
     **dict.fromkeys(["client", "rank", "examples", *_TRAFFIC_NAMES], "right"),
@@ -220,12 +240,6 @@ _CLIENT_COLUMNS = {
 _RANK_COLUMNS = dict.fromkeys(
     ["rank", "clients", "examples min", "median", "max", *_TRAFFIC_NAMES], "right"
 )
-_RESULT_COLUMNS = {
-    "validation": "validation/accuracy",
-    "test": "test/accuracy",
-    "test macro F1": "test/macro-f1",
-}
-_CLIENT_RESULT_COLUMNS = {"clients": _CLIENTS, "clients macro F1": "clients/macro-f1"}
 _TRAFFIC_COLUMNS = dict.fromkeys(
     ["rank", "trainings", "down each", "up each", "down total", "up total"], "right"
 )
@@ -268,31 +282,39 @@ def _rows_by_rank(clients: Sequence[ClientRow]) -> list[list[str]]:
 def _results(rounds: Sequence[RoundRecord]) -> tuple[dict[str, str], list[list[str]]]:
     """Return columns and rows: the last round and the best, by the server's data if it has any."""
     seen = {name for record in rounds for name in record.metrics}
-    central = _CLIENTS not in seen or bool(seen & {"validation/accuracy", "test/accuracy"})
-    columns = _RESULT_COLUMNS if central else _CLIENT_RESULT_COLUMNS
-    kind = "validation" if central else "clients"
+    task = task_of(seen)
+    keys = {task.primary.key(phase) for phase in ("validation", "test")}
+    central = task.primary.key("clients") not in seen or bool(seen & keys)
+    phases = ["validation", "test"] if central else ["clients"]
+    shown = [*((phase, task.primary) for phase in phases), (phases[-1], task.second)]
     chosen = {"last round": rounds[-1]}
-    if best := _best(rounds, f"{kind}/accuracy"):
-        chosen[f"best {kind}"] = best
+    if best := _best(rounds, task.primary, phases[0]):
+        chosen[f"best {phases[0]}"] = best
     rows = [
         [
             label,
             str(record.server_round),
-            *(percent(record.metrics.get(name)) for name in columns.values()),
+            *(metric.text(record.metrics.get(metric.key(phase))) for phase, metric in shown),
         ]
         for label, record in chosen.items()
     ]
-    justified = {"": "left", **dict.fromkeys(["round", *columns], "right")}
-    return justified, rows
+    titles = [f"{phase}{_word(metric)}" for phase, metric in shown]
+    return {"": "left", **dict.fromkeys(["round", *titles], "right")}, rows
 
 
-def _best(rounds: Sequence[RoundRecord], metric: str) -> RoundRecord | None:
+def _word(metric: Metric) -> str:
+    """Return what stands behind a phase in a heading; a score without a word is the accuracy."""
+    return "" if metric is ACCURACY else f" {metric.title}"
+
+
+def _best(rounds: Sequence[RoundRecord], metric: Metric, phase: str) -> RoundRecord | None:
+    key = metric.key(phase)
     scored = [
         record
         for record in rounds
-        if record.server_round > 0 and math.isfinite(record.metrics.get(metric, math.nan))
+        if record.server_round > 0 and math.isfinite(record.metrics.get(key, math.nan))
     ]
-    return max(scored, key=lambda record: record.metrics[metric], default=None)
+    return max(scored, key=lambda record: metric.merit(record.metrics[key]), default=None)
 
 
 def _traffic_rows(records: Sequence[ClientRecord]) -> list[list[str]]:
@@ -311,11 +333,11 @@ def _traffic_rows(records: Sequence[ClientRecord]) -> list[list[str]]:
     return rows
 
 
-def _device_row(row: Mapping[str, Any]) -> list[str | Text]:
+def _device_row(row: Mapping[str, Any], metric: Metric) -> list[str | Text]:
     return [
         "/".join(str(rank) for rank in row.get("ranks", [row["rank"]])),
-        percent(row["federated"]),
-        percent(row["alone"]),
-        points(row["gain"]),
+        metric.text(row["federated"]),
+        metric.text(row["alone"]),
+        points(row["gain"]) if metric.is_share else gained(row["gain"]),
         str(row["clients_alone"]),
     ]

@@ -22,7 +22,7 @@ def to_arrays(adapter: Adapter) -> tuple[dict[str, tuple[Array, Array]], dict[st
 
 
 def from_arrays(modules: Mapping[str, tuple[Array, Array]], head: Mapping[str, Array]) -> Adapter:
-    """Return the adapter made of copies of these arrays.
+    """Return the adapter whose tensors are these arrays; they share memory, which is writable.
 
     Raises
     ------
@@ -31,10 +31,10 @@ def from_arrays(modules: Mapping[str, tuple[Array, Array]], head: Mapping[str, A
     """
     return Adapter(
         {
-            name: LoraFactors(torch.tensor(lora_A), torch.tensor(lora_B))
+            name: LoraFactors(torch.from_numpy(lora_A), torch.from_numpy(lora_B))
             for name, (lora_A, lora_B) in modules.items()
         },
-        {name: torch.tensor(array) for name, array in head.items()},
+        {name: torch.from_numpy(array) for name, array in head.items()},
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import logging
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,9 +18,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    LlamaConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as hf_logging
@@ -30,6 +33,7 @@ Tokenise = Callable[[list[str]], list[list[int]]]
 
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _TINY_VOCABULARY = 512
+CAUSAL_LM = "causal_lm"
 
 
 class ModelError(ValueError):
@@ -43,8 +47,8 @@ class BaseSpec:
     Parameters
     ----------
     path
-        Hub name or local folder. Empty together with ``random_weights`` is a built-in two-layer
-        model for tests.
+        Hub name or local folder. Empty together with ``random_weights`` is the model of ``shape``,
+        or without that a built-in two-layer one for tests.
     revision
         Commit of the hub's repository.
     sha256
@@ -58,8 +62,14 @@ class BaseSpec:
         Random weights in the shape of ``path``'s config.
     pooling
         ``mean`` over tokens with a linear head, or ``cls``: the model's own classification head.
+        Without meaning for ``causal_lm``.
     trust_remote_code
         Run Python code that the model brings along; without it such a model is refused.
+    task
+        ``classification`` or ``causal_lm``.
+    shape
+        Configuration of a model with random weights and without files, as JSON with its
+        ``model_type``; empty for none.
     """
 
     path: str
@@ -70,6 +80,13 @@ class BaseSpec:
     random_weights: bool = False
     pooling: str = "mean"
     trust_remote_code: bool = False
+    task: str = "classification"
+    shape: str = ""
+
+    @property
+    def is_without_files(self) -> bool:
+        """Whether there is neither a folder nor a hub name: random weights and hashed words."""
+        return self.random_weights and not self.path
 
 
 def locate(spec: BaseSpec) -> Path:
@@ -159,7 +176,20 @@ def _check_sha256(file: Path, expected: str) -> None:
         )
 
 
-def _tiny_config() -> BertConfig:
+def _tiny_llama() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=_TINY_VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,  # no layer is square: a transposed factor must fail
+        max_position_embeddings=128,
+    )
+
+
+def _tiny_bert() -> BertConfig:
     return BertConfig(
         vocab_size=_TINY_VOCABULARY,
         hidden_size=32,
@@ -171,8 +201,8 @@ def _tiny_config() -> BertConfig:
 
 
 def _config(spec: BaseSpec, num_labels: int) -> Any:
-    if spec.random_weights and not spec.path:
-        config: Any = _tiny_config()
+    if spec.is_without_files:
+        config: Any = _shape(spec)
     else:
         with _refusing_code(spec):
             config = AutoConfig.from_pretrained(
@@ -183,9 +213,22 @@ def _config(spec: BaseSpec, num_labels: int) -> Any:
         if spec.num_layers > layers:
             raise ModelError(f"model.num_layers={spec.num_layers}: the base model has {layers}")
         config.num_hidden_layers = spec.num_layers
-    if spec.pooling == "cls":
+    if spec.task == CAUSAL_LM:
+        config.use_cache = False
+    elif spec.pooling == "cls":
         config.num_labels = num_labels
     return config
+
+
+def _shape(spec: BaseSpec) -> Any:
+    """Return the configuration of a model without files."""
+    if not spec.shape:
+        return _tiny_llama() if spec.task == CAUSAL_LM else _tiny_bert()
+    try:
+        return AutoConfig.for_model(**json.loads(spec.shape))
+    except (ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise ModelError(f"model.shape: no configuration of a model ({reason})") from error
 
 
 def base_without_weights(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
@@ -235,6 +278,8 @@ def _from_weights(config: Any, spec: BaseSpec) -> Any:
 
 
 def _auto(spec: BaseSpec) -> Any:
+    if spec.task == CAUSAL_LM:
+        return AutoModelForCausalLM
     return AutoModelForSequenceClassification if spec.pooling == "cls" else AutoModel
 
 
@@ -286,12 +331,9 @@ def load_tokeniser(spec: BaseSpec, max_length: int) -> Tokenise:
     ModelError
         See `locate`.
     """
-    if spec.random_weights and not spec.path:
+    if spec.is_without_files:
         return functools.partial(_hash_words, max_length=max_length)
-    with _refusing_code(spec):
-        tokeniser = AutoTokenizer.from_pretrained(
-            locate(spec), trust_remote_code=spec.trust_remote_code
-        )
+    tokeniser = hub_tokeniser(spec)
 
     def tokenise(texts: list[str]) -> list[list[int]]:
         encoded = tokeniser(
@@ -303,11 +345,22 @@ def load_tokeniser(spec: BaseSpec, max_length: int) -> Tokenise:
     return tokenise
 
 
+def hub_tokeniser(spec: BaseSpec) -> Any:
+    """Return the tokenizer of a base model with files.
+
+    Raises
+    ------
+    ModelError
+        See `locate`.
+    """
+    with _refusing_code(spec):
+        return AutoTokenizer.from_pretrained(locate(spec), trust_remote_code=spec.trust_remote_code)
+
+
+def hash_word(word: str) -> int:
+    """Return the id of a word for a model without files, above 0."""
+    return 1 + zlib.crc32(word.encode()) % (_TINY_VOCABULARY - 1)
+
+
 def _hash_words(texts: list[str], max_length: int) -> list[list[int]]:
-    return [
-        [1 + zlib.crc32(word.encode()) % (_TINY_VOCABULARY - 1) for word in text.split()][
-            :max_length
-        ]
-        or [1]
-        for text in texts
-    ]
+    return [[hash_word(word) for word in text.split()][:max_length] or [1] for text in texts]

@@ -1,22 +1,17 @@
-"""A base model with a classification head and swappable LoRA factors, resident in a process."""
+"""A base model with a classification head and swappable LoRA factors."""
 
-import functools
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
+import numpy as np
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
-from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training.base import BaseSpec, ModelError, base_without_weights, load_base
-
-TRAINABLE, FROZEN = "trainable_components", "frozen_components"
+from hafl_app.training.base import BaseSpec, ModelError, base_without_weights
+from hafl_app.training.batches import Batch, Examples, make_batch
+from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model
 
 
 @dataclass(frozen=True)
@@ -44,134 +39,72 @@ class ClassifierSpec:
     lora_dropout: float = 0.0
     seed: int = 0
 
+    def build(self) -> "LoraClassifier":
+        """Return the classifier."""
+        return LoraClassifier(self)
 
-class LoraClassifier(nn.Module):
-    """A classifier whose LoRA factors are replaced in place, whatever their ranks.
+    def initial_head(self) -> dict[str, Tensor]:
+        """Return the head's tensors before training.
 
-    Every adapted layer carries two PEFT adapters, of which a plan fills the needed ones: the
-    components that are trained, and those that only stay in the forward pass. Swapping in another
-    client's factors rebuilds nothing.
-    """
+        With mean pooling the base model's weights are not needed. With ``cls`` the head may be
+        among them, and they are loaded.
+        """
+        if self.base.pooling == "cls":
+            return resident_model(self).initial_head
+        width = base_without_weights(self.base, self.num_labels).config.hidden_size
+        return {k: v.detach() for k, v in _new_head(width, self).state_dict().items()}
+
+    def unadapted(self, base: PreTrainedModel) -> nn.Module:
+        """Return the base model's own head; nothing with mean pooling."""
+        return _stock_head(base) if self.base.pooling == "cls" else nn.Identity()
+
+
+class LoraClassifier(LoraModel):
+    """A classifier whose LoRA factors are replaced in place, whatever their ranks."""
 
     def __init__(self, spec: ClassifierSpec) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(spec.seed)
-            self.encoder = load_base(spec.base, spec.num_labels)
-            self._own_head = (
-                None
-                if spec.base.pooling == "cls"
-                else nn.Linear(self.encoder.config.hidden_size, spec.num_labels)
-            )
-            self.head_module = self._own_head or _stock_head(self.encoder)
-            targets = resolve_targets(self.encoder, spec.target_modules, self.head_module)
-            _inject(self.encoder, targets, TRAINABLE, spec.lora_dropout)
-            _inject(self.encoder, targets, FROZEN, 0.0)
-        self.layers: dict[str, LoraLayer] = {
-            name: module
-            for name, module in self.encoder.named_modules()
-            if isinstance(module, LoraLayer)
-        }
-        self.initial_head = {
-            k: v.detach().clone() for k, v in self.head_module.state_dict().items()
-        }
+        super().__init__(spec)
+        self._pools = spec.base.pooling == "mean"
+
+    def _make_head(self, spec: LoraSpec) -> nn.Module:
+        if spec.base.pooling == "cls":
+            return _stock_head(self.base)
+        return _new_head(self.base.config.hidden_size, spec)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits of shape ``(batch, num_labels)`` from ``(batch, length)`` token ids."""
-        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
-        if self._own_head is None:
+        output = self.base(input_ids=input_ids, attention_mask=attention_mask)
+        if not self._pools:
             logits: Tensor = output.logits
             return logits
         mask = attention_mask.unsqueeze(-1).to(output.last_hidden_state.dtype)
         pooled = (output.last_hidden_state * mask).sum(1) / mask.sum(1).clamp(min=1)
-        head: Tensor = self._own_head(pooled)
+        head: Tensor = self.head_module(pooled)
         return head
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.head_module.parameters()).device
+    def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
+        """Return padded rows and their classes."""
+        return make_batch(examples, rows, self.device)
 
-    def shapes(self) -> dict[str, ModuleShape]:
-        """Return the size of every adapted layer by name."""
-        return {
-            name: ModuleShape(int(layer.out_features or 0), int(layer.in_features or 0))
-            for name, layer in self.layers.items()
-        }
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean cross entropy of the rows."""
+        logits = self(batch.input_ids, batch.attention_mask)
+        return nn.functional.cross_entropy(logits.float(), batch.labels)
 
-    def load(self, adapter: Adapter, plan: TrainPlan) -> None:
-        """Put an adapter into the model: trainable components with gradients, frozen without.
+    def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
+        """Count the rows."""
+        return len(rows)
 
-        Parameters
-        ----------
-        adapter
-            Its modules hold exactly the components that ``plan`` says are held. An empty head
-            restores the initial one.
-        plan
-            Says which components are trainable, and the scaling to unfold from ``lora_B``.
-
-        Raises
-        ------
-        ValueError
-            If adapter, plan and model disagree about modules, shapes or ranks.
-        """
-        for name in {**adapter.modules, **plan.modules}:
-            if name not in self.layers:
-                raise ValueError(f"module {name!r} is none of the adapted ones")
-        for name, layer in self.layers.items():
-            if name not in adapter.modules or name not in plan.modules:
-                raise ValueError(f"module {name!r} is missing in the adapter or in the plan")
-            factors, module = adapter.modules[name], plan.modules[name]
-            _check_fit(name, layer, factors, module)
-            active = []
-            for adapter_name, slots in (
-                (TRAINABLE, module.trainable_slots),
-                (FROZEN, module.frozen_slots),
-            ):
-                part = factors.select(slots)
-                _put(layer, adapter_name, part, module.scaling, self.device)
-                if part.rank:
-                    active.append(adapter_name)
-            layer.set_adapter(active)
-            # set_adapter makes every active adapter trainable; only one of them is.
-            for parameter in _parameters(layer, FROZEN):
-                parameter.requires_grad_(False)
-        self.head_module.load_state_dict(dict(adapter.head) or self.initial_head)
-        self.head_module.requires_grad_(plan.head != "frozen")
-
-    def load_whole(self, adapter: Adapter) -> None:
-        """Put a whole adapter into the model, for evaluation."""
-        modules = {
-            name: ModulePlan(held=tuple(range(f.rank)), trainable=tuple(range(f.rank)))
-            for name, f in adapter.modules.items()
-        }
-        self.load(adapter, TrainPlan(modules))
-
-    def trained(self, plan: TrainPlan) -> Adapter:
-        """Return copies of the trainable components, scaling folded in, and of the head."""
-        modules = {}
-        for name, layer in self.layers.items():
-            lora_A, lora_B = (p.detach().cpu().clone() for p in _parameters(layer, TRAINABLE))
-            modules[name] = LoraFactors(lora_A, lora_B * plan.modules[name].scaling)
-        return Adapter(modules, self.head_state())
-
-    def head_state(self) -> dict[str, Tensor]:
-        """Return a copy of the head's tensors by name."""
-        return {k: v.detach().cpu().clone() for k, v in self.head_module.state_dict().items()}
-
-    def trainable_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Return ``(lora_A, lora_B)`` of every module that has trainable components."""
-        factors = {name: _parameters(layer, TRAINABLE) for name, layer in self.layers.items()}
-        return {name: pair for name, pair in factors.items() if pair[0].numel()}
+    def labels_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Return one label a row."""
+        return shape[:1]
 
 
-def _inject(model: nn.Module, targets: list[str], name: str, dropout: float) -> None:
-    # Rank and scaling are only places to put a plan's factors into, see `_put`.
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, lora_dropout=dropout)
-    with warnings.catch_warnings():
-        # PEFT doubts that a model is meant to have two adapters; this one is.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        inject_adapter_in_model(config, model, adapter_name=name)
+def _new_head(width: int, spec: LoraSpec) -> nn.Linear:
+    """Return the head for mean pooling; it follows from the seed alone, without the base model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        return nn.Linear(width, spec.num_labels)
 
 
 def _stock_head(model: PreTrainedModel) -> nn.Module:
@@ -181,97 +114,6 @@ def _stock_head(model: PreTrainedModel) -> nn.Module:
     raise ModelError(f"{type(model).__name__} has no classification head: use model.pooling=mean")
 
 
-def resolve_targets(
-    model: nn.Module, target_modules: str | Iterable[str], head: nn.Module
-) -> list[str]:
-    """Return the full names of the layers to adapt.
-
-    Parameters
-    ----------
-    target_modules
-        ``all-linear`` (every linear layer but the head and the pooler), or ends of names, as in
-        PEFT: ``query`` matches ``encoder.layer.0.attention.self.query``.
-
-    Raises
-    ------
-    ModelError
-        If a name matches no linear layer; the message lists the names there are.
-    """
-    skip = {id(module) for module in head.modules()}
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in skip and "pooler" not in name
-    ]
-    if target_modules == "all-linear":
-        return linear
-    wanted = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    chosen: list[str] = []
-    for ending in wanted:
-        matches = [n for n in linear if n == ending or n.endswith(f".{ending}")]
-        if not matches:
-            endings = sorted({n.rsplit(".", 1)[-1] for n in linear})
-            raise ModelError(
-                f"lora.target_modules: no linear layer is named {ending!r}; there are "
-                f"{', '.join(endings)}, or all-linear"
-            )
-        chosen += [n for n in matches if n not in chosen]
-    return chosen
-
-
-def _parameters(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-    pair: Any = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return pair[0], pair[1]
-
-
-def _put(
-    layer: LoraLayer, name: str, factors: LoraFactors, scaling: float, device: torch.device
-) -> None:
-    linear_A: Any = layer.lora_A[name]
-    linear_B: Any = layer.lora_B[name]
-    # Parameters keep no link to the message's buffers, and may change rank from client to client.
-    linear_A.weight = nn.Parameter(factors.lora_A.to(device, torch.float32, copy=True))
-    linear_B.weight = nn.Parameter((factors.lora_B / scaling).to(device, torch.float32, copy=True))
-    linear_A.out_features = linear_B.in_features = layer.r[name] = factors.rank
-    layer.scaling[name] = scaling
-
-
-def _check_fit(name: str, layer: LoraLayer, factors: LoraFactors, module: ModulePlan) -> None:
-    if (factors.out_features, factors.in_features) != (layer.out_features, layer.in_features):
-        raise ValueError(
-            f"module {name!r}: factors of a ({factors.out_features}, {factors.in_features}) weight "
-            f"for a layer of ({layer.out_features}, {layer.in_features})"
-        )
-    if factors.rank != len(module.held):
-        raise ValueError(
-            f"module {name!r}: rank {factors.rank}, the plan holds {len(module.held)} components"
-        )
-
-
-def adapter_shapes(spec: ClassifierSpec) -> dict[str, ModuleShape]:
-    """Return the size of every layer to adapt by name, without the base model's weights.
-
-    Raises
-    ------
-    ModelError
-        If the base model is not there, or has no layer of a wanted name.
-    """
-    model = base_without_weights(spec.base, spec.num_labels)
-    head = _stock_head(model) if spec.base.pooling == "cls" else nn.Identity()
-    layers = dict(model.named_modules())
-    shapes = {}
-    for name in resolve_targets(model, spec.target_modules, head):
-        out_features, in_features = cast(nn.Linear, layers[name]).weight.shape
-        shapes[name] = ModuleShape(out_features, in_features)
-    return shapes
-
-
-@functools.lru_cache(maxsize=1)
-def resident_classifier(spec: ClassifierSpec) -> LoraClassifier:
-    """Return this process's classifier for ``spec``: built once, however many clients it serves."""
-    return LoraClassifier(spec)
-
-
-def head_shapes(classifier: LoraClassifier) -> Mapping[str, tuple[int, ...]]:
+def head_shapes(classifier: LoraModel) -> Mapping[str, tuple[int, ...]]:
     """Return the shapes of the head's tensors by name."""
     return {k: tuple(v.shape) for k, v in classifier.initial_head.items()}

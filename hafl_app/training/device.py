@@ -160,8 +160,19 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return peak memory in MB: of the tensors on a CUDA device, else of this process."""
+    """Return peak memory in MB of 10^6 bytes: of a CUDA device's tensors, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+    return _peak_of_process() / _MEGABYTE
+
+
+def _peak_of_process() -> int:
+    """Return the most bytes that this process has had in memory."""
+    # On Linux ru_maxrss of a new process starts from that of the one which started it.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

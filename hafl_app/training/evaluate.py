@@ -1,30 +1,57 @@
-"""Scores of a classifier on labelled text."""
+"""Scores of a model: on labelled text, or on prompts with answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score
-from torch import nn
+from torch import Tensor, nn
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.training.batches import Examples, evaluation_batches, make_batch
-from hafl_app.training.classifier import LoraClassifier
+from hafl_app.metrics import with_perplexity
+from hafl_app.training.batches import Batch, Examples, evaluation_batches, make_batch
+from hafl_app.training.causal import IGNORED, LoraCausalLM
 from hafl_app.training.device import autocast
+from hafl_app.training.lora_model import LoraModel
 
-_BATCH_SIZE = 128
+_BATCH_SIZE = 64  # on a CPU a fifth faster than 128
+_LOGITS_AT_ONCE = 2**26  # of a language model: 256 MB in float32
+
+
+class Scores(Protocol):
+    """What a model of some task reaches."""
+
+    @property
+    def num_examples(self) -> int:
+        """On how many texts."""
+
+    def to_wire(self) -> dict[str, int | float]:
+        """Return what a node reports, by name; all of it is finite."""
+
+    def named(self, phase: str) -> dict[str, float]:
+        """Return the metrics as ``phase/name``."""
 
 
 @dataclass(frozen=True)
-class Scores:
+class ClassificationScores:
     """Accuracy and macro F1 in [0, 1], mean cross entropy in nats, and on how many texts."""
 
     accuracy: float
     macro_f1: float
     loss: float
     num_examples: int
+
+    def to_wire(self) -> dict[str, int | float]:
+        """Return everything by name."""
+        return {
+            "accuracy": self.accuracy,
+            "macro-f1": self.macro_f1,
+            "loss": self.loss,
+            "num-examples": self.num_examples,
+        }
 
     def named(self, phase: str) -> dict[str, float]:
         """Return the metrics as ``phase/name``."""
@@ -35,17 +62,71 @@ class Scores:
         }
 
 
+@dataclass(frozen=True)
+class AnswerScores:
+    """Scores over the tokens of all answers.
+
+    Parameters
+    ----------
+    loss
+        Mean cross entropy of a token in nats, given the prompt and the answer before it.
+    token_accuracy
+        Share of the tokens that the model holds for the most probable, in [0, 1].
+    num_tokens, num_examples
+        Tokens of the answers, and answers.
+    """
+
+    loss: float
+    token_accuracy: float
+    num_tokens: int
+    num_examples: int
+
+    def to_wire(self) -> dict[str, int | float]:
+        """Return everything by name but the perplexity, which may be infinite."""
+        return {
+            "loss": self.loss,
+            "token-accuracy": self.token_accuracy,
+            "num-tokens": self.num_tokens,
+            "num-examples": self.num_examples,
+        }
+
+    def named(self, phase: str) -> dict[str, float]:
+        """Return the metrics as ``phase/name``, with the perplexity, ``exp(loss)``."""
+        metrics = with_perplexity({"loss": self.loss, "token-accuracy": self.token_accuracy})
+        return {f"{phase}/{name}": value for name, value in metrics.items()}
+
+
+def evaluate(model: LoraModel, examples: Examples, precision: str = "auto") -> Scores:
+    """Score the model with the factors and head that it holds now.
+
+    Returns
+    -------
+    Scores
+        `AnswerScores` of a causal language model, else `ClassificationScores`.
+
+    Raises
+    ------
+    ValueError
+        If there is no example.
+    """
+    if len(examples.labels) == 0:
+        raise ValueError("nothing to evaluate on: no example")
+    if isinstance(model, LoraCausalLM):
+        return _score_answers(model, examples, precision)
+    return _score_classes(model, examples, precision)
+
+
 @torch.inference_mode()
 def predict_logits(
-    classifier: LoraClassifier, examples: Examples, precision: str = "auto"
+    model: LoraModel, examples: Examples, precision: str = "auto"
 ) -> NDArray[np.float32]:
-    """Return logits of shape ``(rows, num_labels)``, in the order of the rows."""
-    classifier.eval()
+    """Return a classifier's logits of shape ``(rows, num_labels)``, in the order of the rows."""
+    model.eval()
     rows_seen, chunks = [], []
     for rows in evaluation_batches(examples, _BATCH_SIZE):
-        batch = make_batch(examples, rows, classifier.device)
-        with autocast(classifier.device, precision):
-            logits = classifier(batch.input_ids, batch.attention_mask)
+        batch = make_batch(examples, rows, model.device)
+        with autocast(model.device, precision):
+            logits = model(batch.input_ids, batch.attention_mask)
         rows_seen.append(rows)
         chunks.append(logits.float().cpu().numpy())
     sorted_logits = np.concatenate(chunks)
@@ -54,20 +135,11 @@ def predict_logits(
     return logits_by_row
 
 
-def evaluate(classifier: LoraClassifier, examples: Examples, precision: str = "auto") -> Scores:
-    """Score the classifier with the factors and head that it holds now.
-
-    Raises
-    ------
-    ValueError
-        If there is no example.
-    """
+def _score_classes(model: LoraModel, examples: Examples, precision: str) -> ClassificationScores:
     labels = examples.labels
-    if len(labels) == 0:
-        raise ValueError("nothing to evaluate on: no example")
-    logits = torch.from_numpy(predict_logits(classifier, examples, precision))
+    logits = torch.from_numpy(predict_logits(model, examples, precision))
     predicted = logits.argmax(1).numpy()
-    return Scores(
+    return ClassificationScores(
         accuracy=float(np.mean(predicted == labels)),
         macro_f1=float(f1_score(labels, predicted, average="macro", zero_division=0)),
         loss=nn.functional.cross_entropy(logits, torch.from_numpy(labels)).item(),
@@ -75,13 +147,46 @@ def evaluate(classifier: LoraClassifier, examples: Examples, precision: str = "a
     )
 
 
+@torch.inference_mode()
+def _score_answers(model: LoraCausalLM, examples: Examples, precision: str) -> AnswerScores:
+    model.eval()
+    loss, right, tokens = 0.0, 0, 0
+    for rows in _bounded_batches(model, examples):
+        with autocast(model.device, precision):
+            batch = model.batch(examples, rows)
+            batch_loss, batch_right, batch_tokens = _token_sums(model, batch)
+        loss += float(batch_loss)
+        right += int(batch_right)
+        tokens += int(batch_tokens)
+    return AnswerScores(loss / tokens, right / tokens, tokens, len(examples.labels))
+
+
+def _token_sums(model: LoraCausalLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return summed cross entropy in float64, right predictions, and tokens of the answers."""
+    logits, targets = model.predictions(batch)
+    is_target = targets != IGNORED
+    chosen, wanted = logits[is_target].float(), targets[is_target]
+    losses = nn.functional.cross_entropy(chosen, wanted, reduction="none")
+    return losses.double().sum(), (chosen.argmax(1) == wanted).sum(), is_target.sum()
+
+
+def _bounded_batches(model: LoraCausalLM, examples: Examples) -> Iterator[NDArray[np.int64]]:
+    """Yield all rows in batches whose logits are bounded: a vocabulary may be large."""
+    lengths, vocabulary = np.diff(examples.offsets), int(model.base.config.vocab_size)
+    for rows in evaluation_batches(examples, _BATCH_SIZE):
+        longest = int(lengths[rows].max())
+        size = max(1, _LOGITS_AT_ONCE // (longest * vocabulary))
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
 def adapter_evaluator(
-    classifier: LoraClassifier, precision: str = "auto"
+    model: LoraModel, precision: str = "auto"
 ) -> Callable[[Adapter, Examples], Scores]:
     """Return a function that scores whole adapters one after another in one resident model."""
 
     def score(adapter: Adapter, examples: Examples) -> Scores:
-        classifier.load_whole(adapter)
-        return evaluate(classifier, examples, precision)
+        model.load_whole(adapter)
+        return evaluate(model, examples, precision)
 
     return score

@@ -6,7 +6,7 @@ from torch import Tensor
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.importance import SensitivityAverages, component_scores, sensitivity
 from hafl_app.plan import ImportanceMeasure
-from hafl_app.training.classifier import LoraClassifier
+from hafl_app.training.lora_model import LoraModel
 
 
 class ImportanceMeter:
@@ -27,11 +27,11 @@ class ImportanceMeter:
         self._averages: dict[str, SensitivityAverages] = {}
 
     @torch.no_grad()
-    def update(self, classifier: LoraClassifier) -> None:
+    def update(self, model: LoraModel) -> None:
         """Take in the gradients of one step; to be called before they are clipped."""
         if self._measure == "none":
             return
-        for name, (lora_A, lora_B) in classifier.trainable_factors().items():
+        for name, (lora_A, lora_B) in model.trainable_factors().items():
             if lora_A.grad is None or lora_B.grad is None:
                 continue
             factors = LoraFactors(lora_A.detach(), lora_B.detach())

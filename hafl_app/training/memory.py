@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
+from hafl_app.training.batches import Batch
 from hafl_app.training.device import autocast
 from hafl_app.training.local import TrainOptions, build_optimizer
+from hafl_app.training.lora_model import LoraModel, LoraSpec
 from hafl_app.training.measure import ImportanceMeter
 
 _MEGABYTE = 1e6
@@ -84,7 +85,7 @@ class StepMemory:
 
 
 def step_memory(
-    spec: ClassifierSpec,
+    spec: LoraSpec,
     max_rank: int,
     options: TrainOptions,
     length: int,
@@ -99,7 +100,7 @@ def step_memory(
         Of the adapter. A client that trains fewer components is counted with the rest of them
         frozen beside, as much as any method sends it.
     options, length
-        Texts per batch, optimiser and precision, and the tokens of a text.
+        Texts at once, optimiser, precision and checkpointing, and the tokens of a text.
     folder
         Where counts are kept, by everything they depend on; None counts anew.
 
@@ -117,10 +118,11 @@ def step_memory(
     if folder is None:
         return count()
     counted = {
-        "spec": asdict(spec),
+        "spec": asdict(spec),  # type: ignore[call-overload]
         "config": _config_digest(spec.base.path),
         "max_rank": max_rank,
-        "batch": [options.batch_size, length, options.optimizer, options.precision],
+        "batch": [options.texts_at_once, length, options.optimizer, options.precision],
+        "checkpointing": options.gradient_checkpointing,
         "device": device.type,
         "versions": [str(torch.__version__), transformers.__version__],
     }
@@ -157,7 +159,7 @@ class StepBytes:
 
 
 def count_step(
-    spec: ClassifierSpec,
+    spec: LoraSpec,
     rank: int,
     held: int,
     options: TrainOptions,
@@ -173,66 +175,70 @@ def count_step(
     options, length, device
         As in `step_memory`. The device must be there, because it decides which kernels run.
     """
-    classifier, plan = _weightless(spec, rank, held)
-    longest = getattr(classifier.encoder.config, "max_position_embeddings", length)
-    shape = (options.batch_size, min(length, longest))
+    model, plan = _weightless(spec, rank, held)
+    model.checkpoint_gradients(options.gradient_checkpointing)
+    longest = getattr(model.base.config, "max_position_embeddings", length)
+    shape = (options.texts_at_once, min(length, longest))
     with FakeTensorMode(), LiveBytes() as live:
-        _replace_tensors(classifier, device)
-        frozen = [p for p in classifier.encoder.parameters() if not p.requires_grad]
+        _replace_tensors(model, device)
+        frozen = [p for p in model.base.parameters() if not p.requires_grad]
         weights = sum(p.numel() * p.element_size() for p in frozen)
-        optimizer = build_optimizer(classifier, plan, options)
+        optimizer = build_optimizer(model, plan, options)
         meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
         for _ in range(2):
-            _step(classifier, options, shape, optimizer, meter)
-    adapters = sum(s.in_features + s.out_features for s in classifier.shapes().values())
+            _step(model, options, shape, optimizer, meter)
+    adapters = sum(s.in_features + s.out_features for s in model.shapes().values())
     return StepBytes(weights - 4 * (held - rank) * adapters, live.peak)
 
 
-def _weightless(spec: ClassifierSpec, rank: int, held: int) -> tuple[LoraClassifier, TrainPlan]:
-    """Return the classifier on the meta device, with an adapter of that size, and its plan."""
+def _weightless(spec: LoraSpec, rank: int, held: int) -> tuple[LoraModel, TrainPlan]:
+    """Return the model on the meta device, with an adapter of that size, and its plan."""
     base = replace(spec.base, random_weights=True)
+    random: LoraSpec = replace(spec, base=base)  # type: ignore[type-var]
     with torch.device("meta"):
         # A model's configuration may name half precision; its weights are loaded in float32.
-        classifier = LoraClassifier(replace(spec, base=base)).float()
+        model = random.build().float()
         modules = {
             name: LoraFactors(torch.empty(held, s.in_features), torch.empty(s.out_features, held))
-            for name, s in classifier.shapes().items()
+            for name, s in model.shapes().items()
         }
         module = ModulePlan(tuple(range(held)), tuple(range(rank)))
         # The costliest importance: a plan that asks for none needs less.
         plan = TrainPlan(dict.fromkeys(modules, module), importance="smoothed")
-        classifier.load(Adapter(modules), plan)
-    return classifier.train(), plan
+        model.load(Adapter(modules), plan)
+    return model.train(), plan
 
 
-def _replace_tensors(classifier: nn.Module, device: torch.device) -> None:
+def _replace_tensors(model: nn.Module, device: torch.device) -> None:
     """Put tensors of the current mode into the places of all parameters and buffers."""
-    for module in classifier.modules():
+    replaced: dict[int, nn.Parameter] = {}  # tied weights stay one tensor
+    for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            setattr(module, name, nn.Parameter(tensor, parameter.requires_grad))
+            if id(parameter) not in replaced:
+                tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                replaced[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
+            setattr(module, name, replaced[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def _step(
-    classifier: LoraClassifier,
+    model: LoraModel,
     options: TrainOptions,
     shape: tuple[int, int],
     optimizer: torch.optim.Optimizer,
     meter: ImportanceMeter,
 ) -> None:
     """Take the step of `hafl_app.training.local`, without reading a number."""
-    input_ids, mask = (torch.ones(shape, dtype=torch.long, device=classifier.device) for _ in "im")
-    labels = torch.zeros(shape[0], dtype=torch.long, device=classifier.device)
-    classifier.zero_grad(set_to_none=True)
-    with autocast(classifier.device, options.precision):
-        logits = classifier(input_ids, mask)
-    loss = nn.functional.cross_entropy(logits.float(), labels)
+    input_ids, mask = (torch.ones(shape, dtype=torch.long, device=model.device) for _ in "im")
+    labels = torch.zeros(model.labels_shape(shape), dtype=torch.long, device=model.device)
+    model.zero_grad(set_to_none=True)
+    with autocast(model.device, options.precision):
+        loss = model.loss(Batch(input_ids, mask, labels))
     loss.backward()  # type: ignore[no-untyped-call]
-    meter.update(classifier)
+    meter.update(model)
     if options.max_grad_norm:
-        nn.utils.clip_grad_norm_(list(classifier.parameters()), options.max_grad_norm)
+        nn.utils.clip_grad_norm_(list(model.parameters()), options.max_grad_norm)
     optimizer.step()
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.training.base import BaseSpec, Tokenise, load_tokeniser
-from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
+from hafl_app.training.base import CAUSAL_LM, BaseSpec, Tokenise, load_tokeniser
+from hafl_app.training.causal import CausalSpec
+from hafl_app.training.classifier import ClassifierSpec
+from hafl_app.training.lora_model import LoraModel, LoraSpec
 
 _WEIGHTS, _HEAD, _CARD = "adapter_model.safetensors", "head.safetensors", "hafl.json"
 _PREFIX = "base_model.model."
+_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
 _CLS_HEAD = "classifier"  # what encoders with a classification head call it
 
 
@@ -27,22 +30,47 @@ class SavedAdapterError(ValueError):
 
 
 @dataclass(frozen=True)
-class LoadedAdapter:
-    """An adapter in its base model, ready to score texts.
+class StoredAdapter:
+    """What the folder of an adapter holds, without its base model.
 
     Parameters
     ----------
-    classifier
-        Base model, factors and head.
+    adapter
+        Factors of every adapted module, PEFT's scaling folded in, and the head.
+    spec
+        How to build the model that they belong to.
+    label_names
+        As in a `LoadedAdapter`.
+    max_length
+        Tokens at which texts are cut.
+    facts
+        Anything else worth knowing, as JSON values.
+    """
+
+    adapter: Adapter
+    spec: LoraSpec
+    label_names: tuple[str, ...]
+    max_length: int
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in its base model, ready to be used.
+
+    Parameters
+    ----------
+    model
+        Base model, factors and head: a classifier or a causal language model.
     tokenise
         From texts to token ids.
     label_names
-        Name of each class.
+        Name of each class; of a causal language model, of each category of its data.
     facts
         What the folder says of itself: base, pooling, training settings.
     """
 
-    classifier: LoraClassifier
+    model: LoraModel
     tokenise: Tokenise
     label_names: tuple[str, ...]
     facts: Mapping[str, Any]
@@ -51,7 +79,7 @@ class LoadedAdapter:
 def save_adapter(
     folder: Path,
     adapter: Adapter,
-    spec: ClassifierSpec,
+    spec: LoraSpec,
     *,
     label_names: Sequence[str],
     max_length: int,
@@ -62,7 +90,8 @@ def save_adapter(
     ``lora_alpha`` equals the rank in the saved config, so that PEFT's scaling is 1 and ``lora_B``
     is stored as the federation has it. With mean pooling the factors belong to the bare encoder
     (``AutoModel``) and the head lies beside them; with ``cls`` the head is one of PEFT's
-    ``modules_to_save`` and the folder needs nothing of this project.
+    ``modules_to_save`` and the folder needs nothing of this project, nor does that of a causal
+    language model (``AutoModelForCausalLM``).
 
     Parameters
     ----------
@@ -98,16 +127,16 @@ def save_adapter(
         raise
 
 
-def _write(folder: Path, adapter: Adapter, spec: ClassifierSpec) -> None:
+def _write(folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
     ranks = {name: factors.rank for name, factors in adapter.modules.items()}
-    cls = spec.base.pooling == "cls"
+    cls = _has_stock_head(spec.base)
     config = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
         rank_pattern=ranks if len(set(ranks.values())) > 1 else {},
         alpha_pattern=ranks if len(set(ranks.values())) > 1 else {},
         target_modules=list(ranks),
-        task_type="SEQ_CLS" if cls else "FEATURE_EXTRACTION",
+        task_type=task_type(spec.base),
         modules_to_save=[_CLS_HEAD] if cls else None,
         base_model_name_or_path=spec.base.path,
         revision=spec.base.revision,
@@ -116,14 +145,62 @@ def _write(folder: Path, adapter: Adapter, spec: ClassifierSpec) -> None:
     config.save_pretrained(str(folder))
     tensors = {}
     for name, factors in adapter.modules.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors.lora_A.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = factors.lora_B.contiguous()
+        tensors[f"{_PREFIX}{name}{_LORA_A}"] = factors.lora_A.contiguous()
+        tensors[f"{_PREFIX}{name}{_LORA_B}"] = factors.lora_B.contiguous()
     head = {name: tensor.contiguous() for name, tensor in adapter.head.items()}
     if cls:
         tensors |= {f"{_PREFIX}{_CLS_HEAD}.{name}": tensor for name, tensor in head.items()}
-    else:
+    elif _has_own_head(spec.base):
         save_file(head, folder / _HEAD)
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+
+
+def _has_stock_head(base: BaseSpec) -> bool:
+    return base.task != CAUSAL_LM and base.pooling == "cls"
+
+
+def _has_own_head(base: BaseSpec) -> bool:
+    return base.task != CAUSAL_LM and base.pooling != "cls"
+
+
+def task_type(base: BaseSpec) -> str:
+    """Return PEFT's name of what a model does: ``FEATURE_EXTRACTION`` is mean pooling."""
+    if base.task == CAUSAL_LM:
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if base.pooling == "cls" else "FEATURE_EXTRACTION"
+
+
+def read_adapter(path: str | Path, *, trust_remote_code: bool = False) -> StoredAdapter:
+    """Read a saved adapter. Nothing of its base model is needed.
+
+    Parameters
+    ----------
+    trust_remote_code
+        See `load_adapter`.
+
+    Raises
+    ------
+    SavedAdapterError
+        If a file is missing or unreadable, or the factors' keys or shapes do not go together.
+    """
+    folder = Path(path)
+    try:
+        card = json.loads((folder / _CARD).read_text())
+        base = BaseSpec(**{**card["base"], "trust_remote_code": trust_remote_code})
+        targets, labels = card["target_modules"], tuple(card["label_names"])
+        seed, max_length, facts = int(card["seed"]), int(card["max_length"]), card["facts"]
+        tensors = load_file(folder / _WEIGHTS)
+        head = load_file(folder / _HEAD) if _has_own_head(base) else {}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SavedAdapterError(f"{folder}: not a saved adapter: {error}") from error
+    if _has_stock_head(base):
+        prefix = f"{_PREFIX}{_CLS_HEAD}."
+        head = {
+            k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)
+        }
+    targets = targets if isinstance(targets, str) else tuple(targets)
+    spec = _spec(base, len(labels), targets, seed)
+    return StoredAdapter(Adapter(_factors(folder, tensors), head), spec, labels, max_length, facts)
 
 
 def load_adapter(path: str | Path, *, trust_remote_code: bool = False) -> LoadedAdapter:
@@ -143,54 +220,53 @@ def load_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Loaded
         If the base model is not there.
     """
     folder = Path(path)
-    try:
-        card = json.loads((folder / _CARD).read_text())
-        base = BaseSpec(**{**card["base"], "trust_remote_code": trust_remote_code})
-        targets, labels = card["target_modules"], tuple(card["label_names"])
-        seed, max_length, facts = int(card["seed"]), int(card["max_length"]), card["facts"]
-        tensors = load_file(folder / _WEIGHTS)
-        head = load_file(folder / _HEAD) if base.pooling != "cls" else {}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise SavedAdapterError(f"{folder}: not a saved adapter: {error}") from error
+    stored = read_adapter(folder, trust_remote_code=trust_remote_code)
+    adapter, spec = stored.adapter, stored.spec
     # The seed decides whatever the base's files do not hold, random weights among them.
-    spec = ClassifierSpec(
-        base, len(labels), targets if isinstance(targets, str) else tuple(targets), seed=seed
-    )
-    classifier = LoraClassifier(spec)
-    if base.pooling == "cls":
-        prefix = f"{_PREFIX}{_CLS_HEAD}."
-        head = {
-            k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)
-        }
-    if set(head) != set(classifier.initial_head):
+    model = spec.build()
+    _check_keys(folder, _keys(adapter.modules), _keys(model.layers))
+    if set(adapter.head) != set(model.initial_head):
         raise SavedAdapterError(
-            f"{folder}: the head has {sorted(head)}, expected {sorted(classifier.initial_head)}"
+            f"{folder}: the head has {sorted(adapter.head)}, expected {sorted(model.initial_head)}"
         )
     try:
-        classifier.load_whole(Adapter(_factors(folder, tensors, classifier), head))
-    except SavedAdapterError:
-        raise
+        model.load_whole(adapter)
     except (ValueError, RuntimeError) as error:
         raise SavedAdapterError(f"{folder}: does not fit the base model: {error}") from error
-    return LoadedAdapter(classifier.eval(), load_tokeniser(base, max_length), labels, facts)
+    tokenise = load_tokeniser(spec.base, stored.max_length)
+    return LoadedAdapter(model.eval(), tokenise, stored.label_names, stored.facts)
 
 
-def _factors(
-    folder: Path, tensors: Mapping[str, Tensor], classifier: LoraClassifier
-) -> dict[str, LoraFactors]:
-    expected = {
-        f"{_PREFIX}{name}.{factor}.weight"
-        for name in classifier.layers
-        for factor in ("lora_A", "lora_B")
-    }
-    if odd := sorted(expected ^ set(tensors)):
+def _spec(base: BaseSpec, num_labels: int, targets: str | tuple[str, ...], seed: int) -> LoraSpec:
+    if base.task == CAUSAL_LM:
+        return CausalSpec(base, targets, seed=seed)
+    return ClassifierSpec(base, num_labels, targets, seed=seed)
+
+
+def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, LoraFactors]:
+    names = [
+        key.removeprefix(_PREFIX).removesuffix(_LORA_A) for key in tensors if key.endswith(_LORA_A)
+    ]
+    _check_keys(folder, set(tensors), _keys(names))
+    factors = {}
+    for name in names:
+        lora_A, lora_B = (tensors[f"{_PREFIX}{name}{end}"] for end in (_LORA_A, _LORA_B))
+        try:
+            factors[name] = LoraFactors(lora_A, lora_B)
+        except ValueError as error:
+            raise SavedAdapterError(
+                f"{folder}: does not fit the base model: module {name!r}: {error}"
+            ) from error
+    return factors
+
+
+def _keys(modules: Iterable[str]) -> set[str]:
+    return {f"{_PREFIX}{name}{end}" for name in modules for end in (_LORA_A, _LORA_B)}
+
+
+def _check_keys(folder: Path, found: set[str], expected: set[str]) -> None:
+    if odd := sorted(expected ^ found):
         kind = "missing" if odd[0] in expected else "unexpected"
         raise SavedAdapterError(
             f"{folder}: {len(odd)} keys do not fit the base model, {kind}: {odd[0]}"
         )
-    return {
-        name: LoraFactors(
-            tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"]
-        )
-        for name in classifier.layers
-    }

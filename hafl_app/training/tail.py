@@ -10,25 +10,25 @@ from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TailPruning
-from hafl_app.training.classifier import LoraClassifier
+from hafl_app.training.lora_model import LoraModel
 
 
-def tail_norms(classifier: LoraClassifier, tail: TailPruning | None) -> dict[str, float]:
+def tail_norms(model: LoraModel, tail: TailPruning | None) -> dict[str, float]:
     """Return ``||B_tail||_F * ||A_tail||_F`` by module."""
     if tail is None:
         return {}
     with torch.no_grad():
         return {
             name: float(_tail_product(a, b, tail.start(a.shape[0])))
-            for name, (a, b) in classifier.trainable_factors().items()
+            for name, (a, b) in model.trainable_factors().items()
         }
 
 
-def tail_penalty(classifier: LoraClassifier, tail: TailPruning) -> Tensor:
+def tail_penalty(model: LoraModel, tail: TailPruning) -> Tensor:
     """Return ``lambda sum ||B_tail||_F ||A_tail||_F`` over the modules, with its graph."""
-    pairs = classifier.trainable_factors().values()
+    pairs = model.trainable_factors().values()
     products = [_tail_product(a, b, tail.start(a.shape[0])) for a, b in pairs]
-    return tail.weight * sum(products, torch.zeros((), device=classifier.device))
+    return tail.weight * sum(products, torch.zeros((), device=model.device))
 
 
 def _tail_product(lora_A: Tensor, lora_B: Tensor, start: int) -> Tensor:

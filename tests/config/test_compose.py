@@ -9,11 +9,21 @@ from hafl_app.reporting import plain_settings
 from hafl_app.strategies.base import HeterogeneousLora
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
-# What a file leaves open on purpose, given here.
+INSTRUCTIONS = ["dataset=instructions", "dataset.path=mine.jsonl"]
+# What a file leaves open on purpose, or goes together with, given here.
 REQUIRED = {
     "model/encoder": ["model.path=some/encoder"],
     "partition/natural": ["partition.column=label"],
     "dataset/local": ["dataset.path=train.csv"],
+    "dataset/dolly": ["dataset.path=dolly", "model=tiny_random_causal"],
+    "dataset/gsm8k": ["dataset.path=gsm8k", "model=tiny_random_causal"],
+    "dataset/instructions": ["dataset.path=mine.jsonl", "model=tiny_random_causal"],
+    "dataset/natural_instructions": ["dataset.path=tasks", "model=tiny_random_causal"],
+    "model/causal": ["model.path=some/model", *INSTRUCTIONS],
+    "model/stories260k": ["model.path=stories260k", *INSTRUCTIONS],
+    "model/llama_1b": INSTRUCTIONS,
+    "model/llama_7b": INSTRUCTIONS,
+    "model/tiny_random_causal": INSTRUCTIONS,
 }
 
 

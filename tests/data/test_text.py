@@ -1,3 +1,4 @@
+import mmap
 import multiprocessing
 from pathlib import Path
 
@@ -81,6 +82,27 @@ class TestCache:
         assert plain(cached) == EXPECTED
         assert len(list(tmp_path.rglob("*.*"))) == 1  # no unfinished file left
 
+    def test_processes_share_the_tokens_instead_of_copying_them(self, tmp_path):
+        written = encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
+        cached = encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
+
+        for encoded in (written, cached):
+            assert is_mapped(encoded.tokens)
+            assert not encoded.tokens.flags.writeable
+            assert encoded.select([3, 0]).tokens.flags.writeable
+
+    def test_no_tokens_at_all(self, tmp_path):
+        for _ in range(2):
+            assert plain(encode(["", ""], [1, 0], Tokeniser(), tmp_path, "k")) == ([[], []], [1, 0])
+
+    def test_what_is_read_outlives_its_file(self, tmp_path):
+        encoded = encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
+        (path,) = tmp_path.glob("*.*")
+        path.unlink()
+        encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
+
+        assert plain(encoded) == EXPECTED
+
     @pytest.mark.parametrize(
         ("texts", "labels", "key"),
         [
@@ -101,7 +123,7 @@ class TestCache:
         assert len(list(tmp_path.glob("*.*"))) == 2
 
     @pytest.mark.parametrize(
-        "damage", ["truncated", "empty", "pickle", "shorter", "relabelled", "flipped"]
+        "damage", ["truncated", "empty", "pickle", "shorter", "relabelled", "flipped", "compressed"]
     )
     def test_damaged_file_is_replaced(self, tmp_path, damage):
         encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
@@ -114,6 +136,20 @@ class TestCache:
 
         assert plain(encoded) == EXPECTED
         assert (again.calls, then.calls) == (1, 0)
+
+    def test_a_changed_token_at_the_end_of_a_large_file_is_noticed(self, tmp_path):
+        texts = ["word " * 40] * 2000  # more than what is read along with the header
+        encode(texts, [1] * 2000, Tokeniser(), tmp_path, "k")
+        (path,) = tmp_path.glob("*.*")
+        content, tokens = path.read_bytes(), np.load(path)["tokens"].tobytes()
+        last = content.index(tokens) + len(tokens) - 4
+        path.write_bytes(content[:last] + b"\1" + content[last + 1 :])
+        again = Tokeniser()
+
+        encoded = encode(texts, [1] * 2000, again, tmp_path, "k")
+
+        assert again.calls == 1
+        assert encoded.row(1999).tolist() == [ord(letter) for letter in texts[0]]
 
     def test_unwritable_cache_only_costs_time(self, tmp_path, caplog):
         (tmp_path / "file").write_text("in the way")
@@ -145,6 +181,13 @@ class TestCache:
         assert len(list(tmp_path.glob("*.*"))) == 1
 
 
+def is_mapped(array: np.ndarray) -> bool:
+    """Say whether an array's numbers lie in a file that is mapped into memory."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array, mmap.mmap)
+
+
 def harm(path: Path, damage: str) -> None:
     content = path.read_bytes()
     arrays = dict(np.load(path))
@@ -158,6 +201,8 @@ def harm(path: Path, damage: str) -> None:
         np.savez(path, **(arrays | {"tokens": arrays["tokens"][:-1]}))
     elif damage == "relabelled":
         np.savez(path, **(arrays | {"labels": arrays["labels"][::-1]}))
+    elif damage == "compressed":
+        np.savez_compressed(path, **arrays)
     else:
         at = content.index(arrays["tokens"].tobytes())
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])

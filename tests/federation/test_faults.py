@@ -18,7 +18,7 @@ from hafl_app.federation.faults import (
 )
 from hafl_app.federation.inprocess import server_identity
 from hafl_app.federation.permissions import NotAllowedError
-from hafl_app.federation.records import RecordError
+from hafl_app.federation.wire_arrays import RecordError
 from hafl_app.training.base import ModelError
 from hafl_app.training.local import DeviceMemoryError, LossNotFiniteError, TrainingError
 

@@ -16,6 +16,7 @@ from flwr.app import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from layout_words import change_layout, write_layout
 
 from hafl_app.federation.inprocess import server_identity
 from hafl_app.federation.judge import (
@@ -261,17 +262,21 @@ WRONG_CONTENTS = {
     "arrays as metrics": lambda c: c.update(arrays=MetricRecord({"factors": 1.0})),
     "metrics as config": lambda c: c.update(metrics=ConfigRecord({"num-examples": 3})),
     "empty layout": lambda c: c.update(layout=ConfigRecord()),
-    "ranks are no list": lambda c: c["layout"].update(ranks=3),
-    "ranks are words": lambda c: c["layout"].update(ranks=["2", "3"]),
-    "ranks are fractions": lambda c: c["layout"].update({"ranks": [2.0, 3.0]}),
-    "widths are words": lambda c: c["layout"].update({"in-features": ["5", "9"]}),
-    "names are numbers": lambda c: c["layout"].update(modules=[1, 2]),
-    "names are repeated": lambda c: c["layout"].update(modules=["query", "query"]),
-    "scores are words": lambda c: c["layout"].update({"num-scores": ["2", "3"]}),
-    "scored names are numbers": lambda c: c["layout"].update({"scored-modules": [1, 2]}),
-    "no score counts": lambda c: c["layout"].update({"num-scores": []}),
+    "layout as text": lambda c: c["layout"].update(layout="{}"),
+    "layout of noise": lambda c: c["layout"].update(layout=b"noise"),
+    "a list as layout": lambda c: write_layout(c, []),
+    "ranks are no list": lambda c: change_layout(c, ranks=3),
+    "ranks are words": lambda c: change_layout(c, ranks=["2", "3"]),
+    "ranks are fractions": lambda c: change_layout(c, ranks=[2.0, 3.0]),
+    "widths are words": lambda c: change_layout(c, in_features=["5", "9"]),
+    "names are numbers": lambda c: change_layout(c, modules=[1, 2]),
+    "names are repeated": lambda c: change_layout(c, modules=["query", "query"]),
+    "scores are words": lambda c: change_layout(c, num_scores=["2", "3"]),
+    "scored names are numbers": lambda c: change_layout(c, scored_modules=[1, 2]),
+    "no score counts": lambda c: change_layout(c, num_scores=[]),
     "factors gone": lambda c: c["arrays"].pop("factors"),
-    "importance gone": lambda c: c["arrays"].pop("importance"),
+    "scores gone": lambda c: c["layout"].pop("scores"),
+    "scores cut off": lambda c: c["layout"].update(scores=c["layout"]["scores"][:-4]),
     "factors are no numbers": lambda c: c["arrays"].update(factors=Array(np.array(["a", "b"]))),
     "a head without a name": lambda c: c["arrays"].update({"head/": Array(np.ones(3, np.float32))}),
     "bytes that are no array": lambda c: c["arrays"].update(

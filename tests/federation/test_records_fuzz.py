@@ -4,6 +4,7 @@ import io
 import json
 import math
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,13 @@ from flwr.app import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layout_words import change_layout, layout_of, write_layout
 
+from hafl_app.federation.compressed import CompressedTextError, compress, decompress
 from hafl_app.federation.inprocess import server_identity
 from hafl_app.federation.profiles import PROFILE, NodeProfile
 from hafl_app.federation.records import (
     AdapterArrays,
-    RecordError,
     adapter_content,
     content_bytes,
     message_bytes,
@@ -33,6 +35,7 @@ from hafl_app.federation.records import (
     read_adapter,
     read_plan,
 )
+from hafl_app.federation.wire_arrays import RecordError
 from hafl_app.plan import ModulePlan, TailPruning, TrainPlan, parse_indices
 
 SOAK = settings(max_examples=10_000, suppress_health_check=list(HealthCheck))
@@ -43,11 +46,29 @@ def counting(*shape):
     return np.arange(math.prod(shape), dtype=np.float32).reshape(shape) + sum(shape)
 
 
+HEAD = {"weight": counting(3, 7), "bias": counting(3)}
 ADAPTER = AdapterArrays(
     {"q.0": (counting(2, 5), counting(7, 2)), "v.1": (counting(3, 4), counting(6, 3))},
-    {"weight": counting(3, 7), "bias": counting(3)},
+    HEAD,
     {"q.0": counting(2), "v.1": counting(3)},
 )
+
+
+def rounded(numbers, dtype):
+    """The same adapter in fewer bits; int8 has scales."""
+
+    def cast(arrays, dtype=dtype):
+        return tuple(array.astype(dtype) for array in arrays)
+
+    modules = {name: cast(pair) for name, pair in ADAPTER.modules.items()}
+    scores = {name: array.astype(np.uint16) for name, array in ADAPTER.importance.items()}
+    scales = {"q.0": cast((counting(2), counting(2)), np.uint16)} | {
+        "v.1": cast((counting(3), counting(3) + 7), np.uint16)
+    }
+    return AdapterArrays(modules, HEAD, scores, numbers, scales if numbers == "int8" else {})
+
+
+ADAPTERS = (ADAPTER, rounded("bf16", np.uint16), rounded("int8", np.int8))
 PLAN = TrainPlan(
     {"q": ModulePlan((0, 1, 2, 5), (1, 5), 16 / 30), "v": ModulePlan((3,), (3,), 2.0)},
     head="frozen",
@@ -57,6 +78,8 @@ PLAN = TrainPlan(
     tail=TailPruning(0.75, 0.1, 2),
     local_epochs=2,
     max_steps=40,
+    upload="int8",
+    error_feedback=True,
 )
 NODE = NodeProfile(3, 8, 4, 120, "cuda", rank_pattern={"output.dense": 2})
 
@@ -66,6 +89,16 @@ texts = st.sampled_from(["", "q.0", "v.1", "float32", "\n", "\x00", "9" * 40]) |
 scalars = st.booleans() | integers | floats | texts | st.binary(max_size=9)
 lists = st.one_of(
     *(st.lists(kind, max_size=4) for kind in (st.booleans(), integers, floats, texts, st.binary()))
+)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | integers
+    | floats
+    | texts
+    | st.sampled_from(["0-3", "1,1", "frozen"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=2),
+    max_leaves=5,
 )
 shapes = st.lists(integers, max_size=4).map(tuple)
 
@@ -138,8 +171,8 @@ def damage_array(draw, arrays):
     old = arrays[key]
     data = draw(damaged_bytes(old.data) | st.just(old.data))
     shape = draw(st.just(old.shape) | shapes)
-    dtype = draw(st.just("float32") | st.sampled_from(["float64", "object", "<f4", ""]))
-    stype = draw(st.just(old.stype) | texts)
+    dtype = draw(st.just(old.dtype) | st.sampled_from(["float64", "object", "<f4", "", "int8"]))
+    stype = draw(st.just(old.stype) | texts | st.just("raw"))
     if draw(st.booleans()):  # a header that agrees with the shape
         data = lying_npy(shape) if draw(st.booleans()) else npy(counting(2, 3))
     arrays[key] = Array(dtype, shape, stype, data)
@@ -153,6 +186,17 @@ def damage_names(draw, arrays):
         arrays[draw(texts | st.sampled_from(["head/", "head/new", "importance"]))] = array
 
 
+def damage_bytes_of_layout(draw, record):
+    key = draw(st.sampled_from(sorted(record)))
+    kind = draw(st.sampled_from(["remove", "replace", "damage"]))
+    if kind == "remove":
+        del record[key]
+    elif kind == "replace" or not isinstance(record[key], bytes):
+        record[key] = draw(scalars | lists)
+    else:
+        record[key] = draw(damaged_bytes(record[key]))
+
+
 def damage_layout(draw, layout):
     key = draw(st.sampled_from(sorted(layout)))
     kind = draw(st.sampled_from(["remove", "replace", "element", "repeat", "swap"]))
@@ -160,7 +204,7 @@ def damage_layout(draw, layout):
     if kind == "remove":
         del layout[key]
     elif kind == "replace" or not values:
-        layout[key] = draw(scalars | lists)
+        layout[key] = draw(json_values)
     elif kind == "element" and type(values[0]) is int:
         values[draw(st.integers(0, len(values) - 1))] = draw(integers)
         layout[key] = values
@@ -170,10 +214,12 @@ def damage_layout(draw, layout):
 
 @st.composite
 def damaged_contents(draw):
-    content = adapter_content(ADAPTER)
+    content = adapter_content(draw(st.sampled_from(ADAPTERS)))
+    said = layout_of(content)
+    kinds = ["array", "array", "layout", "layout", "bytes", "bytes", "names", "record"]
     for _ in range(draw(st.integers(1, 3))):
-        arrays, layout = content["arrays"], content["layout"]
-        kind = draw(st.sampled_from(["array", "array", "layout", "layout", "names", "record"]))
+        arrays, record = content["arrays"], content["layout"]
+        kind = draw(st.sampled_from(kinds))
         if kind == "record":
             wrong = st.sampled_from([MetricRecord({"x": 1}), ConfigRecord({}), ArrayRecord()])
             content[draw(st.sampled_from(["arrays", "layout", "more"]))] = draw(wrong)
@@ -182,13 +228,18 @@ def damaged_contents(draw):
             damage_array(draw, arrays)
         elif kind == "names" and arrays:
             damage_names(draw, arrays)
-        elif layout:
-            damage_layout(draw, layout)
+        elif kind == "bytes" and record:
+            damage_bytes_of_layout(draw, record)
+        elif said:
+            damage_layout(draw, said)
+            write_layout(content, said)
     return content
 
 
 def numbers(array):
-    """Payload of npy bytes, found without the codec."""
+    """Payload of npy bytes, or of bytes without a header, found without the codec."""
+    if array.stype == "raw":
+        return array.shape, array.dtype, array.data
     return array.shape, array.data[array.data.index(b"\n", 10) + 1 :]
 
 
@@ -202,20 +253,25 @@ def check_adapter(content):
         assert len(str(error)) < 1000
         return
     arrays, layout = pack(got)
-    for key, values in layout.items():
-        assert repr(values) == repr(content["layout"][key])
+    said = layout_of(content)
+    for key, values in layout_of(RecordDict({"layout": layout})).items():
+        assert repr(values) == repr(said[key])
+    for key in set(layout) - {"layout"}:
+        assert layout[key] == content["layout"][key]
+    assert ("scales" in layout) == (content["arrays"]["factors"].dtype == "int8")
     sent = content["arrays"]
-    used = {key for key in sent if key in ("factors", "importance") or key.startswith("head/")}
-    for key in used - {"importance"} | (set(arrays) & {"importance"}):
+    for key in {key for key in sent if key == "factors" or key.startswith("head/")}:
         assert numbers(arrays[key]) == numbers(sent[key])
     assert content_bytes(content) == before
 
 
 class TestAdapters:
-    def test_what_is_not_damaged_passes_the_check(self):
-        content = adapter_content(ADAPTER)
+    @pytest.mark.parametrize("adapter", ADAPTERS)
+    def test_what_is_not_damaged_passes_the_check(self, adapter):
+        content = adapter_content(adapter)
         check_adapter(content)
         assert set(read_adapter(content).head) == {"weight", "bias"}
+        assert read_adapter(content).numbers == adapter.numbers
 
     @settings(max_examples=400)
     @given(damaged_contents())
@@ -239,7 +295,8 @@ class TestAdapters:
             ("in-features", [5, 2**31]),
             ("out-features", [7, 2**63]),
             ("modules", [0, 1]),
-            ("modules", [b"q.0", b"v.1"]),
+            ("modules", {"q.0": 1, "v.1": 2}),
+            ("modules", None),
             ("modules", ["q.0", "q.0"]),
             ("scored-modules", ["q.0", "q.0"]),
             ("scored-modules", "q.0"),
@@ -253,13 +310,55 @@ class TestAdapters:
     )
     def test_a_layout_of_another_kind_is_refused(self, key, value):
         content = adapter_content(ADAPTER)
-        content["layout"][key] = value
+        change_layout(content, **{key: value})
         with pytest.raises(RecordError, match=f"layout: '{key}'"):
+            read_adapter(content)
+
+    @pytest.mark.parametrize("key", ["scores", "scales"])
+    @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"\0\0", lambda b: b""])
+    def test_bytes_that_are_too_few_or_too_many_are_refused(self, key, change):
+        content = adapter_content(ADAPTERS[2])
+        content["layout"][key] = change(content["layout"][key])
+        with pytest.raises(RecordError, match=f"layout: '{key}' has .* bytes, expected"):
+            read_adapter(content)
+
+    @pytest.mark.parametrize("key", ["layout", "scores", "scales"])
+    @pytest.mark.parametrize("value", ["text", 3, [b"x"], None])
+    def test_bytes_of_another_kind_are_refused(self, key, value):
+        content = adapter_content(ADAPTERS[2])
+        if value is None:
+            del content["layout"][key]
+        else:
+            content["layout"][key] = value
+        with pytest.raises(RecordError, match=f"'{key}' is missing or no bytes"):
+            read_adapter(content)
+
+    @pytest.mark.parametrize(
+        ("dtype", "shape", "data"),
+        [
+            ("int8", (23,), bytes(24)),
+            ("int8", (4, 6), bytes(24)),
+            ("uint16", (24,), bytes(47)),
+            ("uint16", (24,), bytes(24)),
+            ("float32", (24,), bytes(96)),
+            ("object", (24,), bytes(24)),
+        ],
+    )
+    def test_numbers_without_a_header_have_a_known_kind_and_length(self, dtype, shape, data):
+        content = adapter_content(ADAPTERS[2])
+        content["arrays"]["factors"] = Array(dtype, shape, "raw", data)
+        with pytest.raises(RecordError, match=r"'factors' (cannot be read|has dtype)"):
+            read_adapter(content)
+
+    def test_a_layout_nested_too_deep_is_refused(self):
+        content = adapter_content(ADAPTER)
+        content["layout"]["layout"] = compress("[" * 100_000)
+        with pytest.raises(RecordError, match=r"layout: .*recursion"):
             read_adapter(content)
 
     def test_sizes_that_only_add_up_are_refused_by_the_numbers(self):
         content = adapter_content(ADAPTER)
-        content["layout"]["ranks"] = [0, 2**31 - 1]
+        change_layout(content, ranks=[0, 2**31 - 1])
         with pytest.raises(RecordError, match="the layout says 21474836470"):
             read_adapter(content)
 
@@ -336,6 +435,52 @@ class TestHostileArrays:
             tracemalloc.stop()
 
 
+class TestCompressedText:
+    @given(st.text())
+    def test_survives(self, text):
+        assert decompress(compress(text), 10**6) == text
+
+    @settings(max_examples=300)
+    @given(st.data())
+    def test_damage_is_refused_or_read_within_the_limit(self, data):
+        damaged = data.draw(damaged_bytes(compress('{"modules":["encoder.layer.0"]}' * 3)))
+        try:
+            assert len(decompress(damaged, 1000)) < 1000
+        except CompressedTextError as error:
+            assert "\n" not in str(error)
+
+    @pytest.mark.parametrize("read", [read_adapter, read_plan])
+    def test_a_bomb_is_not_expanded(self, read):
+        bomb = compress.__wrapped__(" " * 50_000_000)  # nor cached
+        assert len(bomb) < 50_000
+        content = adapter_content(ADAPTER, plan=ConfigRecord({"plan": bomb}))
+        content["layout"]["layout"] = bomb
+        tracemalloc.start()
+        try:
+            with pytest.raises(RecordError, match="expands to 4194304 bytes or more"):
+                read(content)
+            assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        finally:
+            tracemalloc.stop()
+
+    def test_what_goes_on_behind_its_end_or_ends_early_is_refused(self):
+        data = compress("layout")
+        for wrong, why in ((data + b"x", "too late"), (data[:-1], "too early"), (b"", "too early")):
+            with pytest.raises(CompressedTextError, match=why):
+                decompress(wrong, 100)
+
+    def test_as_much_as_the_limit_is_too_much(self):
+        assert decompress(compress("x" * 99), 100) == "x" * 99
+        with pytest.raises(CompressedTextError, match="100 bytes or more"):
+            decompress(compress("x" * 100), 100)
+
+    def test_bytes_that_are_no_text_are_refused(self):
+        squeezer = zlib.compressobj()
+        data = squeezer.compress(b"\xff\xfe") + squeezer.flush()
+        with pytest.raises(CompressedTextError, match="no compressed text"):
+            decompress(data, 100)
+
+
 class TestContentBytes:
     def test_counts_what_a_content_holds(self):
         arrays = ArrayRecord({"w": Array("float32", (2, 3), "numpy.ndarray", b"x" * 1000)})
@@ -353,18 +498,6 @@ class TestContentBytes:
             travels = message_bytes(Message(content, 1, MessageType.TRAIN))
 
         assert 0.95 * travels < content_bytes(content) <= travels
-
-
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | integers
-    | floats
-    | texts
-    | st.sampled_from(["0-3", "1,1", "frozen"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=2),
-    max_leaves=5,
-)
 
 
 def places(value, path=()):
@@ -400,7 +533,7 @@ def damaged_plans(draw):
 def check_plan(text):
     """Only a refusal in one line, or a plan with the very values of the text."""
     try:
-        plan = read_plan(RecordDict({"plan": ConfigRecord({"plan": text})}))
+        plan = read_plan(RecordDict({"plan": ConfigRecord({"plan": compress(text)})}))
     except RecordError as error:
         assert "\n" not in str(error)
         assert len(str(error)) < 1000
@@ -442,6 +575,10 @@ class TestPlans:
             ({"local_epochs": 0}, "local_epochs must be a whole number from 1, got 0"),
             ({"local_epochs": 1.0}, "local_epochs .* got 1.0"),
             ({"local_epochs": True}, "local_epochs .* got True"),
+            ({"upload": "fp16"}, "upload must be one of fp32, bf16, int8, got 'fp16'"),
+            ({"upload": None}, "upload must be one of"),
+            ({"error_feedback": 1}, "error_feedback must be true or false, got 1"),
+            ({"upload": "fp32"}, "error_feedback must be false with upload=fp32, got True"),
             ({"max_steps": -1}, "max_steps must be a whole number from 0, got -1"),
             ({"max_steps": None}, "max_steps .* got None"),
             ({"probe_batches": -2}, "probe_batches must be a whole number from 0, got -2"),

@@ -26,7 +26,7 @@ from hafl_app.federation.flower_run import free_port
 from hafl_app.federation.records import AdapterArrays, adapter_content, plan_record
 from hafl_app.node import ray_runtime
 from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training.classifier import adapter_shapes
+from hafl_app.training.lora_model import adapter_shapes
 
 pytestmark = pytest.mark.deploy
 
@@ -36,7 +36,7 @@ RANK = 3
 
 def train_content(head="averaged", epochs=1):
     settings = assembly.settings_of_run({"overrides": shlex.join(TINY)})
-    shapes = adapter_shapes(assembly.classifier_spec(settings, 20))
+    shapes = adapter_shapes(assembly.model_spec(settings, 20))
     rng = np.random.default_rng(0)
     modules = {
         name: (

@@ -253,3 +253,34 @@ def test_percent_has_one_decimal(value, expected):
 )
 def test_points_are_signed_and_coloured(value, expected, style):
     assert (points(value).plain, str(points(value).style)) == (expected, style)
+
+
+PERPLEXITIES = {
+    "validation/perplexity": 41.03,
+    "test/perplexity": 39.834,
+    "test/token-accuracy": 0.262,
+}
+
+
+class TestPerplexity:
+    def test_a_round_names_it(self, log, round_record):
+        log.tracker.log_round(round_record(metrics=PERPLEXITIES))
+
+        assert log.rows[0].startswith("round 1/10 val ppl 41.03 test ppl 39.83 loss 0.7500")
+
+    def test_the_best_round_has_the_lowest(self, log, round_record):
+        for number, perplexity in ((1, 50.0), (2, 30.0), (3, 40.0)):
+            metrics = {**PERPLEXITIES, "validation/perplexity": perplexity}
+            log.tracker.log_round(round_record(server_round=number, metrics=metrics))
+        log.tracker.finish({})
+
+        assert "round validation perplexity test perplexity test token accuracy" in log.rows
+        assert "last round 3 40.00 39.83 26.2%" in log.rows
+        assert "best validation 2 30.00 39.83 26.2%" in log.rows
+
+    def test_a_device_gains_what_it_is_lower_by(self, log):
+        row = {"rank": 2, "federated": 30.5, "alone": 41.25, "gain": 10.75, "clients_alone": 1}
+        log.tracker.finish({"metric": "perplexity", "device_ranks": [row]})
+
+        assert "2 30.50 41.25 +10.75 1" in log.rows
+        assert "by how much the perplexity is lower." in log.text

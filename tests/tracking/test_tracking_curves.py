@@ -98,6 +98,19 @@ class TestDrawCurves:
         for axes in figure.axes:
             assert [text.get_text() for text in axes.texts] == ["no accuracy was recorded"]
 
+    def test_perplexities_are_no_shares(self, drawn, round_record):
+        rounds = [
+            round_record(server_round=k, metrics={"test/perplexity": p, "test/loss": 1.0})
+            for k, p in ((0, 67.0), (1, 34.0))
+        ]
+
+        _, figure = drawn(rounds)
+
+        axes = figure.axes[0]
+        assert lines_of(axes)["test"] == ([0, 1], [67.0, 34.0])
+        assert axes.get_ylabel() == "perplexity"
+        assert not any("%" in label.get_text() for label in axes.get_yticklabels())
+
     def test_leaves_no_global_state(self, drawn, round_record):
         pyplot = pytest.importorskip("matplotlib.pyplot")
 

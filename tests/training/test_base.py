@@ -240,9 +240,9 @@ class TestLoadBase:
         )
 
         assert all(torch.equal(first[name], again[name]) for name in first)
-        embeddings = "encoder.embeddings.word_embeddings.weight"
+        embeddings = "base.embeddings.word_embeddings.weight"
         assert not torch.equal(first[embeddings], other[embeddings])
-        assert not torch.equal(first["_own_head.weight"], other["_own_head.weight"])
+        assert not torch.equal(first["head_module.weight"], other["head_module.weight"])
 
     def test_leaves_the_callers_random_state_alone(self):
         torch.manual_seed(5)

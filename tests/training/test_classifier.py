@@ -18,16 +18,14 @@ from training_factories import (
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training import classifier as classifier_module
+from hafl_app.training import lora_model
 from hafl_app.training.base import BaseSpec, ModelError, load_base
-from hafl_app.training.classifier import (
+from hafl_app.training.classifier import ClassifierSpec, LoraClassifier, head_shapes
+from hafl_app.training.lora_model import (
     FROZEN,
     TRAINABLE,
-    ClassifierSpec,
-    LoraClassifier,
     adapter_shapes,
-    head_shapes,
-    resident_classifier,
+    resident_model,
     resolve_targets,
 )
 
@@ -45,7 +43,9 @@ def base() -> tuple[nn.Module, nn.Linear]:
     """Return the base and head of ``SPEC`` without PEFT."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SPEC.seed)
-        return load_base(TINY, LABELS).eval(), nn.Linear(32, LABELS)
+        encoder = load_base(TINY, LABELS).eval()
+        torch.manual_seed(SPEC.seed)  # the head follows from the seed alone
+        return encoder, nn.Linear(32, LABELS)
 
 
 @torch.no_grad()
@@ -140,16 +140,14 @@ class TestSwapping:
 
     def test_a_process_loads_the_base_once(self, monkeypatch):
         calls = []
-        monkeypatch.setattr(
-            classifier_module, "load_base", lambda *a: calls.append(a) or load_base(*a)
-        )
-        resident_classifier.cache_clear()
+        monkeypatch.setattr(lora_model, "load_base", lambda *a: calls.append(a) or load_base(*a))
+        resident_model.cache_clear()
 
         for rank in (1, 4):
-            resident = resident_classifier(ClassifierSpec(TINY, LABELS, seed=7))
+            resident = resident_model(ClassifierSpec(TINY, LABELS, seed=7))
             resident.load_whole(random_adapter(resident, rank))
 
-        resident_classifier.cache_clear()
+        resident_model.cache_clear()
         assert calls == [(TINY, LABELS)]
 
     def test_leaves_the_adapter_alone(self, classifier):
@@ -293,5 +291,5 @@ class TestTargets:
 
         assert len(classifier.layers) == 12
         assert set(classifier.layers) == {f"bert.{n}" for n in LoraClassifier(SPEC).layers}
-        assert classifier.head_module is classifier.encoder.classifier
+        assert classifier.head_module is classifier.base.classifier
         assert classifier(IDS, MASK).shape == (2, LABELS)

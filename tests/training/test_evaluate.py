@@ -6,7 +6,12 @@ from torch import nn
 from training_factories import CPU, LABELS, SPEC, random_adapter, random_rows, rows_of
 
 from hafl_app.training.classifier import LoraClassifier
-from hafl_app.training.evaluate import Scores, adapter_evaluator, evaluate, predict_logits
+from hafl_app.training.evaluate import (
+    ClassificationScores,
+    adapter_evaluator,
+    evaluate,
+    predict_logits,
+)
 
 
 class Lookup(nn.Module):
@@ -70,7 +75,7 @@ def test_nothing_to_score_is_an_error():
 
 
 def test_metrics_are_named_by_phase():
-    assert Scores(0.5, 0.25, 2.0, 4).named("test") == {
+    assert ClassificationScores(0.5, 0.25, 2.0, 4).named("test") == {
         "test/accuracy": 0.5,
         "test/macro-f1": 0.25,
         "test/loss": 2.0,

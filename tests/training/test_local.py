@@ -22,9 +22,10 @@ from training_factories import (
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
 from hafl_app.training import local
-from hafl_app.training.classifier import FROZEN, TRAINABLE, LoraClassifier
+from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.local import LossNotFiniteError, TrainingError, TrainOptions, train
+from hafl_app.training.lora_model import FROZEN, TRAINABLE
 from hafl_app.training.measure import ImportanceMeter
 
 ROWS = random_rows(22)

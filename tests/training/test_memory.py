@@ -1,5 +1,4 @@
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ from transformers import BertConfig
 from hafl_app.training import memory
 from hafl_app.training.base import BaseSpec
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
+from hafl_app.training.device import peak_memory_mb
 from hafl_app.training.local import TrainOptions, train
 from hafl_app.training.memory import LiveBytes, StepBytes, StepMemory, count_step, step_memory
 
@@ -90,11 +90,11 @@ class TestCount:
         spec = folder_with(
             tmp_path, hidden_size=4096, intermediate_size=9000, num_attention_heads=32
         )
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory_mb(CPU)
 
         counted = count_step(spec, 2, 3, OPTIONS, LENGTH, CPU)
 
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+        grown = peak_memory_mb(CPU) - before
         assert counted.weights > 1000 * MEGABYTE
         assert grown < 150
 
@@ -161,12 +161,13 @@ class TestStepMemory:
 
 
 _TRAIN = """
-import resource, sys
+import sys
 sys.path[:0] = ["tests/training", "."]
 import hafl_app.node.handlers
 from training_factories import plan_for, random_adapter, rows_of
 from hafl_app.training.base import BaseSpec
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
+from hafl_app.training.device import peak_memory_mb
 from hafl_app.training.local import TrainOptions, train
 classifier = LoraClassifier(ClassifierSpec(BaseSpec(sys.argv[1], random_weights=True), 5)).float()
 adapter = random_adapter(classifier, 8)
@@ -174,7 +175,7 @@ rows = rows_of([[5] * (64 - (i % 3 == 0)) for i in range(64)], [0, 1] * 32)
 plan = plan_for(adapter, importance="smoothed")
 adapter = adapter.map(lambda f: type(f)(f.lora_A / 100, f.lora_B / 100))
 train(classifier, adapter, plan, rows, TrainOptions(batch_size=16), 1)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+print(peak_memory_mb(classifier.device))
 """
 
 

@@ -11,15 +11,19 @@ from safetensors.torch import load_file, save_file
 from training_factories import LABELS, SPEC, TINY, assert_same_adapter, random_adapter, random_rows
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
     BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.training import saved as saved_module
 from hafl_app.training.base import BaseSpec
+from hafl_app.training.causal import CausalSpec, LoraCausalLM
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.evaluate import predict_logits
 from hafl_app.training.saved import SavedAdapterError, load_adapter, save_adapter
@@ -60,6 +64,25 @@ def base_folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def causal_folder(tmp_path_factory, base_folder) -> Path:
+    """Return a Llama in which no layer is square, and the tokeniser of the other base."""
+    path = tmp_path_factory.mktemp("causal")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+    )
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(path)
+    BertTokenizerFast(vocab=str(base_folder / "vocab.txt")).save_pretrained(path)
+    return path
+
+
 def save(folder: Path, adapter: Adapter, spec: ClassifierSpec = SPEC, **facts) -> Path:
     save_adapter(folder, adapter, spec, label_names=NAMES, max_length=16, facts=facts)
     return folder
@@ -76,8 +99,8 @@ class TestRoundTrip:
 
         loaded = load_adapter(save(tmp_path / "adapter", adapter, rounds=3))
 
-        np.testing.assert_array_equal(predict_logits(loaded.classifier, ROWS), expected)
-        assert not loaded.classifier.training
+        np.testing.assert_array_equal(predict_logits(loaded.model, ROWS), expected)
+        assert not loaded.model.training
         assert loaded.label_names == NAMES
         assert loaded.facts == {"rounds": 3}
         assert len(loaded.tokenise(["word " * 40])[0]) == 16
@@ -87,7 +110,7 @@ class TestRoundTrip:
 
         loaded = load_adapter(save(tmp_path / "adapter", random_adapter(classifier, 3, seed=1)))
 
-        logits = predict_logits(loaded.classifier, ROWS)
+        logits = predict_logits(loaded.model, ROWS)
         assert not np.allclose(logits, predict_logits(classifier, ROWS), atol=0.1)
 
     def test_ranks_may_differ_by_module(self, classifier, tmp_path):
@@ -98,7 +121,7 @@ class TestRoundTrip:
         loaded = load_adapter(save(tmp_path / "adapter", adapter))
 
         np.testing.assert_array_equal(
-            predict_logits(loaded.classifier, ROWS), predict_logits(classifier, ROWS)
+            predict_logits(loaded.model, ROWS), predict_logits(classifier, ROWS)
         )
 
     def test_some_target_modules(self, tmp_path):
@@ -109,9 +132,9 @@ class TestRoundTrip:
 
         loaded = load_adapter(save(tmp_path / "adapter", adapter, spec))
 
-        assert set(loaded.classifier.layers) == set(adapter.modules)
+        assert set(loaded.model.layers) == set(adapter.modules)
         np.testing.assert_array_equal(
-            predict_logits(loaded.classifier, ROWS), predict_logits(classifier, ROWS)
+            predict_logits(loaded.model, ROWS), predict_logits(classifier, ROWS)
         )
 
     @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -125,7 +148,7 @@ class TestRoundTrip:
 
         assert loaded.tokenise(["ball wins", "odd"]) == [[2, 5, 6, 3], [2, 1, 3]]
         with torch.no_grad():
-            assert torch.equal(loaded.classifier(IDS, MASK), classifier.eval()(IDS, MASK))
+            assert torch.equal(loaded.model(IDS, MASK), classifier.eval()(IDS, MASK))
 
     @pytest.mark.slow
     def test_in_a_fresh_process(self, classifier, adapter, tmp_path):
@@ -140,7 +163,7 @@ from hafl_app.training.saved import load_adapter
 torch.set_num_threads(1)
 with torch.inference_mode():
     ids, mask = torch.from_numpy(np.load(sys.argv[2]))
-    np.save(sys.argv[3], load_adapter(sys.argv[1]).classifier(ids, mask).numpy())
+    np.save(sys.argv[3], load_adapter(sys.argv[1]).model(ids, mask).numpy())
 """
         np.save(tmp_path / "ids.npy", np.stack([IDS, MASK]))
         paths = [str(tmp_path / name) for name in ("adapter", "ids.npy", "logits.npy")]
@@ -170,7 +193,7 @@ class TestPlainPeft:
             without = base.eval()(IDS, MASK).last_hidden_state
             model = PeftModel.from_pretrained(base, folder).eval()
             hidden = model(input_ids=IDS, attention_mask=MASK).last_hidden_state
-            ours = classifier.eval().encoder(input_ids=IDS, attention_mask=MASK)
+            ours = classifier.eval().base(input_ids=IDS, attention_mask=MASK)
 
         torch.testing.assert_close(hidden, ours.last_hidden_state, rtol=0, atol=1e-5)
         assert (hidden - without).abs().max() > 0.1
@@ -309,7 +332,7 @@ class TestInterruptedSave:
 
         classifier.load_whole(other)
         np.testing.assert_array_equal(
-            predict_logits(load_adapter(folder).classifier, ROWS), predict_logits(classifier, ROWS)
+            predict_logits(load_adapter(folder).model, ROWS), predict_logits(classifier, ROWS)
         )
         assert not (folder / "left-over").exists()
         assert list(tmp_path.iterdir()) == [folder]
@@ -320,3 +343,31 @@ def rewrite(folder: Path, change) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+
+
+class TestCausal:
+    """A causal language model's adapter needs nothing of this project."""
+
+    @pytest.mark.parametrize("ranks", [3, uneven], ids=["one rank", "mixed"])
+    def test_loads_in_plain_peft_with_the_same_logits(self, causal_folder, tmp_path, ranks):
+        spec = CausalSpec(BaseSpec(str(causal_folder), task="causal_lm"))
+        model = LoraCausalLM(spec).eval()
+        adapter = random_adapter(model, ranks)
+        save_adapter(tmp_path / "a", adapter, spec, label_names=("all",), max_length=16)
+
+        base = AutoModelForCausalLM.from_pretrained(causal_folder)
+        with torch.no_grad():
+            bare = base(input_ids=IDS, attention_mask=MASK).logits
+            peft = PeftModel.from_pretrained(base, tmp_path / "a").eval()
+            theirs = peft(input_ids=IDS, attention_mask=MASK).logits
+            model.load_whole(adapter)
+            ours = model(IDS, MASK)
+            loaded = load_adapter(tmp_path / "a").model(IDS, MASK)
+
+        real = MASK.bool()
+        torch.testing.assert_close(ours[real], theirs[real], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(bare[real], theirs[real], atol=1e-2)
+        assert torch.equal(loaded, ours)
+        assert not (tmp_path / "a" / "head.safetensors").exists()
+        config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+        assert config["task_type"] == "CAUSAL_LM"

@@ -1,0 +1,73 @@
+"""Prompts from the columns of a table."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import pandas as pd
+
+from hafl_app.data.errors import DataError
+from hafl_app.data.tables import require_column
+
+_COLUMN: Final = re.compile(r"\{(\w+)\}")  # not str.format, which would follow attributes
+_BETWEEN_PARAGRAPHS: Final = "\n\n"
+
+
+def columns_of(template: str) -> list[str]:
+    """Return the columns that a template names, each once, in order.
+
+    Raises
+    ------
+    DataError
+        If it names none.
+    """
+    names = list(dict.fromkeys(_COLUMN.findall(template)))
+    if not names:
+        raise DataError(f"dataset.template: {template!r} names no column, such as {{instruction}}")
+    return names
+
+
+def render(template: str, row: Mapping[str, Any]) -> str:
+    """Put a row's values into a template.
+
+    A paragraph (what stands between empty lines) is left out where all columns that it names are
+    blank: without an input there is no heading of one.
+
+    Parameters
+    ----------
+    template
+        Text with ``{column}`` in it.
+    row
+        Column to value; text, or nothing.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        return _text(row[match[1]])
+
+    kept = []
+    for paragraph in template.split(_BETWEEN_PARAGRAPHS):
+        names = _COLUMN.findall(paragraph)
+        if not names or any(_text(row[name]).strip() for name in names):
+            kept.append(_COLUMN.sub(value, paragraph))
+    return _BETWEEN_PARAGRAPHS.join(kept)
+
+
+def prompts(table: pd.DataFrame, template: str, origin: str) -> list[str]:
+    """Return the prompt of every row.
+
+    Raises
+    ------
+    DataError
+        If the table has no column that the template names.
+    """
+    names = columns_of(template)
+    for name in names:
+        require_column(table.columns, name, "dataset.template", origin)
+    values = zip(*(table[name] for name in names), strict=True)
+    return [render(template, dict(zip(names, row, strict=True))) for row in values]
+
+
+def _text(value: Any) -> str:
+    is_missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if is_missing else str(value)

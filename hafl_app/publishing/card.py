@@ -1,0 +1,97 @@
+"""The model card of an export, in the hub's format."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hafl_app.metrics import Metric, task_of
+from hafl_app.publishing.exported import Exported
+from hafl_app.publishing.licence import base_licence
+from hafl_app.publishing.run_facts import read_run
+from hafl_app.publishing.sections import body
+from hafl_app.training.base import BaseSpec
+from hafl_app.training.saved import read_adapter
+
+CARD_FILE: Final = "README.md"
+_PIPELINES: Final = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_HUB_NAME: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HUB_METRICS: Final = {"macro-f1": "f1", "token-accuracy": "accuracy"}  # others are called the same
+
+
+def model_card(export: Exported, licence: str | None) -> ModelCard:
+    """Return the card of a folder: front matter for the hub, text for people.
+
+    Parameters
+    ----------
+    licence
+        That of the base model, see `hafl_app.publishing.licence.base_licence`.
+    """
+    results = _results(export)
+    dataset = export.run.setting("dataset", "hub")
+    data = ModelCardData(
+        base_model=_hub_name(export.stored.spec.base),
+        library_name="transformers" if export.merged else "peft",
+        license=licence,
+        datasets=[dataset] if dataset else None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        pipeline_tag=_PIPELINES[export.kind],
+        tags=["lora", *(["federated-learning", "flower"] if export.is_federated else [])],
+        model_name=export.name if results else None,
+        eval_results=results or None,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body(export, licence)}")
+
+
+def add_card(folder: Path) -> None:
+    """Write the card of a saved adapter into its folder; nothing is downloaded for it.
+
+    Raises
+    ------
+    hafl_app.training.saved.SavedAdapterError
+        If it is none.
+    """
+    export = Exported(folder.name, read_adapter(folder), read_run(folder))
+    licence = base_licence(export.stored.spec.base, ask_hub=False)
+    model_card(export, licence).save(folder / CARD_FILE)
+
+
+def _hub_name(base: BaseSpec) -> str | None:
+    """Return the base model's name on the hub; nothing for a folder of this machine."""
+    if not base.path or Path(base.path).expanduser().exists():
+        return None
+    return base.path if _HUB_NAME.fullmatch(base.path) else None
+
+
+def _results(export: Exported) -> list[EvalResult]:
+    """Return the test scores of what is in the folder, not of a larger adapter."""
+    scores: dict[str, Any] = dict(export.stored.facts.get("metrics", {}))
+    task = task_of(scores)
+    if export.is_cut:
+        known = {task.primary: export.measured_at_rank}
+    else:
+        known = {m: scores.get(m.key("test")) for m in (task.primary, task.second)}
+    return [
+        _result(export, metric, float(value))
+        for metric, value in known.items()
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def _result(export: Exported, metric: Metric, value: float) -> EvalResult:
+    source = export.run.setting("dataset", "source") or "unknown"
+    return EvalResult(
+        task_type="text-generation" if export.kind == "CAUSAL_LM" else "text-classification",
+        dataset_type=export.run.setting("dataset", "hub") or source,
+        dataset_name=source,
+        dataset_split="test",
+        metric_type=_HUB_METRICS.get(metric.name, metric.name),
+        metric_name=metric.title,
+        metric_value=round(value, 6),
+    )

@@ -1,0 +1,140 @@
+"""From a run's adapter to folders that others can use."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hafl_app.publishing.card import CARD_FILE, model_card
+from hafl_app.publishing.exported import Exported
+from hafl_app.publishing.licence import base_licence
+from hafl_app.publishing.merging import DTYPES, require_whole_base, write_merged
+from hafl_app.publishing.output import check_output, whole_folder
+from hafl_app.publishing.run_facts import read_run
+from hafl_app.publishing.truncation import truncate_adapter
+from hafl_app.training.saved import StoredAdapter, read_adapter, save_adapter
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export, and where to.
+
+    Parameters
+    ----------
+    source
+        An adapter's folder, or a run's, whose last round's adapter is meant.
+    output
+        The folder to write.
+    merge
+        Write the base model with the adapter in its weights.
+    ranks
+        Write an adapter for each of these ranks, in ``rank-4`` and so on; empty for the whole one.
+    dtype
+        Of merged weights, one of `hafl_app.publishing.merging.DTYPES`.
+    base
+        Name on the hub that the exported files shall give the base model; `None` leaves the
+        run's, which may be a folder of this machine.
+    force
+        Replace what is in ``output``.
+    trust_remote_code
+        Let the base model's repository run its own Python code.
+
+    Raises
+    ------
+    ValueError
+        If values do not go together.
+    """
+
+    source: Path
+    output: Path
+    merge: bool = False
+    ranks: Sequence[int] = ()
+    dtype: str = "float32"
+    base: str | None = None
+    force: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.merge and self.ranks:
+            raise ValueError("--merge and --rank: give one of them")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+
+    @property
+    def adapter_folder(self) -> Path:
+        """The adapter's own folder."""
+        nested = self.source / "adapter"
+        return nested if nested.is_dir() else self.source
+
+
+@dataclass(frozen=True)
+class Written:
+    """One folder that was written, and what is in it."""
+
+    folder: Path
+    export: Exported
+
+
+def export_adapter(request: ExportRequest) -> list[Written]:
+    """Write what a request asks for: all of it, or nothing.
+
+    Raises
+    ------
+    ValueError
+        If the source is no saved adapter, a rank is above its own, the base model is not there, or
+        the output is taken.
+    """
+    output = request.output.expanduser().resolve()
+    check_output(output, request.adapter_folder, force=request.force)
+    stored = read_adapter(request.adapter_folder, trust_remote_code=request.trust_remote_code)
+    exports = list(_exports(request, stored, output.name))
+    if not request.merge:
+        require_whole_base(stored.spec.base, stored.spec.num_labels)
+    with whole_folder(output) as scratch:
+        for export in exports:
+            folder = scratch / export.name if request.ranks else scratch
+            folder.mkdir(exist_ok=True)
+            _write(folder, export, request)
+    return [Written(output / e.name if request.ranks else output, e) for e in exports]
+
+
+def _exports(request: ExportRequest, stored: StoredAdapter, name: str) -> Iterator[Exported]:
+    run = read_run(request.adapter_folder)
+    if not request.ranks:
+        yield Exported(name, stored, run, merged=request.merge)
+    for rank in sorted(set(request.ranks)):
+        cut = truncate_adapter(stored.adapter, rank)
+        facts = {**stored.facts, "truncation": {"rank": rank, "lost": cut.lost}}
+        cut_stored = replace(stored, adapter=cut.adapter, facts=facts)
+        yield Exported(f"rank-{rank}", cut_stored, run, truncation=cut)
+
+
+def _write(folder: Path, export: Exported, request: ExportRequest) -> None:
+    named = _named(export, request.base)
+    stored = named.stored
+    if export.merged:
+        # Its weights are where the run had them, whatever others shall call it.
+        write_merged(folder, export.stored, request.dtype)
+    else:
+        save_adapter(
+            folder,
+            stored.adapter,
+            stored.spec,
+            label_names=stored.label_names,
+            max_length=stored.max_length,
+            facts=stored.facts,
+        )
+    model_card(named, _licence(export, named)).save(folder / CARD_FILE)
+
+
+def _licence(*exports: Exported) -> str | None:
+    """Return what the first card that states a licence says."""
+    found = (base_licence(export.stored.spec.base, ask_hub=True) for export in exports)
+    return next((licence for licence in found if licence), None)
+
+
+def _named(export: Exported, base: str | None) -> Exported:
+    if base is None:
+        return export
+    spec = export.stored.spec
+    renamed = replace(spec, base=replace(spec.base, path=base))  # type: ignore[type-var]
+    return replace(export, stored=replace(export.stored, spec=renamed))

@@ -1,0 +1,66 @@
+"""What one exported folder is made of."""
+
+from dataclasses import dataclass, field
+
+from hafl_app.publishing.run_facts import RunFacts
+from hafl_app.publishing.truncation import Truncation
+from hafl_app.training.saved import StoredAdapter, task_type
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One folder for others to use.
+
+    Parameters
+    ----------
+    name
+        Of the folder.
+    stored
+        What is in it: the adapter, cut already if it is to be.
+    run
+        Where it comes from.
+    merged
+        Whether the folder holds a whole model, and not an adapter.
+    truncation
+        How the adapter was cut; `None` for a whole one.
+    """
+
+    name: str
+    stored: StoredAdapter
+    run: RunFacts = field(default_factory=RunFacts)
+    merged: bool = False
+    truncation: Truncation | None = None
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name of what the model does, see `hafl_app.training.saved.task_type`."""
+        return task_type(self.stored.spec.base)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a module."""
+        return max((f.rank for f in self.stored.adapter.modules.values()), default=0)
+
+    @property
+    def method(self) -> str:
+        """Name of the federated method; ``LoRA`` where the folder does not say."""
+        target = self.stored.facts.get("strategy", {}).get("_target_", "LoRA")
+        return str(target).rpartition(".")[2]
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the scores of the run are those of a larger adapter, now or in an earlier cut."""
+        return self.truncation is not None or "truncation" in self.stored.facts
+
+    @property
+    def is_federated(self) -> bool:
+        """Whether the data stayed with clients, and were not in one place for a comparison."""
+        return not self.stored.facts.get("centralised", False)
+
+    @property
+    def measured_at_rank(self) -> float | None:
+        """The test score of this very cut, if the run measured it; `None` otherwise."""
+        is_last = self.stored.facts.get("server_round") == self.run.summary.get("rounds")
+        if self.truncation is None or not is_last:
+            return None
+        return self.run.score_at_rank(self.truncation.rank)

@@ -1,0 +1,320 @@
+"""A base model with swappable LoRA factors, resident in a process: what every task shares."""
+
+import functools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
+from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.training.base import BaseSpec, ModelError, base_without_weights, load_base
+from hafl_app.training.batches import Batch, Examples
+from hafl_app.training.fused import fuse
+
+TRAINABLE, FROZEN = "trainable_components", "frozen_components"
+
+
+class LoraSpec(Protocol):
+    """Everything that decides a model's weights before training; one kind for each task."""
+
+    @property
+    def base(self) -> BaseSpec:
+        """The frozen base model."""
+
+    @property
+    def num_labels(self) -> int:
+        """Classes; 0 for a model without any."""
+
+    @property
+    def target_modules(self) -> str | tuple[str, ...]:
+        """``all-linear``, or names or ends of names of modules."""
+
+    @property
+    def lora_dropout(self) -> float:
+        """Dropout before the trainable factors, in [0, 1)."""
+
+    @property
+    def seed(self) -> int:
+        """Of all weights that the base model's files do not hold."""
+
+    def __hash__(self) -> int:
+        """Return the same for equal specs."""
+
+    def build(self) -> "LoraModel":
+        """Return the model."""
+
+    def initial_head(self) -> dict[str, Tensor]:
+        """Return the head's tensors before training; of the base model's files no more than it."""
+
+    def unadapted(self, base: PreTrainedModel) -> nn.Module:
+        """Return the part of a base model that gets no factors, whatever its layers are named."""
+
+
+class LoraModel(nn.Module, ABC):
+    """A model whose LoRA factors are replaced in place, whatever their ranks.
+
+    Every adapted layer carries two PEFT adapters, of which a plan fills the needed ones: the
+    components that are trained, and those that only stay in the forward pass. Swapping in another
+    client's factors rebuilds nothing.
+
+    Attributes
+    ----------
+    base
+        The base model with the factors in it.
+    head_module
+        What is trained beside the factors; a module without parameters if nothing is.
+    layers
+        The adapted layers by name.
+    initial_head
+        The head's tensors before training.
+    """
+
+    def __init__(self, spec: LoraSpec) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            self.base = load_base(spec.base, spec.num_labels)
+            self.head_module = self._make_head(spec)
+            targets = resolve_targets(self.base, spec.target_modules, spec.unadapted(self.base))
+            _inject(self.base, targets, TRAINABLE, spec.lora_dropout)
+            _inject(self.base, targets, FROZEN, 0.0)
+            fuse(self.base)
+        self.layers: dict[str, LoraLayer] = {
+            name: module
+            for name, module in self.base.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        self.initial_head = {
+            k: v.detach().clone() for k, v in self.head_module.state_dict().items()
+        }
+
+    @abstractmethod
+    def _make_head(self, spec: LoraSpec) -> nn.Module:
+        """Return the head, which may be a part of the base model."""
+
+    @abstractmethod
+    def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
+        """Return padded rows on this model's device."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean cross entropy over a batch's targets."""
+
+    @abstractmethod
+    def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
+        """Count what the loss of a batch of these rows is a mean over."""
+
+    @abstractmethod
+    def labels_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape of a batch's labels; its token ids have ``shape``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.base.parameters()).device
+
+    def checkpoint_gradients(self, enabled: bool) -> None:
+        """Compute activations again on the way back instead of keeping them, or keep them.
+
+        Raises
+        ------
+        ModelError
+            If the base model cannot.
+        """
+        base: Any = self.base
+        if enabled and not base.supports_gradient_checkpointing:
+            raise ModelError(
+                f"client.gradient_checkpointing: {type(base).__name__} does not support it"
+            )
+        with warnings.catch_warnings():
+            # The new names of these methods are younger than the oldest version that is supported.
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+            if enabled == base.is_gradient_checkpointing:
+                return
+            if enabled:
+                # Not reentrant: the inputs of a frozen base model need no gradients.
+                base.gradient_checkpointing_enable({"use_reentrant": False})
+                # transformers asks for those of the embeddings all the same, and never ceases to.
+                base.disable_input_require_grads()
+            else:
+                base.gradient_checkpointing_disable()
+
+    def shapes(self) -> dict[str, ModuleShape]:
+        """Return the size of every adapted layer by name."""
+        return {
+            name: ModuleShape(int(layer.out_features or 0), int(layer.in_features or 0))
+            for name, layer in self.layers.items()
+        }
+
+    def load(self, adapter: Adapter, plan: TrainPlan) -> None:
+        """Put an adapter into the model: trainable components with gradients, frozen without.
+
+        Parameters
+        ----------
+        adapter
+            Its modules hold exactly the components that ``plan`` says are held. An empty head
+            restores the initial one.
+        plan
+            Says which components are trainable, and the scaling to unfold from ``lora_B``.
+
+        Raises
+        ------
+        ValueError
+            If adapter, plan and model disagree about modules, shapes or ranks.
+        """
+        for name in {**adapter.modules, **plan.modules}:
+            if name not in self.layers:
+                raise ValueError(f"module {name!r} is none of the adapted ones")
+        for name, layer in self.layers.items():
+            if name not in adapter.modules or name not in plan.modules:
+                raise ValueError(f"module {name!r} is missing in the adapter or in the plan")
+            factors, module = adapter.modules[name], plan.modules[name]
+            _check_fit(name, layer, factors, module)
+            active = []
+            for adapter_name, slots in (
+                (TRAINABLE, module.trainable_slots),
+                (FROZEN, module.frozen_slots),
+            ):
+                part = factors.select(slots)
+                _put(layer, adapter_name, part, module.scaling, self.device)
+                if part.rank:
+                    active.append(adapter_name)
+            layer.set_adapter(active)
+            # set_adapter makes every active adapter trainable; only one of them is.
+            for parameter in _parameters(layer, FROZEN):
+                parameter.requires_grad_(False)
+        self.head_module.load_state_dict(dict(adapter.head) or self.initial_head)
+        self.head_module.requires_grad_(plan.head != "frozen")
+
+    def load_whole(self, adapter: Adapter) -> None:
+        """Put a whole adapter into the model, for evaluation."""
+        modules = {
+            name: ModulePlan(held=tuple(range(f.rank)), trainable=tuple(range(f.rank)))
+            for name, f in adapter.modules.items()
+        }
+        self.load(adapter, TrainPlan(modules))
+
+    def trained(self, plan: TrainPlan) -> Adapter:
+        """Return copies of the trainable components, scaling folded in, and of the head."""
+        modules = {}
+        for name, layer in self.layers.items():
+            lora_A, lora_B = (p.detach().cpu().clone() for p in _parameters(layer, TRAINABLE))
+            modules[name] = LoraFactors(lora_A, lora_B * plan.modules[name].scaling)
+        return Adapter(modules, self.head_state())
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Return a copy of the head's tensors by name."""
+        return {k: v.detach().cpu().clone() for k, v in self.head_module.state_dict().items()}
+
+    def trainable_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Return ``(lora_A, lora_B)`` of every module that has trainable components."""
+        factors = {name: _parameters(layer, TRAINABLE) for name, layer in self.layers.items()}
+        return {name: pair for name, pair in factors.items() if pair[0].numel()}
+
+
+def _inject(model: nn.Module, targets: list[str], name: str, dropout: float) -> None:
+    # Rank and scaling are only places to put a plan's factors into, see `_put`.
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, lora_dropout=dropout)
+    with warnings.catch_warnings():
+        # PEFT doubts that a model is meant to have two adapters; this one is.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, model, adapter_name=name)
+
+
+def resolve_targets(
+    model: nn.Module, target_modules: str | Iterable[str], head: nn.Module
+) -> list[str]:
+    """Return the full names of the layers to adapt.
+
+    Parameters
+    ----------
+    target_modules
+        ``all-linear`` (every linear layer but the head and the pooler), or ends of names, as in
+        PEFT: ``query`` matches ``encoder.layer.0.attention.self.query``.
+
+    Raises
+    ------
+    ModelError
+        If a name matches no linear layer; the message lists the names there are.
+    """
+    skip = {id(module) for module in head.modules()}
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in skip and "pooler" not in name
+    ]
+    if target_modules == "all-linear":
+        return linear
+    wanted = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
+    chosen: list[str] = []
+    for ending in wanted:
+        matches = [n for n in linear if n == ending or n.endswith(f".{ending}")]
+        if not matches:
+            endings = sorted({n.rsplit(".", 1)[-1] for n in linear})
+            raise ModelError(
+                f"lora.target_modules: no linear layer is named {ending!r}; there are "
+                f"{', '.join(endings)}, or all-linear"
+            )
+        chosen += [n for n in matches if n not in chosen]
+    return chosen
+
+
+def _parameters(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    pair: Any = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return pair[0], pair[1]
+
+
+def _put(
+    layer: LoraLayer, name: str, factors: LoraFactors, scaling: float, device: torch.device
+) -> None:
+    linear_A: Any = layer.lora_A[name]
+    linear_B: Any = layer.lora_B[name]
+    # Parameters keep no link to the message's buffers, and may change rank from client to client.
+    linear_A.weight = nn.Parameter(factors.lora_A.to(device, torch.float32, copy=True))
+    linear_B.weight = nn.Parameter((factors.lora_B / scaling).to(device, torch.float32, copy=True))
+    linear_A.out_features = linear_B.in_features = layer.r[name] = factors.rank
+    layer.scaling[name] = scaling
+
+
+def _check_fit(name: str, layer: LoraLayer, factors: LoraFactors, module: ModulePlan) -> None:
+    if (factors.out_features, factors.in_features) != (layer.out_features, layer.in_features):
+        raise ValueError(
+            f"module {name!r}: factors of a ({factors.out_features}, {factors.in_features}) weight "
+            f"for a layer of ({layer.out_features}, {layer.in_features})"
+        )
+    if factors.rank != len(module.held):
+        raise ValueError(
+            f"module {name!r}: rank {factors.rank}, the plan holds {len(module.held)} components"
+        )
+
+
+def adapter_shapes(spec: LoraSpec) -> dict[str, ModuleShape]:
+    """Return the size of every layer to adapt by name, without the base model's weights.
+
+    Raises
+    ------
+    ModelError
+        If the base model is not there, or has no layer of a wanted name.
+    """
+    model = base_without_weights(spec.base, spec.num_labels)
+    layers = dict(model.named_modules())
+    shapes = {}
+    for name in resolve_targets(model, spec.target_modules, spec.unadapted(model)):
+        out_features, in_features = cast(nn.Linear, layers[name]).weight.shape
+        shapes[name] = ModuleShape(out_features, in_features)
+    return shapes
+
+
+@functools.lru_cache(maxsize=1)
+def resident_model(spec: LoraSpec) -> LoraModel:
+    """Return this process's model for ``spec``: built once, however many clients it serves."""
+    return spec.build()

@@ -1,0 +1,88 @@
+"""Time simulations of one federated LoRA task: a bare loop, pfl, Flower on Ray, and this project.
+
+Every way must first end with the same adapter. Each runs in processes of its own, in turn, on one
+thread. pfl is optional: pip install --no-deps pfl==0.6.0 prv-accountant==0.2.0 multiprocess
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hafl_app.experiments.script import run_script  # noqa: E402
+
+# About 100 ms a client on one thread of an idle core.
+TRAINING = (
+    *("model=tiny_random", "dataset=synthetic", "dataset.num_train=4000", "dataset.num_test=20"),
+    *("client.batch_size=8", "client.learning_rate=1.0", "partition=dirichlet"),
+)
+PER_CLIENT = 180  # examples, for 100 ms
+SMALL = ("dataset.num_train=9000", "dataset.num_test=20", "client.batch_size=8")
+
+
+def main() -> int:
+    """Measure every task, and print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--payloads", type=float, nargs="*", default=[0.3, 4, 16], metavar="MB")
+    parser.add_argument("--no-training", action="store_true", help="only clients that do nothing")
+    parser.add_argument("--harness", nargs="+", metavar="WAY", help="such as 'ours in process' pfl")
+    parser.add_argument("--no-ray", action="store_true", help="leave out what starts Ray")
+    parser.add_argument("--clients", type=int, default=20, metavar="N")
+    parser.add_argument("--rounds", type=int, default=6, metavar="N")
+    parser.add_argument("--repeats", type=int, default=2, metavar="N")
+    parser.add_argument("--settings", nargs="*", default=[], help="of the clients that train")
+    parser.add_argument("--scale", action="store_true", help="cost against registered clients")
+    parser.add_argument("--registered", type=int, nargs="+", default=[10, 100, 1000, 10000])
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    return run_script(lambda: _scale(options) if options.scale else _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from hafl_app.benchmarks.simulation import report, ways
+    from hafl_app.benchmarks.simulation_task import SimulationTask
+    from hafl_app.benchmarks.simulation_worker import NAMES, RAY
+
+    wanted = [name for name in options.harness or NAMES if not (options.no_ray and name in RAY)]
+    for name in set(wanted) - set(NAMES):
+        raise ValueError(f"--harness {name}: expected among {', '.join(NAMES)}")
+    tasks = {
+        f"nothing, {megabytes:g} MB": SimulationTask(
+            options.clients, options.rounds, int(megabytes * 1e6)
+        )
+        for megabytes in options.payloads
+    }
+    if not options.no_training:
+        settings = (*TRAINING, f"dataset.num_train={PER_CLIENT * options.clients}")
+        tasks["training"] = SimulationTask(
+            options.clients, options.rounds, 0, (*settings, *options.settings)
+        )
+    return _print(options, report(tasks, wanted, ways(wanted), options.repeats))
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from hafl_app.benchmarks.simulation_scale import report
+
+    training = () if options.no_training else (*TRAINING[:2], *SMALL, *options.settings)
+    return _print(options, report(options.registered, options.rounds, training))
+
+
+def _print(options: argparse.Namespace, tables: Any) -> int:
+    from hafl_app.benchmarks.timing import describe, machine, table, write_json
+
+    where = machine()
+    print(describe(where), flush=True)
+    written = {}
+    for name, rows in tables:
+        print(f"\n{name}\n\n{table(rows)}", flush=True)
+        written[name] = rows
+    if options.json:
+        write_json(options.json, {"machine": where, "tables": written})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

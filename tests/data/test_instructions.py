@@ -1,0 +1,283 @@
+"""Prompts with answers: templates, folders, rows without room for an answer, and partitions."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hafl_app.data.errors import DataError
+from hafl_app.data.federated import FederatedText
+from hafl_app.data.partition import Partitioning
+from hafl_app.data.sources import TextSource, load_text
+from hafl_app.data.template import columns_of, prompts, render
+from hafl_app.data.text import encode_pairs
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+TEMPLATE = "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+PAIRS = {"template": TEMPLATE, "answer_column": "response", "label_column": "category"}
+CATEGORIES = ("qa", "poem", "list")
+
+
+def words(prompts: list[str], answers: list[str], most: int = 12):
+    """Tokenise: a word is as long as it is, cut to so many words."""
+    rows = [
+        [*map(len, p.split()), *map(len, a.split())][:most]
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+    return rows, [len(p.split()) for p in prompts]
+
+
+def row(number: int, **changes: str) -> dict[str, str]:
+    return {
+        "instruction": f"say {number}",
+        "context": "" if number % 3 else "quietly",
+        "response": " ".join(["word"] * (1 + number % 4)),
+        "category": CATEGORIES[number % 3],
+        **changes,
+    }
+
+
+@pytest.fixture
+def dolly(tmp_path) -> Path:
+    """Return a folder of eleven clients with 20, 21, ... rows, and a test file of 9."""
+    start = 0
+    for client in range(11):
+        rows = [row(start + i) for i in range(20 + client)]
+        (tmp_path / f"local_training_{client}.json").write_text(json.dumps(rows))
+        start += len(rows)
+    (tmp_path / "global_test.json").write_text(json.dumps([row(i) for i in range(9)]))
+    return tmp_path
+
+
+def federated(source: TextSource, partitioning: Partitioning, **changes) -> FederatedText:
+    options = {
+        "validation_fraction": 0.1,
+        "holdout_fraction": 0.1,
+        "tokenise": lambda texts: [[1] for _ in texts],
+        "tokeniser_key": "words",
+        "cache": None,
+        "tokenise_pairs": words,
+    }
+    return FederatedText(source, partitioning, **{**options, **changes})
+
+
+class TestTemplate:
+    def test_columns_are_put_in(self):
+        assert render(TEMPLATE, {"instruction": "Add.", "context": "1 2"}) == (
+            "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+        )
+
+    @pytest.mark.parametrize("blank", ["", "  \n", None, float("nan")])
+    def test_a_paragraph_without_content_is_left_out(self, blank):
+        assert render(TEMPLATE, {"instruction": "Add.", "context": blank}) == (
+            "### Instruction:\nAdd.\n\n### Response:\n"
+        )
+
+    def test_values_are_text_and_nothing_else(self):
+        # Neither is a value a template, nor does a template reach into a value.
+        filled = render("{a} {b}", {"a": "{b} \\1", "b": "x"})
+        assert filled == "{b} \\1 x"
+        assert render("{a.__class__}{a}", {"a": "x"}) == "{a.__class__}x"
+
+    def test_columns_are_named_once(self):
+        assert columns_of("{b} {a} {b}") == ["b", "a"]
+
+    def test_a_column_that_is_not_there_is_named(self):
+        table = pd.DataFrame({"instruction": ["a"], "contexts": ["b"]})
+        with pytest.raises(DataError, match=r"'context'.*did you mean 'contexts'"):
+            prompts(table, TEMPLATE, "mine.jsonl")
+
+    def test_a_template_without_columns_is_refused(self):
+        with pytest.raises(DataError, match=r"dataset\.template"):
+            columns_of("Answer:")
+
+
+class TestSources:
+    def test_dolly_keeps_its_clients_and_categories(self, dolly):
+        text = load_text(TextSource("dolly", str(dolly), **PAIRS))
+
+        train = text.train.to_pandas()
+        assert sorted(train["client"].value_counts().items()) == [(i, 20 + i) for i in range(11)]
+        assert text.label_names == tuple(sorted(CATEGORIES))
+        assert len(text.test) == 9
+        first = train[train["instruction"] == "say 3"].iloc[0]
+        assert first["text"] == (
+            "### Instruction:\nsay 3\n\n### Input:\nquietly\n\n### Response:\n"
+        )
+        assert first["answer"] == "word word word word"
+
+    def test_an_answer_that_is_blank_is_refused(self, dolly):
+        (dolly / "local_training_4.json").write_text(json.dumps([row(1, response=" ")]))
+        with pytest.raises(DataError, match="'response' is blank"):
+            load_text(TextSource("dolly", str(dolly), **PAIRS))
+
+    def test_another_folder_is_refused(self, tmp_path):
+        with pytest.raises(DataError, match="local_training_0"):
+            load_text(TextSource("dolly", str(tmp_path), **PAIRS))
+
+    def test_gsm8k_has_one_category(self, tmp_path):
+        for split, number in (("train", 5), ("test", 3)):
+            lines = [
+                json.dumps({"question": f"{i}?", "answer": f"#### {i}"}) for i in range(number)
+            ]
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+        source = TextSource(
+            "gsm8k",
+            str(tmp_path),
+            template="Q: {question}\nA: ",
+            answer_column="answer",
+            label_column="",
+        )
+
+        text = load_text(source)
+
+        assert (len(text.train), len(text.test), text.label_names) == (5, 3, ("all",))
+        assert set(text.test["text"]) == {f"Q: {i}?\nA: " for i in range(3)}
+
+    def test_own_files_with_answers(self, tmp_path):
+        file = tmp_path / "mine.jsonl"
+        file.write_text("\n".join(json.dumps(row(i)) for i in range(30)))
+
+        text = load_text(TextSource("local", str(file), **PAIRS))
+
+        assert (len(text.train), len(text.test)) == (27, 3)
+        assert set(text.train.column_names) >= {"text", "answer", "label", "category"}
+
+    def test_natural_instructions_are_a_task_a_file(self, tmp_path):
+        for name, number in (("task1_add", 10), ("task2_rhyme", 20)):
+            instances = [{"input": f"{i}", "output": [f"yes {i}", "no"]} for i in range(number)]
+            task = {"Definition": [f"Do {name}."], "Instances": instances}
+            (tmp_path / f"{name}.json").write_text(json.dumps(task))
+        source = TextSource(
+            "natural_instructions",
+            str(tmp_path),
+            template="{definition}\n\n{input}\n",
+            answer_column="output",
+            label_column="task",
+        )
+
+        text = load_text(source)
+
+        assert text.label_names == ("task1_add", "task2_rhyme")
+        assert (len(text.train), len(text.test)) == (27, 3)
+        kept = {(r["text"], r["answer"]) for r in text.train}
+        assert ("Do task2_rhyme.\n\n7\n", "yes 7") in kept or len(kept) == 27
+
+    def test_a_file_that_is_no_task_is_refused(self, tmp_path):
+        (tmp_path / "task.json").write_text('{"Instances": [{"input": "a"}]}')
+        source = TextSource("natural_instructions", str(tmp_path), **PAIRS)
+        with pytest.raises(DataError, match=r"task\.json: no task of Natural Instructions"):
+            load_text(source)
+
+    def test_a_source_of_labels_has_no_answers(self):
+        with pytest.raises(DataError, match="'synthetic' has no answers"):
+            load_text(TextSource("synthetic", answer_column="response", num_train=40, num_test=20))
+
+
+class TestFederation:
+    def test_a_client_has_its_own_file(self, dolly):
+        partitioning = Partitioning("natural", 11, seed=0, column="client")
+        data = federated(TextSource("dolly", str(dolly), **PAIRS), partitioning)
+
+        owners = data._text.train.select(data._kept_and_validation[0])["client"]
+        sizes = [sum(owner == client for owner in owners) for client in range(11)]
+
+        assert [len(p.train) + len(p.holdout) for p in data._parts] == sizes
+        assert len(data.validation) == round(0.1 * sum(range(20, 31)))
+
+    def test_categories_can_be_skewed(self, dolly):
+        source = TextSource("dolly", str(dolly), **PAIRS)
+        partitioning = Partitioning("dirichlet", 4, seed=1, dirichlet_alpha=0.1)
+
+        data = federated(source, partitioning)
+
+        shares = [np.bincount(data.train(i).labels, minlength=3) for i in range(4)]
+        largest = [share.max() / share.sum() for share in shares]
+        assert max(largest) > 0.7  # a third each without skew
+
+    def test_rows_without_room_for_an_answer_are_left_out_and_counted(self, dolly, caplog):
+        # A prompt has 6 words, with an input 9: at 8 a third of the rows has no answer left.
+        source = TextSource("dolly", str(dolly), **PAIRS)
+        data = federated(
+            source,
+            Partitioning("natural", 11, seed=0, column="client"),
+            tokenise_pairs=lambda p, a: words(p, a, 8),
+        )
+
+        with caplog.at_level(logging.WARNING):
+            trained = [data.train(i) for i in range(11)]
+
+        assert all((rows.lengths > rows.answer_starts).all() for rows in trained)
+        assert sum(map(len, trained)) < 0.7 * sum(data.sizes())
+        total, cut = sum(range(20, 31)), sum(number % 3 == 0 for number in range(275))
+        assert f"{cut} of {total} training examples are left out" in caplog.text
+        assert len(data.test) == 6
+
+    def test_a_client_of_which_nothing_is_left_is_told(self, dolly):
+        data = federated(
+            TextSource("dolly", str(dolly), **PAIRS),
+            Partitioning("natural", 11, seed=0, column="client"),
+            tokenise_pairs=lambda p, a: words(p, a, 5),
+        )
+        with pytest.raises(DataError, match=r"partition 2.*dataset\.max_length"):
+            data.train(2)
+
+
+class TestEncoding:
+    def test_the_cache_keeps_where_answers_start(self, tmp_path):
+        calls = []
+
+        def tokenise(prompts, answers):
+            calls.append(len(prompts))
+            return words(prompts, answers)
+
+        first, second = (
+            encode_pairs(["a b", "c"], ["d", "e f g"], [1, 0], tokenise, tmp_path, "key")
+            for _ in range(2)
+        )
+
+        assert calls == [2]
+        np.testing.assert_array_equal(first.answer_starts, [2, 1])
+        np.testing.assert_array_equal(second.answer_starts, first.answer_starts)
+        np.testing.assert_array_equal(second.tokens, first.tokens)
+
+    def test_what_is_prompt_and_what_is_answer_matters(self, tmp_path):
+        encodings = [
+            encode_pairs(prompts, answers, [0], words, tmp_path, "key")
+            for prompts, answers in ((["a"], ["b c"]), (["a b"], ["c"]))
+        ]
+        assert [e.answer_starts.tolist() for e in encodings] == [[1], [2]]
+
+    def test_selected_rows_keep_their_starts(self):
+        encoded = encode_pairs(["a b", "c", "d e f"], ["x", "y", "z"], [0, 1, 2], words, None, "k")
+        chosen = encoded.select([2, 0])
+        np.testing.assert_array_equal(chosen.answer_starts, [3, 2])
+
+    def test_an_answer_for_every_prompt(self):
+        with pytest.raises(DataError, match="1 answers for 2 prompts"):
+            encode_pairs(["a", "b"], ["c"], [0, 0], words, None, "k")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+class TestRealData:
+    def test_dollys_ten_clients(self):
+        text = load_text(TextSource("dolly", str(SHARED / "dolly15k_10clients"), **PAIRS))
+
+        clients = text.train.to_pandas()["client"]
+        assert (len(text.train), len(text.test), len(text.label_names)) == (14931, 80, 8)
+        assert (clients.nunique(), clients.value_counts().min()) == (10, 443)
+
+    def test_gsm8k(self):
+        source = TextSource(
+            "gsm8k",
+            str(SHARED / "gsm8k"),
+            template="{question}\n",
+            answer_column="answer",
+            label_column="",
+        )
+        text = load_text(source)
+        assert (len(text.train), len(text.test)) == (7473, 1319)
+        assert all("####" in answer for answer in text.test["answer"])

@@ -1,0 +1,55 @@
+"""The optimiser of local training: torch's fused kernel, with the loop's result."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from training_factories import SPEC, assert_same_adapter, plan_for, random_adapter, random_rows
+
+from hafl_app.training.classifier import LoraClassifier
+from hafl_app.training.local import TrainOptions, build_optimizer, train
+
+OPTIONS = TrainOptions(batch_size=4, learning_rate=1e-2, lora_B_lr_ratio=3.0, weight_decay=0.1)
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def model() -> LoraClassifier:
+    return LoraClassifier(SPEC)
+
+
+def after_steps(model, optimizer):
+    """Return the trained tensors after steps along fixed gradients."""
+    generator = torch.Generator().manual_seed(4)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for _ in range(STEPS):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+def test_adamw_steps_as_torchs_plain_loop_does(model):
+    adapter = random_adapter(model, 3)
+    plan = plan_for(adapter, (2, 0))
+    results = []
+    for fused in (True, False):
+        model.load(adapter, plan)
+        optimizer = build_optimizer(model, plan, OPTIONS)
+        assert optimizer.defaults["fused"] is True
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        results.append(after_steps(model, optimizer))
+
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_same_training_gives_the_same_bits(model, optimizer):
+    adapter = random_adapter(model, 3)
+    options = replace(OPTIONS, optimizer=optimizer)
+    plan, rows = plan_for(adapter, (2, 0), max_steps=STEPS), random_rows(22)
+
+    first, again = (train(model, adapter, plan, rows, options, seed=1).adapter for _ in "ab")
+
+    assert_same_adapter(first, again)

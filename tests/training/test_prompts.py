@@ -1,0 +1,74 @@
+"""Prompts and answers as tokens: where answers start, how rows end, and where they are cut."""
+
+from pathlib import Path
+
+import pytest
+from causal_factories import TINY_CAUSAL
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from hafl_app.training.base import BaseSpec
+from hafl_app.training.prompts import load_pair_tokeniser
+
+WORDS = ["<s>", "</s>", "<unk>", "name", "a", "colour", "red", "blue"]
+
+
+def base_with_tokeniser(path: Path, template: str) -> BaseSpec:
+    """Save a tokenizer of whole words that puts special tokens around a text."""
+    tokeniser = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    tokeniser.pre_tokenizer = Whitespace()
+    tokeniser.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokeniser, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(path)
+    LlamaConfig().save_pretrained(path)
+    return BaseSpec(str(path), task="causal_lm")
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
+def test_a_row_begins_and_ends_once(tmp_path, template):
+    tokenise = load_pair_tokeniser(base_with_tokeniser(tmp_path, template), 16)
+
+    rows, starts = tokenise(["name a colour", "name"], ["red", "a blue colour"])
+
+    assert rows == [[0, 3, 4, 5, 6, 1], [0, 3, 4, 7, 5, 1]]
+    assert starts == [4, 2]
+
+
+def test_a_prompt_has_the_same_tokens_whatever_its_answer(tmp_path):
+    tokenise = load_pair_tokeniser(base_with_tokeniser(tmp_path, "<s> $A"), 16)
+
+    rows, starts = tokenise(["name a colour"] * 2, ["red", ""])
+
+    assert starts[0] == starts[1]
+    assert rows[0][: starts[0]] == rows[1][: starts[1]]
+
+
+def test_rows_are_cut_from_the_right(tmp_path):
+    tokenise = load_pair_tokeniser(base_with_tokeniser(tmp_path, "<s> $A"), 4)
+
+    rows, starts = tokenise(["name", "name a colour a name"], ["red blue red", "red"])
+
+    assert rows == [[0, 3, 6, 7], [0, 3, 4, 5]]
+    assert starts == [2, 6]  # of the second nothing is left
+
+
+def test_a_model_without_files_hashes_words():
+    rows, starts = load_pair_tokeniser(TINY_CAUSAL, 8)(["one two", "one"], ["three", "two three"])
+
+    assert [len(row) for row in rows] == [4, 4]
+    assert rows[0][:3] == rows[1][:3]
+    assert starts == [2, 1]
+    assert rows[0][-1] == rows[1][-1] == 0
+    assert 0 not in rows[0][:-1]
+
+
+def test_nothing_is_nothing(tmp_path):
+    tokenise = load_pair_tokeniser(base_with_tokeniser(tmp_path, "<s> $A"), 4)
+    assert tokenise([], []) == ([], [])
