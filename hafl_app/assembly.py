@@ -15,7 +15,7 @@ from hafl_app.config.compose import SettingsError, compose
 from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
-from hafl_app.data.sources import TextSource
+from hafl_app.data.sources import IMAGES, TextSource, load_text
 from hafl_app.data.text import Tokenise, TokenisePairs
 from hafl_app.federation.directory import NodeDirectory
 from hafl_app.federation.numbering import Numbering
@@ -23,16 +23,22 @@ from hafl_app.federation.privacy import PrivacyOptions, new_noise_key
 from hafl_app.federation.profiles import scale_tiers
 from hafl_app.metrics import TASKS, Task
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.haflq import Haflq
 from hafl_app.strategies.options import FederationOptions
-from hafl_app.training.base import CAUSAL_LM, BaseSpec, load_tokeniser
-from hafl_app.training.causal import CausalSpec
+from hafl_app.strategies.unseen import draw_unseen
+from hafl_app.training.answers import require_rouge
+from hafl_app.training.base import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec, load_tokeniser
+from hafl_app.training.block_precision import BLOCKWISE
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.device import resolve_device
 from hafl_app.training.local import TrainOptions
-from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model
+from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model, with_quantisation
 from hafl_app.training.memory import StepMemory
 from hafl_app.training.memory import step_memory as count_step_memory
 from hafl_app.training.prompts import load_pair_tokeniser
+from hafl_app.training.quantised import NOT_QUANTISED
+from hafl_app.training.quantised_linear import PRECISIONS
+from hafl_app.training.specs import lora_spec
 
 KNOBS = {
     "strategy": "strategy",
@@ -88,8 +94,13 @@ def cache_folder() -> Path:
 
 
 def base_spec(settings: Settings) -> BaseSpec:
-    """Return the identity of the base model."""
+    """Return the identity of the base model.
+
+    With ``model.quantisation=blockwise`` a node chooses by its data; the server, which has none,
+    takes the model as it is.
+    """
     model = settings.model
+    blockwise = model.quantisation == BLOCKWISE
     return BaseSpec(
         path=model.path,
         revision=model.revision,
@@ -101,6 +112,7 @@ def base_spec(settings: Settings) -> BaseSpec:
         trust_remote_code=model.trust_remote_code,
         task=model.task,
         shape=json.dumps(model.shape, sort_keys=True) if model.shape else "",
+        quantisation=NOT_QUANTISED if blockwise else model.quantisation,
     )
 
 
@@ -112,6 +124,7 @@ def task(settings: Settings) -> Task:
     hafl_app.config.compose.SettingsError
         If model and data do not have the same task.
     """
+    _check_images(settings)
     answers, causal = settings.dataset.answer_column, settings.model.task == CAUSAL_LM
     if causal and not answers:
         raise SettingsError(
@@ -128,12 +141,39 @@ def task(settings: Settings) -> Task:
     return TASKS[settings.model.task]
 
 
+def _check_images(settings: Settings) -> None:
+    """Refuse images for a model of text, text for one of images, and what images do not have."""
+    images, task_name = settings.dataset.source in IMAGES, settings.model.task
+    if images != (task_name == IMAGE_CLASSIFICATION):
+        raise SettingsError(
+            f"model.task={task_name} with dataset.source={settings.dataset.source}: "
+            f"image_classification (model=vit_digits) needs images, "
+            f"dataset={' or '.join(sorted(IMAGES))}, and images need it"
+        )
+    if images and settings.model.pooling != "cls":
+        raise SettingsError(
+            f"model.pooling={settings.model.pooling}: an image classifier has a head of its own, "
+            "expected cls"
+        )
+    if images and settings.ranks.source == "memory":
+        raise SettingsError(
+            "ranks=from_memory: the memory of a training step is not counted for images; take "
+            "ranks with tiers"
+        )
+
+
 def text_source(settings: Settings) -> TextSource:
-    """Return where the text comes from."""
+    """Return where the text or the images come from."""
     values = {f.name: getattr(settings.dataset, f.name) for f in fields(TextSource)}
     if values["label_names"] is not None:
         values["label_names"] = tuple(values["label_names"])
     return TextSource(**values)
+
+
+def test_pairs(settings: Settings) -> tuple[list[str], list[str]]:
+    """Return the prompts and the expected answers of the test set, none of them cut."""
+    rows = load_text(text_source(settings)).test.with_format(None)
+    return rows["text"][:], rows["answer"][:]
 
 
 def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
@@ -225,10 +265,13 @@ def model_spec(settings: Settings, num_labels: int) -> LoraSpec:
     num_labels
         Classes; without meaning for a causal language model.
     """
-    if settings.model.task != CAUSAL_LM:
-        return classifier_spec(settings, num_labels)
-    dropout = settings.lora.lora_dropout
-    return CausalSpec(base_spec(settings), _target_modules(settings), dropout, settings.seed)
+    return lora_spec(
+        base_spec(settings),
+        num_labels,
+        _target_modules(settings),
+        settings.lora.lora_dropout,
+        settings.seed,
+    )
 
 
 def classifier_spec(settings: Settings, num_labels: int) -> ClassifierSpec:
@@ -247,19 +290,30 @@ def _target_modules(settings: Settings) -> str | tuple[str, ...]:
     return targets if isinstance(targets, str) else tuple(targets)
 
 
-def model(settings: Settings, num_labels: int) -> LoraModel:
-    """Return this process's model on its device; the base model is loaded once."""
-    device = resolve_device(settings.client.device)
-    return resident_model(model_spec(settings, num_labels)).to(device)
+def model(settings: Settings, num_labels: int, quantisation: str | None = None) -> LoraModel:
+    """Return this process's model on its device; the base model is loaded once.
 
-
-classifier = model
+    Parameters
+    ----------
+    quantisation
+        What this node chose, as in a `BaseSpec`; None for what the settings say.
+    """
+    spec = model_spec(settings, num_labels)
+    if quantisation is not None:
+        spec = with_quantisation(spec, quantisation)
+    return resident_model(spec).to(resolve_device(settings.client.device))
 
 
 def step_memory(settings: Settings, num_labels: int) -> StepMemory:
-    """Return the memory that training takes on this node by rank; counted once a machine."""
+    """Return the memory that training takes on this node by rank; counted once a machine.
+
+    With ``model.quantisation=blockwise`` it is that of the fewest bits.
+    """
+    spec = model_spec(settings, num_labels)
+    if settings.model.quantisation == BLOCKWISE:
+        spec = with_quantisation(spec, PRECISIONS[0])
     return count_step_memory(
-        model_spec(settings, num_labels),
+        spec,
         settings.lora.max_rank,
         train_options(settings),
         settings.dataset.max_length,
@@ -353,9 +407,58 @@ def strategy(settings: Settings) -> HeterogeneousLora:
     Raises
     ------
     hafl_app.config.compose.SettingsError
-        See `task`.
+        See `task` and `unseen_partitions`; or if answers are to be generated that cannot be, or
+        uploads to have bits that this method does not allocate.
+    hafl_app.training.answers.MissingPackageError
+        If they cannot be scored.
     """
     method: HeterogeneousLora = settings.strategy
     made = type(method)(**{f.name: getattr(method, f.name) for f in fields(method) if f.init})
     made.task = task(settings)
+    made.unseen = unseen_partitions(settings)
+    _check_generation(settings)
+    _check_upload(settings)
     return made
+
+
+def _check_upload(settings: Settings) -> None:
+    if settings.federation.upload == "mixed" and not isinstance(settings.strategy, Haflq):
+        raise SettingsError(
+            "federation.upload=mixed: only strategy=haflq gives every component its bits; expected "
+            "fp32, bf16 or int8"
+        )
+
+
+def unseen_partitions(settings: Settings) -> frozenset[int]:
+    """Return the partitions that never train.
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError
+        If nobody is left to train, or scores of unseen clients have no meaning.
+    """
+    federation = settings.federation
+    unseen, clients = federation.unseen_clients, federation.num_clients
+    asked = f"federation.unseen_clients={unseen}"
+    if unseen >= clients:
+        raise SettingsError(f"{asked}: expected below federation.num_clients={clients}")
+    if unseen and settings.model.head == "local":
+        raise SettingsError(f"{asked}: with model.head=local they would have an untrained head")
+    if unseen and settings.privacy.kind != "none":
+        raise SettingsError(
+            f"{asked}: refused under privacy={settings.privacy.kind}, whose guarantee and "
+            "denominators count every client"
+        )
+    return draw_unseen(clients, unseen, settings.seed)
+
+
+def _check_generation(settings: Settings) -> None:
+    federation = settings.federation
+    if not federation.generate_examples:
+        return
+    asked = f"federation.generate_examples={federation.generate_examples}"
+    if settings.model.task != CAUSAL_LM:
+        raise SettingsError(f"{asked}: answers are generated by a model.task={CAUSAL_LM} only")
+    if not federation.central_evaluation:
+        raise SettingsError(f"{asked} needs federation.central_evaluation=true")
+    require_rouge()

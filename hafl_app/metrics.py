@@ -5,7 +5,7 @@ A metric is recorded as ``phase/name``, for example ``validation/accuracy``.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 
@@ -57,6 +57,8 @@ MACRO_F1: Final = Metric("macro-f1", "macro F1")
 LOSS: Final = Metric("loss", "loss", higher_is_better=False, is_share=False)
 PERPLEXITY: Final = Metric("perplexity", "perplexity", False, False, "ppl")
 TOKEN_ACCURACY: Final = Metric("token-accuracy", "token accuracy")
+ROUGE_L: Final = Metric("rouge-l", "Rouge-L")
+EXACT_MATCH: Final = Metric("exact-match", "exact match")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Task:
 
 CLASSIFICATION: Final = Task("classification", ACCURACY, MACRO_F1, ("accuracy", "macro-f1", "loss"))
 CAUSAL_LM: Final = Task("causal_lm", PERPLEXITY, TOKEN_ACCURACY, ("loss", "token-accuracy"))
-TASKS: Final = {task.name: task for task in (CLASSIFICATION, CAUSAL_LM)}
+IMAGE_CLASSIFICATION: Final = replace(CLASSIFICATION, name="image_classification")
+TASKS: Final = {task.name: task for task in (CLASSIFICATION, CAUSAL_LM, IMAGE_CLASSIFICATION)}
 
 
 def task_of(recorded: Iterable[str]) -> Task:

@@ -10,20 +10,26 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from itertools import groupby, pairwise
 from math import floor
 from textwrap import shorten
 from typing import Any, Literal, get_args
 
 HeadPolicy = Literal["averaged", "frozen", "local"]
 ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
-NumberFormat = Literal["fp32", "bf16", "int8"]
+NumberFormat = Literal["fp32", "bf16", "int8", "mixed"]
 
-NUMBER_BYTES: Mapping[NumberFormat, int] = {"fp32": 4, "bf16": 2, "int8": 1}
-"""What a number of a format takes."""
+NUMBER_BYTES: Mapping[NumberFormat, int] = {"fp32": 4, "bf16": 2, "int8": 1, "mixed": 2}
+"""What a number of a format takes; of ``mixed``, where every component has its own, at most."""
+
+BIT_LEVELS = (0, 2, 4, 8, 16)
+"""Bits that a number of a component may have with ``mixed``; with 0 it is not uploaded."""
+_SCALES_BYTES = 4  # of a component: one in bfloat16 for its row of lora_A, one for its column
 
 # "0-99999999999" is short to write and long to expand; no adapter has that many components.
 _MAX_COMPONENTS = 2**16
 _RUN = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+_REPEATED = re.compile(r"(0|2|4|8|16)(?:x([1-9][0-9]{0,4}))?")
 
 
 def format_indices(indices: Iterable[int]) -> str:
@@ -59,6 +65,49 @@ def parse_indices(text: str) -> tuple[int, ...]:
     return tuple(indices)
 
 
+def format_bits(bits: Iterable[int]) -> str:
+    """Write bits of components as run lengths: ``(16, 16, 8, 0)`` is ``"16x2,8,0"``."""
+    runs = [(level, len(list(same))) for level, same in groupby(bits)]
+    return ",".join(f"{level}x{count}" if count > 1 else f"{level}" for level, count in runs)
+
+
+def parse_bits(text: str) -> tuple[int, ...]:
+    """Read what `format_bits` wrote, and nothing that it would have written otherwise.
+
+    Raises
+    ------
+    ValueError
+        If ``text`` is not of that form, or means more than 65,536 components.
+    """
+    bits: list[int] = []
+    for run in text.split(",") if text else []:
+        match = _REPEATED.fullmatch(run)
+        if not match:
+            raise ValueError(f"bits: {run[:40]!r} is not like '8' or '8x3', of {BIT_LEVELS}")
+        count = int(match[2] or 1)
+        if len(bits) + count > _MAX_COMPONENTS:
+            raise ValueError(f"bits: more than {_MAX_COMPONENTS} components at {run!r}")
+        bits.extend([int(match[1])] * count)
+    if format_bits(bits) != text:
+        raise ValueError(f"bits: {text[:40]!r} is {format_bits(bits)[:40]!r} written otherwise")
+    return tuple(bits)
+
+
+def largest_code(bits: int) -> int:
+    """Return the largest code of so many bits; the smallest is its negative, and one is unused."""
+    return int(2 ** (bits - 1) - 1)
+
+
+def component_bytes(bits: int, out_features: int, in_features: int) -> int:
+    """Return what one component takes in an upload: its two vectors of codes, and their scales.
+
+    ``ceil(b m / 8) + ceil(b n / 8) + 4`` for a weight of m x n; 0 for 0 bits.
+    """
+    if not bits:
+        return 0
+    return -(-bits * out_features // 8) + -(-bits * in_features // 8) + _SCALES_BYTES
+
+
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
     if not holds:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
@@ -87,11 +136,16 @@ class ModulePlan:
     scaling
         PEFT's scaling in force on the client (``lora_alpha / r``), above 0. The client unfolds
         it from ``lora_B`` on arrival and folds it in again before the upload.
+    bits
+        With ``upload=mixed``, how many bits each trainable component's numbers are uploaded in,
+        of `BIT_LEVELS` and never rising: those with 0 come last and are trained but not uploaded.
+        Else empty.
     """
 
     held: tuple[int, ...]
     trainable: tuple[int, ...]
     scaling: float = 1.0
+    bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.held)) != len(self.held) or any(i < 0 for i in self.held):
@@ -105,6 +159,18 @@ class ModulePlan:
             )
         valid = _is_finite(self.scaling) and self.scaling > 0
         _require(valid, "scaling", "above 0 and finite", self.scaling)
+        self._check_bits()
+
+    def _check_bits(self) -> None:
+        if self.bits and len(self.bits) != len(self.trainable):
+            raise ValueError(
+                f"bits of {len(self.bits)} components, expected one for each of the "
+                f"{len(self.trainable)} trainable"
+            )
+        if odd := set(self.bits) - set(BIT_LEVELS):
+            raise ValueError(f"bits of {min(odd)} are not one of {BIT_LEVELS}")
+        falls = all(a >= b for a, b in pairwise(self.bits))
+        _require(falls, "bits", "never rising", shorten(format_bits(self.bits), 80))
 
     @cached_property
     def trainable_slots(self) -> tuple[int, ...]:
@@ -117,6 +183,11 @@ class ModulePlan:
         """Positions of the frozen components among the held ones."""
         trainable = set(self.trainable)
         return tuple(p for p, component in enumerate(self.held) if component not in trainable)
+
+    @property
+    def num_uploaded(self) -> int:
+        """How many of the trainable components are uploaded: the first so many."""
+        return len(self.trainable) - self.bits.count(0)
 
 
 @dataclass(frozen=True)
@@ -191,7 +262,8 @@ class TrainPlan:
         Upper limit of optimiser steps, 0 for none.
     upload
         Numbers of the uploaded factors. ``fp32``: the factors themselves. Otherwise their change
-        against what was sent, rounded, see `hafl_app.lowrank.quantise`. The head is always fp32.
+        against what was sent, rounded, see `hafl_app.lowrank.quantise`; with ``mixed`` each
+        component's to as many bits as its `ModulePlan` says. The head is always fp32.
     error_feedback
         Whether the client keeps what rounding lost of a component's change, and adds it to that
         component's next one; only where rounding loses something.
@@ -229,20 +301,49 @@ class TrainPlan:
         _require(feedback, "error_feedback", "true or false", self.error_feedback)
         rounds = self.upload != "fp32" or not self.error_feedback
         _require(rounds, "error_feedback", "false with upload=fp32", self.error_feedback)
+        for name, module in self.modules.items():
+            self._check_bits_of(name, module)
+
+    def _check_bits_of(self, name: str, module: ModulePlan) -> None:
+        expected = len(module.trainable) if self.upload == "mixed" else 0
+        if len(module.bits) != expected:
+            raise ValueError(
+                f"module {name!r}: bits of {len(module.bits)} components, expected {expected} "
+                f"with upload={self.upload}"
+            )
 
     def training_everything(self) -> "TrainPlan":
-        """Return the plan with every held component trainable."""
-        modules = {n: replace(m, trainable=m.held) for n, m in self.modules.items()}
-        return replace(self, modules=modules)
+        """Return the plan with every held component trainable; nothing of it is uploaded."""
+        modules = {n: replace(m, trainable=m.held, bits=()) for n, m in self.modules.items()}
+        return replace(self, modules=modules, upload="fp32", error_feedback=False)
+
+    def upload_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """Return what the factors' numbers take in an upload, with ``mixed`` also their scales.
+
+        Parameters
+        ----------
+        shapes
+            Module name to ``(out_features, in_features)``.
+        """
+        if self.upload == "mixed":
+            each = (component_bytes(b, *shapes[n]) for n, m in self.modules.items() for b in m.bits)
+            return sum(each)
+        numbers = sum(len(m.trainable) * sum(shapes[n]) for n, m in self.modules.items())
+        return NUMBER_BYTES[self.upload] * numbers
 
     def to_json(self) -> str:
         """Write the plan for the wire; modules with equal plans share one entry."""
-        groups: dict[tuple[str, str, float], list[str]] = {}
+        groups: dict[tuple[str, str, float, str], list[str]] = {}
         for name, module in self.modules.items():
-            key = (format_indices(module.held), format_indices(module.trainable), module.scaling)
+            held, trainable = format_indices(module.held), format_indices(module.trainable)
+            key = (held, trainable, module.scaling, format_bits(module.bits))
             groups.setdefault(key, []).append(name)
         values = {k: v for k, v in asdict(self).items() if k != "modules"}
-        values["modules"] = [[*key, names] for key, names in groups.items()]
+        # Bits only where there are any: no other plan grows by them.
+        values["modules"] = [
+            [held, trainable, scaling, names, *([bits] if bits else [])]
+            for (held, trainable, scaling, bits), names in groups.items()
+        ]
         return json.dumps(values, separators=(",", ":"))
 
     @classmethod
@@ -276,8 +377,9 @@ def _with_keys_of(kind: type[Any], values: Any) -> dict[str, Any]:
 
 def _read_modules(entries: Any) -> dict[str, ModulePlan]:
     modules: dict[str, ModulePlan] = {}
-    for held, trainable, scaling, names in entries:
-        plan = ModulePlan(parse_indices(held), parse_indices(trainable), scaling)
+    for held, trainable, scaling, names, *rest in entries:
+        bits = _read_bits(rest)
+        plan = ModulePlan(parse_indices(held), parse_indices(trainable), scaling, bits)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"module names {names!r}, expected a list of text")
         for name in names:
@@ -285,3 +387,12 @@ def _read_modules(entries: Any) -> dict[str, ModulePlan]:
                 raise ValueError(f"module {name!r} occurs twice")
             modules[name] = plan
     return modules
+
+
+def _read_bits(rest: list[Any]) -> tuple[int, ...]:
+    """Read what may stand behind a module's names: nothing, or bits that are not empty."""
+    if not rest:
+        return ()
+    if len(rest) > 1 or not isinstance(rest[0], str) or not rest[0]:
+        raise TypeError(f"behind module names {shorten(repr(rest), 80)}, expected bits or nothing")
+    return parse_bits(rest[0])

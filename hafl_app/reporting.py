@@ -44,6 +44,8 @@ from hafl_app.tracking.jsonl import JsonlTracker, read_history
 from hafl_app.tracking.wandb import WandbTracker
 from hafl_app.training.device import threads
 from hafl_app.training.evaluate import Scores, adapter_evaluator
+from hafl_app.training.generate import GenerationOptions, score_generation
+from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.saved import save_adapter
 
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "ray", "datasets")
@@ -98,10 +100,13 @@ class RunReport:
         self._initial_head = initial_head
 
     @cached_property
-    def _score(self) -> Callable[[Adapter, EncodedText], Scores]:
+    def _model(self) -> LoraModel:
         # Not before it is needed: a server that scores nothing needs no base model.
-        model = assembly.model(self._settings, len(self._text.label_names))
-        return adapter_evaluator(model, self._settings.client.precision)
+        return assembly.model(self._settings, len(self._text.label_names))
+
+    @cached_property
+    def _score(self) -> Callable[[Adapter, EncodedText], Scores]:
+        return adapter_evaluator(self._model, self._settings.client.precision)
 
     @property
     def has_test(self) -> bool:
@@ -239,8 +244,16 @@ class RunReport:
         with threads(self._num_threads):
             return self._score(adapter, getattr(self._text, split))
 
-    def finish(self, alone: Sequence[AloneResult]) -> None:
-        """Write adapters, curves and the summary."""
+    def finish(self, alone: Sequence[AloneResult], unseen: Mapping[str, Any] | None = None) -> None:
+        """Write adapters, curves and the summary.
+
+        Parameters
+        ----------
+        alone
+            What clients trained by themselves.
+        unseen
+            Scores of clients that never trained, see `hafl_app.strategies.unseen`.
+        """
         last = self._strategy.global_adapter
         head = last.head or self._initial_head
         self._save("adapter", last.with_head(head), self.rounds[-1])
@@ -249,10 +262,32 @@ class RunReport:
             record = next(r for r in self.rounds if r.server_round == best_round)
             self._save("adapter-best", adapter.with_head(adapter.head or head), record)
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
-        self._trackers.finish(self._summary(alone))
+        apart = {"clients": self._clients(unseen), "generation": self._generation()}
+        self._trackers.finish(self._summary(alone) | {k: v for k, v in apart.items() if v})
         for name in ("adapter", "adapter-best"):
             if (self._folder / name).is_dir():
                 add_card(self._folder / name)  # reads the summary
+
+    def _clients(self, unseen: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the last scores of clients that trained beside those of others, if there are."""
+        seen = dict(self._strategy.client_scores)
+        return {"seen": seen, "unseen": dict(unseen)} if unseen else {}
+
+    def _generation(self) -> dict[str, float | int]:
+        """Return the scores of answers that the last global adapter writes; none if not asked."""
+        settings = self._settings
+        if not settings.federation.generate_examples or not self.has_test:
+            return {}
+        options = GenerationOptions(
+            settings.dataset.max_length,
+            settings.federation.generate_tokens,
+            settings.federation.generate_examples,
+            precision=settings.client.precision,
+        )
+        base, pairs = assembly.base_spec(settings), assembly.test_pairs(settings)
+        with threads(self._num_threads):
+            self._model.load_whole(self._strategy.global_adapter)
+            return score_generation(self._model, base, *pairs, options).to_json()
 
     def fail(self, reason: str) -> None:
         """Tell the trackers that the run failed, and why."""
@@ -310,7 +345,7 @@ class RunReport:
                         for rank, traffic in ledger.by_rank(phase).items()
                     },
                 }
-                for phase in ("train", "evaluate", "alone")
+                for phase in ("train", "evaluate", "alone", "unseen")
             },
             "nodes": [_device_facts(p) for p in self._strategy.directory.in_order()],
             "left_out": {

@@ -44,6 +44,8 @@ _FREE = (
     "federation.ray_address",
     "federation.central_evaluation",
     "federation.evaluate_every",
+    "federation.generate_examples",
+    "federation.generate_tokens",
     "federation.fraction_evaluate",
     "federation.alone_clients_per_rank",
     "federation.alone_at_max_rank",

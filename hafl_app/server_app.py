@@ -29,6 +29,7 @@ from hafl_app.strategies.alone import AloneResult, train_alone
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.private import check_federation
 from hafl_app.strategies.rounds import run_rounds
+from hafl_app.strategies.unseen import evaluate_unseen
 from hafl_app.training.lora_model import adapter_shapes
 
 app = ServerApp()
@@ -109,7 +110,9 @@ def _run(
         else:
             resume(checkpoint, strategy, report, grid)
         run_rounds(strategy, grid, checkpoint.server_round + 1 if checkpoint else 1, after_round)
-        report.finish(_alone(grid, settings, strategy, initial) if report.has_test else [])
+        unseen = evaluate_unseen(strategy, grid, report.rounds[-1].server_round)
+        alone = _alone(grid, settings, strategy, initial) if report.has_test else []
+        report.finish(alone, unseen)
     except BaseException as error:
         report.fail(f"{type(error).__name__}: {error}")
         raise
@@ -143,7 +146,7 @@ def _prepare(
 def _alone(
     grid: Grid, settings: Settings, strategy: HeterogeneousLora, initial: Adapter
 ) -> list[AloneResult]:
-    lone = lone_clients(settings, strategy.directory.in_order())
+    lone = lone_clients(settings, strategy.seen())
     alone = train_alone(strategy, grid, initial, lone) if lone else []
     if lone and settings.federation.alone_at_max_rank:
         alone += train_alone(strategy, grid, initial, lone, strategy.max_rank)

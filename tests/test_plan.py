@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hafl_app.plan import ModulePlan, TailPruning, TrainPlan, format_indices, parse_indices
+from hafl_app.plan import (
+    BIT_LEVELS,
+    ModulePlan,
+    TailPruning,
+    TrainPlan,
+    component_bytes,
+    format_bits,
+    format_indices,
+    largest_code,
+    parse_bits,
+    parse_indices,
+)
 
 
 @st.composite
@@ -15,6 +26,14 @@ def module_plans(draw):
     trainable = draw(st.lists(st.sampled_from(held), unique=True)) if held else []
     scaling = draw(st.floats(1e-3, 1e3) | st.sampled_from([16 / 30, 1.0]))
     return ModulePlan(held, tuple(trainable), scaling)
+
+
+@st.composite
+def with_bits(draw, plan):
+    """The same components, each with bits."""
+    count = len(plan.trainable)
+    bits = draw(st.lists(st.sampled_from(BIT_LEVELS), min_size=count, max_size=count))
+    return replace(plan, bits=tuple(sorted(bits, reverse=True)))
 
 
 uploads = st.sampled_from(
@@ -31,8 +50,13 @@ def train_plans(draw):
         min_rank=st.integers(1, 8),
         prune=st.booleans(),
     )
+    modules, upload = st.dictionaries(st.text(max_size=12), module_plans(), max_size=5), uploads
+    if draw(st.booleans()):
+        upload = st.builds(lambda f: {"upload": "mixed", "error_feedback": f}, st.booleans())
+        mixed = module_plans().flatmap(with_bits)
+        modules = st.dictionaries(st.text(max_size=12), mixed, max_size=5)
     return TrainPlan(
-        modules=draw(st.dictionaries(st.text(max_size=12), module_plans(), max_size=5)),
+        modules=draw(modules),
         head=draw(st.sampled_from(["averaged", "frozen", "local"])),
         importance=draw(st.sampled_from(["none", "sensitivity", "smoothed", "adalora"])),
         importance_smoothing=draw(st.floats(0, 0.99)),
@@ -40,7 +64,7 @@ def train_plans(draw):
         tail=draw(st.none() | tails),
         local_epochs=draw(st.integers(1, 9)),
         max_steps=draw(st.integers(0, 99)),
-        **draw(uploads),
+        **draw(upload),
     )
 
 
@@ -67,6 +91,61 @@ class TestIndices:
     def test_other_text_is_refused(self, text):
         with pytest.raises(ValueError, match=r"."):
             parse_indices(text)
+
+
+class TestBits:
+    @pytest.mark.parametrize(
+        ("bits", "text"),
+        [((), ""), ((8,), "8"), ((16, 16, 8, 0), "16x2,8,0"), ((2,) * 12, "2x12")],
+    )
+    def test_are_written_as_run_lengths(self, bits, text):
+        assert format_bits(bits) == text
+        assert parse_bits(text) == bits
+
+    @given(st.lists(st.sampled_from(BIT_LEVELS), max_size=30).map(tuple))
+    def test_survive_writing_and_reading(self, bits):
+        assert parse_bits(format_bits(bits)) == bits
+
+    @pytest.mark.parametrize(
+        "text", ["3", "8x0", "8x1", "8,8", "8x2,8", "08", "8x", "x2", "-8", "8 ", "8,", "2x99999"]
+    )
+    def test_other_text_is_refused(self, text):
+        with pytest.raises(ValueError, match="bits: "):
+            parse_bits(text)
+
+    def test_a_component_takes_two_whole_vectors_and_their_scales(self):
+        assert [component_bytes(b, 7, 5) for b in BIT_LEVELS] == [0, 2 + 2 + 4, 4 + 3 + 4, 16, 28]
+        assert [largest_code(b) for b in BIT_LEVELS[1:]] == [1, 7, 127, 32767]
+
+    @pytest.mark.parametrize(
+        ("bits", "message"),
+        [
+            ((8,), "bits of 1 components, expected one for each of the 2 trainable"),
+            ((8, 3), r"bits of 3 are not one of \(0, 2, 4, 8, 16\)"),
+            ((2, 8), "bits must be never rising, got '2,8'"),
+        ],
+    )
+    def test_impossible_bits_are_refused(self, bits, message):
+        with pytest.raises(ValueError, match=message):
+            ModulePlan((0, 1), (1, 0), bits=bits)
+
+    def test_belong_to_mixed_uploads_and_to_no_others(self):
+        with_bits, without = ModulePlan((0, 1), (1,), bits=(8,)), ModulePlan((0, 1), (1,))
+        for module, upload, counts in ((with_bits, "int8", "1 .* 0"), (without, "mixed", "0 .* 1")):
+            with pytest.raises(ValueError, match=f"module 'q': bits of {counts} with upload"):
+                TrainPlan({"q": module}, upload=upload)
+        assert TrainPlan({"q": with_bits}, upload="mixed").training_everything().upload == "fp32"
+
+    def test_add_nothing_to_a_plan_without_them(self):
+        text = TrainPlan({"q": ModulePlan((0, 1), (1,))}, upload="int8").to_json()
+        assert json.loads(text)["modules"] == [["0-1", "1", 1.0, ["q"]]]
+        mixed = TrainPlan({"q": ModulePlan((0, 1), (1,), bits=(8,))}, upload="mixed")
+        assert json.loads(mixed.to_json())["modules"] == [["0-1", "1", 1.0, ["q"], "8"]]
+
+    def test_those_with_none_are_not_uploaded(self):
+        module = ModulePlan((0, 1, 2), (2, 1, 0), bits=(8, 0, 0))
+        assert module.num_uploaded == 1
+        assert ModulePlan((0, 1, 2), (2, 1)).num_uploaded == 2
 
 
 class TestModulePlan:
@@ -153,11 +232,16 @@ class TestTrainPlan:
             ({"importance": "norm"}, "importance must be one of none, .*, got 'norm'"),
             ({"epochs": 2}, "not a train plan: .*epochs"),
             ({"tail": {"decay": 0.5}}, "not a train plan: .*weight"),
-            ({"upload": "int4"}, "upload must be one of fp32, bf16, int8, got 'int4'"),
+            ({"upload": "int4"}, "upload must be one of fp32, bf16, int8, mixed, got 'int4'"),
             ({"error_feedback": True}, "error_feedback must be false with upload=fp32, got True"),
             ({"modules": [["0-1", "5", 1.0, ["q"]]]}, "among the held"),
             ({"modules": [["0-1", "0", "1", ["q"]]]}, "not a train plan"),
             ({"modules": [["0-1", "0", 1.0]]}, "not enough values"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], "8"]]}, "module 'q': bits of 1 components"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], ""]]}, "behind module names"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], 8]]}, "behind module names"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], "8", "8"]]}, "behind module names"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], "9"]]}, "bits: '9' is not like"),
             ({"modules": [[[0, 1], "0", 1.0, ["q"]]]}, "not a train plan"),
         ],
     )

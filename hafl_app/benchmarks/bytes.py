@@ -5,7 +5,7 @@ replaced by noise.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
@@ -154,8 +154,13 @@ def measure(
     hafl_app.benchmarks.timing.DisagreementError
         If either side does not get what the other meant, to the error that rounding may make.
     """
-    strategy = _strategy(method, upload, shapes, max_rank)
-    profile = NodeProfile(0, 1, rank, _EXAMPLES, "cpu", node_id=_NODE)
+    strategy = in_mid_run(METHODS[method], upload, shapes, max_rank)
+    return measure_client(method, strategy, NodeProfile(0, 1, rank, _EXAMPLES, "cpu"))
+
+
+def measure_client(method: str, strategy: HeterogeneousLora, profile: NodeProfile) -> Measured:
+    """Measure the request that a strategy makes for a client, and the reply; see `measure`."""
+    upload, profile = strategy.options.upload, replace(profile, node_id=_NODE)
     plan = strategy.plan(profile, 1)
     exchange = Exchange(Ledger(), 1, MessageType.TRAIN)
     with server_identity():
@@ -164,25 +169,30 @@ def measure(
         reply, trained = _answer(request)
     (judged,) = exchange.judge_training([reply])
     if judged.update is None:
-        raise DisagreementError(f"{method}, rank {rank}, {upload}: refused: {judged.error}")
-    _check(judged.update.adapter, trained, judged.update.before, upload)
-    widths = {name: shape.out_features + shape.in_features for name, shape in shapes.items()}
-    held = sum(len(module.held) * widths[name] for name, module in plan.modules.items())
-    trainable = sum(len(module.trainable) * widths[name] for name, module in plan.modules.items())
+        raise DisagreementError(f"{method}, rank {profile.rank}, {upload}: refused: {judged.error}")
+    got = judged.update.adapter
+    _check(got, _first_components(trained, got), judged.update.before, upload)
+    shapes = {
+        n: (f.out_features, f.in_features) for n, f in strategy.global_adapter.modules.items()
+    }
+    held = sum(len(module.held) * sum(shapes[name]) for name, module in plan.modules.items())
     return Measured(
         method,
-        rank,
+        profile.rank,
         upload,
         _sizes(request, NUMBER_BYTES["fp32"] * held),
-        _sizes(reply, NUMBER_BYTES[upload] * trainable),
+        _sizes(reply, plan.upload_bytes(shapes)),
     )
 
 
-def _strategy(
-    method: str, upload: NumberFormat, shapes: Mapping[str, ModuleShape], max_rank: int
+def in_mid_run(
+    overrides: Sequence[str],
+    upload: NumberFormat,
+    shapes: Mapping[str, ModuleShape],
+    max_rank: int,
 ) -> HeterogeneousLora:
     """Return a method in the middle of a run: with importance scores, where it uses any."""
-    settings = compose([*METHODS[method], f"lora.max_rank={max_rank}"])
+    settings = compose([*overrides, f"lora.max_rank={max_rank}"])
     strategy = assembly.strategy(settings)
     strategy.options = FederationOptions(upload=upload)
     generator = torch.Generator().manual_seed(0)
@@ -229,6 +239,13 @@ def _scores(trained: Adapter, generator: torch.Generator) -> dict[str, Float32]:
     }
 
 
+def _first_components(trained: Adapter, like: Adapter) -> Adapter:
+    """Return as many components of every module as another adapter has."""
+    ranks = {name: factors.rank for name, factors in like.modules.items()}
+    modules = {n: f.select(range(ranks[n])) for n, f in trained.modules.items()}
+    return Adapter(modules, trained.head)
+
+
 def _check(got: Adapter, meant: Adapter, before: Adapter, upload: NumberFormat) -> None:
     """Refuse a result that rounding the change does not explain."""
     expected, sent = meant.tensors(), before.tensors()
@@ -248,7 +265,10 @@ def _rounding(change: torch.Tensor, numbers: NumberFormat, *, by_column: bool) -
         return torch.zeros_like(change)
     if numbers == "bf16":
         return 2**-8 * change
-    return change.amax(0 if by_column else 1, keepdim=True) / 254 * (1 + 2**-7)
+    largest = change.amax(0 if by_column else 1, keepdim=True)
+    if numbers == "mixed":  # of 2 bits
+        return largest
+    return largest / 254 * (1 + 2**-7)
 
 
 def _sizes(message: Message, ideal: int) -> Sizes:

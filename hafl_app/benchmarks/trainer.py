@@ -136,7 +136,8 @@ def rows_of(model: LoraModel, examples: Examples) -> list[Row]:
     rows = []
     for index in range(len(examples.labels)):
         batch = model.batch(examples, np.array([index]))
-        rows.append({"input_ids": batch.input_ids[0].cpu(), "labels": batch.labels[0].cpu()})
+        input_ids, _ = batch.inputs
+        rows.append({"input_ids": input_ids[0].cpu(), "labels": batch.labels[0].cpu()})
     return rows
 
 

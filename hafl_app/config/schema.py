@@ -37,7 +37,8 @@ class ModelSettings:
     """The frozen base model, and the classification head if `task` is `classification`.
 
     With `causal_lm` it learns the answers to prompts; it has no head, and `pooling` and `head` mean
-    nothing.
+    nothing. With `image_classification` it reads images instead of text, and its own classifier is
+    the head (`pooling: cls`).
 
     `trust_remote_code` lets a hub repository's own Python code run on every node: only for a
     repository whose code you have read, and only on nodes that allow it too.
@@ -46,10 +47,15 @@ class ModelSettings:
     that carries the same files, used when the hub is not reachable. `random_weights` without a path
     are those of a model of `shape`, the values of a Transformers configuration with its
     `model_type`; null is a tiny model for tests. Its tokenizer hashes words.
+
+    `quantisation` is what the weights of the transformer blocks are kept in: `bf16`, `int8` or
+    `nf4` (4 bits), see docs/quantised.md. With `blockwise` every node chooses for every block, by
+    its own data, so that the base model takes up to `memory_budget_mb` (MB of 10^6 bytes) on it;
+    `memory-mb` in a node's config, a limit of everything in training, goes before that.
     """
 
     name: str = MISSING
-    task: str = choice("classification", "classification", "causal_lm")
+    task: str = choice("classification", "classification", "causal_lm", "image_classification")
     path: str = ""
     revision: str | None = None
     sha256: str | None = None
@@ -60,6 +66,8 @@ class ModelSettings:
     random_weights: bool = False
     shape: dict[str, Any] | None = None
     trust_remote_code: bool = False
+    quantisation: str = choice("none", "none", "bf16", "int8", "nf4", "blockwise")
+    memory_budget_mb: float | None = number(None, above=0)
 
 
 @dataclass
@@ -79,7 +87,7 @@ class LoraSettings:
 
 @dataclass
 class DatasetSettings:
-    """Labelled text. `max_examples` limits the training set, for quick runs (null: all of it).
+    """Labelled text or images. `max_examples` limits the training set, for quick runs (null: all).
 
     With an `answer_column` the data are prompts and answers, for `model.task=causal_lm`: `template`
     makes the prompt of the other columns, each in braces, and leaves out a paragraph whose columns
@@ -104,6 +112,7 @@ class DatasetSettings:
         "natural_instructions",
         "local",
         "synthetic",
+        "digits",
         "on_device",
     )
     path: str | None = None
@@ -232,7 +241,8 @@ class FederationSettings:
     once (`robust`, `max_norm_ratio`, `clip_ratio`) must be off.
 
     `upload` is what numbers the factors are uploaded in: `fp32`; or their change against what was
-    sent in `bf16`, or in `int8` with a scale for every component. With `error_feedback` a client
+    sent in `bf16`, in `int8` with a scale for every component, or in `mixed` with bits of its own
+    for every component, which only `strategy=haflq` allocates. With `error_feedback` a client
     keeps what rounding lost of a component and adds it to that component's next change (null:
     wherever that has a meaning; true: the run is refused where it has none). The head stays fp32.
 
@@ -247,6 +257,12 @@ class FederationSettings:
     Without `central_evaluation` the server scores nothing itself and needs no weights of the base
     model; rounds are then chosen by the clients' scores.
 
+    `unseen_clients` partitions, drawn by the seed, never train and do not count in the clients'
+    scores; after the last round they score what they would receive (0: there are none).
+
+    With `generate_examples` above 0 a causal language model answers that many prompts of the test
+    set after the last round, in `generate_tokens` tokens at most, for Rouge-L and exact match.
+
     `alone_clients_per_rank` clients of every rank are also trained alone, to measure what the
     federation gains them (0: none); with `alone_at_max_rank` once more at `lora.max_rank`, to
     tell what the rank costs them from what the little data costs.
@@ -258,6 +274,9 @@ class FederationSettings:
     fraction_evaluate: float = number(1.0, at_least=0, at_most=1)
     evaluate_every: int = number(1, at_least=1)
     central_evaluation: bool = True
+    unseen_clients: int = number(0, at_least=0)
+    generate_examples: int = number(0, at_least=0)
+    generate_tokens: int = number(64, at_least=1)
     alone_clients_per_rank: int = number(1, at_least=0)
     alone_at_max_rank: bool = False
     round_timeout_s: float = number(3600.0, above=0)
@@ -271,7 +290,7 @@ class FederationSettings:
     clip_ratio: float | None = number(None, above=0)
     streaming: bool = False
     stream_buffer: int = number(16, at_least=1)
-    upload: str = choice("fp32", "fp32", "bf16", "int8")
+    upload: str = choice("fp32", "fp32", "bf16", "int8", "mixed")
     error_feedback: bool | None = None
     checkpoint_every: int = number(1, at_least=0)
     server_threads: int | None = number(None, at_least=1)

@@ -10,9 +10,10 @@ import numpy as np
 from datasets import Dataset
 
 from hafl_app.data.errors import DataError
+from hafl_app.data.images import encode_images
 from hafl_app.data.partition import Partitioning, Rows, partition, split_off
 from hafl_app.data.shares import Share
-from hafl_app.data.sources import LabelledText, TextSource, load_text
+from hafl_app.data.sources import IMAGES, LabelledText, TextSource, load_text
 from hafl_app.data.text import EncodedText, Tokenise, TokenisePairs, encode, encode_pairs
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,10 @@ class _Part(NamedTuple):
 
 
 class FederatedText:
-    """Text shared out to clients, loaded and tokenised when first asked for.
+    """Text or images shared out to clients, loaded and tokenised when first asked for.
 
-    Labelled, or prompts with answers. Then a row of which no token of the answer is left within
-    the length that ``tokenise_pairs`` cuts to is counted in `sizes`, but nobody is given it.
+    Text has labels, or is prompts with answers. Then a row of which no token of the answer is left
+    within the length that ``tokenise_pairs`` cuts to is counted in `sizes`, but nobody is given it.
 
     Validation rows are split off the training data, stratified by label, before it is shared out;
     each client's held-out rows are split off its share. All follow from the seeds alone, so
@@ -157,6 +158,8 @@ class FederatedText:
 
     def _encode(self, rows: Dataset, split: str) -> EncodedText:
         columns = rows.with_format(None)
+        if self._source.source in IMAGES:
+            return encode_images(columns["pixels"][:], columns["label"][:])
         texts, labels = columns["text"][:], columns["label"][:]
         if not self._source.answer_column:
             return encode(texts, labels, self._tokenise, self._cache, self._tokeniser_key)

@@ -1,5 +1,6 @@
 """Text by source: labelled, or prompts with answers; public sets, own files, or generated."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from hafl_app.data.errors import DataError, nearest
 from hafl_app.data.files import read_names, read_table
 from hafl_app.data.folders import both_files, find_split, resolve, train_file
 from hafl_app.data.hub import read_hub
+from hafl_app.data.hub_tasks import read_hub_tasks
 from hafl_app.data.instructions import read_dolly, read_tasks, with_pairs
 from hafl_app.data.splits import split_off
 from hafl_app.data.tables import (
@@ -33,16 +35,23 @@ SourceName = Literal[
     "natural_instructions",
     "local",
     "synthetic",
+    "digits",
     "on_device",
 ]
+
+IMAGES: Final = frozenset({"digits"})
+"""Sources of images instead of text."""
 
 TEST_FRACTION: Final = 0.1
 """Share of a local training file that becomes the test set where none is given."""
 
+IMAGE_TEST_FRACTION: Final = 0.2
+"""The same of a set of images that comes without a test set."""
+
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where labelled text comes from.
+    """Where labelled text comes from, or images.
 
     Parameters
     ----------
@@ -50,7 +59,7 @@ class TextSource:
         Labelled text: ``banking77``, ``newsgroups``, ``local``, ``synthetic``, or ``on_device``:
         every node has a file of its own, see `hafl_app.data.own`, and there is nothing to load
         here. Prompts with answers: ``dolly``, ``gsm8k``, ``natural_instructions``, and ``local``
-        with an ``answer_column``.
+        with an ``answer_column``. Labelled images: ``digits``.
     path
         ``banking77``: folder with train.csv and test.csv, and categories.json if need be.
         ``newsgroups``: folder with a train and a test file with the columns label, subject and
@@ -62,7 +71,8 @@ class TextSource:
         ``local``: the test file; else a tenth of the training data is split off. ``on_device``:
         the server's test file; without one it has none.
     hub, revision
-        Hub id and commit of ``banking77`` and ``newsgroups``, used without ``path``.
+        Hub id and commit of ``banking77``, ``newsgroups`` and ``natural_instructions``, used
+        without ``path``.
     text_column, label_column
         Columns of the files of ``banking77``, ``local`` and ``on_device``.
     label_names
@@ -98,13 +108,14 @@ class TextSource:
 
 @dataclass(frozen=True)
 class LabelledText:
-    """A data set of labelled texts, or of prompts with answers.
+    """A data set of labelled texts, of prompts with answers, or of labelled images.
 
     Parameters
     ----------
     train, test
         Columns ``text`` (string) and ``label`` (int, an index into ``label_names``), beside
-        the others of the file; with answers, ``text`` is the prompt and ``answer`` a string.
+        the others of the file; with answers, ``text`` is the prompt and ``answer`` a string. In
+        place of ``text`` images have ``pixels``, nested lists (channels, height, width).
     label_names
         Name of each class, or of each category of prompts.
     """
@@ -214,9 +225,15 @@ def _read_dolly(source: TextSource) -> _Tables:
 
 
 def _read_natural_instructions(source: TextSource) -> _Tables:
-    folder = _folder(source)
-    rows = _with_pairs(read_tasks(folder), source, str(folder))
-    return _split_test_off(rows, source.data_seed)
+    if not source.path and source.hub:
+        most = source.max_examples
+        # So many that as many are left for training once the test set is split off.
+        drawn = None if most is None else math.ceil(most / (1 - TEST_FRACTION))
+        tasks = read_hub_tasks(source.hub, source.revision, drawn, source.data_seed)
+        origin = source.hub
+    else:
+        tasks, origin = read_tasks(_folder(source)), str(source.path)
+    return _split_test_off(_with_pairs(tasks, source, origin), source.data_seed)
 
 
 def _folder(source: TextSource) -> Path:
@@ -238,11 +255,11 @@ def _read_file(file: Path, source: TextSource) -> pd.DataFrame:
     return standardise(read_table(file, columns), *columns, str(file))
 
 
-def _split_test_off(table: pd.DataFrame, seed: int) -> _Tables:
+def _split_test_off(table: pd.DataFrame, seed: int, fraction: float = TEST_FRACTION) -> _Tables:
     if len(table) < 2:
         raise DataError("dataset.test_path: no test set can be split off a single row; give one")
     rows = np.arange(len(table))
-    kept, test = split_off(rows, TEST_FRACTION, seed, table["label"].to_numpy())
+    kept, test = split_off(rows, fraction, seed, table["label"].to_numpy())
     return _Tables(table.iloc[kept], table.iloc[test], sorted_label_names(table["label"]))
 
 
@@ -260,6 +277,13 @@ def _read_synthetic(source: TextSource) -> _Tables:
     return _Tables(train, test, names)
 
 
+def _read_digits(source: TextSource) -> _Tables:
+    # Here, because the import takes its time and concerns few.
+    from hafl_app.data.digits import read_digits  # noqa: PLC0415
+
+    return _split_test_off(read_digits(), source.data_seed, IMAGE_TEST_FRACTION)
+
+
 def _from_hub(source: TextSource) -> _Tables:
     if not source.hub:
         raise DataError(f"dataset.path: {source.source!r} needs a folder (or dataset.hub)")
@@ -275,4 +299,5 @@ _READERS: Final[dict[str, Callable[[TextSource], _Tables]]] = {
     "natural_instructions": _read_natural_instructions,
     "local": _read_local,
     "synthetic": _read_synthetic,
+    "digits": _read_digits,
 }

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from hafl_app import assembly
 from hafl_app.config.schema import Settings
+from hafl_app.data.images import EncodedImages
 from hafl_app.data.text import EncodedText
 from hafl_app.federation.sampling import sample_size
 from hafl_app.lowrank.factors import Adapter, initial_adapter
@@ -41,6 +42,10 @@ def num_passes(settings: Settings) -> int:
 
 def union(parts: Sequence[EncodedText]) -> EncodedText:
     """Return all rows of all parts, in their order."""
+    images = [part for part in parts if isinstance(part, EncodedImages)]
+    if images:
+        pixels = np.concatenate([part.pixels for part in images])
+        return EncodedImages.of(pixels, np.concatenate([part.labels for part in images]))
     starts = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])])
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=True)]
     end = sum(len(part.tokens) for part in parts)

@@ -17,7 +17,7 @@ from hafl_app.federation.uploads import decode_upload
 from hafl_app.federation.wire_arrays import RecordError
 from hafl_app.lowrank.change import norm_bound
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import NUMBER_BYTES, TrainPlan
+from hafl_app.plan import NUMBER_BYTES, TrainPlan, format_bits
 
 # What a reply may weigh above its numbers: generous, because a refusal is for what cannot be.
 _SIZE_SLACK, _FIXED_BYTES, _BYTES_PER_NAME = 1.5, 64 * 1024, 256
@@ -55,9 +55,8 @@ def check_size(
         With both sizes.
     """
     payload = NUMBER_BYTES["fp32"] * sum(math.prod(shape) for shape in head.values())
-    for name, module in plan.modules.items():
-        payload += NUMBER_BYTES[plan.upload] * len(module.trainable) * sum(shapes[name])
-        payload += NUMBER_BYTES["fp32"] * _num_scores(plan, name)
+    payload += plan.upload_bytes(shapes)
+    payload += NUMBER_BYTES["fp32"] * sum(_num_scores(plan, name) for name in plan.modules)
     names = [*plan.modules, *head]
     named = sum(_BYTES_PER_NAME + 2 * len(name.encode()) for name in names)
     limit = int(_SIZE_SLACK * payload) + named + _FIXED_BYTES
@@ -125,6 +124,7 @@ def read_update(
     _check_names("modules", update.modules, plan.modules)
     check_shapes(update, shapes)
     _check_ranks(update, plan)
+    _check_bits(update, plan)
     update = decode_upload(update)
     _check_head(update, head)
     _check_scores(update, plan)
@@ -225,9 +225,18 @@ def _check_ranks(update: AdapterArrays, plan: TrainPlan) -> None:
     for name, (lora_A, _) in update.modules.items():
         trained = len(plan.modules[name].trainable)
         allowed = plan.tail.uploads(trained) if plan.tail is not None else {trained}
+        if plan.upload == "mixed":
+            allowed = {min(rank, plan.modules[name].num_uploaded) for rank in allowed}
         if lora_A.shape[0] not in allowed:
             ranks = " or ".join(map(str, sorted(allowed)))
             raise ReplyError(f"{name}: rank {lora_A.shape[0]}, expected {ranks}")
+
+
+def _check_bits(update: AdapterArrays, plan: TrainPlan) -> None:
+    for name, bits in update.bits.items():
+        if bits != (expected := plan.modules[name].bits[: len(bits)]):
+            got, asked = _quote(format_bits(bits)), format_bits(expected)
+            raise ReplyError(f"{name}: bits {got}, expected {_quote(asked)}")
 
 
 def _check_head(update: AdapterArrays, head: Mapping[str, tuple[int, ...]]) -> None:

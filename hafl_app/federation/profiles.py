@@ -20,6 +20,7 @@ _RANGES = {
     "num_examples": (0, 10**12),
     "memory_total_mb": (0, 10**9),
     "memory_free_mb": (0, 10**9),
+    "bandwidth_kbps": (0, 10**9),
 }
 _TEXTS = ("device", "device_name", "torch_version", "cuda_version")
 _LONGEST_TEXT = 100
@@ -63,6 +64,8 @@ class NodeProfile:
         Of the device when the node was asked, in MB of 10^6 bytes; 0 is unknown.
     torch_version, cuda_version
         Of PyTorch, and of the CUDA that it was built with if any.
+    bandwidth_kbps
+        What its uplink carries, in 1000 bit/s, as its operator states it; 0 is unknown.
     """
 
     partition_id: int
@@ -79,6 +82,7 @@ class NodeProfile:
     memory_free_mb: int = 0
     torch_version: str = ""
     cuda_version: str = ""
+    bandwidth_kbps: int = 0
 
     @property
     def ranks(self) -> tuple[int, ...]:

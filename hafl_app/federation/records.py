@@ -13,6 +13,13 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from hafl_app.federation.compressed import compress
+from hafl_app.federation.packed import (
+    pack_pairs,
+    read_bits,
+    read_packed,
+    unpack_pairs,
+    write_packed,
+)
 from hafl_app.federation.wire_arrays import (
     DTYPES,
     Float32,
@@ -30,10 +37,11 @@ from hafl_app.federation.wire_arrays import (
     write_text,
 )
 from hafl_app.federation.wire_size import content_size
-from hafl_app.plan import NumberFormat, TrainPlan
+from hafl_app.plan import NumberFormat, TrainPlan, format_bits
 
 ARRAYS, LAYOUT, PLAN, METRICS, CONFIG = "arrays", "layout", "plan", "metrics", "config"
 FACTORS, HEAD_PREFIX, SCORES, SCALES = "factors", "head/", "scores", "scales"
+BITS = "bits"
 NUM_EXAMPLES, SERVER_ROUND = "num-examples", "server-round"
 PARTITION_ID, LABEL_NAMES = "partition-id", "label-names"
 ROUNDING_ERRORS = "rounding-errors"
@@ -47,7 +55,8 @@ class AdapterArrays:
     ----------
     modules
         Module name to ``(lora_A (rank, in_features), lora_B (out_features, rank))``: float32;
-        with ``bf16`` the bits of bfloat16 as uint16, which NumPy does not have; or int8.
+        with ``bf16`` the bits of bfloat16 as uint16, which NumPy does not have; int8; or with
+        ``mixed`` codes as int16.
     head
         Parameter name to array, float32.
     importance
@@ -56,8 +65,10 @@ class AdapterArrays:
     numbers
         The factors' format.
     scales
-        With ``int8``, module name to ``(rank,)`` bits of bfloat16 for the rows of lora_A and the
-        columns of lora_B: what their numbers are to be multiplied with.
+        With ``int8`` and ``mixed``, module name to ``(rank,)`` bits of bfloat16 for the rows of
+        lora_A and the columns of lora_B: what their numbers are to be multiplied with.
+    bits
+        With ``mixed``, module name to what each component's codes are packed in: 2, 4, 8 or 16.
     """
 
     modules: Mapping[str, tuple[Numbers, Numbers]]
@@ -65,13 +76,13 @@ class AdapterArrays:
     importance: Mapping[str, Numbers] = field(default_factory=dict)
     numbers: NumberFormat = "fp32"
     scales: Mapping[str, tuple[Numbers, Numbers]] = field(default_factory=dict)
+    bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def pack(adapter: AdapterArrays) -> tuple[ArrayRecord, ConfigRecord]:
     """Write an adapter as ``(arrays, layout)``; values survive bit for bit."""
     pairs = adapter.modules.values()
-    factors = (part for pair in pairs for part in pair)
-    arrays = {FACTORS: write_numbers(factors, DTYPES[adapter.numbers])}
+    arrays = {FACTORS: _write_factors(adapter)}
     for name, array in adapter.head.items():
         arrays[HEAD_PREFIX + name] = Array(np.ascontiguousarray(array, np.float32))
     layout = {
@@ -82,11 +93,13 @@ def pack(adapter: AdapterArrays) -> tuple[ArrayRecord, ConfigRecord]:
         "scored-modules": list(adapter.importance),
         "num-scores": [len(scores) for scores in adapter.importance.values()],
     }
+    if adapter.numbers == "mixed":
+        layout[BITS] = [format_bits(adapter.bits[name]) for name in adapter.modules]
     record = ConfigRecord({LAYOUT: write_text(layout)})
     if adapter.importance:
         scores = joined(adapter.importance.values(), _score_dtype(adapter.numbers))
         record[SCORES] = scores.tobytes()
-    if adapter.numbers == "int8":
+    if adapter.numbers in ("int8", "mixed"):
         scales = (part for name in adapter.modules for part in adapter.scales[name])
         record[SCALES] = joined(scales, DTYPES["bf16"]).tobytes()
     return ArrayRecord(arrays), record
@@ -101,16 +114,29 @@ def unpack(arrays: ArrayRecord, record: ConfigRecord) -> AdapterArrays:
         If arrays and layout do not fit together, or are not of the codec's types.
     """
     layout = read_layout(record, LAYOUT)
-    numbers, flat = read_numbers(arrays, FACTORS)
-    modules = _cut_factors(layout, flat)
+    numbers: NumberFormat
+    if BITS in layout:
+        scales = _scales(record, layout)  # first: as many components as there are, and no more
+        numbers, bits = "mixed", read_bits(layout, BITS)
+        modules = unpack_pairs(layout, bits, read_packed(arrays, FACTORS))
+    else:
+        numbers, flat = read_numbers(arrays, FACTORS)
+        bits, modules = {}, _cut_factors(layout, flat)
+        scales = _scales(record, layout) if numbers == "int8" else {}
     head = {
         key.removeprefix(HEAD_PREFIX): read_npy(arrays, key)
         for key in arrays
         if key.startswith(HEAD_PREFIX)
     }
     scores = dict(_scores(record, layout, _score_dtype(numbers)))
-    scales = _scales(record, modules) if numbers == "int8" else {}
-    return AdapterArrays(modules, head, scores, numbers, scales)
+    return AdapterArrays(modules, head, scores, numbers, scales, bits)
+
+
+def _write_factors(adapter: AdapterArrays) -> Array:
+    if adapter.numbers == "mixed":
+        return write_packed(pack_pairs(adapter.modules, adapter.bits))
+    parts = (part for pair in adapter.modules.values() for part in pair)
+    return write_numbers(parts, DTYPES[adapter.numbers])
 
 
 def _cut_factors(layout: Mapping[str, Any], flat: Numbers) -> dict[str, tuple[Numbers, Numbers]]:
@@ -141,13 +167,12 @@ def _scores(
         yield from zip(names, read_parts(record, SCORES, dtype, counts), strict=True)
 
 
-def _scales(
-    record: ConfigRecord, modules: Mapping[str, tuple[Numbers, Numbers]]
-) -> dict[str, tuple[Numbers, Numbers]]:
-    ranks = [lora_A.shape[0] for lora_A, _ in modules.values()]
+def _scales(record: ConfigRecord, layout: Mapping[str, Any]) -> dict[str, tuple[Numbers, Numbers]]:
+    names = read_names(layout, "modules")
+    ranks = read_sizes(layout, "ranks", len(names))
     counts = [rank for rank in ranks for _ in ("lora_A", "lora_B")]
     parts = read_parts(record, SCALES, DTYPES["bf16"], counts)
-    return dict(zip(modules, zip(parts[::2], parts[1::2], strict=True), strict=True))
+    return dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
 
 def _score_dtype(numbers: NumberFormat) -> str:

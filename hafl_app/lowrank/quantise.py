@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import BFloat16, Float, Int8
+from jaxtyping import BFloat16, Float, Int, Int8
 from torch import Tensor
 
 from hafl_app.lowrank.factors import LoraFactors
@@ -70,7 +70,7 @@ def quantise(
     """
     values = vectors.float()
     largest = values.abs().amax(1) if len(values) else values.new_zeros(0)
-    scales = _rounded_up(largest / _LARGEST_CODE)
+    scales = rounded_up(largest / _LARGEST_CODE)
     steps = values / scales.float()[:, None]
     # 0 / 0 where all is zero; what is not finite shows in the scale.
     codes = steps.nan_to_num(0.0).round().clamp(-_LARGEST_CODE, _LARGEST_CODE)
@@ -78,13 +78,13 @@ def quantise(
 
 
 def dequantise(
-    codes: Int8[Tensor, "count n"], scales: BFloat16[Tensor, " count"]
+    codes: Int[Tensor, "count n"], scales: BFloat16[Tensor, " count"]
 ) -> Float[Tensor, "count n"]:
     """Return ``scale * code`` of each vector, float32."""
     return codes.float() * scales.float()[:, None]
 
 
-def _rounded_up(values: Float[Tensor, " count"]) -> BFloat16[Tensor, " count"]:
+def rounded_up(values: Float[Tensor, " count"]) -> BFloat16[Tensor, " count"]:
     """Return the smallest bfloat16 numbers that are not below these, which are not negative."""
     nearest = values.to(torch.bfloat16)
     # Of numbers that are not negative, the next larger one has the next larger bits.

@@ -37,11 +37,14 @@ from hafl_app.federation.records import (
 from hafl_app.federation.sampling import client_seed
 from hafl_app.federation.uploads import encode_upload
 from hafl_app.lowrank.factors import Adapter
+from hafl_app.node.bandwidth import bandwidth_kbps
+from hafl_app.node.base_precision import base_precision
 from hafl_app.node.budget import NodeLimits, rank_budget
 from hafl_app.node.feedback import read_errors, write_errors
 from hafl_app.on_device import DATA_PATH, ON_DEVICE, own_file, own_share
 from hafl_app.training.adapter import from_arrays
 from hafl_app.training.base import ModelError
+from hafl_app.training.block_precision import BLOCKWISE
 from hafl_app.training.device import device_facts, resolve_device, threads
 from hafl_app.training.evaluate import evaluate as score
 from hafl_app.training.local import TrainResult
@@ -72,6 +75,7 @@ def query(message: Message, context: Context) -> Message:
         memory_free_mb=device.memory_free_mb,
         torch_version=device.torch_version,
         cuda_version=device.cuda_version,
+        bandwidth_kbps=bandwidth_kbps(context.node_config),
         own_data=node.own is not None,
         # Only if they are asked for: a node's classes say something about its texts.
         label_names=share.label_names if node.own is not None and told is None else (),
@@ -85,7 +89,7 @@ def train(message: Message, context: Context) -> Message:
     node = _node(context)
     settings, partition_id = node.settings, _number(node, message)
     share = _share(node, read_label_names(message.content))
-    model = _model(settings, len(share.label_names))
+    model = _model(node, context, share)
     limits = NodeLimits.of(context.node_config)
     plan = limits.limit_plan(read_plan(message.content))
     adapter = _received(message, context)
@@ -114,7 +118,14 @@ def train(message: Message, context: Context) -> Message:
         generator = NoiseSource(privacy.noise_key).generator(server_round, label, upload)
         upload = privatise_upload(upload, trained_part(adapter, plan), privacy, generator)
     importance = {name: scores.numpy() for name, scores in result.importance.items()}
-    arrays, errors = encode_upload(upload, adapter, plan, importance, read_errors(context.state))
+    arrays, errors = encode_upload(
+        upload,
+        adapter,
+        plan,
+        importance,
+        read_errors(context.state),
+        client_seed(settings.seed, server_round, partition_id),
+    )
     if plan.error_feedback:
         write_errors(context.state, errors)
     metrics = _metrics(result, private)
@@ -129,7 +140,7 @@ def evaluate(message: Message, context: Context) -> Message:
     if settings.privacy.kind == "local_dp":
         raise PrivacyError("scores on private data carry no noise: refused under local_dp")
     share = _share(node, read_label_names(message.content))
-    model = _model(settings, len(share.label_names))
+    model = _model(node, context, share)
     plan = read_plan(message.content)
     with threads(settings.client.num_threads):
         model.load(_received(message, context), plan)
@@ -199,13 +210,23 @@ def _share(node: _Node, label_names: tuple[str, ...] | None) -> Share:
         raise
 
 
-def _model(settings: Settings, num_labels: int) -> LoraModel:
+def _model(node: _Node, context: Context, share: Share) -> LoraModel:
     try:
-        return assembly.model(settings, num_labels)
+        precision = _base_precision(node, context, share)
+        return assembly.model(node.settings, len(share.label_names), precision)
     except (OSError, SafetensorError) as error:  # files that went away, or are not whole
         raise ModelError(
-            f"model.path={settings.model.path}: cannot be loaded ({type(error).__name__})"
+            f"model.path={node.settings.model.path}: cannot be loaded ({type(error).__name__})"
         ) from error
+
+
+def _base_precision(node: _Node, context: Context, share: Share) -> str | None:
+    """Return what this node chose for its base model; None where the settings say it."""
+    if node.settings.model.quantisation != BLOCKWISE:
+        return None
+    limits = NodeLimits.of(context.node_config)
+    rank = _budget(node, limits, len(share.label_names)).rank
+    return base_precision(node.settings, limits, rank, share, context.state)
 
 
 def _metrics(result: TrainResult, private: bool) -> MetricRecord:

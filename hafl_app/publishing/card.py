@@ -19,8 +19,10 @@ CARD_FILE: Final = "README.md"
 _PIPELINES: Final = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
+    "IMAGE_CLS": "image-classification",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
+_SCORED_TASKS: Final = {k: v for k, v in _PIPELINES.items() if k != "FEATURE_EXTRACTION"}
 _HUB_NAME: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _HUB_METRICS: Final = {"macro-f1": "f1", "token-accuracy": "accuracy"}  # others are called the same
 
@@ -87,7 +89,7 @@ def _results(export: Exported) -> list[EvalResult]:
 def _result(export: Exported, metric: Metric, value: float) -> EvalResult:
     source = export.run.setting("dataset", "source") or "unknown"
     return EvalResult(
-        task_type="text-generation" if export.kind == "CAUSAL_LM" else "text-classification",
+        task_type=_SCORED_TASKS.get(export.kind, "text-classification"),
         dataset_type=export.run.setting("dataset", "hub") or source,
         dataset_name=source,
         dataset_split="test",

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from hafl_app.publishing.run_facts import RunFacts
 from hafl_app.publishing.truncation import Truncation
-from hafl_app.training.saved import StoredAdapter, task_type
+from hafl_app.publishing.usage import kind_of
+from hafl_app.training.saved import StoredAdapter
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Exported:
 
     @property
     def kind(self) -> str:
-        """PEFT's name of what the model does, see `hafl_app.training.saved.task_type`."""
-        return task_type(self.stored.spec.base)
+        """What the model does, see `hafl_app.publishing.usage.kind_of`."""
+        return kind_of(self.stored.spec.base)
 
     @property
     def rank(self) -> int:

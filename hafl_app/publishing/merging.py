@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from hafl_app.training.base import BaseSpec, hub_tokeniser, load_base, locate
+from hafl_app.training.quantised import dequantise
 from hafl_app.training.saved import SavedAdapterError, StoredAdapter, task_type
 
 HEAD_FILE: Final = "head.safetensors"
@@ -33,6 +34,7 @@ def merged_model(stored: StoredAdapter) -> Any:
         # The seed decides whatever the base's files do not hold, random weights among them.
         torch.manual_seed(spec.seed)
         model: Any = load_base(spec.base, spec.num_labels)
+        dequantise(model)  # merged into the weights that the factors were trained on
     try:
         with torch.no_grad():
             for name, factors in stored.adapter.modules.items():

@@ -32,7 +32,10 @@ def _title(export: Exported) -> str:
     base = base_name(export.stored.spec.base) or "a built-in model with random weights"
     what = f"{base} with a merged adapter" if export.merged else f"Adapter of {base}"
     classes = export.stored.spec.num_labels
-    does = f"It sorts texts into {classes} classes." if classes else "It writes answers to prompts."
+    rows = "images" if export.kind == "IMAGE_CLS" else "texts"
+    does = (
+        f"It sorts {rows} into {classes} classes." if classes else "It writes answers to prompts."
+    )
     how = (
         f"trained with federated learning by the method {export.method}: the data stayed with the "
         "clients"

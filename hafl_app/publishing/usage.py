@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Final
 
-from hafl_app.training.base import BaseSpec
+from hafl_app.training.base import IMAGE_CLASSIFICATION, BaseSpec
 from hafl_app.training.saved import StoredAdapter, task_type
 
 _AUTO: Final = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "FEATURE_EXTRACTION": "AutoModel",
+    "IMAGE_CLS": "AutoModelForImageClassification",
 }
 
 _GENERATE: Final = """
@@ -58,6 +59,11 @@ def base_name(base: BaseSpec) -> str:
     return path.resolve().name if base.path and path.is_dir() else base.path
 
 
+def kind_of(base: BaseSpec) -> str:
+    """Return PEFT's name of what a model does, or ``IMAGE_CLS``, for which it has none."""
+    return "IMAGE_CLS" if base.task == IMAGE_CLASSIFICATION else task_type(base)
+
+
 def usage(stored: StoredAdapter, folder: str, *, merged: bool, template: str | None) -> str:
     """Return Python code that loads an export and uses it.
 
@@ -73,7 +79,7 @@ def usage(stored: StoredAdapter, folder: str, *, merged: bool, template: str | N
     base = stored.spec.base
     if base.random_weights and not merged:
         return _OWN.format(name=folder)
-    kind = task_type(base)
+    kind = kind_of(base)
     if base.is_without_files:
         return _NO_TOKENIZER.format(auto=_AUTO[kind], name=folder)
     names = f'folder = "{folder}"  # this folder\n'

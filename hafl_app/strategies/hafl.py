@@ -102,15 +102,7 @@ class Hafl(ComponentAveraging):
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Choose the client's components; with freezing it holds all, else only these."""
-        chosen = self.select(profile, server_round)
-        scaling = self.scaling_of(self.max_rank)
-        everything = tuple(range(self.max_rank))
-        modules = {
-            name: ModulePlan(
-                everything if self.scheme == "freezing" else components, components, scaling
-            )
-            for name, components in chosen.items()
-        }
+        modules = self.module_plans(profile, server_round)
         from_gradients = (
             self.selection == "importance"
             and self.source == "client"
@@ -122,6 +114,17 @@ class Hafl(ComponentAveraging):
             importance_smoothing=self.smoothing,
             probe_batches=self.probe_batches if from_gradients else 0,
         )
+
+    def module_plans(self, profile: NodeProfile, server_round: int) -> Mapping[str, ModulePlan]:
+        """Return what a client holds and trains of each module."""
+        scaling = self.scaling_of(self.max_rank)
+        everything = tuple(range(self.max_rank))
+        return {
+            name: ModulePlan(
+                everything if self.scheme == "freezing" else components, components, scaling
+            )
+            for name, components in self.select(profile, server_round).items()
+        }
 
     def robust_reason(self) -> str:
         """Return why the robust rules have no meaning here, if they have none."""
@@ -146,7 +149,7 @@ class Hafl(ComponentAveraging):
             return {name: tuple(range(budget)) for name, budget in budgets.items()}
         seed = client_seed(self.options.seed, server_round, profile.partition_id)
         generator = torch.Generator().manual_seed(seed)
-        scores = self._known_scores() if self.selection == "importance" else self._ties()
+        scores = self.selection_scores()
         if self.scope == "model":
             return select_over_model(
                 scores, sum(budgets.values()), explore=self.exploration, generator=generator
@@ -157,6 +160,10 @@ class Hafl(ComponentAveraging):
             )
             for name, budget in budgets.items()
         }
+
+    def selection_scores(self) -> dict[str, Tensor]:
+        """Return by what components are chosen, by module: equal unless importance chooses."""
+        return self._known_scores() if self.selection == "importance" else self._ties()
 
     def _ties(self) -> dict[str, Tensor]:
         return {n: torch.zeros(self.max_rank) for n in self.global_adapter.modules}
@@ -278,5 +285,7 @@ def _uploaded_scores(update: ClientUpdate, module: str) -> Scored:
 
 
 def _contributions(update: ClientUpdate, module: str) -> Scored:
-    before = update.sent.modules[module].select(update.plan.modules[module].trainable_slots)
-    return update.components(module), contribution_scores(before, update.adapter.modules[module])
+    after = update.adapter.modules[module]
+    slots = update.plan.modules[module].trainable_slots[: after.rank]
+    before = update.sent.modules[module].select(slots)
+    return update.components(module), contribution_scores(before, after)

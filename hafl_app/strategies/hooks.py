@@ -56,6 +56,7 @@ class FlowerHooks(FedAvg, ABC):
         self.ledger = Ledger()
         self.directory = NodeDirectory(self.options.timeout_s)
         self.quarantine = Quarantine(0, 1)
+        self.unseen: frozenset[int] = frozenset()  # partitions that never train
         self._served: dict[int, NodeProfile] = {}  # whom the method has been found to serve
         self._served_ranks: Counter[int] = Counter()  # and how often each rank occurs in them
         self.rank_limits: Mapping[int, int] = {}  # by partition, of nodes that ran out of memory
@@ -124,13 +125,18 @@ class FlowerHooks(FedAvg, ABC):
         self.options, self.directory = options, directory
         profiles = directory.wait_for_all(grid)
         self.check([rank for profile in profiles for rank in profile.ranks])
-        asked = sample_size(options.fraction_train, len(profiles))
+        trained = len(self.seen())
+        asked = sample_size(options.fraction_train, trained)
         if options.min_replies > asked:
             raise StrategyError(
-                f"federation.min_replies={options.min_replies}: only {asked} of {len(profiles)} "
+                f"federation.min_replies={options.min_replies}: only {asked} of {trained} "
                 "clients are asked in a round"
             )
         return profiles
+
+    def seen(self) -> list[NodeProfile]:
+        """Return the known nodes that may train, in partition order."""
+        return [p for p in self.directory.in_order() if p.partition_id not in self.unseen]
 
     def prepare(self, initial: Adapter, on_client: Callable[[ClientReport], None]) -> None:
         """Get ready for the first round with the nodes that `meet` found.
@@ -219,12 +225,22 @@ class FlowerHooks(FedAvg, ABC):
         return self._ask(profiles, server_round, phase)
 
     def _at_hand(self, server_round: int, grid: Grid) -> list[NodeProfile]:
-        """Return the connected nodes, without those in quarantine unless nobody else is there."""
-        present = [p for p in self.directory.refresh(grid) if self._serves(p)]
+        """Return the connected nodes that may be asked in a round.
+
+        Never one that is to stay unseen; one in quarantine only if nobody else is there.
+        """
+        present = [p for p in self._connected(grid) if p.partition_id not in self.unseen]
         excluded = self.quarantine.excluded(server_round)
         rested = [p for p in present if p.partition_id not in excluded]
         # Under central privacy a node may decide about itself, but never about another.
         return rested if self.options.privacy.kind == "central_dp" else rested or present
+
+    def unseen_at_hand(self, grid: Grid) -> list[NodeProfile]:
+        """Return the connected nodes that never train."""
+        return [p for p in self._connected(grid) if p.partition_id in self.unseen]
+
+    def _connected(self, grid: Grid) -> list[NodeProfile]:
+        return [p for p in self.directory.refresh(grid) if self._serves(p)]
 
     def _serves(self, profile: NodeProfile) -> bool:
         """Say whether the run can serve a node; one that joins late ends no run, it is left out."""

@@ -85,7 +85,8 @@ def trainable_counts(plans: Iterable[TrainPlan], adapter: Adapter) -> dict[str, 
     trained: dict[str, list[int]] = {name: [] for name in adapter.modules}
     for plan in plans:
         for name, indices in trained.items():
-            indices.extend(plan.modules[name].trainable)
+            module = plan.modules[name]
+            indices.extend(module.trainable[: module.num_uploaded])
     return {
         name: torch.bincount(
             torch.tensor(trained[name], dtype=torch.long), minlength=factors.rank

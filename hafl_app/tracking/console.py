@@ -13,6 +13,7 @@ from rich.text import Text
 
 from hafl_app.metrics import ACCURACY, Metric, task_of
 from hafl_app.tracking.base import NO_HISTORY, ClientRecord, ClientRow, History, RoundRecord
+from hafl_app.tracking.closing import closing_lines
 
 LOG_WIDTH = 100
 ROWS_BEFORE_GROUPING = 20
@@ -113,6 +114,8 @@ class ConsoleTracker:
                     style="dim",
                 )
             )
+        for line in closing_lines(summary):
+            self._print(Text(line))
         self._print(Text(f"\n{self._totals()}", style="bold"))
 
     def fail(self, reason: str) -> None:

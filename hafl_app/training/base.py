@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -27,6 +28,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from hafl_app.training.quantised import NOT_QUANTISED, quantise
+from hafl_app.training.quantised_linear import QuantisationError
+
 _LOGGER = logging.getLogger(__name__)
 
 Tokenise = Callable[[list[str]], list[list[int]]]
@@ -34,6 +38,7 @@ Tokenise = Callable[[list[str]], list[list[int]]]
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _TINY_VOCABULARY = 512
 CAUSAL_LM = "causal_lm"
+IMAGE_CLASSIFICATION = "image_classification"
 
 
 class ModelError(ValueError):
@@ -61,15 +66,17 @@ class BaseSpec:
     random_weights
         Random weights in the shape of ``path``'s config.
     pooling
-        ``mean`` over tokens with a linear head, or ``cls``: the model's own classification head.
-        Without meaning for ``causal_lm``.
+        ``mean`` over tokens with a linear head, or ``cls``: the model's own classification head,
+        as ``image_classification`` needs it. Without meaning for ``causal_lm``.
     trust_remote_code
         Run Python code that the model brings along; without it such a model is refused.
     task
-        ``classification`` or ``causal_lm``.
+        ``classification`` (of text), ``causal_lm`` or ``image_classification``.
     shape
         Configuration of a model with random weights and without files, as JSON with its
         ``model_type``; empty for none.
+    quantisation
+        ``none``, or as in `hafl_app.training.quantised.precisions_of`.
     """
 
     path: str
@@ -82,6 +89,7 @@ class BaseSpec:
     trust_remote_code: bool = False
     task: str = "classification"
     shape: str = ""
+    quantisation: str = NOT_QUANTISED
 
     @property
     def is_without_files(self) -> bool:
@@ -208,6 +216,11 @@ def _config(spec: BaseSpec, num_labels: int) -> Any:
             config = AutoConfig.from_pretrained(
                 locate(spec), trust_remote_code=spec.trust_remote_code
             )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model.path={spec.path}: its weights are quantised already; give the model that they "
+            "were made of, and model.quantisation"
+        )
     if spec.num_layers is not None:
         layers = config.num_hidden_layers
         if spec.num_layers > layers:
@@ -223,6 +236,8 @@ def _config(spec: BaseSpec, num_labels: int) -> Any:
 def _shape(spec: BaseSpec) -> Any:
     """Return the configuration of a model without files."""
     if not spec.shape:
+        if spec.task == IMAGE_CLASSIFICATION:
+            raise ModelError("model.shape must be given for image_classification without a path")
         return _tiny_llama() if spec.task == CAUSAL_LM else _tiny_bert()
     try:
         return AutoConfig.for_model(**json.loads(spec.shape))
@@ -246,15 +261,29 @@ def base_without_weights(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
 def load_base(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
     """Load the base model, frozen and in float32; with ``pooling=cls`` including its head.
 
+    What ``spec.quantisation`` asks for is rounded while the files are read; random weights are
+    drawn as if it were not there, and then rounded.
+
     Raises
     ------
     ModelError
-        See `locate`.
+        See `locate`, or if the model cannot be quantised as asked for.
     """
     config = _config(spec, num_labels)
     _LOGGER.info("loading the base model %s", spec.path or "with random weights")
-    model = _from_config(config, spec) if spec.random_weights else _from_weights(config, spec)
+    try:
+        model = _random(config, spec) if spec.random_weights else _from_weights(config, spec)
+    except QuantisationError as error:
+        raise ModelError(str(error)) from error
     return _without_pooler(model, spec).requires_grad_(False)
+
+
+def _random(config: Any, spec: BaseSpec) -> Any:
+    # A configuration may name half precision; weights from files are loaded in float32 as well.
+    model = _from_config(config, spec).float()
+    if spec.quantisation != NOT_QUANTISED:
+        quantise(model, spec.quantisation)
+    return model
 
 
 def _from_config(config: Any, spec: BaseSpec) -> Any:
@@ -274,12 +303,24 @@ def _from_weights(config: Any, spec: BaseSpec) -> Any:
             dtype="float32",
             use_safetensors=True,
             trust_remote_code=spec.trust_remote_code,
+            **_while_loading(spec),
         )
+
+
+def _while_loading(spec: BaseSpec) -> dict[str, Any]:
+    if spec.quantisation == NOT_QUANTISED:
+        return {}
+    # Transformers' interface for it takes a while to import, and few runs need it.
+    from hafl_app.training.quantised_loading import QuantisedBlocks  # noqa: PLC0415
+
+    return {"quantization_config": QuantisedBlocks(spec.quantisation)}
 
 
 def _auto(spec: BaseSpec) -> Any:
     if spec.task == CAUSAL_LM:
         return AutoModelForCausalLM
+    if spec.task == IMAGE_CLASSIFICATION:
+        return AutoModelForImageClassification
     return AutoModelForSequenceClassification if spec.pooling == "cls" else AutoModel
 
 
@@ -324,13 +365,16 @@ def _quiet_transformers() -> Iterator[None]:
 def load_tokeniser(spec: BaseSpec, max_length: int) -> Tokenise:
     """Return a function from texts to token ids, at most ``max_length`` each.
 
-    The built-in random model has no vocabulary: it hashes words.
+    The built-in random model has no vocabulary: it hashes words. That of an image classifier
+    refuses every text.
 
     Raises
     ------
     ModelError
         See `locate`.
     """
+    if spec.task == IMAGE_CLASSIFICATION:
+        return _no_text
     if spec.is_without_files:
         return functools.partial(_hash_words, max_length=max_length)
     tokeniser = hub_tokeniser(spec)
@@ -355,6 +399,10 @@ def hub_tokeniser(spec: BaseSpec) -> Any:
     """
     with _refusing_code(spec):
         return AutoTokenizer.from_pretrained(locate(spec), trust_remote_code=spec.trust_remote_code)
+
+
+def _no_text(texts: list[str]) -> list[list[int]]:
+    raise ModelError(f"{len(texts)} texts for an image classifier, which reads none")
 
 
 def hash_word(word: str) -> int:

@@ -1,9 +1,9 @@
-"""Token ids to padded batches of similar length, and to parts of them where memory is short."""
+"""Rows to batches of similar length, token ids padded, and to parts where memory is short."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,22 @@ _OUT_OF_MEMORY = re.compile(
 
 
 class Examples(Protocol):
+    """Labelled rows, of text with `TextExamples.tokens`, of images with `ImageExamples.pixels`."""
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each row's tokens start, and their number: shape ``(rows + 1,)``.
+
+        Images have no tokens, so all are 0: every row is as long as any other.
+        """
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of each row: shape ``(rows,)``."""
+
+
+@runtime_checkable
+class TextExamples(Examples, Protocol):
     """Labelled token sequences stored end to end.
 
     Row ``i`` is ``tokens[offsets[i]:offsets[i + 1]]`` with label ``labels[i]``.
@@ -31,13 +47,14 @@ class Examples(Protocol):
     def tokens(self) -> NDArray[np.int32]:
         """All token ids, one row after another."""
 
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        """Where each row starts, and at the end the number of tokens: shape ``(rows + 1,)``."""
+
+@runtime_checkable
+class ImageExamples(Examples, Protocol):
+    """Labelled images of one size."""
 
     @property
-    def labels(self) -> NDArray[np.int64]:
-        """Class of each row: shape ``(rows,)``."""
+    def pixels(self) -> NDArray[np.float32]:
+        """All images: shape ``(rows, channels, height, width)``."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +65,35 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the model reads, in the order of its arguments."""
+        return self.input_ids, self.attention_mask
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images: ``pixel_values`` (rows, channels, height, width), ``labels`` (rows,)."""
+
+    pixel_values: Tensor
+    labels: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the model reads."""
+        return (self.pixel_values,)
+
 
 def make_batch(examples: Examples, rows: NDArray[np.int64], device: torch.device) -> Batch:
-    """Pad ``rows`` of ``examples`` to the longest among them."""
+    """Pad ``rows`` of ``examples`` to the longest among them.
+
+    Raises
+    ------
+    TypeError
+        If the examples are no text.
+    """
+    if not isinstance(examples, TextExamples):
+        raise TypeError(f"the model reads text, {type(examples).__name__} has no tokens")
     starts, ends = examples.offsets[rows], examples.offsets[rows + 1]
     lengths = ends - starts
     input_ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)

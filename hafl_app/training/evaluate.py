@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import with_perplexity
-from hafl_app.training.batches import Batch, Examples, evaluation_batches, make_batch
+from hafl_app.training.batches import Batch, Examples, evaluation_batches
 from hafl_app.training.causal import IGNORED, LoraCausalLM
 from hafl_app.training.device import autocast
 from hafl_app.training.lora_model import LoraModel
@@ -124,9 +124,9 @@ def predict_logits(
     model.eval()
     rows_seen, chunks = [], []
     for rows in evaluation_batches(examples, _BATCH_SIZE):
-        batch = make_batch(examples, rows, model.device)
+        batch = model.batch(examples, rows)
         with autocast(model.device, precision):
-            logits = model(batch.input_ids, batch.attention_mask)
+            logits = model(*batch.inputs)
         rows_seen.append(rows)
         chunks.append(logits.float().cpu().numpy())
     sorted_logits = np.concatenate(chunks)

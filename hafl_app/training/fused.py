@@ -16,9 +16,11 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hafl_app.training.quantised_linear import QuantisedLinear, computing_type
+
 
 def fuse(model: nn.Module) -> None:
-    """Let every LoRA layer over a plain linear layer compute in this module's way.
+    """Let every LoRA layer over a plain or quantised linear layer compute in this module's way.
 
     Parameters
     ----------
@@ -26,8 +28,8 @@ def fuse(model: nn.Module) -> None:
         With PEFT's adapters injected; its parameters, names and adapters stay as they are.
     """
     for layer in model.modules():
-        # Layers of other kinds, the quantised ones among them, compute in ways of their own.
-        if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
+        # Layers of other kinds compute in ways of their own.
+        if type(layer) is Linear and type(layer.base_layer) in {nn.Linear, QuantisedLinear}:
             layer.__class__ = FusedLoraLinear
 
 
@@ -41,12 +43,12 @@ class FusedLoraLinear(Linear):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         base: Any = self.base_layer
-        dtype = _computing_type(x)
+        dtype = computing_type(x)
         trained = [name for name in names if self._lora_A(name).requires_grad]
         frozen = [name for name in names if name not in trained]
         output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
             x.to(dtype),
-            base.weight.to(dtype),
+            base,
             None if base.bias is None else base.bias.to(dtype),
             *self._stacked(trained, dtype),
             *self._stacked(frozen, dtype),
@@ -83,22 +85,18 @@ def _is_autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def _computing_type(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
-
-
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """A linear layer with trained and frozen components; ``weight`` and ``bias`` are frozen."""
+    """A linear layer with trained and frozen components; its own weight and ``bias`` are frozen."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        layer: nn.Linear,
         bias: Tensor | None,
         trained_A: Tensor | None,
         trained_B: Tensor | None,
@@ -106,6 +104,7 @@ class _LoraLinear(torch.autograd.Function):
         frozen_B: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        weight = _dense_weight(layer, x.dtype)
         A = _joined([A for A in (trained_A, frozen_A) if A is not None], 0)  # (R, in)
         B = _joined([B for B in (trained_B, frozen_B) if B is not None], 1)  # (out, R)
         inner = rows @ A.T  # (n, R)
@@ -114,7 +113,9 @@ class _LoraLinear(torch.autograd.Function):
         ctx.rank = 0 if trained_A is None else trained_A.shape[0]
         # Rows and inner products are needed for the trained components' gradients alone.
         kept = (rows, inner[:, : ctx.rank].contiguous()) if ctx.rank else (None, None)
-        ctx.save_for_backward(weight, A, B, *kept)
+        ctx.layer = layer
+        # Of a quantised weight the dense one is made twice, so that not all live at once.
+        ctx.save_for_backward(None if _is_quantised(layer) else weight, A, B, *kept)
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
@@ -124,6 +125,8 @@ class _LoraLinear(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])  # (n, out)
         dx = dA = dB = None
         if ctx.needs_input_grad[0]:
+            if weight is None:
+                weight = _dense_weight(ctx.layer, flat.dtype)
             through = flat @ B  # (n, R)
             dx = (flat @ weight).addmm_(through, A).view(*gradient.shape[:-1], A.shape[1])
         else:
@@ -132,3 +135,11 @@ class _LoraLinear(torch.autograd.Function):
             dA = through[:, : ctx.rank].T @ rows
             dB = flat.T @ inner
         return dx, None, None, dA, dB, None, None
+
+
+def _is_quantised(layer: nn.Linear) -> bool:
+    return isinstance(layer, QuantisedLinear)
+
+
+def _dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    return layer.dense(dtype) if isinstance(layer, QuantisedLinear) else layer.weight.to(dtype)

@@ -4,6 +4,7 @@ import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.training.base import BaseSpec, ModelError, base_without_weights, load_base
-from hafl_app.training.batches import Batch, Examples
+from hafl_app.training.batches import Batch, Examples, ImageBatch
 from hafl_app.training.fused import fuse
 
 TRAINABLE, FROZEN = "trainable_components", "frozen_components"
@@ -102,12 +103,12 @@ class LoraModel(nn.Module, ABC):
         """Return the head, which may be a part of the base model."""
 
     @abstractmethod
-    def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
-        """Return padded rows on this model's device."""
+    def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch | ImageBatch:
+        """Return rows on this model's device; those of text are padded."""
 
     @abstractmethod
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the mean cross entropy over a batch's targets."""
+    def loss(self, batch: Any) -> Tensor:
+        """Return the mean cross entropy over the targets of what `batch` returned."""
 
     @abstractmethod
     def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
@@ -312,6 +313,13 @@ def adapter_shapes(spec: LoraSpec) -> dict[str, ModuleShape]:
         out_features, in_features = cast(nn.Linear, layers[name]).weight.shape
         shapes[name] = ModuleShape(out_features, in_features)
     return shapes
+
+
+def with_quantisation(spec: LoraSpec, quantisation: str) -> LoraSpec:
+    """Return a spec whose base model is quantised in that way, as in a `BaseSpec`."""
+    base = replace(spec.base, quantisation=quantisation)
+    changed: LoraSpec = replace(spec, base=base)  # type: ignore[type-var]
+    return changed
 
 
 @functools.lru_cache(maxsize=1)

@@ -196,8 +196,7 @@ def _weightless(spec: LoraSpec, rank: int, held: int) -> tuple[LoraModel, TrainP
     base = replace(spec.base, random_weights=True)
     random: LoraSpec = replace(spec, base=base)  # type: ignore[type-var]
     with torch.device("meta"):
-        # A model's configuration may name half precision; its weights are loaded in float32.
-        model = random.build().float()
+        model = random.build()
         modules = {
             name: LoraFactors(torch.empty(held, s.in_features), torch.empty(s.out_features, held))
             for name, s in model.shapes().items()

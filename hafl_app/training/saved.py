@@ -14,15 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.training.base import CAUSAL_LM, BaseSpec, Tokenise, load_tokeniser
-from hafl_app.training.causal import CausalSpec
-from hafl_app.training.classifier import ClassifierSpec
+from hafl_app.training.base import (
+    CAUSAL_LM,
+    IMAGE_CLASSIFICATION,
+    BaseSpec,
+    Tokenise,
+    load_tokeniser,
+)
 from hafl_app.training.lora_model import LoraModel, LoraSpec
+from hafl_app.training.specs import lora_spec
 
 _WEIGHTS, _HEAD, _CARD = "adapter_model.safetensors", "head.safetensors", "hafl.json"
 _PREFIX = "base_model.model."
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
-_CLS_HEAD = "classifier"  # what encoders with a classification head call it
+_CLS_HEAD = "classifier"  # what models with a classification head call it
 
 
 class SavedAdapterError(ValueError):
@@ -63,7 +68,7 @@ class LoadedAdapter:
     model
         Base model, factors and head: a classifier or a causal language model.
     tokenise
-        From texts to token ids.
+        From texts to token ids; it refuses them if the model classifies images.
     label_names
         Name of each class; of a causal language model, of each category of its data.
     facts
@@ -91,7 +96,8 @@ def save_adapter(
     is stored as the federation has it. With mean pooling the factors belong to the bare encoder
     (``AutoModel``) and the head lies beside them; with ``cls`` the head is one of PEFT's
     ``modules_to_save`` and the folder needs nothing of this project, nor does that of a causal
-    language model (``AutoModelForCausalLM``).
+    language model (``AutoModelForCausalLM``) or an image classifier
+    (``AutoModelForImageClassification``).
 
     Parameters
     ----------
@@ -136,7 +142,8 @@ def _write(folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
         rank_pattern=ranks if len(set(ranks.values())) > 1 else {},
         alpha_pattern=ranks if len(set(ranks.values())) > 1 else {},
         target_modules=list(ranks),
-        task_type=task_type(spec.base),
+        # PEFT has no name for what an image classifier does, and wraps it right without one.
+        task_type=None if spec.base.task == IMAGE_CLASSIFICATION else task_type(spec.base),
         modules_to_save=[_CLS_HEAD] if cls else None,
         base_model_name_or_path=spec.base.path,
         revision=spec.base.revision,
@@ -164,7 +171,10 @@ def _has_own_head(base: BaseSpec) -> bool:
 
 
 def task_type(base: BaseSpec) -> str:
-    """Return PEFT's name of what a model does: ``FEATURE_EXTRACTION`` is mean pooling."""
+    """Return PEFT's name of what a model does: ``FEATURE_EXTRACTION`` is mean pooling.
+
+    ``SEQ_CLS`` is a classification head of the model's own, also that of an image classifier.
+    """
     if base.task == CAUSAL_LM:
         return "CAUSAL_LM"
     return "SEQ_CLS" if base.pooling == "cls" else "FEATURE_EXTRACTION"
@@ -199,7 +209,7 @@ def read_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Stored
             k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)
         }
     targets = targets if isinstance(targets, str) else tuple(targets)
-    spec = _spec(base, len(labels), targets, seed)
+    spec = lora_spec(base, len(labels), targets, seed=seed)
     return StoredAdapter(Adapter(_factors(folder, tensors), head), spec, labels, max_length, facts)
 
 
@@ -235,12 +245,6 @@ def load_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Loaded
         raise SavedAdapterError(f"{folder}: does not fit the base model: {error}") from error
     tokenise = load_tokeniser(spec.base, stored.max_length)
     return LoadedAdapter(model.eval(), tokenise, stored.label_names, stored.facts)
-
-
-def _spec(base: BaseSpec, num_labels: int, targets: str | tuple[str, ...], seed: int) -> LoraSpec:
-    if base.task == CAUSAL_LM:
-        return CausalSpec(base, targets, seed=seed)
-    return ClassifierSpec(base, num_labels, targets, seed=seed)
 
 
 def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, LoraFactors]:

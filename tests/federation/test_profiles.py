@@ -95,9 +95,13 @@ class TestWire:
     def test_every_fact_arrives(self):
         assert NodeProfile.from_reply(reply_of(GPU.to_record())) == GPU
 
+    def test_a_stated_bandwidth_arrives(self):
+        stated = replace(GPU, bandwidth_kbps=250)
+        assert NodeProfile.from_reply(reply_of(stated.to_record())).bandwidth_kbps == 250
+
     def test_a_node_may_leave_out_what_its_device_is(self):
         record = NodeProfile(0, 2, 4, 9, "cpu").to_record()
-        for key in ("device-name", "memory-total-mb", "memory-free-mb", "torch-version"):
+        for key in ("device-name", "memory-free-mb", "torch-version", "bandwidth-kbps"):
             del record[key]
 
         assert NodeProfile.from_reply(reply_of(record)).memory_free_mb == 0
@@ -113,6 +117,9 @@ class TestWire:
             ("memory-free-mb", 10**10),
             ("memory-free-mb", 1.5),
             ("memory-free-mb", "much"),
+            ("bandwidth-kbps", -1),
+            ("bandwidth-kbps", 2.5),
+            ("bandwidth-kbps", 10**9 + 1),
             ("device", 3),
             ("device", "cpu" * 40),
             ("device-name", "A100\nround 1/10  val 99.9%"),

@@ -5,6 +5,7 @@ import json
 import math
 import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from hafl_app.federation.records import (
     read_plan,
 )
 from hafl_app.federation.wire_arrays import RecordError
-from hafl_app.plan import ModulePlan, TailPruning, TrainPlan, parse_indices
+from hafl_app.plan import ModulePlan, TailPruning, TrainPlan, format_bits, parse_indices
 
 SOAK = settings(max_examples=10_000, suppress_health_check=list(HealthCheck))
 
@@ -68,7 +69,15 @@ def rounded(numbers, dtype):
     return AdapterArrays(modules, HEAD, scores, numbers, scales if numbers == "int8" else {})
 
 
-ADAPTERS = (ADAPTER, rounded("bf16", np.uint16), rounded("int8", np.int8))
+def mixed():
+    """The same adapter with bits for every component."""
+    bits = {"q.0": (16, 2), "v.1": (8, 4, 4)}
+    signs = {n: tuple(np.sign(a - a.mean()) for a in pair) for n, pair in ADAPTER.modules.items()}
+    modules = {n: tuple(a.astype(np.int16) for a in pair) for n, pair in signs.items()}
+    return replace(rounded("int8", np.int8), modules=modules, numbers="mixed", bits=bits)
+
+
+ADAPTERS = (ADAPTER, rounded("bf16", np.uint16), rounded("int8", np.int8), mixed())
 PLAN = TrainPlan(
     {"q": ModulePlan((0, 1, 2, 5), (1, 5), 16 / 30), "v": ModulePlan((3,), (3,), 2.0)},
     head="frozen",
@@ -81,7 +90,15 @@ PLAN = TrainPlan(
     upload="int8",
     error_feedback=True,
 )
-NODE = NodeProfile(3, 8, 4, 120, "cuda", rank_pattern={"output.dense": 2})
+MIXED_PLAN = replace(
+    PLAN,
+    modules={
+        "q": ModulePlan((0, 1, 2, 5), (1, 5, 0), 16 / 30, (16, 4, 0)),
+        "v": ModulePlan((3,), (3,), 2.0, (2,)),
+    },
+    upload="mixed",
+)
+NODE = NodeProfile(3, 8, 4, 120, "cuda", rank_pattern={"output.dense": 2}, bandwidth_kbps=900)
 
 integers = st.integers(-3, 12) | st.sampled_from([-(2**63), 2**31, 2**62, 2**63 - 1, 10**30])
 floats = st.floats() | st.sampled_from([2.0, -0.0])
@@ -258,7 +275,7 @@ def check_adapter(content):
         assert repr(values) == repr(said[key])
     for key in set(layout) - {"layout"}:
         assert layout[key] == content["layout"][key]
-    assert ("scales" in layout) == (content["arrays"]["factors"].dtype == "int8")
+    assert ("scales" in layout) == (content["arrays"]["factors"].dtype in ("int8", "uint8"))
     sent = content["arrays"]
     for key in {key for key in sent if key == "factors" or key.startswith("head/")}:
         assert numbers(arrays[key]) == numbers(sent[key])
@@ -313,6 +330,35 @@ class TestAdapters:
         change_layout(content, **{key: value})
         with pytest.raises(RecordError, match=f"layout: '{key}'"):
             read_adapter(content)
+
+    @pytest.mark.parametrize(
+        "texts", [["16,2"], ["16,2", "8,4"], ["16,2", "8,4,0"], [16, 8], "16,2", {}, None]
+    )
+    def test_bits_of_another_kind_are_refused(self, texts):
+        content = adapter_content(ADAPTERS[3])
+        change_layout(content, bits=texts)
+        with pytest.raises(RecordError, match=r"layout: .*bits"):
+            read_adapter(content)
+
+    @pytest.mark.parametrize("wrong", [0, 2])
+    def test_bits_beside_numbers_that_have_none_are_refused(self, wrong):
+        content = adapter_content(ADAPTERS[wrong])
+        change_layout(content, bits=["16,2", "8,4x2"])
+        with pytest.raises(RecordError, match=r"'scales' is missing|expected uint8 as 'raw'"):
+            read_adapter(content)
+
+    def test_few_characters_cannot_mean_many_components(self):
+        content = adapter_content(ADAPTERS[3])
+        names = [str(i) for i in range(5000)]
+        many = {k: [0] * 5000 for k in ("in-features", "out-features")} | {"ranks": [60_000] * 5000}
+        change_layout(content, modules=names, bits=["2x60000"] * 5000, **many)
+        tracemalloc.start()
+        try:
+            with pytest.raises(RecordError, match=r"'scales' has .* bytes, expected"):
+                read_adapter(content)
+            assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        finally:
+            tracemalloc.stop()
 
     @pytest.mark.parametrize("key", ["scores", "scales"])
     @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"\0\0", lambda b: b""])
@@ -512,7 +558,7 @@ def places(value, path=()):
 
 @st.composite
 def damaged_plans(draw):
-    values = json.loads(PLAN.to_json())
+    values = json.loads(draw(st.sampled_from([PLAN, MIXED_PLAN])).to_json())
     for _ in range(draw(st.integers(1, 2))):
         *path, last = draw(st.sampled_from(places(values)))
         parent = values
@@ -543,12 +589,17 @@ def check_plan(text):
     again.pop("modules")
     assert {k: repr(v) for k, v in again.items()} == {k: repr(v) for k, v in values.items()}
     said = {
-        name: (parse_indices(held), parse_indices(trained), repr(scaling))
-        for held, trained, scaling, names in entries
+        name: (parse_indices(held), parse_indices(trained), repr(scaling), ",".join(bits))
+        for held, trained, scaling, names, *bits in entries
         for name in names
     }
-    got = {n: (m.held, m.trainable, repr(m.scaling)) for n, m in plan.modules.items()}
+    got = {
+        n: (m.held, m.trainable, repr(m.scaling), format_bits(m.bits))
+        for n, m in plan.modules.items()
+    }
     assert got == said
+    trained = [m for m in plan.modules.values() if m.trainable]
+    assert all(bool(m.bits) == (plan.upload == "mixed") for m in trained)
     assert all(type(name) is str for name in got)
     assert plan.local_epochs >= 1 <= plan.max_steps + 1 <= plan.max_steps + plan.probe_batches + 1
     assert 0 <= plan.importance_smoothing < 1
@@ -557,6 +608,7 @@ def check_plan(text):
 class TestPlans:
     def test_what_is_not_damaged_passes_the_check(self):
         check_plan(PLAN.to_json())
+        check_plan(MIXED_PLAN.to_json())
 
     @settings(max_examples=400)
     @given(damaged_plans())
@@ -575,7 +627,7 @@ class TestPlans:
             ({"local_epochs": 0}, "local_epochs must be a whole number from 1, got 0"),
             ({"local_epochs": 1.0}, "local_epochs .* got 1.0"),
             ({"local_epochs": True}, "local_epochs .* got True"),
-            ({"upload": "fp16"}, "upload must be one of fp32, bf16, int8, got 'fp16'"),
+            ({"upload": "fp16"}, "upload must be one of fp32, bf16, int8, mixed, got 'fp16'"),
             ({"upload": None}, "upload must be one of"),
             ({"error_feedback": 1}, "error_feedback must be true or false, got 1"),
             ({"upload": "fp32"}, "error_feedback must be false with upload=fp32, got True"),

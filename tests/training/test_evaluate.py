@@ -5,6 +5,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import nn
 from training_factories import CPU, LABELS, SPEC, random_adapter, random_rows, rows_of
 
+from hafl_app.training.batches import make_batch
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.evaluate import (
     ClassificationScores,
@@ -22,6 +23,9 @@ class Lookup(nn.Module):
     def __init__(self, logits: np.ndarray) -> None:
         super().__init__()
         self.logits = torch.tensor(logits, dtype=torch.float32)
+
+    def batch(self, examples, rows):
+        return make_batch(examples, rows, self.device)
 
     def forward(self, input_ids, attention_mask):
         assert not self.training

@@ -1,0 +1,186 @@
+"""A saved adapter, or a base model alone, scored by itself on the test set of any data set."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hafl_app import assembly
+from hafl_app.config.compose import SettingsError
+from hafl_app.config.schema import Settings
+from hafl_app.data.images import encode_images
+from hafl_app.data.sources import IMAGES, LabelledText, load_text
+from hafl_app.data.text import EncodedText, encode, encode_pairs
+from hafl_app.experiments.evaluation_request import NO_ADAPTER, EvaluationRequest
+from hafl_app.experiments.harness import require_harness, run_tasks
+from hafl_app.metrics import (
+    ACCURACY,
+    EXACT_MATCH,
+    LOSS,
+    MACRO_F1,
+    PERPLEXITY,
+    ROUGE_L,
+    TOKEN_ACCURACY,
+)
+from hafl_app.training.base import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec, load_tokeniser
+from hafl_app.training.device import resolve_device, threads
+from hafl_app.training.evaluate import evaluate
+from hafl_app.training.generate import GenerationOptions, score_generation
+from hafl_app.training.lora_model import LoraModel
+from hafl_app.training.prompts import load_pair_tokeniser
+from hafl_app.training.saved import load_adapter, read_adapter
+
+_NEEDED = {
+    CAUSAL_LM: "prompts with answers",
+    IMAGE_CLASSIFICATION: "labelled images",
+    "classification": "labelled text",
+}
+_SHOWN = (ACCURACY, MACRO_F1, LOSS, PERPLEXITY, TOKEN_ACCURACY, ROUGE_L, EXACT_MATCH)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model that is ready to be scored; ``round`` is None for a base model alone."""
+
+    model: LoraModel
+    base: BaseSpec
+    max_length: int
+    label_names: tuple[str, ...]
+    round: int | None
+
+
+def score(request: EvaluationRequest) -> dict[str, Any]:
+    """Score what is asked for, write it to ``output`` if there is one, and return it.
+
+    Returns
+    -------
+    dict
+        ``metrics`` by name, over ``scored`` of the ``rows`` of the test set: the others leave no
+        room for an answer, or for a token of it; ``tasks`` as ``lm-eval`` returns them; and what
+        was scored.
+
+    Raises
+    ------
+    ValueError
+        In one line, if the adapter, its base model or the data are not there or do not fit.
+    OSError
+        If the output cannot be written.
+    """
+    settings = request.settings
+    if request.tasks:
+        require_harness()
+    subject = _base_alone(settings) if request.adapter == NO_ADAPTER else _adapted(request)
+    subject = replace(subject, max_length=request.max_length or subject.max_length)
+    _check_task(request, subject)
+    subject.model.to(resolve_device(settings.client.device)).eval()
+    text = _text(request, subject)
+    with threads(settings.federation.server_threads or settings.client.num_threads):
+        result: dict[str, Any] = {
+            "adapter": request.adapter,
+            "round": subject.round,
+            "base": subject.base.path,
+            "dataset": settings.dataset.source,
+            "max_length": subject.max_length,
+            "rows": len(text.test),
+            **_scores(request, subject, text),
+        }
+        if request.tasks:
+            tasks = run_tasks(subject.model, subject.base, request.tasks, request.max_examples)
+            result["tasks"] = tasks
+    if request.output is not None:
+        request.output.parent.mkdir(parents=True, exist_ok=True)
+        request.output.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return what `score` found, a line each."""
+    after = "" if result["round"] is None else f", round {result['round']}"
+    rows = {
+        "adapter": f"{result['adapter']}{after}",
+        "base model": result["base"] or "random weights",
+        "test data": f"{result['dataset']}, {result['scored']:,} of {result['rows']:,} rows",
+    }
+    metrics = result["metrics"]
+    rows |= {m.title: m.text(metrics[m.name]) for m in _SHOWN if m.name in metrics}
+    for task, scores in result.get("tasks", {}).items():
+        rows[task] = ", ".join(f"{name} {value}" for name, value in scores.items())
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _adapted(request: EvaluationRequest) -> _Subject:
+    folder = Path(request.adapter).expanduser()
+    trusted = request.settings.model.trust_remote_code
+    stored = read_adapter(folder, trust_remote_code=trusted)
+    model = load_adapter(folder, trust_remote_code=trusted).model
+    after = stored.facts.get("server_round")
+    return _Subject(model, stored.spec.base, stored.max_length, stored.label_names, after)
+
+
+def _base_alone(settings: Settings) -> _Subject:
+    if settings.model.task != CAUSAL_LM:
+        raise SettingsError(
+            f"adapter=none: only a model.task={CAUSAL_LM} can be scored alone, the head of a "
+            f"{settings.model.task} model is trained with its adapter"
+        )
+    # Fresh factors change nothing: lora_B is 0.
+    spec = assembly.model_spec(settings, 0)
+    return _Subject(spec.build(), spec.base, settings.dataset.max_length, (), None)
+
+
+def _check_task(request: EvaluationRequest, subject: _Subject) -> None:
+    dataset, task = request.settings.dataset, subject.base.task
+    kind = "labelled images" if dataset.source in IMAGES else "labelled text"
+    kind = "prompts with answers" if dataset.answer_column else kind
+    needed = _NEEDED[task]
+    if kind != needed:
+        raise SettingsError(
+            f"dataset={dataset.source} has {kind}, and the model ({task}) needs {needed}"
+        )
+    if task != CAUSAL_LM and (request.generated or request.tasks):
+        unfit = ", ".join((*request.generated, *request.tasks))
+        raise SettingsError(f"{unfit}: for a {CAUSAL_LM} only, and the model's task is {task}")
+
+
+def _text(request: EvaluationRequest, subject: _Subject) -> LabelledText:
+    source = assembly.text_source(request.settings)
+    if request.max_examples is not None:
+        source = replace(source, max_test_examples=request.max_examples)
+    if subject.base.task != CAUSAL_LM:
+        source = replace(source, label_names=subject.label_names)
+    return load_text(source)
+
+
+def _scores(request: EvaluationRequest, subject: _Subject, text: LabelledText) -> dict[str, Any]:
+    precision = request.settings.client.precision
+    metrics: dict[str, float] = {}
+    scored = 0
+    if LOSS.name in request.metrics:
+        rows = _encoded(subject, text)
+        scored = len(rows)
+        for name, value in evaluate(subject.model, rows, precision).named("test").items():
+            metrics[name.removeprefix("test/")] = value
+    if request.generated:
+        columns = text.test.with_format(None)
+        options = GenerationOptions(subject.max_length, request.max_new_tokens, precision=precision)
+        generated = score_generation(
+            subject.model, subject.base, columns["text"][:], columns["answer"][:], options
+        )
+        scored = scored or generated.num_examples
+        metrics |= {name: generated.to_json()[name] for name in request.generated}
+    return {"scored": scored, "metrics": metrics}
+
+
+def _encoded(subject: _Subject, text: LabelledText) -> EncodedText:
+    columns = text.test.with_format(None)
+    labels = columns["label"][:]
+    if subject.base.task == IMAGE_CLASSIFICATION:
+        return encode_images(columns["pixels"][:], labels)
+    texts = columns["text"][:]
+    if subject.base.task != CAUSAL_LM:
+        tokenise = load_tokeniser(subject.base, subject.max_length)
+        return encode(texts, labels, tokenise, None, "")
+    pairs = load_pair_tokeniser(subject.base, subject.max_length)
+    return encode_pairs(texts, columns["answer"][:], labels, pairs, None, "").with_answers()

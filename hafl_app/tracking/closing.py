@@ -1,0 +1,37 @@
+"""What a summary says beside the rounds: unseen clients, and generated answers, as lines."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hafl_app.metrics import EXACT_MATCH, ROUGE_L, Task, task_of
+
+
+def closing_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return a line for each of these that the summary has.
+
+    Parameters
+    ----------
+    summary
+        ``clients`` with the metrics of ``seen`` and ``unseen`` ones, and ``generation``, as
+        `hafl_app.reporting.RunReport` writes them.
+    """
+    clients, generation = summary.get("clients", {}), summary.get("generation")
+    lines = []
+    task = task_of([str(summary.get("metric", ""))])
+    if seen := clients.get("seen"):
+        lines.append(f"clients that trained: {_scores(seen, task)}")
+    if unseen := clients.get("unseen"):
+        numbers = ", ".join(map(str, unseen["partitions"]))
+        lines.append(f"clients that did not ({numbers}): {_scores(unseen, task)}")
+    if generation:
+        lines.append(
+            f"{generation['num_examples']} generated answers: "
+            f"{ROUGE_L.title} {ROUGE_L.text(generation[ROUGE_L.name])}, "
+            f"{EXACT_MATCH.title} {EXACT_MATCH.text(generation[EXACT_MATCH.name])}"
+        )
+    return lines
+
+
+def _scores(metrics: Mapping[str, float], task: Task) -> str:
+    shown = (task.primary, task.second)
+    return ", ".join(f"{metric.title} {metric.text(metrics.get(metric.name))}" for metric in shown)

@@ -1,0 +1,148 @@
+"""How well generated answers agree with the expected ones: Rouge-L, and exact match."""
+
+import importlib.util
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Final
+
+from hafl_app.metrics import EXACT_MATCH, ROUGE_L
+
+_MARKER: Final = "####"  # GSM8K: the final number follows
+_NUMBER: Final = re.compile(
+    # A minus behind a digit is a subtraction; a dot without digits behind it ends a sentence.
+    r"(?P<minus>(?<!\d)[-\u2212])?(?:[$\u20ac\u00a3](?P<inner>[-\u2212])?)?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+)
+_NO_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
+
+
+class MissingPackageError(ValueError):
+    """A metric whose package is not installed."""
+
+
+@dataclass(frozen=True)
+class GenerationScores:
+    """Scores of generated answers.
+
+    Parameters
+    ----------
+    rouge_l
+        Mean F1 of the longest common subsequence of words, in [0, 1].
+    exact_match
+        Share that is right, in [0, 1], see `is_exact`.
+    num_examples
+        Answers that were generated.
+    left_out
+        Prompts that leave no room for an answer.
+    """
+
+    rouge_l: float
+    exact_match: float
+    num_examples: int
+    left_out: int = 0
+
+    def to_json(self) -> dict[str, float | int]:
+        """Return everything by name."""
+        return {
+            ROUGE_L.name: self.rouge_l,
+            EXACT_MATCH.name: self.exact_match,
+            "num_examples": self.num_examples,
+            "left_out": self.left_out,
+        }
+
+
+def require_rouge() -> None:
+    """Refuse in one line where Rouge-L cannot be measured.
+
+    Raises
+    ------
+    MissingPackageError
+        If the package ``rouge-score`` is not installed.
+    """
+    if importlib.util.find_spec("rouge_score") is None:
+        raise MissingPackageError(
+            "rouge-l needs the package rouge-score: pip install 'hafl-app[generation]'"
+        )
+
+
+def score_answers(
+    answers: Sequence[str], references: Sequence[str], left_out: int = 0
+) -> GenerationScores:
+    """Score generated answers against the expected ones, one of each per prompt.
+
+    Raises
+    ------
+    ValueError
+        If there is no answer, or not one reference for each.
+    MissingPackageError
+        See `require_rouge`.
+    """
+    if not answers or len(answers) != len(references):
+        raise ValueError(f"{len(answers)} answers for {len(references)} references")
+    right = sum(map(is_exact, answers, references))
+    rouge = mean_rouge_l(answers, references)
+    return GenerationScores(rouge, right / len(answers), len(answers), left_out)
+
+
+def mean_rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Return the mean Rouge-L F1, words stemmed.
+
+    Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", ACL 2004; with Google's
+    ``rouge-score``, as Natural Instructions and FlexLoRA measure it. An empty answer scores 0.
+
+    Raises
+    ------
+    MissingPackageError
+        See `require_rouge`.
+    """
+    require_rouge()
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415  optional, takes a second
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [
+        scorer.score(reference, answer)["rougeL"].fmeasure
+        for answer, reference in zip(answers, references, strict=True)
+    ]
+    return float(sum(scores) / len(scores))
+
+
+def is_exact(answer: str, reference: str) -> bool:
+    """Say whether an answer is right.
+
+    Where the reference has a final number behind ``####``, the answer's must be equal to it, as
+    numbers: 18, 18.00 and $18 are. Else both must be the same words, whatever their case,
+    punctuation and spaces.
+    """
+    if _MARKER in reference:
+        expected = final_number(reference)
+        return expected is not None and final_number(answer) == expected
+    return _words(answer) == _words(reference)
+
+
+def final_number(text: str) -> Decimal | None:
+    """Return the number that an answer ends in; None if it has none.
+
+    That is the first behind the first ``####``: what a model goes on to write after its answer
+    does not count. Without the marker it is the last number of the text.
+
+    Cobbe et al., "Training Verifiers to Solve Math Word Problems", arXiv:2110.14168. Differs from
+    the paper's script, which counts nothing without the marker and compares numbers as text.
+    """
+    _, marker, behind = text.partition(_MARKER)
+    if marker:
+        first = _NUMBER.search(behind)
+        return _value(first) if first else None
+    numbers = list(_NUMBER.finditer(text))
+    return _value(numbers[-1]) if numbers else None
+
+
+def _value(found: re.Match[str]) -> Decimal:
+    size = Decimal(found["digits"].replace(",", ""))
+    return -size if found["minus"] or found["inner"] else size
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().translate(_NO_PUNCTUATION).split()

@@ -1,0 +1,31 @@
+"""The kind of model that a task needs."""
+
+from hafl_app.training.base import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec
+from hafl_app.training.causal import CausalSpec
+from hafl_app.training.classifier import ClassifierSpec
+from hafl_app.training.lora_model import LoraSpec
+from hafl_app.training.vision import ImageSpec
+
+
+def lora_spec(
+    base: BaseSpec,
+    num_labels: int,
+    target_modules: str | tuple[str, ...] = "all-linear",
+    lora_dropout: float = 0.0,
+    seed: int = 0,
+) -> LoraSpec:
+    """Return what decides a model's weights before training, of the kind for ``base.task``.
+
+    Parameters
+    ----------
+    base
+        The frozen base model.
+    num_labels
+        Classes; without meaning for a causal language model.
+    target_modules, lora_dropout, seed
+        As in `LoraSpec`.
+    """
+    if base.task == CAUSAL_LM:
+        return CausalSpec(base, target_modules, lora_dropout, seed)
+    kind = ImageSpec if base.task == IMAGE_CLASSIFICATION else ClassifierSpec
+    return kind(base, num_labels, target_modules, lora_dropout, seed)
