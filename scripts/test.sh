@@ -9,4 +9,5 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 WANDB_MODE=offline
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
-exec "$bin/pytest" -m "not deploy and not soak and not gpu" "$@"
+# Two processes of one thread each; the tests of a file stay together.
+exec "$bin/pytest" -n 2 --dist loadfile -m "not deploy and not soak and not gpu" "$@"

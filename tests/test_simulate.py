@@ -1,7 +1,6 @@
 """The command line: refusals before anything starts, sweeps, and exit codes."""
 
 import importlib.util
-import os
 import signal
 import subprocess
 import sys
@@ -10,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from running import TINY, records, run_tiny
-
-from hafl_app.training import lora_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,9 +26,9 @@ def in_this_process(monkeypatch, capsys, *arguments):
         signal.signal(signal.SIGTERM, before)
 
 
-def simulate(*arguments, cwd=ROOT):
+def simulate(*arguments, cwd=ROOT, before=()):
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "simulate.py"), *arguments],
+        [sys.executable, *before, str(ROOT / "scripts" / "simulate.py"), *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -40,6 +37,15 @@ def simulate(*arguments, cwd=ROOT):
     )
 
 
+TELLING_OF_LOADS = """
+import runpy, sys
+from hafl_app.training import lora_model
+
+load = lora_model.load_base
+lora_model.load_base = lambda *a: print("a base model was loaded") or load(*a)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 REFUSED = [
     (["strategy=haffl"], "did you mean hafl?"),
     (["federation.num_clients=ten"], "federation.num_clients"),
@@ -96,25 +102,17 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_jobs_of_a_sweep_share_one_base_model_and_end_as_single_runs(
-    tmp_path, monkeypatch, capsys
-):
-    loads, load_base = [], lora_model.load_base
-    monkeypatch.setattr(
-        lora_model, "load_base", lambda *a: loads.append(os.getpid()) or load_base(*a)
-    )
-    lora_model.resident_model.cache_clear()
+def test_the_jobs_of_a_sweep_share_one_base_model_and_end_as_single_runs(tmp_path):
     alone = "federation.alone_clients_per_rank=0"
     jobs = ("-m", *TINY, "engine=inprocess", alone, "strategy=hafl,flexlora,hetlora")
 
-    code, errors = in_this_process(
-        monkeypatch, capsys, *jobs, f"hydra.sweep.dir={tmp_path / 'sweep'}"
-    )
+    sweep = f"hydra.sweep.dir={tmp_path / 'sweep'}"
 
-    assert code == 0, errors
-    assert loads == [os.getpid()]
+    result = simulate(*jobs, sweep, before=["-c", TELLING_OF_LOADS])
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("a base model was loaded") == 1
     # The last one, which comes after what the others have left behind.
-    lora_model.resident_model.cache_clear()
     run_tiny(tmp_path / "single", alone, "strategy=hetlora")
     last = records(tmp_path / "sweep" / "2-hetlora", "round")
     assert last == records(tmp_path / "single", "round")

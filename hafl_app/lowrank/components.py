@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite
 from typing import Literal
 
@@ -70,11 +71,7 @@ class ComponentSums:
         rank = len(self.weight)
         if not (isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be finite and not negative, got {weight}")
-        if len(indices) != factors.rank or len(set(indices)) != len(indices):
-            raise ValueError(f"{factors.rank} components need distinct indices, got {indices}")
-        if any(not 0 <= i < rank for i in indices):
-            raise ValueError(f"indices {indices} must be in [0, {rank})")
-        if list(indices) == list(range(len(indices))):  # a prefix, by far the usual case
+        if _is_prefix(tuple(indices), factors.rank, rank):  # by far the usual case
             prefix = len(indices)
             self.lora_A[:prefix].add_(factors.lora_A, alpha=weight)
             self.lora_B[:, :prefix].add_(factors.lora_B, alpha=weight)
@@ -146,3 +143,13 @@ class ComponentSums:
         return LoraFactors(
             lora_A.where(covered[:, None], previous.lora_A), lora_B.where(covered, rest)
         )
+
+
+@lru_cache(maxsize=1024)
+def _is_prefix(indices: tuple[int, ...], count: int, rank: int) -> bool:
+    """Say whether these are the first; refuse what are no ``count`` distinct slots of ``rank``."""
+    if len(indices) != count or len(set(indices)) != count:
+        raise ValueError(f"{count} components need distinct indices, got {indices}")
+    if any(not 0 <= i < rank for i in indices):
+        raise ValueError(f"indices {indices} must be in [0, {rank})")
+    return indices == tuple(range(count))

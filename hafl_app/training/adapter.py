@@ -39,4 +39,4 @@ def from_arrays(modules: Mapping[str, tuple[Array, Array]], head: Mapping[str, A
 
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    return tensor.detach().float().cpu().contiguous().numpy()
+    return np.ascontiguousarray(tensor.float().numpy(force=True))  # bfloat16 is no NumPy type
