@@ -17,6 +17,7 @@ from hafl_app.federation import flower_run
 from hafl_app.federation.run_lock import RunLockedError, run_lock
 
 ROOT = Path(__file__).parents[1]
+MARK, MARKED = "HAFL_APP_TESTS_OF", str(os.getpid())
 pytestmark = pytest.mark.slow
 
 
@@ -24,14 +25,23 @@ def command(*arguments):
     return [sys.executable, str(ROOT / "scripts" / "simulate.py"), *TINY, *arguments]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def mark():
+    """Mark all that is started here: other tests may run Flower and Ray meanwhile."""
+    os.environ[MARK] = MARKED
+    yield
+    del os.environ[MARK]
+
+
 def flower_processes():
-    """Processes of SuperLinks, Ray and Flower that are alive now."""
+    """Processes of SuperLinks, Ray and Flower that these tests have started and that are alive."""
     names = ("flower-superlink", "raylet", "gcs_server", "flwr-simulation", "ClientAppActor")
     found = set()
     for process in psutil.process_iter(["pid", "cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if any(name in line for name in names):
-            found.add(process.info["pid"])
+        with contextlib.suppress(psutil.Error):
+            if any(name in line for name in names) and process.environ().get(MARK) == MARKED:
+                found.add(process.info["pid"])
     return found
 
 

@@ -50,7 +50,8 @@ def test_needs_neither_flower_nor_ray_nor_hydra():
 
     done = run("-c", code)
 
-    assert done.stdout == "[]\n", done.stderr
+    # Transformers prints a line of its own where Weights & Biases is offline.
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_all_ways_are_timed_after_all_have_the_same_gradients(client):
@@ -124,7 +125,7 @@ def test_the_script_says_where_there_is_no_device():
     done = run("scripts/bench_gpu.py")
 
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("no CUDA device: nothing is measured\n")
+    assert "no CUDA device: nothing is measured" in done.stdout.splitlines()
     assert "| 8 x 2048 | ours | not measured |" in done.stdout
 
 
