@@ -12,6 +12,7 @@ if "HAFL_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["HAFL_CACHE"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -22,3 +23,10 @@ install_import_hook("hafl_app.lowrank", "beartype.beartype")
 torch.set_num_threads(1)
 settings.register_profile("hafl", deadline=None)
 settings.load_profile("hafl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out with ``-m "not slow"`` what has a command of its own."""
+    for item in items:
+        if item.get_closest_marker("deploy") or item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.slow)

@@ -23,6 +23,8 @@ from hafl_app.training.evaluate import AnswerScores, evaluate
 from hafl_app.training.local import TrainResult
 from hafl_app.training.saved import load_adapter
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 COLOURS = ("red", "blue", "green")
 REAL = (
@@ -228,7 +230,6 @@ def test_centralised_training(causal, tmp_path):
     assert "test token accuracy" in lines[0]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data and ../shared/models")
 @pytest.mark.parametrize("strategy", ["hafl", "hetlora", "flexlora"])
 def test_dolly_with_stories260k(tmp_path, strategy):

@@ -19,6 +19,8 @@ from hafl_app.training import answers
 from hafl_app.training.answers import MissingPackageError
 from hafl_app.training.saved import SavedAdapterError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SMALL = ("federation.num_rounds=1", "federation.alone_clients_per_rank=0")
 
@@ -222,7 +224,6 @@ class TestHarness:
             scored("adapter=/nowhere", *data, "tasks=arc")
 
 
-@pytest.mark.slow
 def test_the_script(causal, data, tmp_path):
     moved = shutil.copytree(causal[0] / "adapter", tmp_path / "moved")
     command = [sys.executable, "scripts/evaluate.py"]

@@ -206,6 +206,7 @@ class TestFaults:
         assert [row["rank"] for row in summary["device_ranks"]] == [3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["hafl", "zero_padding"])
 def test_training_changes_the_global_adapter(tmp_path, strategy):
     run_tiny(tmp_path / "a", f"strategy={strategy}", "federation.alone_clients_per_rank=0")
@@ -224,6 +225,7 @@ class TestClientTable:
         assert planned_up <= client["bytes_up"] / 1e6 < planned_up + 0.004
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_clients_train_with_the_threads_they_are_given(tmp_path, monkeypatch, num_threads):
     seen = set()

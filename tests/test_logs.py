@@ -9,6 +9,8 @@ from running import TINY
 
 from hafl_app.experiments.running import run_federation
 
+pytestmark = pytest.mark.slow
+
 WORD = "quagmire"  # in every text, and nowhere else
 KEY = "0123456789abcdef" * 2 + "5ec2e75a"
 LABELS = ("first", "second", "third")

@@ -11,6 +11,8 @@ from hafl_app.strategies.hafl import Hafl
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.strategies.rounds import RoundFailedError
 
+pytestmark = pytest.mark.slow
+
 # The bound on norms compares the replies of a round, so a streaming run has none.
 BASE = ("federation.max_norm_ratio=null", "federation.alone_clients_per_rank=0")
 STREAMING = (*BASE, "federation.streaming=true", "federation.stream_buffer=2")
@@ -63,7 +65,6 @@ def products_of(folder):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_comes_out_the_same(method, tmp_path):
     ranks = ["ranks=homogeneous"] if method == "fedit" else []
@@ -78,7 +79,6 @@ def test_every_method_comes_out_the_same(method, tmp_path):
         assert_same_results(at_once, streamed)
 
 
-@pytest.mark.slow
 def test_central_privacy_comes_out_the_same(tmp_path):
     private = ("strategy=zero_padding", "privacy=central_dp", "privacy.noise_seed=1")
     at_once, streamed = tmp_path / "a", tmp_path / "s"

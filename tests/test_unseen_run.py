@@ -15,6 +15,8 @@ from hafl_app.preflight import check
 from hafl_app.strategies.unseen import draw_unseen
 from hafl_app.training.answers import GenerationScores
 
+pytestmark = pytest.mark.slow
+
 
 def recording(asked: dict[str, list[int]], silent: tuple[int, ...] = ()) -> ClientApp:
     """Return a ClientApp that notes which partitions are asked to train and to score."""

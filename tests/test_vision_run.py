@@ -14,6 +14,8 @@ from hafl_app.training.evaluate import evaluate
 from hafl_app.training.lora_model import resident_model
 from hafl_app.training.saved import load_adapter
 
+pytestmark = pytest.mark.slow
+
 VISION = (
     "experiment=digits",
     "model=vit_digits",

@@ -1,6 +1,7 @@
 """Arrays, bytes and lists of sizes in Flower records: written, and read from anybody's hand.
 
-What is read is what is there, never what a header claims; anything else is a `RecordError`.
+What is read is what is there, never what a header claims; anything else is a `RecordError`. Arrays
+of float32 share the message's memory, so nobody can write to them.
 """
 
 import io
@@ -121,7 +122,7 @@ def _read_npy(array: Array) -> Float32:
     count, num_bytes = prod(array.shape), len(array.data) - start
     if num_bytes != 4 * count:
         raise ValueError(f"{num_bytes} bytes of numbers, shape {array.shape} has {4 * count}")
-    return np.frombuffer(array.data, np.float32, count, start).reshape(array.shape).copy()
+    return np.frombuffer(array.data, np.float32, count, start).reshape(array.shape)
 
 
 def write_text(values: object) -> bytes:

@@ -1,7 +1,7 @@
 """How far training has moved an adapter: norms of changes, what is usual, and shrinking."""
 
-from collections.abc import Mapping, Sequence
-from math import inf, sqrt
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf, isfinite, sqrt
 from statistics import median
 
 import torch
@@ -63,19 +63,37 @@ def change_size(after: Adapter, before: Adapter, scaling: Mapping[str, float]) -
     Parameters
     ----------
     after, before
-        As in `change_of`. Without any number in them the size is 0.
+        As in `change_of`. Without any number in them the size is 0; it is finite if and only if
+        all of them are.
     scaling
         Module name to the PEFT scaling that is folded into its lora_B, above 0.
     """
-    new, old = after.tensors(), before.tensors()
-    _check_alike(new, old)
-    squares = 0.0
-    for name, tensor in new.items():
-        norm = float(torch.linalg.vector_norm(tensor - old[name], dtype=torch.float64))
-        kind, _, module = name.partition("/")
-        squares += (norm / scaling[module] if kind == "lora_B" else norm) ** 2
-    count = sum(tensor.numel() for tensor in new.values())
+    squares, count = 0.0, 0
+    for new, old, divisor in _paired(after, before, scaling):
+        if new.shape != old.shape:
+            _check_alike(after.tensors(), before.tensors())
+        squares += (_distance(new, old) / divisor) ** 2
+        count += new.numel()
     return sqrt(squares / count) if count else 0.0
+
+
+def _paired(
+    after: Adapter, before: Adapter, scaling: Mapping[str, float]
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Yield every tensor of two adapters, and what its numbers are folded with."""
+    if after.head.keys() != before.head.keys() or after.modules.keys() != before.modules.keys():
+        _check_alike(after.tensors(), before.tensors())
+    for name, tensor in after.head.items():
+        yield tensor, before.head[name], 1.0
+    for name, factors in after.modules.items():
+        yield factors.lora_A, before.modules[name].lora_A, 1.0
+        yield factors.lora_B, before.modules[name].lora_B, scaling[name]
+
+
+def _distance(new: Tensor, old: Tensor) -> float:
+    """Return ``||new - old||``, in float32 unless that is too narrow for its square."""
+    distance = float(torch.dist(new, old))
+    return distance if isfinite(distance) else float(torch.dist(new.double(), old.double()))
 
 
 def norm_bound(norms: Sequence[float], ratio: float) -> float:

@@ -72,9 +72,11 @@ class ComponentSums:
         if not (isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be finite and not negative, got {weight}")
         if _is_prefix(tuple(indices), factors.rank, rank):  # by far the usual case
-            prefix = len(indices)
-            self.lora_A[:prefix].add_(factors.lora_A, alpha=weight)
-            self.lora_B[:, :prefix].add_(factors.lora_B, alpha=weight)
+            prefix, all_of_them = len(indices), len(indices) == rank
+            lora_A = self.lora_A if all_of_them else self.lora_A[:prefix]
+            lora_B = self.lora_B if all_of_them else self.lora_B[:, :prefix]
+            lora_A.add_(factors.lora_A, alpha=weight)
+            lora_B.add_(factors.lora_B, alpha=weight)
             self.weight[:prefix].add_(weight)
         else:
             slots = torch.tensor(indices, dtype=torch.long, device=self.weight.device)

@@ -1,6 +1,8 @@
 """Requests to nodes and their replies: made, paired, judged, and entered in the ledger."""
 
+import functools
 import logging
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +14,7 @@ from torch import Tensor
 from hafl_app.federation.faults import Fault, fault_of
 from hafl_app.federation.judge import (
     ReplyError,
+    check_finite,
     check_size,
     read_metrics,
     read_update,
@@ -33,6 +36,7 @@ from hafl_app.federation.records import (
     plan_record,
 )
 from hafl_app.federation.wire_size import content_size
+from hafl_app.lowrank.change import change_size
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import TrainPlan
 from hafl_app.training.adapter import from_arrays, to_arrays
@@ -76,6 +80,15 @@ class ClientUpdate:
             for name, factors in self.adapter.modules.items()
         }
         return Adapter(modules, {name: self.sent.head[name] for name in self.adapter.head})
+
+    @functools.cached_property
+    def size(self) -> float:
+        """How far the client moved, see `change_size`: finite if and only if all its numbers are.
+
+        Found when the reply is judged: its numbers are then looked through once.
+        """
+        scaling = {name: module.scaling for name, module in self.plan.modules.items()}
+        return change_size(self.adapter, self.before, scaling)
 
     def components(self, module: str) -> tuple[int, ...]:
         """Global indices of the components that this update holds for a module."""
@@ -377,6 +390,8 @@ class Exchange:
         )
         if request.plan.upload != "fp32":  # then the factors are changes
             update = replace(update, adapter=restored(update.adapter, update.before))
+        if not math.isfinite(update.size):
+            check_finite(update.adapter)
         return metrics, update
 
     def _read_scores(

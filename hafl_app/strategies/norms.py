@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hafl_app.federation.judge import norm_outliers
-from hafl_app.lowrank.change import change_size, clip_factors, shrink_change
+from hafl_app.lowrank.change import clip_factors, shrink_change
 from hafl_app.strategies.exchange import ClientUpdate, Judged
 
 
@@ -20,7 +20,7 @@ def refuse_outliers(judged: Sequence[Judged], ratio: float | None) -> list[Judge
     if ratio is None or not updates:
         return list(judged)
     examples = [update.num_examples for update in updates]
-    reasons = iter(norm_outliers([_size(update) for update in updates], examples, ratio))
+    reasons = iter(norm_outliers([update.size for update in updates], examples, ratio))
     return [
         one.refused(reason) if one.update is not None and (reason := next(reasons)) else one
         for one in judged
@@ -31,13 +31,8 @@ def clip_updates(updates: Sequence[ClientUpdate], ratio: float | None) -> list[C
     """Return the updates, each change at most ``ratio`` times the round's median size."""
     if ratio is None:
         return list(updates)
-    factors = clip_factors([_size(update) for update in updates], ratio)
+    factors = clip_factors([update.size for update in updates], ratio)
     return [
         replace(update, adapter=shrink_change(update.adapter, update.before, factor))
         for update, factor in zip(updates, factors, strict=True)
     ]
-
-
-def _size(update: ClientUpdate) -> float:
-    scaling = {name: module.scaling for name, module in update.plan.modules.items()}
-    return change_size(update.adapter, update.before, scaling)

@@ -1,5 +1,6 @@
 """Adapters as plain arrays, as the wire carries them, and back."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
+
+# PyTorch knows no tensors that cannot be written to, and says so once for every process.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 Array = NDArray[np.float32]
 
@@ -22,7 +26,9 @@ def to_arrays(adapter: Adapter) -> tuple[dict[str, tuple[Array, Array]], dict[st
 
 
 def from_arrays(modules: Mapping[str, tuple[Array, Array]], head: Mapping[str, Array]) -> Adapter:
-    """Return the adapter whose tensors are these arrays; they share memory, which is writable.
+    """Return the adapter whose tensors are these arrays; they share memory.
+
+    That of a message, as a rule, which must stay as it is: nobody may write to these tensors.
 
     Raises
     ------

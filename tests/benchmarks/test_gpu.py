@@ -24,6 +24,8 @@ from hafl_app.benchmarks.gpu import (
 )
 from hafl_app.benchmarks.training import OURS, TRAINER, Case
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {**SMOKE, "num_hidden_layers": 1, "vocab_size": 96}
@@ -40,7 +42,6 @@ def run(*command):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-@pytest.mark.slow
 def test_needs_neither_flower_nor_ray_nor_hydra():
     names = ["flwr", "flwr_datasets", "ray", "hydra", "omegaconf", "wandb"]
     code = (
@@ -119,7 +120,6 @@ def test_without_a_device_every_line_says_so():
     assert rows[-1]["batch x tokens"] == "1 x 9"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure the CUDA device")
 def test_the_script_says_where_there_is_no_device():
     done = run("scripts/bench_gpu.py")
@@ -129,7 +129,6 @@ def test_the_script_says_where_there_is_no_device():
     assert "| 8 x 2048 | ours | not measured |" in done.stdout
 
 
-@pytest.mark.slow
 def test_the_script_measures_in_small_on_the_cpu(tmp_path):
     file = tmp_path / "gpu.json"
     options = ["--device", "cpu", "--tiny", "--steps", "1", "--repeats", "1", "--json", str(file)]

@@ -19,6 +19,8 @@ from hafl_app.benchmarks.training import (
 )
 from hafl_app.training.local import TrainOptions
 
+pytestmark = pytest.mark.slow
+
 CASES = [Case(3, 3), Case(5, 2)]
 
 

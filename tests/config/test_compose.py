@@ -29,6 +29,7 @@ REQUIRED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_every_file_composes(file):
     group, name = file.parts[0], file.stem

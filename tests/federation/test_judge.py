@@ -21,6 +21,7 @@ from layout_words import change_layout, write_layout
 from hafl_app.federation.inprocess import server_identity
 from hafl_app.federation.judge import (
     ReplyError,
+    check_finite,
     check_shapes,
     check_size,
     norm_outliers,
@@ -30,6 +31,7 @@ from hafl_app.federation.judge import (
 from hafl_app.federation.profiles import NodeProfile
 from hafl_app.federation.records import METRICS, AdapterArrays, adapter_content, message_bytes
 from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
+from hafl_app.training.adapter import from_arrays
 
 # Never square, and modules that differ.
 SHAPES = {"query": (7, 5), "dense": (6, 9)}
@@ -77,7 +79,8 @@ def reply(update=None, **metrics):
 
 def refused(update, match, plan=PLAN, head=HEAD, shapes=SHAPES):
     with pytest.raises(ReplyError, match=match) as caught:
-        read_update(reply(update), plan, head, shapes)
+        got = read_update(reply(update), plan, head, shapes)
+        check_finite(from_arrays(got.modules, got.head))
     assert "\n" not in str(caught.value)
 
 

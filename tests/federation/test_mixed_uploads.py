@@ -9,7 +9,7 @@ from flwr.app import Message, MessageType, RecordDict
 from layout_words import change_layout, layout_of
 
 from hafl_app.federation.inprocess import server_identity
-from hafl_app.federation.judge import ReplyError, check_size, read_update, restored
+from hafl_app.federation.judge import ReplyError, check_finite, check_size, read_update, restored
 from hafl_app.federation.records import adapter_content
 from hafl_app.federation.uploads import decode_upload, encode_upload
 from hafl_app.lowrank.factors import Adapter, LoraFactors
@@ -63,7 +63,9 @@ def judged(content, plan=PLAN):
         request = Message(RecordDict(), 2, MessageType.TRAIN)
         request.metadata.__dict__["_message_id"] = "m"
         reply = Message(content, reply_to=request)
-    return read_update(reply, plan, {"bias": (3,)}, SHAPES)
+    arrays = read_update(reply, plan, {"bias": (3,)}, SHAPES)
+    check_finite(from_arrays(arrays.modules, arrays.head))
+    return arrays
 
 
 class TestRoundTrip:

@@ -103,6 +103,7 @@ class TestWithoutAList:
         }
 
 
+@pytest.mark.slow
 class TestPaths:
     @pytest.mark.parametrize("overrides", PATH_SETTINGS)
     def test_what_lies_below_a_listed_folder(self, overrides, data):
@@ -221,6 +222,7 @@ def test_the_tests_tiny_federation_needs_no_permission():
     Permissions.of({}, {}).check(compose(TINY))
 
 
+@pytest.mark.slow
 class TestNodes:
     @pytest.fixture
     def ask(self, monkeypatch):

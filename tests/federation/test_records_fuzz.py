@@ -434,10 +434,13 @@ class TestAdapters:
         with pytest.raises(RecordError, match="'head/w' cannot be read"):
             read_adapter(content)
 
-    def test_arrays_read_may_be_changed(self):
-        adapter = read_adapter(adapter_content(ADAPTER))
-        for array in (*adapter.modules["q.0"], adapter.head["bias"], adapter.importance["q.0"]):
-            array.fill(1)
+    def test_large_arrays_are_no_copies_and_guard_the_message(self):
+        content = adapter_content(ADAPTER)
+        adapter = read_adapter(content)
+        for array in (*adapter.modules["q.0"], adapter.head["bias"]):
+            assert not array.flags.owndata
+            with pytest.raises(ValueError, match="read-only"):
+                array.fill(1)
 
 
 class Trap:

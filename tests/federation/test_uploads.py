@@ -8,7 +8,7 @@ import torch
 from flwr.app import Array, Message, MessageType, MetricRecord, RecordDict
 
 from hafl_app.federation.inprocess import server_identity
-from hafl_app.federation.judge import ReplyError, check_size, read_update, restored
+from hafl_app.federation.judge import ReplyError, check_finite, check_size, read_update, restored
 from hafl_app.federation.records import METRICS, adapter_content, message_bytes
 from hafl_app.federation.uploads import decode_upload, encode_upload
 from hafl_app.lowrank.factors import Adapter, LoraFactors
@@ -57,7 +57,9 @@ def received(content, plan):
         reply = Message(content, reply_to=request)
     arrays = read_update(reply, plan, HEAD_SHAPE, SHAPES)
     adapter = from_arrays(arrays.modules, arrays.head)
-    return arrays, adapter if plan.upload == "fp32" else restored(adapter, BEFORE)
+    adapter = adapter if plan.upload == "fp32" else restored(adapter, BEFORE)
+    check_finite(adapter)
+    return arrays, adapter
 
 
 def content_of(plan, upload=UPLOAD, errors=None):
@@ -202,7 +204,7 @@ class TestRefusals:
     def test_a_change_too_large_to_be_added_is_refused(self):
         large = Adapter({"query": LoraFactors(torch.full((2, 5), 3e38), torch.ones(7, 2))})
         with pytest.raises(ReplyError, match="query: lora_A: 10 of 10 numbers are not finite"):
-            restored(large, large)
+            check_finite(restored(large, large))
 
     def test_a_reply_in_float32_is_too_large_for_a_plan_in_int8(self):
         shapes = {"query": (3000, 5000)}

@@ -105,6 +105,7 @@ class TestChoice:
         assert len(measured) == 2
 
 
+@pytest.mark.slow
 @needs_library
 def test_a_federation_trains_on_bases_of_mixed_precision(tmp_path, monkeypatch):
     used = []

@@ -33,6 +33,8 @@ from hafl_app.training.base import BaseSpec, ModelError
 from hafl_app.training.causal import CausalSpec
 from hafl_app.training.saved import SavedAdapterError, load_adapter
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "causal": AutoModelForCausalLM,
     "cls": AutoModelForSequenceClassification,

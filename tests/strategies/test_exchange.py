@@ -80,3 +80,30 @@ def test_the_first_of_two_replies_counts(caplog):
     got = judged[0].update.adapter.modules["query"].lora_A
     assert torch.equal(got, now.adapters[0].modules["query"].lora_A)
     assert "round 1, node 70: a second reply" in caplog.text
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["lora_A", "lora_B", "head"])
+def test_one_number_that_is_not_finite_is_found(number, where):
+    now = Round(1)
+    # What is sent shares the head with the clients' adapters.
+    head = {name: tensor.clone() for name, tensor in now.adapters[1].head.items()}
+    now.adapters[1] = now.adapters[1].with_head(head)
+    tensors = {"head": head["bias"], **vars(now.adapters[1].modules["dense"])}
+    tensors[where].view(-1)[1] = number
+
+    good, bad = now.exchange.judge_training([now.reply(0), now.reply(1)])
+
+    assert not good.error
+    assert bad.error.startswith("head bias: " if where == "head" else f"dense: {where}: ")
+    assert bad.error.endswith(f"not finite, the first is {number}")
+
+
+def test_finite_numbers_however_large_pass_this_judge():
+    now = Round(1)
+    now.adapters[0].modules["dense"].lora_A.fill_(3e38)
+
+    (judged,) = now.exchange.judge_training([now.reply(0)])
+
+    assert not judged.error
+    assert 1e37 < judged.update.size < float("inf")

@@ -124,6 +124,7 @@ class TestPlans:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 class TestConfigs:
     @pytest.mark.parametrize("ranks", sorted(p.stem for p in (CONF / "ranks").glob("*.yaml")))
     def test_every_file_composes(self, ranks):
@@ -157,6 +158,7 @@ class TestConfigs:
             check(compose(overrides))
 
 
+@pytest.mark.slow
 class TestRun:
     TIERS = "ranks.tiers=[{rank:1,share:1},{rank:2,share:1,rank_pattern:{%s:5}}]"
 

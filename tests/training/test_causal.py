@@ -21,6 +21,8 @@ from hafl_app.training.local import TrainOptions, train
 from hafl_app.training.lora_model import adapter_shapes
 from hafl_app.training.memory import count_step
 
+pytestmark = pytest.mark.slow
+
 QUERY, KEY = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
 
 

@@ -15,6 +15,8 @@ from hafl_app.training.device import peak_memory_mb
 from hafl_app.training.local import TrainOptions, train
 from hafl_app.training.memory import LiveBytes, StepBytes, StepMemory, count_step, step_memory
 
+pytestmark = pytest.mark.slow
+
 BATCH, LENGTH, HELD = 6, 11, 8
 OPTIONS = TrainOptions(batch_size=BATCH)
 # One text of a batch is shorter, so that there is something to mask.
@@ -116,7 +118,6 @@ class TestCount:
         assert counted.peak / MEGABYTE == pytest.approx(result.peak_memory_mb, rel=0.15)
 
 
-@pytest.mark.slow
 class TestStepMemory:
     def test_is_close_to_the_count_at_every_rank_between(self):
         step = step_memory(SPEC, 12, OPTIONS, LENGTH, CPU)
@@ -149,7 +150,6 @@ class TestStepMemory:
         assert step.tensors_mb(4) < 5  # a tiny model
         assert 400 < step.needed_mb(4) < 1000  # in a process with torch and transformers
 
-    @pytest.mark.slow
     def test_a_process_that_trains_stays_below_it(self, tmp_path):
         spec = folder_with(tmp_path, hidden_size=384, intermediate_size=1536, num_hidden_layers=4)
         spec = replace(spec, base=replace(spec.base, random_weights=True))
@@ -179,7 +179,6 @@ print(peak_memory_mb(classifier.device))
 """
 
 
-@pytest.mark.slow
 class TestCache:
     def test_a_count_is_kept(self, tmp_path, monkeypatch):
         first = step_memory(SPEC, 5, OPTIONS, LENGTH, CPU, tmp_path)
