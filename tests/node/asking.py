@@ -4,6 +4,7 @@ FILE holds a pickled list: either a request for the ClientApp, or the name of a 
 What came of it is written back.
 """
 
+import contextlib
 import pickle
 import sys
 from pathlib import Path
@@ -33,11 +34,17 @@ def ask(kind: str, content: Any, node_config: Any, run_id: int, node_id: int) ->
 
 
 def report(port: int) -> dict[str, Any]:
-    """Return the report of every worker."""
+    """Return the report of every worker that does not end meanwhile."""
+    import ray
+
     from hafl_app.node.ray_workers import connected
 
+    reports = {}
     with connected(port) as workers:
-        return {name: workers.report(name) for name in workers.names()}
+        for name in workers.names():
+            with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+                reports[name] = workers.report(name)
+    return reports
 
 
 if __name__ == "__main__":
