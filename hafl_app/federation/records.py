@@ -42,7 +42,7 @@ from hafl_app.plan import NumberFormat, TrainPlan, format_bits
 ARRAYS, LAYOUT, PLAN, METRICS, CONFIG = "arrays", "layout", "plan", "metrics", "config"
 FACTORS, HEAD_PREFIX, SCORES, SCALES = "factors", "head/", "scores", "scales"
 BITS = "bits"
-NUM_EXAMPLES, SERVER_ROUND = "num-examples", "server-round"
+NUM_EXAMPLES, SECONDS, SERVER_ROUND = "num-examples", "seconds", "server-round"
 PARTITION_ID, LABEL_NAMES = "partition-id", "label-names"
 ROUNDING_ERRORS = "rounding-errors"
 

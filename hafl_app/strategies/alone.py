@@ -7,6 +7,7 @@ from flwr.app import MessageType
 from flwr.serverapp import Grid
 
 from hafl_app.federation.profiles import NodeProfile
+from hafl_app.federation.replies import all_replies
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
 from hafl_app.strategies.base import HeterogeneousLora
@@ -66,7 +67,7 @@ def train_alone(
     exchange = strategy.exchange(after, "alone")
     messages = exchange.messages(profiles, plans, dispatch, MessageType.TRAIN)
     # A run of many rounds at once may take that many times as long.
-    replies = grid.send_and_receive(messages, timeout=options.timeout_s * options.num_rounds)
+    replies = all_replies(grid, messages, options.timeout_s * options.num_rounds, strategy.seconds)
     judged = exchange.judge_training(replies)
     exchange.close(judged)
     return [

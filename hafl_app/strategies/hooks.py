@@ -22,7 +22,7 @@ from hafl_app.federation.ledger import Ledger
 from hafl_app.federation.privacy import PrivacyError, check_local_plan
 from hafl_app.federation.profiles import NodeProfile, matches
 from hafl_app.federation.quarantine import Quarantine
-from hafl_app.federation.records import NUM_EXAMPLES
+from hafl_app.federation.records import NUM_EXAMPLES, SECONDS
 from hafl_app.federation.sampling import sample_poisson, sample_profiles, sample_size
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import CLASSIFICATION, weighted_mean
@@ -66,6 +66,7 @@ class FlowerHooks(FedAvg, ABC):
         self._exchange = Exchange(self.ledger, 0, "train")
         self._server_round, self._attempt, self._asked = 0, 0, 0
         self._failed: set[int] = set()
+        self.seconds: dict[int, float] = {}  # by node, of its last training
         self.round_started = 0.0
         self.train_loss = math.nan
         self.client_scores: Mapping[str, float] = {}
@@ -348,6 +349,8 @@ class FlowerHooks(FedAvg, ABC):
     def _take_note(self, report: ClientReport) -> None:
         """Tell what became of a client, and let a node that keeps failing rest."""
         partition_id = report.profile.partition_id
+        if SECONDS in report.metrics:
+            self.seconds[report.profile.node_id] = report.metrics[SECONDS]
         if report.error:
             self._failed.add(partition_id)
         smaller = report.fault == Fault.OUT_OF_MEMORY and self._lower_rank(report.profile)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
-from hafl_app.federation.streaming import replies_in_order
+from hafl_app.federation.replies import all_replies, replies_in_order
 from hafl_app.strategies.hooks import FlowerHooks, StrategyError, TooFewRepliesError
 from hafl_app.strategies.options import FederationOptions
 
@@ -81,11 +81,11 @@ def _train_once(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
         stream = replies_in_order(grid, messages, options.timeout_s, options.stream_buffer)
         strategy.aggregate_stream(server_round, stream)
     else:
-        replies = grid.send_and_receive(messages, timeout=options.timeout_s)
+        replies = all_replies(grid, messages, options.timeout_s, strategy.seconds)
         strategy.aggregate_train(server_round, replies)
 
 
 def _evaluate(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
     messages = strategy.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
-    replies = grid.send_and_receive(messages, timeout=strategy.options.timeout_s)
+    replies = all_replies(grid, messages, strategy.options.timeout_s)
     strategy.aggregate_evaluate(server_round, replies)

@@ -13,6 +13,7 @@ from flwr.app import MessageType
 from flwr.serverapp import Grid
 
 from hafl_app.federation.records import NUM_EXAMPLES
+from hafl_app.federation.replies import all_replies
 from hafl_app.strategies.hooks import FlowerHooks
 
 PHASE = "unseen"
@@ -53,9 +54,8 @@ def evaluate_unseen(strategy: FlowerHooks, grid: Grid, server_round: int) -> dic
     plans = [strategy.plan(profile, server_round) for profile in profiles]
     exchange = strategy.exchange(server_round, PHASE)
     messages = exchange.messages(profiles, plans, strategy.dispatch, MessageType.EVALUATE)
-    judged = exchange.judge_scores(
-        grid.send_and_receive(messages, timeout=strategy.options.timeout_s)
-    )
+    replies = all_replies(grid, messages, strategy.options.timeout_s)
+    judged = exchange.judge_scores(replies)
     exchange.close(judged)
     counted = [one for one in judged if not one.error]
     if not counted:

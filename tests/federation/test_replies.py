@@ -1,11 +1,11 @@
-"""Replies that are pulled a few at a time, in the order of the requests."""
+"""Who is asked first, when replies are looked for, and in which order they are handed on."""
 
 import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from hafl_app.federation.inprocess import InProcessGrid, server_identity
-from hafl_app.federation.streaming import replies_in_order
+from hafl_app.federation.replies import all_replies, replies_in_order
 
 COUNT = 9
 
@@ -27,9 +27,11 @@ class SlowGrid:
         self.arrivals = list(arrivals)
         self.lost = set(lost)  # that never reach their node
         self.pushed, self.arrived, self.pulled, self.held = {}, set(), [], 0
+        self.waves, self.pauses = [], []
 
     def push_messages(self, messages):
         ids = []
+        self.waves.append([message.metadata.dst_node_id for message in messages])
         for message in messages:
             node = message.metadata.dst_node_id
             name = message.metadata.__dict__["_message_id"] = f"to {node}"
@@ -45,6 +47,7 @@ class SlowGrid:
 
     def pass_time(self, seconds):
         assert seconds >= 0
+        self.pauses.append(seconds)
         if self.arrivals:
             self.arrived.add(f"to {self.arrivals.pop(0)}")
 
@@ -76,7 +79,7 @@ def test_no_more_than_the_buffer_is_taken_from_flower_ahead_of_its_turn(buffer):
 
 def test_a_silent_node_costs_nobody_else_his_reply(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr("hafl_app.federation.streaming.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("hafl_app.federation.replies.time.monotonic", lambda: next(clock))
     grid = SlowGrid([9, 8, 6, 5, 4, 3])
 
     replies = replies_in_order(grid, requests(), 30.0, 2, sleep=grid.pass_time)
@@ -109,3 +112,82 @@ def test_in_process_no_more_than_the_buffer_are_asked_ahead():
         assert reply.metadata.src_node_id == number
         assert len(trained) <= number - 1 + 3
     assert trained == list(range(1, COUNT + 1))
+
+
+class TestAllAtOnce:
+    def test_replies_are_returned_as_they_arrive(self):
+        arrivals = [3, 9, 1, 8, 2, 7, 4, 6, 5]
+        grid = SlowGrid(arrivals)
+
+        replies = all_replies(grid, requests(), 60.0, sleep=grid.pass_time)
+
+        assert nodes_of(replies) == arrivals
+        assert grid.waves == [list(range(1, COUNT + 1))]
+
+    def test_who_took_longest_and_who_is_not_known_is_asked_first(self):
+        grid = SlowGrid(range(1, COUNT + 1))
+        seconds = {1: 0.3, 2: 5.0, 3: 0.2, 5: 0.1, 6: 2.0, 7: 1.0, 8: 0.4, 9: 3.0}
+
+        replies = all_replies(grid, requests(), 60.0, seconds, sleep=grid.pass_time)
+
+        assert grid.waves == [[4, 2, 9, 6, 7], [8, 1, 3, 5]]
+        assert grid.pauses[0] > 0.1  # Flower's Ray engine has taken up the first by then
+        assert sorted(nodes_of(replies)) == list(range(1, COUNT + 1))
+
+    @pytest.mark.parametrize("seconds", [{}, dict.fromkeys(range(1, COUNT + 1), 0.01), {3: 1.0}])
+    def test_nobody_waits_for_clients_that_are_fast_or_unknown(self, seconds):
+        grid = SlowGrid(range(1, COUNT + 1))
+
+        all_replies(grid, requests(), 60.0, seconds, sleep=grid.pass_time)
+
+        assert grid.waves == [list(range(1, COUNT + 1))]
+
+    def test_a_silent_node_costs_the_time_out_and_no_more(self, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr("hafl_app.federation.replies.time.monotonic", lambda: now[0])
+        grid = SlowGrid([9, 8, 6, 5, 4, 3])
+
+        def pass_time(seconds):
+            now[0] += seconds
+            grid.pass_time(seconds)
+
+        replies = all_replies(grid, requests(), 30.0, sleep=pass_time)
+
+        assert nodes_of(replies) == [9, 8, 6, 5, 4, 3]
+        assert now[0] == pytest.approx(30.0)
+
+    def test_what_arrives_in_the_last_pause_counts(self, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr("hafl_app.federation.replies.time.monotonic", lambda: now[0])
+        grid = SlowGrid([])
+
+        def pass_time(seconds):
+            now[0] += seconds
+            if now[0] >= 30:
+                grid.arrived.add("to 1")
+
+        assert nodes_of(all_replies(grid, requests(), 30.0, sleep=pass_time)) == [1]
+
+    def test_the_end_of_a_wait_is_found_within_a_twentieth_of_it(self, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr("hafl_app.federation.replies.time.monotonic", lambda: now[0])
+        waits = []
+
+        def pass_time(seconds):
+            waits.append((now[0], seconds))
+            now[0] += seconds
+
+        all_replies(SlowGrid([]), requests(), 600.0, sleep=pass_time)
+
+        assert all(pause <= max(0.05, min(1.0, before / 20)) for before, pause in waits)
+        assert len(waits) < 900  # looking costs something too
+
+    def test_a_message_that_could_not_be_sent_is_not_waited_for(self):
+        grid = SlowGrid([1, 3, 4, 5, 6, 7, 8, 9], lost=[2])
+
+        replies = all_replies(grid, requests(), 60.0, sleep=grid.pass_time)
+
+        assert nodes_of(replies) == [1, 3, 4, 5, 6, 7, 8, 9]
+
+    def test_nobody_is_asked_nobody_answers(self):
+        assert all_replies(SlowGrid([]), [], 60.0) == []
