@@ -301,7 +301,9 @@ def model(settings: Settings, num_labels: int, quantisation: str | None = None) 
     spec = model_spec(settings, num_labels)
     if quantisation is not None:
         spec = with_quantisation(spec, quantisation)
-    return resident_model(spec).to(resolve_device(settings.client.device))
+    found, device = resident_model(spec), resolve_device(settings.client.device)
+    # Moving walks through the whole model even where there is nothing to move.
+    return found if found.device.type == device.type else found.to(device)
 
 
 def step_memory(settings: Settings, num_labels: int) -> StepMemory:

@@ -1,6 +1,6 @@
 """Sending a round's messages and taking in the replies: Flower's push and pull, in one place.
 
-Flower's own `Grid.send_and_receive` looks for replies every three seconds only, gives the nodes
+Flower's own `Grid.send_and_receive` looks for replies of real nodes every three seconds, gives them
 their messages in no chosen order, and holds all replies before it returns the first.
 """
 
@@ -14,8 +14,8 @@ from flwr.serverapp import Grid
 
 from hafl_app.federation.inprocess import InProcessGrid
 
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
-_OF_THE_WAIT = 0.04  # a pause between two looks is this part of the time waited so far
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+_OF_THE_WAIT = 0.02  # a pause between two looks is this part of the time waited so far
 # Flower's Ray engine takes waiting messages up every 0.1 s, in the order of its nodes.
 _TAKEN_UP_S = 0.15
 

@@ -293,7 +293,7 @@ def _backward_in_parts(task: _Task, rows: NDArray[np.int64], tail: TailPruning |
     """Add up the gradients of a batch's parts, and of the tail penalty once."""
     model, mean_loss = task.model, 0.0
     targets = model.num_targets(task.examples, rows)
-    model.zero_grad(set_to_none=True)
+    model.clear_gradients()
     for index, part in enumerate(task.micro_batches.split(rows)):
         batch = model.batch(task.examples, part)
         with autocast(model.device, task.options.precision):
@@ -308,7 +308,7 @@ def _backward_in_parts(task: _Task, rows: NDArray[np.int64], tail: TailPruning |
 
 def _release(model: LoraModel) -> None:
     """Give back the memory of a batch that failed."""
-    model.zero_grad(set_to_none=True)
+    model.clear_gradients()
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -97,6 +97,8 @@ class LoraModel(nn.Module, ABC):
         self.initial_head = {
             k: v.detach().clone() for k, v in self.head_module.state_dict().items()
         }
+        self._with_gradients: list[nn.Parameter] = []
+        self._checkpoints_gradients = False
 
     @abstractmethod
     def _make_head(self, spec: LoraSpec) -> nn.Module:
@@ -131,6 +133,8 @@ class LoraModel(nn.Module, ABC):
         ModelError
             If the base model cannot.
         """
+        if enabled == self._checkpoints_gradients:
+            return  # asking the base model walks through all of it
         base: Any = self.base
         if enabled and not base.supports_gradient_checkpointing:
             raise ModelError(
@@ -139,8 +143,6 @@ class LoraModel(nn.Module, ABC):
         with warnings.catch_warnings():
             # The new names of these methods are younger than the oldest version that is supported.
             warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-            if enabled == base.is_gradient_checkpointing:
-                return
             if enabled:
                 # Not reentrant: the inputs of a frozen base model need no gradients.
                 base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -148,6 +150,7 @@ class LoraModel(nn.Module, ABC):
                 base.disable_input_require_grads()
             else:
                 base.gradient_checkpointing_disable()
+        self._checkpoints_gradients = enabled
 
     def shapes(self) -> dict[str, ModuleShape]:
         """Return the size of every adapted layer by name."""
@@ -195,6 +198,8 @@ class LoraModel(nn.Module, ABC):
                 parameter.requires_grad_(False)
         self.head_module.load_state_dict(dict(adapter.head) or self.initial_head)
         self.head_module.requires_grad_(plan.head != "frozen")
+        trained = [p for pair in self.trainable_factors().values() for p in pair]
+        self._with_gradients = [*trained, *self.head_module.parameters()]
 
     def load_whole(self, adapter: Adapter) -> None:
         """Put a whole adapter into the model, for evaluation."""
@@ -220,6 +225,11 @@ class LoraModel(nn.Module, ABC):
         """Return ``(lora_A, lora_B)`` of every module that has trainable components."""
         factors = {name: _parameters(layer, TRAINABLE) for name, layer in self.layers.items()}
         return {name: pair for name, pair in factors.items() if pair[0].numel()}
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients, without the walk through the whole base model of `zero_grad`."""
+        for parameter in self._with_gradients:
+            parameter.grad = None
 
 
 def _inject(model: nn.Module, targets: list[str], name: str, dropout: float) -> None:
