@@ -4,7 +4,7 @@ adapter=FOLDER       of a run, such as RUN/adapter; none: the base model that mo
 metrics=loss         loss (with accuracy or perplexity), rouge-l, exact-match; several with commas
 max_new_tokens=64    of a generated answer
 max_examples=N       rows of the test set (all)
-tasks=NAME,...       benchmarks of lm-eval, if it is installed
+tasks=NAME,...       benchmarks of lm-eval, if it is installed, or YAML files of your own
 output=FILE          the result as JSON
 
 The rest are Hydra overrides as for scripts/simulate.py: the data set, client.device, and so on.

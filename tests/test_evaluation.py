@@ -1,27 +1,35 @@
 """`scripts/evaluate.py`: saved adapters, and base models alone, scored by themselves."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
 from running import TINY, records, run_tiny
+from transformers import AutoTokenizer
 
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError
 from hafl_app.experiments import evaluation, harness
 from hafl_app.experiments.evaluation import score, table
 from hafl_app.experiments.evaluation_request import read_request
+from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.training import answers
 from hafl_app.training.answers import MissingPackageError
+from hafl_app.training.base import BaseSpec
+from hafl_app.training.causal import CausalSpec
 from hafl_app.training.saved import SavedAdapterError
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 SMALL = ("federation.num_rounds=1", "federation.alone_clients_per_rank=0")
 
 
@@ -184,16 +192,32 @@ class TestHarness:
             asked.update(options)
             return {"results": {"arc": {"acc,none": 0.25}}}
 
+        class TaskManager:
+            task_index: ClassVar = {"arc": None, "arc_easy": None}
+
         package = types.ModuleType("lm_eval")
+        tasks = types.ModuleType("lm_eval.tasks")
+        tasks.TaskManager = TaskManager
         models = types.ModuleType("lm_eval.models")
         huggingface = types.ModuleType("lm_eval.models.huggingface")
         package.simple_evaluate = simple_evaluate
         huggingface.HFLM = lambda **options: options
-        for module in (package, models, huggingface):
+        for module in (package, models, huggingface, tasks):
             monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(harness.importlib.util, "find_spec", lambda _: True)
         monkeypatch.setattr(harness, "hub_tokeniser", lambda base: f"tokenizer of {base.path}")
-        return asked
+        harness._task_manager.cache_clear()
+        yield asked
+        harness._task_manager.cache_clear()
+
+    @pytest.mark.parametrize("task", ["arc_eazy", "/nowhere/arc_eazy.yaml"])
+    def test_a_task_that_is_not_there_is_refused_before_anything_is_loaded(
+        self, data, lm_eval, task
+    ):
+        with pytest.raises(SettingsError) as caught:
+            scored("adapter=/nowhere", *data, f"tasks=arc,{task}")
+        assert str(caught.value).startswith(f"tasks={task}: neither a task of lm-eval nor a YAML")
+        assert ("did you mean 'arc_easy'" in str(caught.value)) == (task == "arc_eazy")
 
     def test_runs_on_the_adapted_model(self, causal, data, lm_eval, monkeypatch):
         model = evaluation.load_adapter(causal[0] / "adapter").model
@@ -208,7 +232,7 @@ class TestHarness:
         assert (lm_eval["tasks"], lm_eval["limit"]) == (["arc"], 7)
 
     def test_its_scores_are_in_the_result(self, causal, data, monkeypatch):
-        monkeypatch.setattr(evaluation, "require_harness", lambda: None)
+        monkeypatch.setattr(evaluation, "check_tasks", lambda _: None)
         monkeypatch.setattr(evaluation, "run_tasks", lambda *_: {"arc": {"acc,none": 0.25}})
         result = scored(f"adapter={causal[0]}/adapter", *data, "tasks=arc")
         assert result["tasks"]["arc"]["acc,none"] == 0.25
@@ -241,3 +265,53 @@ def test_the_script(causal, data, tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ")
     assert len(wrong.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"needs {STORIES.name} under {STORIES.parent}")
+def test_lm_eval_itself_finds_the_same_losses(tmp_path):
+    pytest.importorskip("lm_eval")
+    rows = [
+        {"instruction": "Once upon a time there was a", "response": " little girl named Lily"},
+        {"instruction": "The dog was very", "response": " happy and ran to the park"},
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = tmp_path / "two_ways.yaml"
+    task.write_text(
+        f"""task: two_ways
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: loglikelihood
+test_split: test
+doc_to_text: "{{{{instruction}}}}"
+doc_to_target: "{{{{response}}}}"
+target_delimiter: ""
+metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: false}}]
+"""
+    )
+    spec = BaseSpec(str(STORIES), task="causal_lm")
+    model = CausalSpec(spec, "all-linear").build()
+    torch.manual_seed(3)
+    adapter = Adapter(
+        {
+            name: LoraFactors(torch.randn(2, s.in_features), 0.1 * torch.randn(s.out_features, 2))
+            for name, s in model.shapes().items()
+        }
+    )
+    model.load_whole(adapter)
+    model.eval()
+
+    found = harness.run_tasks(model, spec, [str(task)], None)
+
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    losses = []
+    for row in rows:
+        prompt, whole = (
+            tokenizer(text, return_tensors="pt").input_ids
+            for text in (row["instruction"], row["instruction"] + row["response"])
+        )
+        logits = model.base(whole).logits[0, :-1].log_softmax(-1)
+        picked = logits.gather(1, whole[0, 1:, None])[prompt.shape[1] - 1 :]
+        losses.append(-picked.sum().item())
+    expected = math.exp(sum(losses) / len(losses))
+    assert found["two_ways"]["perplexity,none"] == pytest.approx(expected, rel=1e-4)

@@ -13,7 +13,7 @@ from hafl_app.data.images import encode_images
 from hafl_app.data.sources import IMAGES, LabelledText, load_text
 from hafl_app.data.text import EncodedText, encode, encode_pairs
 from hafl_app.experiments.evaluation_request import NO_ADAPTER, EvaluationRequest
-from hafl_app.experiments.harness import require_harness, run_tasks
+from hafl_app.experiments.harness import check_tasks, run_tasks
 from hafl_app.metrics import (
     ACCURACY,
     EXACT_MATCH,
@@ -69,7 +69,7 @@ def score(request: EvaluationRequest) -> dict[str, Any]:
     """
     settings = request.settings
     if request.tasks:
-        require_harness()
+        check_tasks(request.tasks)
     subject = _base_alone(settings) if request.adapter == NO_ADAPTER else _adapted(request)
     subject = replace(subject, max_length=request.max_length or subject.max_length)
     _check_task(request, subject)
@@ -105,7 +105,9 @@ def table(result: Mapping[str, Any]) -> str:
     metrics = result["metrics"]
     rows |= {m.title: m.text(metrics[m.name]) for m in _SHOWN if m.name in metrics}
     for task, scores in result.get("tasks", {}).items():
-        rows[task] = ", ".join(f"{name} {value}" for name, value in scores.items())
+        # "acc,none" is a metric and the filter of answers before it; the rest describes the task.
+        found = (f"{name} {value}" for name, value in scores.items() if "," in name)
+        rows[task] = "; ".join(found)
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

@@ -1,24 +1,46 @@
 """The benchmarks of EleutherAI's ``lm-eval`` on an adapted model, where it is installed."""
 
+import functools
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hafl_app.config.compose import SettingsError
+from hafl_app.data.errors import nearest
 from hafl_app.training.base import BaseSpec, hub_tokeniser
 from hafl_app.training.lora_model import LoraModel
 
 
-def require_harness() -> None:
-    """Refuse in one line where ``lm-eval`` is not installed.
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse in one line, before anything is loaded, what ``lm-eval`` cannot run.
+
+    Parameters
+    ----------
+    tasks
+        Names that it knows, or YAML files of tasks of one's own.
 
     Raises
     ------
     hafl_app.config.compose.SettingsError
-        If it is not.
+        If it is not installed, or a task is neither.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise SettingsError("tasks= needs the package lm-eval: pip install 'lm-eval[hf]'")
+    known = _task_manager().task_index
+    for task in tasks:
+        if task not in known and not Path(task).is_file():
+            raise SettingsError(
+                f"tasks={task}: neither a task of lm-eval nor a YAML file{nearest(task, known)}"
+            )
+
+
+@functools.lru_cache(maxsize=1)
+def _task_manager() -> Any:
+    """Return the index of all tasks: thousands of files are read for it."""
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415  optional
+
+    return TaskManager()
 
 
 def run_tasks(
@@ -29,7 +51,7 @@ def run_tasks(
     Parameters
     ----------
     tasks
-        By their names in ``lm-eval``.
+        As for `check_tasks`.
     limit
         Examples of each, at least 1; None is all.
 
@@ -41,14 +63,15 @@ def run_tasks(
     Raises
     ------
     hafl_app.config.compose.SettingsError
-        If ``lm-eval`` is not installed, or the model has no tokenizer.
+        If the model has no tokenizer.
     """
-    require_harness()
     if base.is_without_files:
         raise SettingsError("tasks=: a model without files has no tokenizer that lm-eval can use")
     from lm_eval import simple_evaluate  # noqa: PLC0415  optional
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
     wrapped = HFLM(pretrained=model.base, tokenizer=hub_tokeniser(base), batch_size=8)
-    results = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)["results"]
+    results = simple_evaluate(
+        model=wrapped, tasks=list(tasks), limit=limit, task_manager=_task_manager()
+    )["results"]
     return {task: dict(scores) for task, scores in results.items()}
