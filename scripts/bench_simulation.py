@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--settings", nargs="*", default=[], help="of the clients that train")
     parser.add_argument("--scale", action="store_true", help="cost against registered clients")
     parser.add_argument("--registered", type=int, nargs="+", default=[10, 100, 1000, 10000])
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the costs of --scale")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     return run_script(lambda: _scale(options) if options.scale else _measure(options))
@@ -60,17 +61,22 @@ def _measure(options: argparse.Namespace) -> int:
         tasks["training"] = SimulationTask(
             options.clients, options.rounds, 0, (*settings, *options.settings)
         )
-    return _print(options, report(tasks, wanted, ways(wanted), options.repeats))
+    _print(options, report(tasks, wanted, ways(wanted), options.repeats))
+    return 0
 
 
 def _scale(options: argparse.Namespace) -> int:
-    from hafl_app.benchmarks.simulation_scale import report
+    from hafl_app.benchmarks.simulation_scale import REGISTERED, draw_costs, report
 
     training = () if options.no_training else (*TRAINING[:2], *SMALL, *options.settings)
-    return _print(options, report(options.registered, options.rounds, training))
+    tables = _print(options, report(options.registered, options.rounds, training))
+    if options.plot:
+        draw_costs(tables[REGISTERED], options.plot)
+    return 0
 
 
-def _print(options: argparse.Namespace, tables: Any) -> int:
+def _print(options: argparse.Namespace, tables: Any) -> dict[str, Any]:
+    """Print tables as they come, write them, and return them by name."""
     from hafl_app.benchmarks.timing import describe, machine, table, write_json
 
     where = machine()
@@ -81,7 +87,7 @@ def _print(options: argparse.Namespace, tables: Any) -> int:
         written[name] = rows
     if options.json:
         write_json(options.json, {"machine": where, "tables": written})
-    return 0
+    return written
 
 
 if __name__ == "__main__":

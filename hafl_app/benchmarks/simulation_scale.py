@@ -5,13 +5,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import psutil
+from matplotlib.figure import Figure
 
 from hafl_app.benchmarks.simulation_ours import client_app, serve
 from hafl_app.benchmarks.simulation_task import SimulationTask
 from hafl_app.federation.inprocess import InProcessGrid, server_identity
 
+REGISTERED = "registered clients"
+"""Name of the first table."""
 ASKED = 50
 """Clients that train in a round, or all if there are fewer."""
 _PAYLOAD_BYTES = 300_000
@@ -74,10 +78,35 @@ def report(
     training
         Settings of the clients that train; none leaves them out.
     """
-    yield "registered clients", [_row(number, rounds) for number in registered]
+    yield REGISTERED, [_row(number, rounds) for number in registered]
     if training:
         growth = grow(task_of(1000, rounds, training))
         yield "1,000 clients that train", list(_fifths(growth))
+
+
+def draw_costs(rows: Sequence[dict[str, object]], path: Path) -> None:
+    """Draw the table of cost by registered clients into a PNG: time, and memory."""
+    registered = [_number(row["registered"]) for row in rows]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    for column, label, marker, colour in (
+        ("start, s", "before the first round", "s", "#D55E00"),
+        ("round, s", f"a round, {ASKED} clients asked at most", "o", "#0072B2"),
+    ):
+        seconds = [_number(row[column]) for row in rows]
+        times.plot(registered, seconds, marker=marker, color=colour, label=label)
+    times.set(xscale="log", yscale="log", xlabel=REGISTERED, ylabel="seconds")
+    times.legend()
+    memory.plot(registered, [_number(row["memory, MB"]) for row in rows], "o-", color="#0072B2")
+    memory.set(xscale="log", xlabel=REGISTERED, ylabel="resident memory, MB", ylim=(0, None))
+    for axes in (times, memory):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _number(value: object) -> float:
+    return float(str(value))
 
 
 def _row(registered: int, rounds: int) -> dict[str, object]:

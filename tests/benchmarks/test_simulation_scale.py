@@ -1,4 +1,12 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
 from hafl_app.benchmarks.simulation_scale import ASKED, grow, report, task_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = (
     *("model=tiny_random", "dataset=synthetic", "dataset.num_train=400", "dataset.num_test=20"),
@@ -29,3 +37,24 @@ def test_clients_can_really_train():
     growth = grow(task_of(12, 2, SMALL))
 
     assert len(growth.rounds) == 2
+
+
+@pytest.mark.slow
+def test_the_command_prints_and_draws_the_costs(tmp_path):
+    picture = tmp_path / "new" / "costs.png"
+    sizes = ["--registered", "2", "5", "--rounds", "2"]
+
+    done = subprocess.run(
+        [
+            *(sys.executable, "scripts/bench_simulation.py", "--scale", "--no-training"),
+            *(*sizes, "--plot", str(picture)),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "\n| 5 | 5 |" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
