@@ -35,12 +35,12 @@ def ask(kind: str, content: Any, node_config: Any, run_id: int, node_id: int) ->
 
 def report(port: int) -> dict[str, Any]:
     """Return the report of every worker that does not end meanwhile."""
-    import ray
-
     from hafl_app.node.ray_workers import connected
 
     reports = {}
     with connected(port) as workers:
+        import ray  # only now: it reads the token's place from the environment
+
         for name in workers.names():
             with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
                 reports[name] = workers.report(name)
