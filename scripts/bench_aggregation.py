@@ -43,6 +43,8 @@ def _measure(options: argparse.Namespace) -> int:
     from hafl_app.benchmarks.aggregation import make_case, measure
     from hafl_app.benchmarks.timing import describe, machine, table, write_json
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device")
     torch.set_num_threads(options.threads)
     where = machine()
     print(describe(where), flush=True)

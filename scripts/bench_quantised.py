@@ -137,8 +137,10 @@ def print_rows(folder: str, rows: Sequence[str], texts: int, length: int) -> Non
     for row in rows:
         command = [sys.executable, __file__, "--model", folder, "--row", row]
         command += ["--texts", str(texts), "--length", str(length)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found = json.loads(output.splitlines()[-1])
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{row} on {folder} failed")
+        found = json.loads(done.stdout.splitlines()[-1])
         cells = [found.get(k) for k in ("weights", "load", "step")]
         numbers = [f"{mb:.0f}" if mb else "-" for mb in cells]
         if "loss" in found:

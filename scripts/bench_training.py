@@ -60,6 +60,8 @@ def _measure(options: argparse.Namespace) -> int:
     from hafl_app.benchmarks.timing import describe, machine, table, write_json
     from hafl_app.benchmarks.training import OURS, TRAINER, WAYS, Case, measure
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device")
     torch.set_num_threads(options.threads)
     where, client = machine(), _client(options)
     print(describe(where), flush=True)

@@ -175,6 +175,18 @@ class TestRefusals:
         with pytest.raises(DataError, match="not among the 20 label names"):
             scored(f"adapter={classifier[0]}/adapter", "dataset=local", f"dataset.path={file}")
 
+    @pytest.mark.parametrize("setting", ["model=minilm", "model.quantisation=nf4"])
+    def test_an_adapter_takes_no_other_base_model(self, setting):
+        with pytest.raises(SettingsError, match="only adapter=none takes another"):
+            read_request(["adapter=x", setting])
+        read_request(["adapter=x", "model.trust_remote_code=true"])
+
+    def test_blockwise_is_no_precision_of_a_base_alone(self, data):
+        with pytest.raises(SettingsError, match="each client's own choice"):
+            scored(
+                *("adapter=none", "model=tiny_random_causal", "model.quantisation=blockwise"), *data
+            )
+
     def test_rouge_without_its_package(self, monkeypatch):
         monkeypatch.setattr(answers.importlib.util, "find_spec", lambda _: None)
         with pytest.raises(MissingPackageError, match=r"hafl-app\[generation\]"):

@@ -24,6 +24,7 @@ from hafl_app.metrics import (
     TOKEN_ACCURACY,
 )
 from hafl_app.training.base import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec, load_tokeniser
+from hafl_app.training.block_precision import BLOCKWISE
 from hafl_app.training.device import resolve_device, threads
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.generate import GenerationOptions, score_generation
@@ -126,6 +127,11 @@ def _base_alone(settings: Settings) -> _Subject:
         raise SettingsError(
             f"adapter=none: only a model.task={CAUSAL_LM} can be scored alone, the head of a "
             f"{settings.model.task} model is trained with its adapter"
+        )
+    if settings.model.quantisation == BLOCKWISE:
+        raise SettingsError(
+            f"model.quantisation={BLOCKWISE}: that is each client's own choice; expected none, "
+            "int8 or nf4"
         )
     # Fresh factors change nothing: lora_B is 0.
     spec = assembly.model_spec(settings, 0)

@@ -1,6 +1,6 @@
 """What `scripts/evaluate.py` is asked for: read from its command line, and checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,6 +13,7 @@ from hafl_app.training.answers import require_rouge
 
 NO_ADAPTER: Final = "none"
 METRICS: Final = (LOSS.name, ROUGE_L.name, EXACT_MATCH.name)
+_TRUST: Final = "model.trust_remote_code"
 _OWN: Final = ("adapter", "metrics", "max_new_tokens", "max_examples", "tasks", "output")
 
 
@@ -75,6 +76,8 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
     alone = own["adapter"] == NO_ADAPTER
     if alone and "model" not in named:
         raise SettingsError("adapter=none needs model=..., the base model to score")
+    if not alone:
+        _refuse_models(named)
     settings = compose(overrides)
     length = settings.dataset.max_length if alone or "dataset.max_length" in named else None
     request = EvaluationRequest(
@@ -90,6 +93,16 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
     if ROUGE_L.name in request.metrics:
         require_rouge()
     return request
+
+
+def _refuse_models(named: Iterable[str]) -> None:
+    """Refuse settings of a base model beside an adapter: they would have no effect."""
+    for key in sorted(named):
+        if key.partition(".")[0] == "model" and key != _TRUST:
+            raise SettingsError(
+                f"{key}=: an adapter's folder says what its base model is; only adapter=none takes "
+                "another"
+            )
 
 
 def _metrics(given: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import Any, Final
 from hafl_app.metrics import Metric, task_of
 from hafl_app.publishing.exported import Exported
 from hafl_app.publishing.usage import base_name, usage
+from hafl_app.training.quantised import NOT_QUANTISED
 
 _MEGABYTE: Final = 1e6
 _PHASES: Final = {
@@ -84,6 +85,8 @@ def _base(export: Exported) -> str:
     words += [f"revision {base.revision}"] if base.revision else []
     words += [f"its first {base.num_layers} layers"] if base.num_layers else []
     words += ["random weights"] if base.random_weights else []
+    if base.quantisation != NOT_QUANTISED:
+        words.append(f"kept in {base.quantisation} while training and for these scores")
     return ", ".join(words)
 
 

@@ -39,6 +39,7 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _TINY_VOCABULARY = 512
 CAUSAL_LM = "causal_lm"
 IMAGE_CLASSIFICATION = "image_classification"
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 class ModelError(ValueError):
@@ -221,6 +222,8 @@ def _config(spec: BaseSpec, num_labels: int) -> Any:
             f"model.path={spec.path}: its weights are quantised already; give the model that they "
             "were made of, and model.quantisation"
         )
+    if spec.task == CAUSAL_LM:
+        _require_causal(spec, config)
     if spec.num_layers is not None:
         layers = config.num_hidden_layers
         if spec.num_layers > layers:
@@ -244,6 +247,15 @@ def _shape(spec: BaseSpec) -> Any:
     except (ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise ModelError(f"model.shape: no configuration of a model ({reason})") from error
+
+
+def _require_causal(spec: BaseSpec, config: Any) -> None:
+    """Refuse an encoder, which transformers would load all the same: it sees what it predicts."""
+    names = getattr(config, "architectures", None) or []
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    causal = own_code or getattr(config, "is_decoder", False)
+    if names and not causal and not any(name.endswith(_CAUSAL_ENDINGS) for name in names):
+        raise ModelError(f"model.path={spec.path}: {names[0]} is no causal language model")
 
 
 def base_without_weights(spec: BaseSpec, num_labels: int) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import torch
 from causal_factories import CAUSAL, TINY_CAUSAL, pairs_of, random_pairs
 from torch import nn
 from training_factories import plan_for, random_adapter, random_rows
-from transformers import LlamaForCausalLM
+from transformers import BertConfig, LlamaForCausalLM
 
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.training import lora_model
@@ -288,3 +288,16 @@ def test_shapes_and_head_need_no_weights(monkeypatch):
     adapter = Adapter(initial_adapter(adapter_shapes(CAUSAL), 2, 0).modules, CAUSAL.initial_head())
 
     assert set(adapter.modules) == set(adapter_shapes(CAUSAL))
+
+
+def test_an_encoder_is_no_causal_language_model(tmp_path):
+    config = BertConfig(hidden_size=8, num_attention_heads=2, architectures=["BertModel"])
+    config.save_pretrained(tmp_path)
+    spec = CausalSpec(BaseSpec(str(tmp_path), task="causal_lm"))
+
+    with pytest.raises(ModelError, match=r"model\.path=.*: BertModel is no causal language model"):
+        adapter_shapes(spec)
+
+    config.is_decoder = True
+    config.save_pretrained(tmp_path)
+    assert adapter_shapes(spec)
