@@ -1,14 +1,14 @@
 """ClientApp: pass each message to the node's handlers, which may live in another process.
 
 A deployed SuperNode starts a process for every message, so this module imports neither torch nor
-anything else that takes its time; `hafl_app.node.dispatch` does when the message is to be answered
+anything else that takes its time; `hafl_app.client.routing` does when the message is to be answered
 right here.
 """
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from hafl_app.node.dispatch import answer
+from hafl_app.client.routing import answer
 
 app = ClientApp()
 

@@ -192,7 +192,7 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class TailPruning:
-    """Regularise a client's last components, and drop them if they shrank.
+    """Regularize a client's last components, and drop them if they shrank.
 
     The loss gains ``weight * ||B_tail||_F * ||A_tail||_F``, with the scaling unfolded, where the
     tail starts at ``floor(decay * rank)`` of a module's trainable components, but never below
@@ -204,7 +204,7 @@ class TailPruning:
     decay
         Share of the components before the tail, in [0, 1].
     weight
-        Factor of the regulariser in the loss, at least 0.
+        Factor of the regularizer in the loss, at least 0.
     min_rank
         Lowest rank that pruning leaves, at least 0.
     prune
@@ -255,14 +255,14 @@ class TrainPlan:
         Batches on which the importance of *all* held components is measured before training;
         0 for none.
     tail
-        Tail regulariser and self-pruning, if any.
+        Tail regularizer and self-pruning, if any.
     local_epochs
         Passes over the local training data.
     max_steps
-        Upper limit of optimiser steps, 0 for none.
+        Upper limit of optimizer steps, 0 for none.
     upload
         Numbers of the uploaded factors. ``fp32``: the factors themselves. Otherwise their change
-        against what was sent, rounded, see `hafl_app.lowrank.quantise`; with ``mixed`` each
+        against what was sent, rounded, see `hafl_app.lowrank.quantize`; with ``mixed`` each
         component's to as many bits as its `ModulePlan` says. The head is always fp32.
     error_feedback
         Whether the client keeps what rounding lost of a component's change, and adds it to that

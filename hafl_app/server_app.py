@@ -8,28 +8,28 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from hafl_app import assembly
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
-from hafl_app.federation.checkpoint import Checkpoint
-from hafl_app.federation.numbering import Numbering
-from hafl_app.federation.run_lock import run_lock
-from hafl_app.gains import lone_clients
 from hafl_app.lowrank.factors import Adapter, initial_adapter
-from hafl_app.on_device import known_label_names, meet
-from hafl_app.reporting import RunReport
-from hafl_app.resuming import (
+from hafl_app.run import build
+from hafl_app.run.device_gains import lone_clients
+from hafl_app.run.on_device import known_label_names, meet
+from hafl_app.run.reporting import RunReport
+from hafl_app.run.resuming import (
     RunCheckpoints,
     agreed_before,
     check_settings,
     load_checkpoint,
     resume,
 )
-from hafl_app.strategies.alone import AloneResult, train_alone
+from hafl_app.run.run_lock import run_lock
+from hafl_app.server.central_privacy import check_federation
+from hafl_app.server.checkpoint_store import Checkpoint
+from hafl_app.server.held_out_clients import evaluate_unseen
+from hafl_app.server.local_baseline import AloneResult, train_alone
+from hafl_app.server.numbering import Numbering
+from hafl_app.server.rounds import run_rounds
 from hafl_app.strategies.base import HeterogeneousLora
-from hafl_app.strategies.private import check_federation
-from hafl_app.strategies.rounds import run_rounds
-from hafl_app.strategies.unseen import evaluate_unseen
 from hafl_app.training.lora_model import adapter_shapes
 
 app = ServerApp()
@@ -38,7 +38,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
-    overrides = assembly.overrides_of_run(context.run_config)
+    overrides = build.overrides_of_run(context.run_config)
     run(grid, compose(overrides), overrides=overrides)
 
 
@@ -60,18 +60,18 @@ def run(
 
     Raises
     ------
-    hafl_app.federation.privacy.PrivacyError
+    hafl_app.privacy.mechanism.PrivacyError
         If the reported privacy would not hold under these settings.
     hafl_app.strategies.hooks.StrategyError
         If the method cannot serve these nodes.
-    hafl_app.strategies.rounds.RoundFailedError
+    hafl_app.server.rounds.RoundFailedError
         If a round did not work, however often it was repeated.
-    hafl_app.resuming.ResumeError
+    hafl_app.run.resuming.ResumeError
         If the run to go on from cannot go on, or not with these settings.
-    hafl_app.federation.run_lock.RunLockedError
+    hafl_app.run.run_lock.RunLockedError
         If another process is still running what is in the folder.
     """
-    assembly.show_log()
+    build.show_log()
     # Flower tells of each round in a dozen lines; ours are told by the trackers.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folder = output_folder(settings)
@@ -87,7 +87,7 @@ def _run(
     overrides: Sequence[str],
     on_round: Callable[[int, Adapter], None] | None,
 ) -> None:
-    strategy = assembly.strategy(settings)
+    strategy = build.strategy(settings)
     report = RunReport(settings, strategy, folder)
     checkpoints = RunCheckpoints(folder, settings, tuple(overrides))
 
@@ -133,7 +133,7 @@ def _prepare(
     if checkpoint is not None:
         label_names, numbering = agreed_before(checkpoint, label_names)
     text = meet(grid, settings, strategy, label_names, numbering)
-    spec = assembly.model_spec(settings, len(text.label_names))
+    spec = build.model_spec(settings, len(text.label_names))
     head = spec.initial_head()
     initial = initial_adapter(adapter_shapes(spec), strategy.max_rank, settings.seed).with_head(
         {} if settings.model.head == "local" else head

@@ -15,15 +15,15 @@ from sklearn.pipeline import make_pipeline
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app import assembly  # noqa: E402
 from hafl_app.config.compose import SettingsError, compose  # noqa: E402
 from hafl_app.data.sources import DataError, load_text  # noqa: E402
+from hafl_app.run import build  # noqa: E402
 
 _FEATURES = {
     "words, 1-2-grams": {"analyzer": "word", "ngram_range": (1, 2)},
     "characters, 2-5-grams": {"analyzer": "char_wb", "ngram_range": (2, 5)},
 }
-_INVERSE_REGULARISATIONS = (0.1, 1.0, 10.0, 100.0)
+_INVERSE_REGULARIZATIONS = (0.1, 1.0, 10.0, 100.0)
 _REFUSED = 2
 
 
@@ -31,7 +31,7 @@ def main() -> int:
     """Fit, choose and print."""
     try:
         settings = compose(sys.argv[1:])
-        text = load_text(assembly.text_source(settings))
+        text = load_text(build.text_source(settings))
     except (SettingsError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _REFUSED
@@ -46,7 +46,7 @@ def main() -> int:
                 TfidfVectorizer(min_df=1, sublinear_tf=True, **options),
                 LogisticRegression(C=inverse, max_iter=1000),
             ).fit(fit, fit_labels)
-            for inverse in _INVERSE_REGULARISATIONS
+            for inverse in _INVERSE_REGULARIZATIONS
         ]
         best = max(models, key=lambda model: model.score(held_out, held_out_labels))
         validation = best.score(held_out, held_out_labels)

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import run_script  # noqa: E402
+from hafl_app.cli import run_script  # noqa: E402
 
 CLIENTS = ("5x16", "64,32,16,16,8,8,4,4,4,4", "50x16")
 
@@ -39,9 +39,8 @@ def main() -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     import torch
-
-    from hafl_app.benchmarks.aggregation import make_case, measure
-    from hafl_app.benchmarks.timing import describe, machine, table, write_json
+    from benchmarks.aggregation import make_case, measure
+    from benchmarks.timing import describe, machine, table, write_json
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no CUDA device")

@@ -23,13 +23,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.benchmarks.deployed import NODES, RESULTS  # noqa: E402
-from hafl_app.benchmarks.timing import describe, machine, write_json  # noqa: E402
+from benchmarks.deployed import NODES, RESULTS  # noqa: E402
+from benchmarks.timing import describe, machine, write_json  # noqa: E402
+
+from hafl_app.cli import run_script  # noqa: E402
+from hafl_app.client.warm_worker import ray_runtime  # noqa: E402
 from hafl_app.deployment.credentials import make_credentials  # noqa: E402
 from hafl_app.deployment.local import Deployment, LocalNode, local_deployment  # noqa: E402
-from hafl_app.experiments.script import run_script  # noqa: E402
-from hafl_app.federation.flower_run import free_port  # noqa: E402
-from hafl_app.node import ray_runtime  # noqa: E402
+from hafl_app.engines.flower_run import free_port  # noqa: E402
 
 DEFAULTS = (
     *("model=tiny_random", "dataset=synthetic", "dataset.num_train=160", "dataset.num_test=40"),
@@ -149,7 +150,7 @@ def _timing_app(folder: Path) -> Path:
     for name in ("README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     project = (ROOT / "pyproject.toml").read_text()
-    own, timing = "hafl_app.server_app:app", "hafl_app.benchmarks.deployed:app"
+    own, timing = "hafl_app.server_app:app", "benchmarks.deployed:app"
     (folder / "pyproject.toml").write_text(project.replace(own, timing))
     return folder
 

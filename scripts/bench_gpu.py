@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import run_script  # noqa: E402
+from hafl_app.cli import run_script  # noqa: E402
 
 LOADS = ("2:8x512", "8:8x512", "64:8x512", "8:1x512", "8:8x2048")
 TINY_LOADS = ("2:2x16", "8:2x16")
@@ -42,9 +42,8 @@ def main() -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     import torch
-
-    from hafl_app.benchmarks import gpu
-    from hafl_app.benchmarks.timing import describe, machine, table, write_json
+    from benchmarks import gpu
+    from benchmarks.timing import describe, machine, table, write_json
 
     texts = TINY_LOADS if options.tiny else LOADS
     loads = [gpu.Load(*load) for load in options.loads or [_load(text) for text in texts]]

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import run_script  # noqa: E402
+from hafl_app.cli import run_script  # noqa: E402
 
 
 def main() -> int:
@@ -27,9 +27,9 @@ def main() -> int:
 def _measure(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from hafl_app.benchmarks.bytes import minilm_shapes
-    from hafl_app.benchmarks.haflq import measure_clients, summary
-    from hafl_app.benchmarks.timing import describe, machine, table, write_json
+    from benchmarks.bytes import minilm_shapes
+    from benchmarks.haflq import measure_clients, summary
+    from benchmarks.timing import describe, machine, table, write_json
 
     where, measured = machine(), {}
     print(describe(where), flush=True)

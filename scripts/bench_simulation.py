@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import run_script  # noqa: E402
+from hafl_app.cli import run_script  # noqa: E402
 
 # About 100 ms a client on one thread of an idle core.
 TRAINING = (
@@ -43,9 +43,9 @@ def main() -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from hafl_app.benchmarks.simulation import report, ways
-    from hafl_app.benchmarks.simulation_task import SimulationTask
-    from hafl_app.benchmarks.simulation_worker import NAMES, RAY
+    from benchmarks.simulation import report, ways
+    from benchmarks.simulation_task import SimulationTask
+    from benchmarks.simulation_worker import NAMES, RAY
 
     wanted = [name for name in options.harness or NAMES if not (options.no_ray and name in RAY)]
     for name in set(wanted) - set(NAMES):
@@ -66,7 +66,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _scale(options: argparse.Namespace) -> int:
-    from hafl_app.benchmarks.simulation_scale import REGISTERED, draw_costs, report
+    from benchmarks.simulation_scale import REGISTERED, draw_costs, report
 
     training = () if options.no_training else (*TRAINING[:2], *SMALL, *options.settings)
     tables = _print(options, report(options.registered, options.rounds, training))
@@ -77,7 +77,7 @@ def _scale(options: argparse.Namespace) -> int:
 
 def _print(options: argparse.Namespace, tables: Any) -> dict[str, Any]:
     """Print tables as they come, write them, and return them by name."""
-    from hafl_app.benchmarks.timing import describe, machine, table, write_json
+    from benchmarks.timing import describe, machine, table, write_json
 
     where = machine()
     print(describe(where), flush=True)

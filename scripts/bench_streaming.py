@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import run_script  # noqa: E402
+from hafl_app.cli import run_script  # noqa: E402
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from hafl_app.benchmarks.timing import describe, machine, table, write_json
+    from benchmarks.timing import describe, machine, table, write_json
 
     where = machine() | {"threads": options.threads}
     print(describe(where), flush=True)
@@ -56,8 +56,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 def _one(options: dict[str, Any], method: str, count: int, streaming: bool) -> dict[str, Any]:
     import torch
-
-    from hafl_app.benchmarks.streaming import check_same, measure_round, shapes_of
+    from benchmarks.streaming import check_same, measure_round, shapes_of
 
     torch.set_num_threads(options["threads"])
     check_same(method, shapes_of(1, 16), (4,))

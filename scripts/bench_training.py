@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import run_script  # noqa: E402
+from hafl_app.cli import run_script  # noqa: E402
 
 if TYPE_CHECKING:
-    from hafl_app.benchmarks.training import Case, Client
+    from benchmarks.training import Case, Client
 
 CASES = ("2", "8", "64", "64:16", "64:2")
 INSTALLED = "minilm"
@@ -56,9 +56,8 @@ def main() -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     import torch
-
-    from hafl_app.benchmarks.timing import describe, machine, table, write_json
-    from hafl_app.benchmarks.training import OURS, TRAINER, WAYS, Case, measure
+    from benchmarks.timing import describe, machine, table, write_json
+    from benchmarks.training import OURS, TRAINER, WAYS, Case, measure
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no CUDA device")
@@ -95,7 +94,8 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _client(options: argparse.Namespace) -> "Client":
-    from hafl_app.benchmarks.training import make_client
+    from benchmarks.training import make_client
+
     from hafl_app.training.local import TrainOptions
 
     train = TrainOptions(batch_size=options.batch_size, precision=options.precision)
@@ -104,16 +104,16 @@ def _client(options: argparse.Namespace) -> "Client":
 
 def _folder(model: str) -> Path | None:
     """Return the base model's folder; None for the built-in one."""
-    from hafl_app import assembly
     from hafl_app.config.compose import compose
-    from hafl_app.training.base import ModelError, locate
+    from hafl_app.run import build
+    from hafl_app.training.base_model import ModelError, locate
 
     if model == "tiny":
         return None
     if model != INSTALLED:
         return Path(model)
     try:
-        return locate(assembly.base_spec(compose([f"model={INSTALLED}"])))
+        return locate(build.base_spec(compose([f"model={INSTALLED}"])))
     except ModelError as error:
         print(f"{error}; measuring the built-in model", file=sys.stderr)
         return None
@@ -133,8 +133,7 @@ def _memory_in_new_process(
 
 def _memory(options: argparse.Namespace) -> int:
     import torch
-
-    from hafl_app.benchmarks.training import Case, memory_growth_mb
+    from benchmarks.training import Case, memory_growth_mb
 
     torch.set_num_threads(options.threads)
     client = _client(options)

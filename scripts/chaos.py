@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import FAILED, run_program  # noqa: E402
+from hafl_app.cli import FAILED, run_program  # noqa: E402
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
 
 
 def _chaos(arguments: list[str]) -> int:
-    from hafl_app.experiments.chaos import chaos, parse_command
+    from chaos_suite.suite import chaos, parse_command
 
     line = shlex.join(["python", "scripts/chaos.py", *arguments])
     problems = chaos(parse_command(arguments), line, lambda text: print(text, flush=True))

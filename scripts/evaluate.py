@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import run_program  # noqa: E402
+from hafl_app.cli import run_program  # noqa: E402
 
 
 def main() -> int:

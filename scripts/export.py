@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import run_script  # noqa: E402
+from hafl_app.cli import run_script  # noqa: E402
 
 if TYPE_CHECKING:
     from hafl_app.publishing.export import Written

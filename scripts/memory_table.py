@@ -3,8 +3,8 @@
     python scripts/memory_table.py                          # the table: counted, nothing is loaded
     python scripts/memory_table.py --measure FOLDER         # one model's, beside real trainings
 
-Counted are all tensors of a training step in float32 (`hafl_app.training.memory`), from the shapes
-of a model's published configuration, so no weights are needed. `--measure` trains a model from a
+Counted are all tensors of a training step in float32 (`hafl_app.training.step_memory`), from the
+shapes of a model's published configuration, so no weights are needed. `--measure` trains a model from a
 local folder on the CPU, a process for each rank, and compares its peak memory with the count.
 """
 
@@ -24,14 +24,14 @@ from transformers import BertConfig, LlamaConfig, PretrainedConfig, RobertaConfi
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.experiments.script import run_script  # noqa: E402
+from hafl_app.cli import run_script  # noqa: E402
 from hafl_app.lowrank.factors import initial_adapter  # noqa: E402
 from hafl_app.plan import ModulePlan, TrainPlan  # noqa: E402
-from hafl_app.training.base import BaseSpec  # noqa: E402
+from hafl_app.training.base_model import BaseSpec  # noqa: E402
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier  # noqa: E402
 from hafl_app.training.device import peak_memory_mb  # noqa: E402
 from hafl_app.training.local import TrainOptions, train  # noqa: E402
-from hafl_app.training.memory import StepMemory, step_memory  # noqa: E402
+from hafl_app.training.step_memory import StepMemory, step_memory  # noqa: E402
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 MEASURED_RANKS = (1, 8, 64)
@@ -115,7 +115,7 @@ def _texts(number: int, length: int) -> _Texts:
 
 def train_once(folder: str, rank: int, options: TrainOptions, length: int) -> float:
     """Take three steps at a rank of a global adapter of the largest; return the peak in MB."""
-    import hafl_app.node.handlers  # noqa: F401  a node has everything imported
+    import hafl_app.client.handlers  # noqa: F401  a node has everything imported
 
     classifier = LoraClassifier(_spec(folder))
     held = max(RANKS)

@@ -15,10 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hafl_app.node import ray_runtime  # noqa: E402
-from hafl_app.node.ray_runtime import LOOPBACK  # noqa: E402
-from hafl_app.node.ray_workers import connected  # noqa: E402
-from hafl_app.node.warm import NoWorkerError  # noqa: E402
+from hafl_app.client.warm_worker import ray_runtime  # noqa: E402
+from hafl_app.client.warm_worker.ask import NoWorkerError  # noqa: E402
+from hafl_app.client.warm_worker.ray_runtime import LOOPBACK  # noqa: E402
+from hafl_app.client.warm_worker.ray_workers import connected  # noqa: E402
 
 
 def main() -> int:

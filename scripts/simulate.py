@@ -21,9 +21,9 @@ from omegaconf import DictConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from hafl_app.cli import FAILED, run_script  # noqa: E402
 from hafl_app.config.compose import SettingsError, compose, quoted, register_schema  # noqa: E402
 from hafl_app.config.schema import Settings  # noqa: E402
-from hafl_app.experiments.script import FAILED, run_script  # noqa: E402
 
 _failures: list[str] = []
 
@@ -56,13 +56,13 @@ def resumed(arguments: Sequence[str]) -> list[str]:
 
     Raises
     ------
-    hafl_app.resuming.ResumeError
+    hafl_app.run.resuming.ResumeError
         If there is no such run, it has no whole checkpoint, or cannot go on with these settings.
     """
     given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
     if not given:
         return list(arguments)
-    from hafl_app.resuming import ResumeError, check_settings, latest_run, load_checkpoint
+    from hafl_app.run.resuming import ResumeError, check_settings, latest_run, load_checkpoint
 
     if {"-m", "--multirun"} & set(arguments):
         raise ResumeError("resume= goes on with one run: leave out -m")
@@ -79,8 +79,8 @@ def resumed(arguments: Sequence[str]) -> list[str]:
 
 def _stop_what_is_left(folder: Path) -> None:
     """Stop the processes of a run whose `simulate.py` was killed."""
-    from hafl_app.federation.flower_run import stop_abandoned_run
-    from hafl_app.federation.run_lock import RunLockedError, run_lock
+    from hafl_app.engines.flower_run import stop_abandoned_run
+    from hafl_app.run.run_lock import RunLockedError, run_lock
 
     try:
         with run_lock(folder):
@@ -127,8 +127,8 @@ def run_job(overrides: Sequence[str], folder: Path) -> None:
 def _run_on_ray(overrides: Sequence[str], settings: Settings, folder: Path) -> None:
     import torch
 
-    from hafl_app.federation.flower_run import flwr_run, own_superlink, resources_for
-    from hafl_app.federation.ray_cluster import check_shares, cluster_address
+    from hafl_app.engines.flower_run import flwr_run, own_superlink, resources_for
+    from hafl_app.engines.ray_cluster import check_shares, cluster_address
 
     federation, client = settings.federation, settings.client
     address = cluster_address(federation.ray_address, os.environ)
@@ -180,7 +180,7 @@ def main() -> int:
 def _run_jobs() -> int:
     sys.argv[1:] = arguments = resumed(sys.argv[1:])
     if not {"--help", "-h", "--cfg", "-c", "--info", "--hydra-help"} & set(arguments):
-        from hafl_app.preflight import check
+        from hafl_app.run.preflight import check
 
         for job in jobs_of(arguments):
             check(compose(job))

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tokenised data of tests stays out of the user's cache.
+# Tokenized data of tests stays out of the user's cache.
 if "HAFL_CACHE" not in os.environ:
     os.environ["HAFL_CACHE"] = tempfile.mkdtemp(prefix="hafl-cache-")
     atexit.register(shutil.rmtree, os.environ["HAFL_CACHE"], ignore_errors=True)

@@ -10,23 +10,23 @@ import pytest
 import torch
 from running import records, run_tiny
 
-from hafl_app import assembly
+from hafl_app.client import handlers
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.experiments.budget import equal_mean_bytes_rank
-from hafl_app.experiments.centralised import train_centralised
+from hafl_app.experiments.centralized import train_centralized
 from hafl_app.experiments.results import read_curve
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.node import handlers
-from hafl_app.preflight import check
+from hafl_app.run import build
+from hafl_app.run.preflight import check
 from hafl_app.training import lora_model
+from hafl_app.training.adapter_files import load_adapter
 from hafl_app.training.evaluate import AnswerScores, evaluate
 from hafl_app.training.local import TrainResult
-from hafl_app.training.saved import load_adapter
 
 pytestmark = pytest.mark.slow
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-COLOURS = ("red", "blue", "green")
+COLORS = ("red", "blue", "green")
 REAL = (
     "experiment=dolly_stories260k",
     f"dataset.path={SHARED / 'data' / 'dolly15k_10clients'}",
@@ -40,10 +40,10 @@ def causal(tmp_path_factory) -> tuple[str, ...]:
     file = tmp_path_factory.mktemp("data") / "mine.jsonl"
     rows = [
         {
-            "instruction": f"which colour comes after {COLOURS[i % 3]}" + " now" * (30 * (i < 5)),
+            "instruction": f"which color comes after {COLORS[i % 3]}" + " now" * (30 * (i < 5)),
             "input": "today" if i % 2 else "",
-            "output": f"after {COLOURS[i % 3]} comes {COLOURS[(i + 1) % 3]}",
-            "kind": COLOURS[i % 3],
+            "output": f"after {COLORS[i % 3]} comes {COLORS[(i + 1) % 3]}",
+            "kind": COLORS[i % 3],
         }
         for i in range(90)
     ]
@@ -98,7 +98,7 @@ class TestRun:
     def test_rows_without_room_for_an_answer_do_not_count(self, finished, causal):
         folder, _ = finished
         first = [c for c in records(folder, "client") if c["server_round"] == 1]
-        text = assembly.federated_text(compose(causal), 5)
+        text = build.federated_text(compose(causal), 5)
         trained = sum(client["num_examples"] for client in first)
         assert trained == sum(len(text.train(i)) for i in range(5))
         assert trained < sum(text.sizes())
@@ -106,7 +106,7 @@ class TestRun:
     def test_the_saved_adapter_scores_the_last_line(self, finished, causal):
         folder, summary = finished
         loaded = load_adapter(folder / "adapter")
-        scores = evaluate(loaded.model, assembly.federated_text(compose(causal), 5).test)
+        scores = evaluate(loaded.model, build.federated_text(compose(causal), 5).test)
         assert scores.named("test")["test/perplexity"] == summary["final"]["test/perplexity"]
 
     def test_a_gain_is_a_lower_perplexity(self, finished):
@@ -126,8 +126,8 @@ class TestRun:
 
     def test_categories_are_shared_out_with_skew(self, causal):
         settings = compose([*causal, "partition=dirichlet", "partition.dirichlet_alpha=0.3"])
-        text = assembly.federated_text(settings, 3)
-        assert text.label_names == tuple(sorted(COLOURS))
+        text = build.federated_text(settings, 3)
+        assert text.label_names == tuple(sorted(COLORS))
         counts = [np.bincount(text.train(i).labels, minlength=3) for i in range(3)]
         assert max(c.max() / c.sum() for c in counts) > 0.6  # a third each without skew
 
@@ -199,7 +199,7 @@ class TestSettings:
         check(compose([*overrides, f"model={shape}"]))
 
     def test_ranks_can_follow_from_memory(self, causal, tmp_path):
-        needed = assembly.step_memory(compose(causal), 1).needed_mb(5)
+        needed = build.step_memory(compose(causal), 1).needed_mb(5)
         run_tiny(
             tmp_path,
             *causal,
@@ -217,13 +217,13 @@ def test_one_rank_at_the_mean_bytes_of_mixed_ones(causal):
     assert equal_mean_bytes_rank(settings) == 5  # (3 x 2 + 3 x 4 + 4 x 8) / 10
 
 
-def test_centralised_training(causal, tmp_path):
+def test_centralized_training(causal, tmp_path):
     lines: list[str] = []
     settings = compose(
         [*causal, "federation.num_clients=5", "federation.num_rounds=2", "client.local_epochs=1"]
     )
 
-    summary = train_centralised(settings, tmp_path, lines.append)
+    summary = train_centralized(settings, tmp_path, lines.append)
 
     perplexities = [each["validation/perplexity"] for each in summary["each_pass"]]
     assert summary["best_validation"]["validation/perplexity"] == min(perplexities)

@@ -6,18 +6,19 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from chaos_suite.faults import DRAWN, Kind, RandomFaults, SignFlippers, spoil
+from chaos_suite.grid import read_journal
+from chaos_suite.report import problems, tally
+from chaos_suite.runs import Part, run_part, run_with_kills
+from chaos_suite.suite import parse_command
 from flwr.app import Message, MessageType, MetricRecord
 from safetensors.torch import load_file
 
 from hafl_app.config.compose import SettingsError
-from hafl_app.experiments.chaos import parse_command
-from hafl_app.experiments.chaos_faults import DRAWN, Kind, RandomFaults, SignFlippers, spoil
-from hafl_app.experiments.chaos_grid import read_journal
-from hafl_app.experiments.chaos_report import problems, tally
-from hafl_app.experiments.chaos_run import Part, run_part, run_with_kills
-from hafl_app.federation import judge
-from hafl_app.federation.inprocess import server_identity
-from hafl_app.federation.records import (
+from hafl_app.engines.in_process import server_identity
+from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.server import reply_validation as judge
+from hafl_app.wire.records import (
     METRICS,
     NUM_EXAMPLES,
     PLAN,
@@ -26,7 +27,6 @@ from hafl_app.federation.records import (
     plan_record,
     read_adapter,
 )
-from hafl_app.plan import ModulePlan, TrainPlan
 from scripts import chaos
 
 pytestmark = pytest.mark.slow  # whole federations

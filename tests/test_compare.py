@@ -8,11 +8,11 @@ import pytest
 import yaml
 from matplotlib import image
 
+from hafl_app.client import handlers
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.experiments import running
 from hafl_app.experiments.command import parse_command
 from hafl_app.experiments.compare import compare
-from hafl_app.node import handlers
 from scripts import compare as script
 
 pytestmark = pytest.mark.slow  # whole federations

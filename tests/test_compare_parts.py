@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hafl_app import assembly
 from hafl_app.config.compose import CONF, compose
 from hafl_app.experiments.budget import equal_mean_bytes_rank, homogeneous_rank, mean_bytes
 from hafl_app.experiments.command import parse_command
@@ -16,6 +15,7 @@ from hafl_app.experiments.results import Curve, Spread, make_row, read_curve
 from hafl_app.experiments.table import percent, score, size
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.metrics import ACCURACY, PERPLEXITY
+from hafl_app.run import build
 from hafl_app.strategies.hafl import Hafl
 from hafl_app.strategies.zero_padding import ZeroPadding
 
@@ -76,8 +76,8 @@ class TestEqualMeanBytes:
     )
     def test_every_method_can_say_what_it_sends(self, path):
         settings = compose([f"strategy={path.stem}"])
-        strategy = with_adapter(assembly.strategy(settings))
-        strategy.options = assembly.federation_options(settings)
+        strategy = with_adapter(build.strategy(settings))
+        strategy.options = build.federation_options(settings)
         assert mean_bytes(strategy, [4, 4], 10) >= 4 * (2 * 26 * 4 + 2 * 10)
 
 
@@ -95,8 +95,8 @@ class TestExperimentFiles:
             for its in comparison.methods.values():
                 overrides = [*chosen, *comparison.cells[cell], *its.overrides]
                 composed = compose(overrides)
-                ranks = assembly.client_ranks(composed, composed.federation.num_clients)
-                assembly.strategy(composed).check(ranks)
+                ranks = build.client_ranks(composed, composed.federation.num_clients)
+                build.strategy(composed).check(ranks)
                 assert max(ranks) == composed.lora.max_rank
 
     def test_the_rank_counts_are_the_papers(self):
@@ -104,7 +104,7 @@ class TestExperimentFiles:
         counts = {}
         for cell, overrides in comparison.cells.items():
             settings = compose(["experiment=mixed_ranks_banking77", *overrides])
-            ranks = assembly.client_ranks(settings, settings.federation.num_clients)
+            ranks = build.client_ranks(settings, settings.federation.num_clients)
             counts[cell] = {rank: ranks.count(rank) for rank in sorted(set(ranks))}
         # LoRA-A2, arXiv:2410.22815, table 8; counts that give its upload totals.
         uniform = dict.fromkeys((2, 4, 8, 16, 32), 6)

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from running import TINY, records, run_tiny
 
-from hafl_app.federation import flower_run
-from hafl_app.federation.run_lock import RunLockedError, run_lock
+from hafl_app.engines import flower_run
+from hafl_app.run.run_lock import RunLockedError, run_lock
 
 ROOT = Path(__file__).parents[1]
 MARK, MARKED = "HAFL_APP_TESTS_OF", str(os.getpid())

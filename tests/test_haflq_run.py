@@ -8,7 +8,7 @@ import torch
 from running import records, run_tiny
 from safetensors.torch import load_file
 
-from hafl_app.federation.inprocess import InProcessGrid
+from hafl_app.engines.in_process import InProcessGrid
 
 pytestmark = pytest.mark.slow
 ONCE = (

@@ -10,13 +10,13 @@ from flwr.app import Array, Message, RecordDict
 from running import ReorderedGrid, records, run_tiny, tampering
 from safetensors.torch import load_file
 
-from hafl_app.federation.records import METRICS
-from hafl_app.node import handlers
+from hafl_app.client import handlers
+from hafl_app.server.rounds import RoundFailedError
 from hafl_app.strategies.hooks import StrategyError
-from hafl_app.strategies.rounds import RoundFailedError
 from hafl_app.training import lora_model
+from hafl_app.training.adapter_files import load_adapter
 from hafl_app.training.evaluate import evaluate
-from hafl_app.training.saved import load_adapter
+from hafl_app.wire.records import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ class TestOutput:
         loaded = load_adapter(folder / "adapter")
         from running import TINY
 
-        from hafl_app import assembly
+        from hafl_app.run import build
 
-        text = assembly.federated_text(assembly.settings_of_run({"overrides": " ".join(TINY)}), 5)
+        text = build.federated_text(build.settings_of_run({"overrides": " ".join(TINY)}), 5)
         assert loaded.label_names == text.label_names
         assert evaluate(loaded.model, text.test).accuracy == summary["final"]["test/accuracy"]
 
@@ -127,10 +127,10 @@ class TestHeads:
         loaded = load_adapter(tmp_path / "a" / "adapter")
         from running import TINY
 
-        from hafl_app import assembly
+        from hafl_app.run import build
 
-        settings = assembly.settings_of_run({"overrides": " ".join(TINY)})
-        initial = assembly.model(settings, 20).initial_head
+        settings = build.settings_of_run({"overrides": " ".join(TINY)})
+        initial = build.model(settings, 20).initial_head
         assert all(torch.equal(loaded.model.head_state()[k], initial[k]) for k in initial)
 
 

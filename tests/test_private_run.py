@@ -9,10 +9,10 @@ import torch
 from running import records, run_tiny
 from safetensors.torch import load_file
 
-from hafl_app.federation.accounting import central_epsilon, local_epsilon
-from hafl_app.federation.records import METRICS, NUM_EXAMPLES
-from hafl_app.resuming import load_checkpoint
+from hafl_app.privacy.accounting import central_epsilon, local_epsilon
+from hafl_app.run.resuming import load_checkpoint
 from hafl_app.strategies.hooks import StrategyError
+from hafl_app.wire.records import METRICS, NUM_EXAMPLES
 
 pytestmark = pytest.mark.slow  # whole federations
 
@@ -102,7 +102,7 @@ class TestNoise:
 
 class TestUploads:
     def test_hold_nothing_without_noise_under_local_privacy(self, tmp_path, monkeypatch):
-        from hafl_app.node import handlers
+        from hafl_app.client import handlers
 
         told, metrics = [], handlers._metrics
 

@@ -8,7 +8,7 @@ import torch
 from running import run_tiny
 from safetensors.torch import load_file
 
-from hafl_app.federation.inprocess import InProcessGrid
+from hafl_app.engines.in_process import InProcessGrid
 
 pytestmark = pytest.mark.slow
 ONCE = ("federation.alone_clients_per_rank=0", "federation.fraction_evaluate=0")

@@ -7,13 +7,13 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 from running import TINY, records, run_tiny
 
-from hafl_app import assembly, reporting
 from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import SettingsError, compose
-from hafl_app.federation.faults import Fault, error_reply
-from hafl_app.preflight import check
-from hafl_app.strategies.unseen import draw_unseen
+from hafl_app.run import build, reporting
+from hafl_app.run.preflight import check
+from hafl_app.server.held_out_clients import draw_unseen
 from hafl_app.training.answers import GenerationScores
+from hafl_app.wire.faults import Fault, error_reply
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ class TestRun:
 class TestSettings:
     def test_the_draw_follows_from_the_seed_alone(self):
         settings = compose([*TINY, "federation.unseen_clients=2", "seed=4"])
-        drawn = assembly.strategy(settings).unseen
+        drawn = build.strategy(settings).unseen
         assert drawn == draw_unseen(5, 2, seed=4)
         assert len({draw_unseen(5, 2, seed) for seed in range(20)}) > 3
 

@@ -5,14 +5,14 @@ import pytest
 from running import records, run_tiny
 from safetensors.torch import load_file
 
-from hafl_app import assembly
 from hafl_app.config.compose import SettingsError, compose
-from hafl_app.on_device import own_file, own_share
-from hafl_app.preflight import check
-from hafl_app.training.base import ModelError
+from hafl_app.run import build
+from hafl_app.run.on_device import own_file, own_share
+from hafl_app.run.preflight import check
+from hafl_app.training.adapter_files import load_adapter
+from hafl_app.training.base_model import ModelError
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.lora_model import resident_model
-from hafl_app.training.saved import load_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ class TestRun:
     def test_the_saved_adapter_scores_the_last_line(self, finished):
         folder, summary = finished
         loaded = load_adapter(folder / "adapter")
-        scores = evaluate(loaded.model, assembly.federated_text(compose(VISION), 5).test)
+        scores = evaluate(loaded.model, build.federated_text(compose(VISION), 5).test)
         assert scores.named("test")["test/accuracy"] == summary["final"]["test/accuracy"]
         assert loaded.label_names == tuple("0123456789")
 
@@ -110,7 +110,7 @@ class TestSettings:
 
     def test_the_node_refuses_it_as_well(self):
         with pytest.raises(SettingsError, match="ranks=from_memory"):
-            assembly.federated_text(compose(["experiment=digits", "ranks=from_memory"]), 5)
+            build.federated_text(compose(["experiment=digits", "ranks=from_memory"]), 5)
 
     def test_a_node_with_text_of_its_own_refuses_to_train_on_it(self, tmp_path):
         file = tmp_path / "mine.csv"

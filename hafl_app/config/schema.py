@@ -48,8 +48,8 @@ class ModelSettings:
     are those of a model of `shape`, the values of a Transformers configuration with its
     `model_type`; null is a tiny model for tests. Its tokenizer hashes words.
 
-    `quantisation` is what the weights of the transformer blocks are kept in: `bf16`, `int8` or
-    `nf4` (4 bits), see docs/quantised.md. With `blockwise` every node chooses for every block, by
+    `quantization` is what the weights of the transformer blocks are kept in: `bf16`, `int8` or
+    `nf4` (4 bits), see docs/quantized.md. With `blockwise` every node chooses for every block, by
     its own data, so that the base model takes up to `memory_budget_mb` (MB of 10^6 bytes) on it;
     `memory-mb` in a node's config, a limit of everything in training, goes before that.
     """
@@ -66,7 +66,7 @@ class ModelSettings:
     random_weights: bool = False
     shape: dict[str, Any] | None = None
     trust_remote_code: bool = False
-    quantisation: str = choice("none", "none", "bf16", "int8", "nf4", "blockwise")
+    quantization: str = choice("none", "none", "bf16", "int8", "nf4", "blockwise")
     memory_budget_mb: float | None = number(None, above=0)
 
 
@@ -87,7 +87,7 @@ class LoraSettings:
 
 @dataclass
 class DatasetSettings:
-    """Labelled text or images. `max_examples` limits the training set, for quick runs (null: all).
+    """Labeled text or images. `max_examples` limits the training set, for quick runs (null: all).
 
     With an `answer_column` the data are prompts and answers, for `model.task=causal_lm`: `template`
     makes the prompt of the other columns, each in braces, and leaves out a paragraph whose columns
@@ -187,7 +187,7 @@ class ClientSettings:
     `max_seconds` (0: no limit) ends training behind the step in which they are over, so that a
     slow device trains less instead of being late; a node may set `max-steps` and `max-seconds` in
     its `--node-config`, and the smaller wins. A client that stopped early keeps the weight of all
-    its data. What is learnt then depends on the clock: runs that must be repeatable leave both
+    its data. What is learned then depends on the clock: runs that must be repeatable leave both
     at 0. Privacy accounting is per round and does not see them.
 
     `micro_batch_size` texts go through the model at once (null: the whole batch), and their

@@ -1,1 +1,1 @@
-"""Labelled text: where it comes from, how clients share it, and its tokens."""
+"""Labeled text: where it comes from, how clients share it, and its tokens."""

@@ -11,8 +11,8 @@ from hafl_app.data.files import read_table
 from hafl_app.data.folders import resolve
 from hafl_app.data.labels import checked_label_names
 from hafl_app.data.sources import TextSource
-from hafl_app.data.tables import index_labels, shuffled, sorted_label_names, standardise
-from hafl_app.data.text import EncodedText, Tokenise, encode
+from hafl_app.data.tables import index_labels, shuffled, sorted_label_names, standardize
+from hafl_app.data.text import EncodedText, Tokenize, encode
 
 
 class CentralFile:
@@ -25,7 +25,7 @@ class CentralFile:
         ``test_path`` neither split has rows.
     label_names
         The run's classes.
-    tokenise, tokeniser_key, cache
+    tokenize, tokenizer_key, cache
         As in `hafl_app.data.federated.FederatedText`.
 
     Raises
@@ -39,26 +39,26 @@ class CentralFile:
         source: TextSource,
         label_names: Sequence[str],
         *,
-        tokenise: Tokenise,
-        tokeniser_key: str,
+        tokenize: Tokenize,
+        tokenizer_key: str,
         cache: Path | None,
     ) -> None:
         self.label_names = checked_label_names(label_names, "dataset.label_names")
         self._rows = index_labels(central_rows(source), self.label_names, "dataset.test_path")
-        self._tokenise = tokenise
-        self._tokeniser_key = tokeniser_key
+        self._tokenize = tokenize
+        self._tokenizer_key = tokenizer_key
         self._cache = cache
 
     @cached_property
     def validation(self) -> EncodedText:
         """No rows."""
-        return encode([], [], self._tokenise, None, self._tokeniser_key)
+        return encode([], [], self._tokenize, None, self._tokenizer_key)
 
     @cached_property
     def test(self) -> EncodedText:
         """The rows of the test file; none without one."""
         texts, labels = self._rows["text"].tolist(), self._rows["label"].to_numpy(copy=True)
-        return encode(texts, labels, self._tokenise, self._cache, self._tokeniser_key)
+        return encode(texts, labels, self._tokenize, self._cache, self._tokenizer_key)
 
 
 def central_rows(source: TextSource) -> pd.DataFrame:
@@ -78,7 +78,7 @@ def central_rows(source: TextSource) -> pd.DataFrame:
         return pd.DataFrame({"text": [], "label": []}, dtype=object)
     path = resolve(source.test_path, "dataset.test_path")
     columns = (source.text_column, source.label_column)
-    rows = standardise(read_table(path, columns), *columns, str(path))
+    rows = standardize(read_table(path, columns), *columns, str(path))
     return shuffled(rows, source.max_test_examples, (source.data_seed, 1))
 
 

@@ -13,8 +13,8 @@ from hafl_app.data.errors import DataError
 from hafl_app.data.images import encode_images
 from hafl_app.data.partition import Partitioning, Rows, partition, split_off
 from hafl_app.data.shares import Share
-from hafl_app.data.sources import IMAGES, LabelledText, TextSource, load_text
-from hafl_app.data.text import EncodedText, Tokenise, TokenisePairs, encode, encode_pairs
+from hafl_app.data.sources import IMAGES, LabeledText, TextSource, load_text
+from hafl_app.data.text import EncodedText, Tokenize, TokenizePairs, encode, encode_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,10 @@ class _Part(NamedTuple):
 
 
 class FederatedText:
-    """Text or images shared out to clients, loaded and tokenised when first asked for.
+    """Text or images shared out to clients, loaded and tokenized when first asked for.
 
     Text has labels, or is prompts with answers. Then a row of which no token of the answer is left
-    within the length that ``tokenise_pairs`` cuts to is counted in `sizes`, but nobody is given it.
+    within the length that ``tokenize_pairs`` cuts to is counted in `sizes`, but nobody is given it.
 
     Validation rows are split off the training data, stratified by label, before it is shared out;
     each client's held-out rows are split off its share. All follow from the seeds alone, so
@@ -46,14 +46,14 @@ class FederatedText:
         Share of the training data in [0, 1) that no client gets.
     holdout_fraction
         Share of each client's data in [0, 1) that it does not train on.
-    tokenise
+    tokenize
         From a list of texts to their token ids.
-    tokeniser_key
-        All that ``tokenise`` depends on: the tokenizer and the length it cuts to.
+    tokenizer_key
+        All that ``tokenize`` depends on: the tokenizer and the length it cuts to.
     cache
         Folder for token ids; None to keep none.
-    tokenise_pairs
-        As ``tokenise``, for prompts with answers.
+    tokenize_pairs
+        As ``tokenize``, for prompts with answers.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class FederatedText:
         *,
         validation_fraction: float,
         holdout_fraction: float,
-        tokenise: Tokenise,
-        tokeniser_key: str,
+        tokenize: Tokenize,
+        tokenizer_key: str,
         cache: Path | None,
-        tokenise_pairs: TokenisePairs | None = None,
+        tokenize_pairs: TokenizePairs | None = None,
     ) -> None:
         self._source = source
         self._partitioning = partitioning
         self._validation_fraction = validation_fraction
         self._holdout_fraction = holdout_fraction
-        self._tokenise = tokenise
-        self._tokenise_pairs = tokenise_pairs
-        self._tokeniser_key = tokeniser_key
+        self._tokenize = tokenize
+        self._tokenize_pairs = tokenize_pairs
+        self._tokenizer_key = tokenizer_key
         self._cache = cache
 
     @property
@@ -124,7 +124,7 @@ class FederatedText:
         return self._encoded_train.select(self._part(partition_id).holdout).with_answers()
 
     def sizes(self) -> list[int]:
-        """Count the rows each client trains on, without tokenising."""
+        """Count the rows each client trains on, without tokenizing."""
         return [len(part.train) for part in self._parts]
 
     def share(self, partition_id: int) -> Share:
@@ -148,7 +148,7 @@ class FederatedText:
         return self._parts[partition_id]
 
     @cached_property
-    def _text(self) -> LabelledText:
+    def _text(self) -> LabeledText:
         return load_text(self._source)
 
     @cached_property
@@ -162,8 +162,8 @@ class FederatedText:
             return encode_images(columns["pixels"][:], columns["label"][:])
         texts, labels = columns["text"][:], columns["label"][:]
         if not self._source.answer_column:
-            return encode(texts, labels, self._tokenise, self._cache, self._tokeniser_key)
-        if self._tokenise_pairs is None:
+            return encode(texts, labels, self._tokenize, self._cache, self._tokenizer_key)
+        if self._tokenize_pairs is None:
             raise DataError(
                 f"dataset.answer_column={self._source.answer_column}: the model cannot learn "
                 "answers, see model.task"
@@ -172,9 +172,9 @@ class FederatedText:
             texts,
             columns["answer"][:],
             labels,
-            self._tokenise_pairs,
+            self._tokenize_pairs,
             self._cache,
-            self._tokeniser_key,
+            self._tokenizer_key,
         )
         if cut := len(pairs) - len(pairs.with_answers()):
             logger.warning(

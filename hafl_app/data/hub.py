@@ -6,7 +6,7 @@ import datasets
 import pandas as pd
 
 from hafl_app.data.errors import DataError
-from hafl_app.data.tables import standardise
+from hafl_app.data.tables import standardize
 
 
 def read_hub(name: str, revision: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -52,4 +52,4 @@ def _named(split: Any, origin: str) -> pd.DataFrame:
     names = getattr(split.features.get(label), "names", None)
     if names is not None:
         table = table.assign(label=[names[index] for index in table[label]])
-    return standardise(table, "text", label, origin, allow_blank=True)
+    return standardize(table, "text", label, origin, allow_blank=True)

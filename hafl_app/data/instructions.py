@@ -10,7 +10,7 @@ import pandas as pd
 
 from hafl_app.data.errors import DataError
 from hafl_app.data.files import read_table
-from hafl_app.data.tables import standardise
+from hafl_app.data.tables import standardize
 from hafl_app.data.template import columns_of, prompts
 
 CLIENT: Final = "client"
@@ -33,7 +33,7 @@ def with_pairs(
     template
         See `hafl_app.data.template.render`.
     answer_column
-        What is to be learnt; neither null nor blank.
+        What is to be learned; neither null nor blank.
     label_column
         The row's category; empty for one category of all.
     origin
@@ -51,7 +51,7 @@ def with_pairs(
     columns_of(template)
     label = label_column or "label"
     rows = table if label_column else table.assign(label=_ONE_CLASS)
-    answers = standardise(rows, answer_column, label, origin)
+    answers = standardize(rows, answer_column, label, origin)
     made = prompts(table, template, origin)
     return answers.assign(answer=answers["text"]).assign(text=made)
 

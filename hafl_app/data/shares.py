@@ -18,7 +18,7 @@ class Share:
     num_examples
         Rows that it trains on.
     train, holdout
-        Return the rows that it trains on, and those that it evaluates on; the texts are tokenised
+        Return the rows that it trains on, and those that it evaluates on; the texts are tokenized
         when they are first asked for.
     """
 

@@ -1,4 +1,4 @@
-"""Text by source: labelled, or prompts with answers; public sets, own files, or generated."""
+"""Text by source: labeled, or prompts with answers; public sets, own files, or generated."""
 
 import math
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from hafl_app.data.tables import (
     index_labels,
     shuffled,
     sorted_label_names,
-    standardise,
+    standardize,
     to_dataset,
 )
 
-__all__ = ["DataError", "LabelledText", "SourceName", "TextSource", "load_text"]
+__all__ = ["DataError", "LabeledText", "SourceName", "TextSource", "load_text"]
 
 SourceName = Literal[
     "banking77",
@@ -51,15 +51,15 @@ IMAGE_TEST_FRACTION: Final = 0.2
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where labelled text comes from, or images.
+    """Where labeled text comes from, or images.
 
     Parameters
     ----------
     source
-        Labelled text: ``banking77``, ``newsgroups``, ``local``, ``synthetic``, or ``on_device``:
-        every node has a file of its own, see `hafl_app.data.own`, and there is nothing to load
+        Labeled text: ``banking77``, ``newsgroups``, ``local``, ``synthetic``, or ``on_device``:
+        every node has a file of its own, see `hafl_app.data.own_file`, and there is nothing to load
         here. Prompts with answers: ``dolly``, ``gsm8k``, ``natural_instructions``, and ``local``
-        with an ``answer_column``. Labelled images: ``digits``.
+        with an ``answer_column``. Labeled images: ``digits``.
     path
         ``banking77``: folder with train.csv and test.csv, and categories.json if need be.
         ``newsgroups``: folder with a train and a test file with the columns label, subject and
@@ -107,8 +107,8 @@ class TextSource:
 
 
 @dataclass(frozen=True)
-class LabelledText:
-    """A data set of labelled texts, of prompts with answers, or of labelled images.
+class LabeledText:
+    """A data set of labeled texts, of prompts with answers, or of labeled images.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ class _Tables(NamedTuple):
     label_names: tuple[str, ...] | None
 
 
-def load_text(source: TextSource) -> LabelledText:
+def load_text(source: TextSource) -> LabeledText:
     """Load a data set, in a random order that follows from ``data_seed``.
 
     Raises
@@ -159,7 +159,7 @@ def load_text(source: TextSource) -> LabelledText:
         )
     names = source.label_names or names or sorted_label_names(train["label"])
     train, test = index_labels(train, names, "train"), index_labels(test, names, "test")
-    return LabelledText(
+    return LabeledText(
         to_dataset(shuffled(train, source.max_examples, (source.data_seed, 0)), "train"),
         to_dataset(shuffled(test, source.max_test_examples, (source.data_seed, 1)), "test"),
         names,
@@ -188,7 +188,7 @@ def _read_posts(file: Path, names: tuple[str, ...]) -> pd.DataFrame:
     """Read posts; the model reads the subject and, on the next line, the body."""
     table = read_table(file, ())
     subject, body = (
-        standardise(table, column, "label", str(file), allow_blank=True)
+        standardize(table, column, "label", str(file), allow_blank=True)
         for column in ("subject", "text")
     )
     by_number = {str(number): name for number, name in enumerate(names)}
@@ -252,7 +252,7 @@ def _read_file(file: Path, source: TextSource) -> pd.DataFrame:
     if source.answer_column:
         return _with_pairs(read_table(file, ()), source, str(file))
     columns = (source.text_column, source.label_column)
-    return standardise(read_table(file, columns), *columns, str(file))
+    return standardize(read_table(file, columns), *columns, str(file))
 
 
 def _split_test_off(table: pd.DataFrame, seed: int, fraction: float = TEST_FRACTION) -> _Tables:

@@ -1,7 +1,7 @@
 """Embedded data set: short texts of 20 overlapping topics, generated from a seed.
 
 Nothing is downloaded. A text is about three concepts of its topic and sets aside
-two of a rival topic; neighbouring topics share concepts. Training and test texts
+two of a rival topic; neighboring topics share concepts. Training and test texts
 name the same concepts by different nouns, so nothing that a bag of words learns
 carries over: a model has to know what the nouns mean. The sentence tells which
 nouns are set aside, so it also pays to read them in context.
@@ -15,7 +15,7 @@ from typing import Final
 from hafl_app.data.synthetic_words import CONCEPT_TABLE
 
 OWN_CONCEPTS: Final = 3
-"""Concepts of the text's own topic, those it shares with a neighbour included."""
+"""Concepts of the text's own topic, those it shares with a neighbor included."""
 
 DISTRACTORS: Final = 2
 """Concepts of the rival topic, none of them shared with the text's own topic."""
@@ -52,7 +52,7 @@ def parse_concepts(table: str) -> tuple[Concept, ...]:
     Parameters
     ----------
     table : str
-        Sections ``[topic]`` or ``[topic neighbour]``, each followed by lines
+        Sections ``[topic]`` or ``[topic neighbor]``, each followed by lines
         ``train nouns | test nouns``.
 
     Returns

@@ -12,7 +12,7 @@ from hafl_app.data.errors import DataError, nearest
 _LONGEST_NAME = 30  # of a column, in a message
 
 
-def standardise(
+def standardize(
     table: pd.DataFrame,
     text_column: str,
     label_column: str,

@@ -1,4 +1,4 @@
-"""Tokenised text in flat arrays, kept on disk so that only one process has to tokenise."""
+"""Tokenized text in flat arrays, kept on disk so that only one process has to tokenize."""
 
 import contextlib
 import hashlib
@@ -22,8 +22,8 @@ from hafl_app.data.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-Tokenise = Callable[[list[str]], list[list[int]]]
-TokenisePairs = Callable[[list[str], list[str]], tuple[list[list[int]], list[int]]]
+Tokenize = Callable[[list[str]], list[list[int]]]
+TokenizePairs = Callable[[list[str], list[str]], tuple[list[list[int]], list[int]]]
 """From prompts and answers to rows of both, and where in its row each answer starts."""
 
 _WAIT_SECONDS = 600.0
@@ -109,22 +109,22 @@ class EncodedText:
 def encode(
     texts: Sequence[str],
     labels: npt.ArrayLike,
-    tokenise: Tokenise,
+    tokenize: Tokenize,
     cache: Path | None,
     key: str,
 ) -> EncodedText:
-    """Tokenise texts, or read the result of an earlier time.
+    """Tokenize texts, or read the result of an earlier time.
 
     Parameters
     ----------
     texts, labels
         One label per text, shape (rows,).
-    tokenise
+    tokenize
         From a list of texts to their token ids, special tokens included, cut to length.
     cache
         Folder for the result, made if need be; None to keep none.
     key
-        All that ``tokenise`` depends on: the tokenizer and the length it cuts to.
+        All that ``tokenize`` depends on: the tokenizer and the length it cuts to.
 
     Returns
     -------
@@ -139,7 +139,7 @@ def encode(
     classes = _classes(labels, len(texts))
 
     def make() -> EncodedText:
-        return _flat(tokenise(list(texts)) if texts else [], classes)
+        return _flat(tokenize(list(texts)) if texts else [], classes)
 
     return _kept(cache, key, texts, classes, make)
 
@@ -148,17 +148,17 @@ def encode_pairs(
     prompts: Sequence[str],
     answers: Sequence[str],
     labels: npt.ArrayLike,
-    tokenise: TokenisePairs,
+    tokenize: TokenizePairs,
     cache: Path | None,
     key: str,
 ) -> EncodedText:
-    """Tokenise prompts with their answers, or read the result of an earlier time.
+    """Tokenize prompts with their answers, or read the result of an earlier time.
 
     Parameters
     ----------
     prompts, answers, labels
         One of each per row, shape (rows,).
-    tokenise
+    tokenize
         From prompts and answers to rows, cut to length, and where the answers start.
     cache, key
         As in `encode`.
@@ -178,7 +178,7 @@ def encode_pairs(
         raise DataError(f"{len(answers)} answers for {len(prompts)} prompts")
 
     def make() -> EncodedText:
-        rows, starts = tokenise(list(prompts), list(answers)) if prompts else ([], [])
+        rows, starts = tokenize(list(prompts), list(answers)) if prompts else ([], [])
         return _flat(rows, classes, np.asarray(starts, dtype=np.int64))
 
     return _kept(cache, f"{key}/pairs", [*prompts, *answers], classes, make)
@@ -250,7 +250,7 @@ def _alone(path: Path) -> Iterator[None]:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except TimeoutError:
-        logger.warning("%s: another process does not finish it; tokenising here as well", path)
+        logger.warning("%s: another process does not finish it; tokenizing here as well", path)
     except OSError:
         pass  # read-only: what is there can be read all the same, and `_write` tells the rest
     try:

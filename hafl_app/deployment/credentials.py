@@ -28,7 +28,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_DAYS = 3650
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-# The last label is never all digits: 10.0.0.300 is a misspelt address, not a name.
+# The last label is never all digits: 10.0.0.300 is a misspelled address, not a name.
 _DNS_NAME = re.compile(rf"(?!.{{254}})(?:{_LABEL}\.)*(?!\d+$){_LABEL}")
 
 

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hafl_app.cli import run_script
 from hafl_app.deployment.credentials import MOST_DAYS, Credentials, make_credentials
-from hafl_app.experiments.script import run_script
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

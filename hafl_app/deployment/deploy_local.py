@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
+from hafl_app.cli import run_script
 from hafl_app.config.compose import quoted
 from hafl_app.deployment.credentials import Credentials, make_credentials
 from hafl_app.deployment.local import Deployment, LocalNode, local_deployment
-from hafl_app.experiments.script import run_script
 
 TINY = (
     *("model=tiny_random", "dataset.max_length=16", "client.batch_size=16"),

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hafl_app.deployment.credentials import Credentials
-from hafl_app.federation.flower_run import (
+from hafl_app.engines.flower_run import (
     CONNECTION,
     HOME_PREFIX,
     comes_up,
@@ -213,7 +213,7 @@ class Deployment:
 
         Raises
         ------
-        hafl_app.federation.flower_run.FlowerRunError
+        hafl_app.engines.flower_run.FlowerRunError
             If it did not complete.
         """
         flwr_run(app, self.environment, run_config, None, on_line)

@@ -1,1 +1,1 @@
-"""Many federations at once: comparisons of methods, rank collapse, the centralised reference."""
+"""Many federations at once: comparisons of methods, rank collapse, the centralized reference."""

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from hafl_app import assembly
 from hafl_app.config.schema import Settings
-from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import ModuleShape, initial_adapter
+from hafl_app.run import build
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.training.lora_model import adapter_shapes
+from hafl_app.wire.node_profile import NodeProfile
 
 BYTES_PER_NUMBER = 4
 
@@ -18,16 +18,16 @@ def equal_mean_bytes_rank(settings: Settings) -> int:
     Bytes per client and round, down and up, head included; the rank is rounded down, so that the
     homogeneous federation never has the larger budget.
     """
-    text = assembly.federated_text(settings, settings.federation.num_clients)
-    spec = assembly.model_spec(settings, len(text.label_names))
+    text = build.federated_text(settings, settings.federation.num_clients)
+    spec = build.model_spec(settings, len(text.label_names))
     shapes = adapter_shapes(spec)
     head = 0
     if settings.model.head == "averaged":
         head = sum(tensor.numel() for tensor in spec.initial_head().values())
-    strategy = assembly.strategy(settings)
-    strategy.options = assembly.federation_options(settings)
+    strategy = build.strategy(settings)
+    strategy.options = build.federation_options(settings)
     strategy.global_adapter = initial_adapter(shapes, strategy.max_rank, settings.seed)
-    ranks = assembly.client_ranks(settings, settings.federation.num_clients)
+    ranks = build.client_ranks(settings, settings.federation.num_clients)
     return homogeneous_rank(mean_bytes(strategy, ranks, head), shapes, head)
 
 

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from hafl_app import assembly, preflight
 from hafl_app.config.compose import compose
 from hafl_app.experiments.command import Command
 from hafl_app.experiments.compare import output_folder
@@ -18,6 +17,7 @@ from hafl_app.experiments.figures import Line, draw_shares
 from hafl_app.experiments.running import run_job
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.lowrank.svd import tail_energy
+from hafl_app.run import build, preflight
 
 Energies = dict[int, float]
 
@@ -67,7 +67,7 @@ def rank_collapse(command: Command, say: Callable[[str], None]) -> Path:
 
 def _smallest_rank(job: Job) -> int:
     settings = compose(job.overrides)
-    return min(assembly.client_ranks(settings, settings.federation.num_clients))
+    return min(build.client_ranks(settings, settings.federation.num_clients))
 
 
 def _record(job: Job) -> Energies:

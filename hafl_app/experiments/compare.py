@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from hafl_app import preflight
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.experiments.command import Command
 from hafl_app.experiments.comparison import Comparison, Job
@@ -26,6 +25,7 @@ from hafl_app.experiments.tuning import (
     tuned_line,
     write_tuning,
 )
+from hafl_app.run import preflight
 from hafl_app.training.device import cpu_name
 
 Say = Callable[[str], None]

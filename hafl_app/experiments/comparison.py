@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hafl_app import assembly
 from hafl_app.config.compose import SettingsError, compose, quoted
 from hafl_app.config.schema import CompareSettings, MethodSettings, Settings
 from hafl_app.experiments.budget import equal_mean_bytes_rank
 from hafl_app.experiments.command import Command, choose
 from hafl_app.metrics import ACCURACY, Metric
+from hafl_app.run import build
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _LEARNING_RATE = "client.learning_rate"
@@ -77,7 +77,7 @@ class Comparison:
                 for name in choose("methods", command.methods, [*plan.methods])
             },
             {name: cells[name] for name in choose("cells", command.cells, [*cells])},
-            assembly.task(settings).primary,
+            build.task(settings).primary,
         )
         comparison._check(settings)
         return comparison

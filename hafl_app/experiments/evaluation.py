@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hafl_app import assembly
 from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import Settings
 from hafl_app.data.images import encode_images
-from hafl_app.data.sources import IMAGES, LabelledText, load_text
+from hafl_app.data.sources import IMAGES, LabeledText, load_text
 from hafl_app.data.text import EncodedText, encode, encode_pairs
 from hafl_app.experiments.evaluation_request import NO_ADAPTER, EvaluationRequest
 from hafl_app.experiments.harness import check_tasks, run_tasks
@@ -23,19 +22,20 @@ from hafl_app.metrics import (
     ROUGE_L,
     TOKEN_ACCURACY,
 )
-from hafl_app.training.base import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec, load_tokeniser
-from hafl_app.training.block_precision import BLOCKWISE
+from hafl_app.run import build
+from hafl_app.training.adapter_files import load_adapter, read_adapter
+from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec, load_tokenizer
 from hafl_app.training.device import resolve_device, threads
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.generate import GenerationOptions, score_generation
 from hafl_app.training.lora_model import LoraModel
-from hafl_app.training.prompts import load_pair_tokeniser
-from hafl_app.training.saved import load_adapter, read_adapter
+from hafl_app.training.prompts import load_pair_tokenizer
+from hafl_app.training.quantization.block_precision import BLOCKWISE
 
 _NEEDED = {
     CAUSAL_LM: "prompts with answers",
-    IMAGE_CLASSIFICATION: "labelled images",
-    "classification": "labelled text",
+    IMAGE_CLASSIFICATION: "labeled images",
+    "classification": "labeled text",
 }
 _SHOWN = (ACCURACY, MACRO_F1, LOSS, PERPLEXITY, TOKEN_ACCURACY, ROUGE_L, EXACT_MATCH)
 
@@ -128,19 +128,19 @@ def _base_alone(settings: Settings) -> _Subject:
             f"adapter=none: only a model.task={CAUSAL_LM} can be scored alone, the head of a "
             f"{settings.model.task} model is trained with its adapter"
         )
-    if settings.model.quantisation == BLOCKWISE:
+    if settings.model.quantization == BLOCKWISE:
         raise SettingsError(
-            f"model.quantisation={BLOCKWISE}: that is each client's own choice; expected none, "
+            f"model.quantization={BLOCKWISE}: that is each client's own choice; expected none, "
             "int8 or nf4"
         )
     # Fresh factors change nothing: lora_B is 0.
-    spec = assembly.model_spec(settings, 0)
+    spec = build.model_spec(settings, 0)
     return _Subject(spec.build(), spec.base, settings.dataset.max_length, (), None)
 
 
 def _check_task(request: EvaluationRequest, subject: _Subject) -> None:
     dataset, task = request.settings.dataset, subject.base.task
-    kind = "labelled images" if dataset.source in IMAGES else "labelled text"
+    kind = "labeled images" if dataset.source in IMAGES else "labeled text"
     kind = "prompts with answers" if dataset.answer_column else kind
     needed = _NEEDED[task]
     if kind != needed:
@@ -152,8 +152,8 @@ def _check_task(request: EvaluationRequest, subject: _Subject) -> None:
         raise SettingsError(f"{unfit}: for a {CAUSAL_LM} only, and the model's task is {task}")
 
 
-def _text(request: EvaluationRequest, subject: _Subject) -> LabelledText:
-    source = assembly.text_source(request.settings)
+def _text(request: EvaluationRequest, subject: _Subject) -> LabeledText:
+    source = build.text_source(request.settings)
     if request.max_examples is not None:
         source = replace(source, max_test_examples=request.max_examples)
     if subject.base.task != CAUSAL_LM:
@@ -161,7 +161,7 @@ def _text(request: EvaluationRequest, subject: _Subject) -> LabelledText:
     return load_text(source)
 
 
-def _scores(request: EvaluationRequest, subject: _Subject, text: LabelledText) -> dict[str, Any]:
+def _scores(request: EvaluationRequest, subject: _Subject, text: LabeledText) -> dict[str, Any]:
     precision = request.settings.client.precision
     metrics: dict[str, float] = {}
     scored = 0
@@ -181,14 +181,14 @@ def _scores(request: EvaluationRequest, subject: _Subject, text: LabelledText) -
     return {"scored": scored, "metrics": metrics}
 
 
-def _encoded(subject: _Subject, text: LabelledText) -> EncodedText:
+def _encoded(subject: _Subject, text: LabeledText) -> EncodedText:
     columns = text.test.with_format(None)
     labels = columns["label"][:]
     if subject.base.task == IMAGE_CLASSIFICATION:
         return encode_images(columns["pixels"][:], labels)
     texts = columns["text"][:]
     if subject.base.task != CAUSAL_LM:
-        tokenise = load_tokeniser(subject.base, subject.max_length)
-        return encode(texts, labels, tokenise, None, "")
-    pairs = load_pair_tokeniser(subject.base, subject.max_length)
+        tokenize = load_tokenizer(subject.base, subject.max_length)
+        return encode(texts, labels, tokenize, None, "")
+    pairs = load_pair_tokenizer(subject.base, subject.max_length)
     return encode_pairs(texts, columns["answer"][:], labels, pairs, None, "").with_answers()

@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from hafl_app.experiments.results import Curve
 from hafl_app.metrics import ACCURACY
 
-# Okabe and Ito's colours, told apart by the colour-blind; with a marker each, also in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colors, told apart by the color-blind; with a marker each, also in grey.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SEEDS_FOR_A_BAND = 2
 
@@ -78,26 +78,26 @@ def draw_lines(
     Parameters
     ----------
     order
-        All methods of the figure; a method's place decides its colour and marker.
+        All methods of the figure; a method's place decides its color and marker.
     percent
         Whether the values are shares in [0, 1], to be written in percent.
     """
     for method, line in lines.items():
         place = order.index(method)
-        colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+        color, marker = _COLORS[place % len(_COLORS)], _MARKERS[place % len(_MARKERS)]
         values = np.asarray(line.values, dtype=float)  # (seeds, points)
         axes.plot(
             line.xs,
             values.mean(axis=0),
-            color=colour,
+            color=color,
             marker=marker,
             markersize=4,
-            linestyle="-" if place < len(_COLOURS) else "--",
+            linestyle="-" if place < len(_COLORS) else "--",
             label=method,
         )
         if len(values) >= _SEEDS_FOR_A_BAND:
             axes.fill_between(
-                line.xs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, lw=0
+                line.xs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0
             )
     axes.spines[["top", "right"]].set_visible(False)
     if percent:

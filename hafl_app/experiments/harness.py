@@ -8,7 +8,7 @@ from typing import Any
 
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import nearest
-from hafl_app.training.base import BaseSpec, hub_tokeniser
+from hafl_app.training.base_model import BaseSpec, hub_tokenizer
 from hafl_app.training.lora_model import LoraModel
 
 
@@ -70,7 +70,7 @@ def run_tasks(
     from lm_eval import simple_evaluate  # noqa: PLC0415  optional
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
-    wrapped = HFLM(pretrained=model.base, tokenizer=hub_tokeniser(base), batch_size=8)
+    wrapped = HFLM(pretrained=model.base, tokenizer=hub_tokenizer(base), batch_size=8)
     results = simple_evaluate(
         model=wrapped, tasks=list(tasks), limit=limit, task_manager=_task_manager()
     )["results"]

@@ -15,14 +15,14 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
+from hafl_app.client.permissions import own_machine
 from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
+from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.experiments.comparison import Job
-from hafl_app.federation.inprocess import InProcessGrid, server_identity
-from hafl_app.federation.permissions import own_machine
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.reporting import plain_settings
+from hafl_app.run.reporting import plain_settings
 from hafl_app.server_app import run
 
 

@@ -56,7 +56,7 @@ def change_size(after: Adapter, before: Adapter, scaling: Mapping[str, float]) -
     """Return the root mean square change of the trained numbers, comparable over ranks.
 
     The change's `total_norm` over the square root of how many numbers there are, with lora_B as
-    the optimiser sees it. A norm grows with the number of components, and under
+    the optimizer sees it. A norm grows with the number of components, and under
     ``lora.scaling=per_rank`` the folded lora_B of a low rank moves further for the same steps;
     neither tells anything of a client.
 

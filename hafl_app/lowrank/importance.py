@@ -20,7 +20,7 @@ class SensitivityAverages:
     ``smoothed_t = beta1 smoothed_{t-1} + (1 - beta1) I_t`` and
     ``uncertainty_t = beta2 uncertainty_{t-1} + (1 - beta2) |I_t - smoothed_t|``, from 0.
 
-    On a client an update is an optimiser step (`sensitivity` of the gradients), on the server it
+    On a client an update is an optimizer step (`sensitivity` of the gradients), on the server it
     is a round (`round_sensitivity`). A component that was frozen is left out of the update: its
     averages stay, else it would decay for lack of a gradient and never be chosen again.
 

@@ -1,6 +1,6 @@
 """Changes of factors with as many bits for each component as it was given.
 
-HAFLQ, Su, Yan and Deng, arXiv:2411.06581v2, quantises uploads by importance; its formulas could
+HAFLQ, Su, Yan and Deng, arXiv:2411.06581v2, quantizes uploads by importance; its formulas could
 not be read, so codes, scales and rounding are reconstructed. Random rounding to few bits: Wen et
 al., "TernGrad", NeurIPS 2017, arXiv:1705.07878. Shrinking what is unbiased, so that errors which
 are fed back stay bounded: Beznosikov et al., "On Biased Compression for Distributed Learning", JMLR
@@ -15,7 +15,7 @@ from jaxtyping import BFloat16, Float, Int16
 from torch import Tensor
 
 from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.lowrank.quantise import dequantise, rounded_up
+from hafl_app.lowrank.quantize import dequantize, rounded_up
 from hafl_app.plan import largest_code
 
 STOCHASTIC_BITS = 4
@@ -48,7 +48,7 @@ class MixedFactors:
         contract: bool,
         generator: torch.Generator,
     ) -> "MixedFactors":
-        """Round every component's two vectors to its bits, see `quantise_to`.
+        """Round every component's two vectors to its bits, see `quantize_to`.
 
         Parameters
         ----------
@@ -62,7 +62,7 @@ class MixedFactors:
     def decoded(self) -> LoraFactors:
         """Return the factors that the codes stand for, in float32."""
         return LoraFactors(
-            dequantise(self.lora_A, self.scales_A), dequantise(self.lora_B.T, self.scales_B).T
+            dequantize(self.lora_A, self.scales_A), dequantize(self.lora_B.T, self.scales_B).T
         )
 
 
@@ -76,13 +76,13 @@ def _by_bits(
     scales = torch.zeros(len(vectors), dtype=torch.bfloat16)
     for level in sorted(set(bits)):
         rows = [i for i, b in enumerate(bits) if b == level]
-        codes[rows], scales[rows] = quantise_to(
+        codes[rows], scales[rows] = quantize_to(
             vectors[rows], level, contract=contract, generator=generator
         )
     return codes, scales
 
 
-def quantise_to(
+def quantize_to(
     vectors: Float[Tensor, "count n"],
     bits: int,
     *,

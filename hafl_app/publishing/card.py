@@ -9,11 +9,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hafl_app.metrics import Metric, task_of
 from hafl_app.publishing.exported import Exported
-from hafl_app.publishing.licence import base_licence
+from hafl_app.publishing.license import base_license
 from hafl_app.publishing.run_facts import read_run
 from hafl_app.publishing.sections import body
-from hafl_app.training.base import BaseSpec
-from hafl_app.training.saved import read_adapter
+from hafl_app.training.adapter_files import read_adapter
+from hafl_app.training.base_model import BaseSpec
 
 CARD_FILE: Final = "README.md"
 _PIPELINES: Final = {
@@ -27,20 +27,20 @@ _HUB_NAME: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _HUB_METRICS: Final = {"macro-f1": "f1", "token-accuracy": "accuracy"}  # others are called the same
 
 
-def model_card(export: Exported, licence: str | None) -> ModelCard:
+def model_card(export: Exported, license_id: str | None) -> ModelCard:
     """Return the card of a folder: front matter for the hub, text for people.
 
     Parameters
     ----------
-    licence
-        That of the base model, see `hafl_app.publishing.licence.base_licence`.
+    license_id
+        That of the base model, see `hafl_app.publishing.license.base_license`.
     """
     results = _results(export)
     dataset = export.run.setting("dataset", "hub")
     data = ModelCardData(
         base_model=_hub_name(export.stored.spec.base),
         library_name="transformers" if export.merged else "peft",
-        license=licence,
+        license=license_id,
         datasets=[dataset] if dataset else None,
         metrics=sorted({result.metric_type for result in results}) or None,
         pipeline_tag=_PIPELINES[export.kind],
@@ -48,7 +48,7 @@ def model_card(export: Exported, licence: str | None) -> ModelCard:
         model_name=export.name if results else None,
         eval_results=results or None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body(export, licence)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body(export, license_id)}")
 
 
 def add_card(folder: Path) -> None:
@@ -56,12 +56,12 @@ def add_card(folder: Path) -> None:
 
     Raises
     ------
-    hafl_app.training.saved.SavedAdapterError
+    hafl_app.training.adapter_files.SavedAdapterError
         If it is none.
     """
     export = Exported(folder.name, read_adapter(folder), read_run(folder))
-    licence = base_licence(export.stored.spec.base, ask_hub=False)
-    model_card(export, licence).save(folder / CARD_FILE)
+    license_id = base_license(export.stored.spec.base, ask_hub=False)
+    model_card(export, license_id).save(folder / CARD_FILE)
 
 
 def _hub_name(base: BaseSpec) -> str | None:

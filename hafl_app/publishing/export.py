@@ -6,12 +6,12 @@ from pathlib import Path
 
 from hafl_app.publishing.card import CARD_FILE, model_card
 from hafl_app.publishing.exported import Exported
-from hafl_app.publishing.licence import base_licence
+from hafl_app.publishing.license import base_license
 from hafl_app.publishing.merging import DTYPES, require_whole_base, write_merged
 from hafl_app.publishing.output import check_output, whole_folder
 from hafl_app.publishing.run_facts import read_run
 from hafl_app.publishing.truncation import truncate_adapter
-from hafl_app.training.saved import StoredAdapter, read_adapter, save_adapter
+from hafl_app.training.adapter_files import StoredAdapter, read_adapter, save_adapter
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ def _write(folder: Path, export: Exported, request: ExportRequest) -> None:
             max_length=stored.max_length,
             facts=stored.facts,
         )
-    model_card(named, _licence(export, named)).save(folder / CARD_FILE)
+    model_card(named, _license(export, named)).save(folder / CARD_FILE)
 
 
-def _licence(*exports: Exported) -> str | None:
-    """Return what the first card that states a licence says."""
-    found = (base_licence(export.stored.spec.base, ask_hub=True) for export in exports)
-    return next((licence for licence in found if licence), None)
+def _license(*exports: Exported) -> str | None:
+    """Return what the first card that states a license says."""
+    found = (base_license(export.stored.spec.base, ask_hub=True) for export in exports)
+    return next((one for one in found if one), None)
 
 
 def _named(export: Exported, base: str | None) -> Exported:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from hafl_app.publishing.run_facts import RunFacts
 from hafl_app.publishing.truncation import Truncation
 from hafl_app.publishing.usage import kind_of
-from hafl_app.training.saved import StoredAdapter
+from hafl_app.training.adapter_files import StoredAdapter
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Exported:
     @property
     def is_federated(self) -> bool:
         """Whether the data stayed with clients, and were not in one place for a comparison."""
-        return not self.stored.facts.get("centralised", False)
+        return not self.stored.facts.get("centralized", False)
 
     @property
     def measured_at_rank(self) -> float | None:

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from hafl_app.training.base import BaseSpec, hub_tokeniser, load_base, locate
-from hafl_app.training.quantised import dequantise
-from hafl_app.training.saved import SavedAdapterError, StoredAdapter, task_type
+from hafl_app.training.adapter_files import SavedAdapterError, StoredAdapter, task_type
+from hafl_app.training.base_model import BaseSpec, hub_tokenizer, load_base, locate
+from hafl_app.training.quantization.blocks import dequantize
 
 HEAD_FILE: Final = "head.safetensors"
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,7 +24,7 @@ def merged_model(stored: StoredAdapter) -> Any:
 
     Raises
     ------
-    hafl_app.training.base.ModelError
+    hafl_app.training.base_model.ModelError
         If the base model is not there.
     SavedAdapterError
         If the adapter does not fit it.
@@ -34,7 +34,7 @@ def merged_model(stored: StoredAdapter) -> Any:
         # The seed decides whatever the base's files do not hold, random weights among them.
         torch.manual_seed(spec.seed)
         model: Any = load_base(spec.base, spec.num_labels)
-        dequantise(model)  # merged into the weights that the factors were trained on
+        dequantize(model)  # merged into the weights that the factors were trained on
     try:
         with torch.no_grad():
             for name, factors in stored.adapter.modules.items():
@@ -72,7 +72,7 @@ def write_merged(folder: Path, stored: StoredAdapter, dtype: str) -> None:
     """
     merged_model(stored).to(DTYPES[dtype]).save_pretrained(folder)
     if not stored.spec.base.is_without_files:
-        hub_tokeniser(stored.spec.base).save_pretrained(folder)
+        hub_tokenizer(stored.spec.base).save_pretrained(folder)
     if task_type(stored.spec.base) == "FEATURE_EXTRACTION":
         save_file({k: v.contiguous() for k, v in stored.adapter.head.items()}, folder / HEAD_FILE)
 
@@ -87,7 +87,7 @@ def require_whole_base(base: BaseSpec, num_labels: int) -> None:
     ------
     SavedAdapterError
         If there is such a layer.
-    hafl_app.training.base.ModelError
+    hafl_app.training.base_model.ModelError
         If the base model is not there.
     """
     if base.random_weights or task_type(base) != "SEQ_CLS":

@@ -6,7 +6,7 @@ from typing import Any, Final
 from hafl_app.metrics import Metric, task_of
 from hafl_app.publishing.exported import Exported
 from hafl_app.publishing.usage import base_name, usage
-from hafl_app.training.quantised import NOT_QUANTISED
+from hafl_app.training.quantization.blocks import NOT_QUANTIZED
 
 _MEGABYTE: Final = 1e6
 _PHASES: Final = {
@@ -16,16 +16,16 @@ _PHASES: Final = {
 }
 
 
-def body(export: Exported, licence: str | None) -> str:
+def body(export: Exported, license_id: str | None) -> str:
     """Return a model card's text, without the front matter.
 
     Parameters
     ----------
-    licence
+    license_id
         That of the base model; `None` if not known.
     """
     sections = [_title(export), _use(export), _training(export)]
-    sections += [_scores(export), _cut(export), _limitations(export, licence)]
+    sections += [_scores(export), _cut(export), _limitations(export, license_id)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -85,8 +85,8 @@ def _base(export: Exported) -> str:
     words += [f"revision {base.revision}"] if base.revision else []
     words += [f"its first {base.num_layers} layers"] if base.num_layers else []
     words += ["random weights"] if base.random_weights else []
-    if base.quantisation != NOT_QUANTISED:
-        words.append(f"kept in {base.quantisation} while training and for these scores")
+    if base.quantization != NOT_QUANTIZED:
+        words.append(f"kept in {base.quantization} while training and for these scores")
     return ", ".join(words)
 
 
@@ -190,7 +190,7 @@ def _cut(export: Exported) -> str:
     )
 
 
-def _limitations(export: Exported, licence: str | None) -> str:
+def _limitations(export: Exported, license_id: str | None) -> str:
     lines = [
         "It inherits what the base model was trained on, with its errors and biases.",
         "It is fit for texts like those of the clients; on others nothing was measured.",
@@ -202,9 +202,9 @@ def _limitations(export: Exported, licence: str | None) -> str:
     if export.stored.facts.get("head") == "local":
         lines.append("Every client kept a head of its own: the one here was never trained.")
     lines.append(
-        f"The base model's licence, as its card states it: {licence}."
-        if licence
-        else "The base model's card states no licence: ask before you pass this on."
+        f"The base model's license, as its card states it: {license_id}."
+        if license_id
+        else "The base model's card states no license: ask before you pass this on."
     )
     return "## Limitations\n\n" + "\n".join(f"- {line}" for line in lines)
 

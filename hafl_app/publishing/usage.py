@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Final
 
-from hafl_app.training.base import IMAGE_CLASSIFICATION, BaseSpec
-from hafl_app.training.saved import StoredAdapter, task_type
+from hafl_app.training.adapter_files import StoredAdapter, task_type
+from hafl_app.training.base_model import IMAGE_CLASSIFICATION, BaseSpec
 
 _AUTO: Final = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -21,7 +21,7 @@ with torch.no_grad():
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
-_TOKENISE: Final = """
+_TOKENIZE: Final = """
 texts = ["a text", "another one, a little longer"]
 inputs = tokenizer(
     texts, truncation=True, max_length={max_length}, padding=True, return_tensors="pt"
@@ -42,7 +42,7 @@ with torch.no_grad():
 print([labels[i] for i in logits.argmax(1).tolist()])
 """
 
-_OWN: Final = """from hafl_app.training.saved import load_adapter
+_OWN: Final = """from hafl_app.training.adapter_files import load_adapter
 
 loaded = load_adapter("{name}")
 """
@@ -91,7 +91,7 @@ def usage(stored: StoredAdapter, folder: str, *, merged: bool, template: str | N
         prompt = repr(template) if template else '"Once upon a time"'
         body = _GENERATE.format(prompt=prompt)
     else:
-        body = _TOKENISE.format(max_length=stored.max_length)
+        body = _TOKENIZE.format(max_length=stored.max_length)
         body += _labels(merged=merged) + (_CLASSIFY if kind == "SEQ_CLS" else _POOL)
     return f"{_imports(kind, merged=merged)}\n{names}{load}{body}"
 

@@ -13,14 +13,14 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from hafl_app.config.schema import number
-from hafl_app.federation.privacy import NoiseSource
-from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import NUMBER_BYTES, ModulePlan, TrainPlan
-from hafl_app.strategies.exchange import ClientUpdate
-from hafl_app.strategies.heads import HeadMean, RobustHeads
+from hafl_app.privacy.mechanism import NoiseSource
+from hafl_app.server.central_privacy import Division, next_adapter, trainable_counts
+from hafl_app.server.heads import HeadMean, RobustHeads
+from hafl_app.server.round_messages import ClientUpdate
 from hafl_app.strategies.hooks import FlowerHooks, StrategyError
-from hafl_app.strategies.private import Division, next_adapter, trainable_counts
+from hafl_app.wire.node_profile import NodeProfile
 
 _NEEDS_WHOLE_ROUND = {"robust": "none", "max_norm_ratio": None, "clip_ratio": None}
 """Options that compare the replies of a round with each other, and what switches them off."""
@@ -149,12 +149,12 @@ class HeterogeneousLora(FlowerHooks, ABC):
     def _fold_privately(self, updates: Iterable[ClientUpdate]) -> Adapter:
         """Return the next global adapter from clipped changes, noise and expected counts."""
         nodes, privacy = self.directory.in_order(), self.options.privacy
-        travelling = self.global_adapter if self.head_shapes else self.global_adapter.with_head({})
+        traveling = self.global_adapter if self.head_shapes else self.global_adapter.with_head({})
         plans = [self.plan(profile, self._server_round) for profile in nodes]
         merged = next_adapter(
-            travelling,
+            traveling,
             updates,
-            trainable_counts(plans, travelling),
+            trainable_counts(plans, traveling),
             len(nodes),
             self.options.fraction_train,
             privacy,

@@ -7,12 +7,12 @@ arXiv:2305.05644.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import TrainPlan
-from hafl_app.strategies.averaging import ComponentAveraging, Sums
+from hafl_app.server.central_privacy import Division
+from hafl_app.strategies.component_mean import ComponentAveraging, Sums
 from hafl_app.strategies.hooks import StrategyError
-from hafl_app.strategies.private import Division
+from hafl_app.wire.node_profile import NodeProfile
 
 
 @dataclass(kw_only=True, eq=False)

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from hafl_app.config.schema import choice, number
-from hafl_app.federation.profiles import NodeProfile
-from hafl_app.federation.sampling import client_seed
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.importance import (
     SensitivityAverages,
@@ -26,10 +24,12 @@ from hafl_app.lowrank.importance import (
 )
 from hafl_app.lowrank.robust import robust_mean
 from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.strategies.averaging import ComponentAveraging, Sums
-from hafl_app.strategies.exchange import ClientUpdate
+from hafl_app.server.central_privacy import Division
+from hafl_app.server.client_sampling import client_seed
+from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.strategies.component_mean import ComponentAveraging, Sums
 from hafl_app.strategies.hooks import StrategyError
-from hafl_app.strategies.private import Division
+from hafl_app.wire.node_profile import NodeProfile
 
 Scored = tuple[tuple[int, ...], Tensor]
 """Components of a module, and a score for each."""

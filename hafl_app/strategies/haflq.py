@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from hafl_app.config.schema import choice, number
-from hafl_app.federation.channel import PAPER_DISTANCES_M, Channel
-from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.bit_allocation import allocate_bits
 from hafl_app.plan import BIT_LEVELS, NUMBER_BYTES, ModulePlan, component_bytes
+from hafl_app.server.radio_channel import PAPER_DISTANCES_M, Channel
 from hafl_app.strategies.hafl import Hafl
+from hafl_app.wire.node_profile import NodeProfile
 
 Place = tuple[str, int]
 """A module and one of its components."""
@@ -22,7 +22,7 @@ Place = tuple[str, int]
 
 @dataclass(kw_only=True, eq=False)
 class Haflq(Hafl):
-    """HAFL with importance-aware, bandwidth-adaptive upload quantisation.
+    """HAFL with importance-aware, bandwidth-adaptive upload quantization.
 
     A client may upload ``D_k = C_k T`` bits of factors a round, ``C_k`` its rate and T
     ``upload_seconds``. All components that it trains start at 2 bits a number and rise to 4, 8 and
@@ -37,7 +37,7 @@ class Haflq(Hafl):
     Differs from the paper: that bits follow importance and bandwidth is known from the abstract, a
     Shannon rate and the ten distances second hand; levels, order of the steps, codes, rounding and
     error feedback are reconstructions, and the channel's constants are 3GPP's. The other half of
-    HAFLQ, a base model quantised block by block, is not part of this method.
+    HAFLQ, a base model quantized block by block, is not part of this method.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Haflq(Hafl):
     upload_seconds
         ``T``, above 0.
     bandwidth_hz, transmit_power_dbm, noise_dbm_per_hz, path_loss_db_at_1km, path_loss_exponent
-        Of the simulated uplink, see `hafl_app.federation.channel`. A node that states its
+        Of the simulated uplink, see `hafl_app.server.radio_channel`. A node that states its
         ``bandwidth-kbps`` has no need of it.
     distances_m
         How far the clients are from the base station, by partition.

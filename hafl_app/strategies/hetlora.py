@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from hafl_app.config.schema import choice, number
-from hafl_app.federation.profiles import NodeProfile
 from hafl_app.lowrank.components import ComponentSums
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.svd import WeightedStack, singular_values
 from hafl_app.plan import TailPruning, TrainPlan
+from hafl_app.server.central_privacy import Division
+from hafl_app.server.round_messages import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
-from hafl_app.strategies.exchange import ClientUpdate
 from hafl_app.strategies.hooks import StrategyError
-from hafl_app.strategies.private import Division
+from hafl_app.wire.node_profile import NodeProfile
 
 _NORM_WEIGHTS = "sparsity-weighted aggregation, arXiv:2401.06432: a norm is the weight"
 
@@ -39,7 +39,7 @@ class HetLora(HeterogeneousLora):
     """Clients with large updates count more, and drop components that they do not need.
 
     1. *Truncation*: client k holds the first ``r_k`` components.
-    2. *Self-pruning*: it minimises ``F_k + lambda ||B[:, g:]||_F ||A[g:, :]||_F`` with
+    2. *Self-pruning*: it minimizes ``F_k + lambda ||B[:, g:]||_F ||A[g:, :]||_F`` with
        ``g = max(r_min, floor(gamma r_k))``. If that norm product is lower after training than
        before, it uploads the first g components only, and ``r_k <- g`` for good.
     3. *Sparsity-weighted aggregation*: with missing components as zeros,
@@ -66,7 +66,7 @@ class HetLora(HeterogeneousLora):
     ----------
     pruning
         Whether clients prune.
-    regulariser
+    regularizer
         Whether the tail's norm product is in the loss. Without it a tail shrinks by chance alone.
     decay
         ``gamma`` in (0, 1]. The paper's best, 0.99, takes off one component at a time up to rank
@@ -94,7 +94,7 @@ class HetLora(HeterogeneousLora):
     }
 
     pruning: bool = True
-    regulariser: bool = True
+    regularizer: bool = True
     decay: float = number(0.99, above=0, at_most=1)
     tail_weight: float = number(0.01, at_least=0)
     min_rank: int = number(2, at_least=1)
@@ -130,9 +130,9 @@ class HetLora(HeterogeneousLora):
         }
 
     def _tail(self) -> TailPruning | None:
-        if not (self.pruning or self.regulariser):
+        if not (self.pruning or self.regularizer):
             return None
-        weight = self.tail_weight if self.regulariser else 0.0
+        weight = self.tail_weight if self.regularizer else 0.0
         return TailPruning(self.decay, weight, self.min_rank, self.pruning)
 
     def robust_reason(self) -> str:
@@ -184,7 +184,7 @@ class HetLora(HeterogeneousLora):
         return merged
 
     def norms(self, update: ClientUpdate) -> dict[str, float]:
-        """Return the client's unnormalised phi by module."""
+        """Return the client's unnormalized phi by module."""
         norms = {name: self._norm(update, name) for name in update.adapter.modules}
         return dict.fromkeys(norms, sum(norms.values())) if self.norm_scope == "client" else norms
 

@@ -16,21 +16,21 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from hafl_app.federation.directory import NodeDirectory
-from hafl_app.federation.faults import Fault
-from hafl_app.federation.ledger import Ledger
-from hafl_app.federation.privacy import PrivacyError, check_local_plan
-from hafl_app.federation.profiles import NodeProfile, matches
-from hafl_app.federation.quarantine import Quarantine
-from hafl_app.federation.records import NUM_EXAMPLES, SECONDS
-from hafl_app.federation.sampling import sample_poisson, sample_profiles, sample_size
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import CLASSIFICATION, weighted_mean
 from hafl_app.plan import TrainPlan
-from hafl_app.strategies.exchange import ClientReport, ClientUpdate, Exchange
-from hafl_app.strategies.norms import clip_updates, refuse_outliers
-from hafl_app.strategies.options import FederationOptions
-from hafl_app.strategies.private import Division
+from hafl_app.privacy.mechanism import PrivacyError, check_local_plan
+from hafl_app.server.central_privacy import Division
+from hafl_app.server.client_sampling import sample_poisson, sample_profiles, sample_size
+from hafl_app.server.node_directory import NodeDirectory
+from hafl_app.server.options import FederationOptions
+from hafl_app.server.outliers import clip_updates, refuse_outliers
+from hafl_app.server.quarantine import Quarantine
+from hafl_app.server.round_messages import ClientReport, ClientUpdate, Exchange
+from hafl_app.server.traffic import Ledger
+from hafl_app.wire.faults import Fault
+from hafl_app.wire.node_profile import NodeProfile, matches
+from hafl_app.wire.records import NUM_EXAMPLES, SECONDS
 
 _LOGGER = logging.getLogger(__name__)
 

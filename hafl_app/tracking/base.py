@@ -60,7 +60,7 @@ class ClientRecord:
     probe_seconds
         Of `seconds`, those spent on measuring all components before training.
     steps, out_of_time
-        Optimiser steps, and whether its time was over before its plan was done.
+        Optimizer steps, and whether its time was over before its plan was done.
     """
 
     server_round: int

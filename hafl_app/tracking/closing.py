@@ -13,7 +13,7 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     ----------
     summary
         ``clients`` with the metrics of ``seen`` and ``unseen`` ones, and ``generation``, as
-        `hafl_app.reporting.RunReport` writes them.
+        `hafl_app.run.reporting.RunReport` writes them.
     """
     clients, generation = summary.get("clients", {}), summary.get("generation")
     lines = []

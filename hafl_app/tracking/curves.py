@@ -16,7 +16,7 @@ MEGABYTE = 1e6
 ROUNDS_WITH_MARKERS = 30
 SMALLEST_SPAN = 0.02  # of the axis, so that noise is not drawn as a trend; relative if no share
 
-# Phase: (colour, marker). Okabe and Ito's colours, told apart by the colour-blind.
+# Phase: (color, marker). Okabe and Ito's colors, told apart by the color-blind.
 _LINES = {"validation": ("#0072B2", "o"), "test": ("#D55E00", "s"), "clients": ("#009E73", "^")}
 
 
@@ -59,13 +59,13 @@ def _draw_panel(
 ) -> None:
     """Draw a line a phase; `positions` holds the x of each round."""
     marked = len(rounds) <= ROUNDS_WITH_MARKERS
-    for phase, (colour, marker) in _LINES.items():
+    for phase, (color, marker) in _LINES.items():
         values = [record.metrics.get(metric.key(phase), math.nan) for record in rounds]
         known = [(x, y) for x, y in zip(positions, values, strict=True) if math.isfinite(y)]
         if known:
             xs, ys = zip(*known, strict=True)
             style = marker if marked or len(known) == 1 else None
-            axes.plot(xs, ys, color=colour, marker=style, markersize=4.5, label=phase)
+            axes.plot(xs, ys, color=color, marker=style, markersize=4.5, label=phase)
     axes.spines[["top", "right"]].set_visible(False)
     if metric.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))

@@ -22,7 +22,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 class Examples(Protocol):
-    """Labelled rows, of text with `TextExamples.tokens`, of images with `ImageExamples.pixels`."""
+    """Labeled rows, of text with `TextExamples.tokens`, of images with `ImageExamples.pixels`."""
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -38,7 +38,7 @@ class Examples(Protocol):
 
 @runtime_checkable
 class TextExamples(Examples, Protocol):
-    """Labelled token sequences stored end to end.
+    """Labeled token sequences stored end to end.
 
     Row ``i`` is ``tokens[offsets[i]:offsets[i + 1]]`` with label ``labels[i]``.
     """
@@ -50,7 +50,7 @@ class TextExamples(Examples, Protocol):
 
 @runtime_checkable
 class ImageExamples(Examples, Protocol):
-    """Labelled images of one size."""
+    """Labeled images of one size."""
 
     @property
     def pixels(self) -> NDArray[np.float32]:

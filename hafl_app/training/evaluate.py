@@ -1,4 +1,4 @@
-"""Scores of a model: on labelled text, or on prompts with answers."""
+"""Scores of a model: on labeled text, or on prompts with answers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hafl_app.training.answers import GenerationScores, score_answers
-from hafl_app.training.base import CAUSAL_LM, BaseSpec, hub_tokeniser
+from hafl_app.training.base_model import CAUSAL_LM, BaseSpec, hub_tokenizer
 from hafl_app.training.causal import LoraCausalLM
 from hafl_app.training.device import autocast
 from hafl_app.training.lora_model import LoraModel
-from hafl_app.training.prompts import load_pair_tokeniser
+from hafl_app.training.prompts import load_pair_tokenizer
 
 _TINY_END: Final = 0  # of an answer, for models without files
 _PAD: Final = 0  # what stands there is masked
@@ -102,14 +102,14 @@ def answer_codec(spec: BaseSpec) -> AnswerCodec:
 
     Raises
     ------
-    hafl_app.training.base.ModelError
+    hafl_app.training.base_model.ModelError
         If the tokenizer is not there.
     """
     if spec.is_without_files:
         return AnswerCodec(_TINY_END, lambda ids: " ".join(map(str, ids)))
-    tokeniser = hub_tokeniser(spec)
-    end = None if tokeniser.eos_token_id is None else int(tokeniser.eos_token_id)
-    return AnswerCodec(end, lambda ids: str(tokeniser.decode(ids, skip_special_tokens=True)))
+    tokenizer = hub_tokenizer(spec)
+    end = None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+    return AnswerCodec(end, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
 
 @torch.inference_mode()
@@ -191,14 +191,14 @@ def _fitting(
     spec: BaseSpec, prompts: list[str], options: GenerationOptions
 ) -> tuple[dict[int, list[int]], int]:
     """Return the tokens of the first prompts that fit, by row, and how many before did not."""
-    tokenise = load_pair_tokeniser(spec, options.max_length)
+    tokenize = load_pair_tokenizer(spec, options.max_length)
     wanted = len(prompts) if options.max_examples is None else options.max_examples
     rows: dict[int, list[int]] = {}
     left_out = 0
     for row, prompt in enumerate(prompts):
         if len(rows) == wanted:
             break
-        (tokens,), (start,) = tokenise([prompt], [""])
+        (tokens,), (start,) = tokenize([prompt], [""])
         if 0 < start < options.max_length:
             rows[row] = tokens[:start]
         else:

@@ -25,9 +25,9 @@ from hafl_app.training.device import (
     peak_memory_mb,
     reset_peak_memory,
 )
+from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.lora_model import LoraModel
-from hafl_app.training.measure import ImportanceMeter
-from hafl_app.training.tail import prune_tail, tail_norms, tail_penalty
+from hafl_app.training.rank_pruning import prune_tail, tail_norms, tail_penalty
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class TrainOptions:
         ``auto``, ``fp32`` or ``bf16``.
     max_seconds
         Wall time after which training ends, behind the step in which it is over; 0 for no limit.
-        What is learnt then depends on the clock.
+        What is learned then depends on the clock.
     micro_batch_size
         Texts that go through the model at once, at least 1; their gradients add up to the batch's.
         None for the whole batch.
@@ -106,7 +106,7 @@ class TrainResult:
     loss
         Mean training loss of the last epoch, or of the steps in it that were taken.
     steps
-        Optimiser steps.
+        Optimizer steps.
     seconds
         Wall time of the training.
     probe_seconds
@@ -212,7 +212,7 @@ def train(
         model.load(adapter, plan)
         tail_before = tail_norms(model, plan.tail)
         meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
-        loss, steps = _optimise(task, np.random.default_rng(seed), meter, on_epoch)
+        loss, steps = _optimize(task, np.random.default_rng(seed), meter, on_epoch)
     trained = model.trained(plan)
     if plan.tail is not None and plan.tail.prune:
         tail_after = tail_norms(model, plan.tail)
@@ -231,7 +231,7 @@ def train(
     )
 
 
-def _optimise(
+def _optimize(
     task: _Task,
     rng: np.random.Generator,
     meter: ImportanceMeter,
@@ -298,7 +298,7 @@ def _backward_in_parts(task: _Task, rows: NDArray[np.int64], tail: TailPruning |
         batch = model.batch(task.examples, part)
         with autocast(model.device, task.options.precision):
             mean = model.loss(batch)
-        # Its share of the batch's mean: the mean of the parts' means would favour small parts.
+        # Its share of the batch's mean: the mean of the parts' means would favor small parts.
         loss = mean * (model.num_targets(task.examples, part) / targets)
         total = loss if tail is None or index else loss + tail_penalty(model, tail)
         total.backward()  # type: ignore[no-untyped-call]
@@ -327,7 +327,7 @@ def _too_large(task: _Task) -> str:
 def build_optimizer(
     model: LoraModel, plan: TrainPlan, options: TrainOptions
 ) -> torch.optim.Optimizer:
-    """Return the optimiser over the plan's trainable tensors, and nothing frozen."""
+    """Return the optimizer over the plan's trainable tensors, and nothing frozen."""
     pairs = list(model.trainable_factors().values())
     head = [] if plan.head == "frozen" else list(model.head_module.parameters())
     groups = [

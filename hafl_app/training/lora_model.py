@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training.base import BaseSpec, ModelError, base_without_weights, load_base
+from hafl_app.training.base_model import BaseSpec, ModelError, base_without_weights, load_base
 from hafl_app.training.batches import Batch, Examples, ImageBatch
-from hafl_app.training.fused import fuse
+from hafl_app.training.fused_lora import fuse
 
 TRAINABLE, FROZEN = "trainable_components", "frozen_components"
 
@@ -325,9 +325,9 @@ def adapter_shapes(spec: LoraSpec) -> dict[str, ModuleShape]:
     return shapes
 
 
-def with_quantisation(spec: LoraSpec, quantisation: str) -> LoraSpec:
-    """Return a spec whose base model is quantised in that way, as in a `BaseSpec`."""
-    base = replace(spec.base, quantisation=quantisation)
+def with_quantization(spec: LoraSpec, quantization: str) -> LoraSpec:
+    """Return a spec whose base model is quantized in that way, as in a `BaseSpec`."""
+    base = replace(spec.base, quantization=quantization)
     changed: LoraSpec = replace(spec, base=base)  # type: ignore[type-var]
     return changed
 

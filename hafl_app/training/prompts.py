@@ -4,15 +4,15 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from hafl_app.training.base import BaseSpec, hash_word, hub_tokeniser
+from hafl_app.training.base_model import BaseSpec, hash_word, hub_tokenizer
 
-TokenisePairs = Callable[[list[str], list[str]], tuple[list[list[int]], list[int]]]
+TokenizePairs = Callable[[list[str], list[str]], tuple[list[list[int]], list[int]]]
 
 _TINY_END: Final = 0  # of an answer, for models without files; no word has this id
 
 
 @functools.lru_cache(maxsize=4)
-def load_pair_tokeniser(spec: BaseSpec, max_length: int) -> TokenisePairs:
+def load_pair_tokenizer(spec: BaseSpec, max_length: int) -> TokenizePairs:
     """Return a function from prompts and answers to rows of token ids, and where answers start.
 
     Prompt and answer become tokens each by itself, so that a prompt has the same tokens when its
@@ -22,21 +22,21 @@ def load_pair_tokeniser(spec: BaseSpec, max_length: int) -> TokenisePairs:
 
     Raises
     ------
-    hafl_app.training.base.ModelError
+    hafl_app.training.base_model.ModelError
         If the tokenizer is not there.
     """
     if spec.is_without_files:
         return functools.partial(_joined, _hashed, _hashed, [_TINY_END], max_length)
-    tokeniser = hub_tokeniser(spec)
-    end = [] if tokeniser.eos_token_id is None else [int(tokeniser.eos_token_id)]
+    tokenizer = hub_tokenizer(spec)
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
     def first(texts: list[str]) -> list[list[int]]:
         # Some tokenizers end every text: here the answer goes on.
-        rows = _ids(tokeniser, texts, add_special_tokens=True)
+        rows = _ids(tokenizer, texts, add_special_tokens=True)
         return [row[:-1] if end and row[-1:] == end and len(row) > 1 else row for row in rows]
 
     def then(texts: list[str]) -> list[list[int]]:
-        return _ids(tokeniser, texts, add_special_tokens=False)
+        return _ids(tokenizer, texts, add_special_tokens=False)
 
     return functools.partial(_joined, first, then, end, max_length)
 
@@ -56,10 +56,10 @@ def _joined(
     return rows, [len(prompt) for prompt in begun]
 
 
-def _ids(tokeniser: Any, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+def _ids(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
     if not texts:
         return []
-    encoded = tokeniser(
+    encoded = tokenizer(
         texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
     )
     ids: list[list[int]] = encoded["input_ids"]

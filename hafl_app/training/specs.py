@@ -1,6 +1,6 @@
 """The kind of model that a task needs."""
 
-from hafl_app.training.base import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec
+from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec
 from hafl_app.training.causal import CausalSpec
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.lora_model import LoraSpec

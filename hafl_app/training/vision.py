@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hafl_app.training.base import BaseSpec, ModelError
+from hafl_app.training.base_model import BaseSpec, ModelError
 from hafl_app.training.batches import Examples, ImageBatch, ImageExamples
 from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from benchmarks import aggregation
+from benchmarks.aggregation import make_case, measure
+from benchmarks.timing import DisagreementError
 
-from hafl_app.benchmarks import aggregation
-from hafl_app.benchmarks.aggregation import make_case, measure
-from hafl_app.benchmarks.timing import DisagreementError
 from hafl_app.lowrank.factors import LoraFactors
 
 

@@ -4,10 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from hafl_app.benchmarks import bytes as benchmark
-from hafl_app.benchmarks.bytes import METHODS, Sizes, measure, measure_all, minilm_shapes
-from hafl_app.benchmarks.timing import DisagreementError
+from benchmarks import bytes as benchmark
+from benchmarks.bytes import METHODS, Sizes, measure, measure_all, minilm_shapes
+from benchmarks.timing import DisagreementError
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_LAYER = minilm_shapes(1)

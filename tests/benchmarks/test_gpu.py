@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from hafl_app.benchmarks import gpu
-from hafl_app.benchmarks.gpu import (
+from benchmarks import gpu
+from benchmarks.gpu import (
     NOT_MEASURED,
     OUT_OF_MEMORY,
     SMOKE,
@@ -22,7 +20,8 @@ from hafl_app.benchmarks.gpu import (
     row,
     unmeasured,
 )
-from hafl_app.benchmarks.training import OURS, TRAINER, Case
+from benchmarks.training import OURS, TRAINER, Case
+from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +44,7 @@ def run(*command):
 def test_needs_neither_flower_nor_ray_nor_hydra():
     names = ["flwr", "flwr_datasets", "ray", "hydra", "omegaconf", "wandb"]
     code = (
-        "import sys, hafl_app.benchmarks.timing, hafl_app.benchmarks.gpu; "
+        "import sys, benchmarks.timing, benchmarks.gpu; "
         f"print([name for name in {names} if name in sys.modules])"
     )
 

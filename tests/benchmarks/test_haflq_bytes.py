@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from hafl_app.benchmarks.bytes import minilm_shapes
-from hafl_app.benchmarks.haflq import measure_clients, summary
+from benchmarks.bytes import minilm_shapes
+from benchmarks.haflq import measure_clients, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_LAYER = minilm_shapes(1)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from hafl_app.benchmarks import simulation
-from hafl_app.benchmarks.simulation import Measurement, Run, check_agreement, measure, report, ways
-from hafl_app.benchmarks.simulation_loop import has_pfl, run_loop, run_pfl
-from hafl_app.benchmarks.simulation_ours import run_inprocess
-from hafl_app.benchmarks.simulation_task import SimulationTask
-from hafl_app.benchmarks.timing import DisagreementError
+from benchmarks import simulation
+from benchmarks.simulation import Measurement, Run, check_agreement, measure, report, ways
+from benchmarks.simulation_loop import has_pfl, run_loop, run_pfl
+from benchmarks.simulation_ours import run_inprocess
+from benchmarks.simulation_task import SimulationTask
+from benchmarks.timing import DisagreementError
 
 NOTHING = SimulationTask(3, 2, 40_000)
 TRAINING = SimulationTask(

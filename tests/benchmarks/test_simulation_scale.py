@@ -3,8 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from hafl_app.benchmarks.simulation_scale import ASKED, grow, report, task_of
+from benchmarks.simulation_scale import ASKED, grow, report, task_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import streaming
+from benchmarks.streaming import check_same, shapes_of
+from benchmarks.timing import DisagreementError
 
-from hafl_app.benchmarks import streaming
-from hafl_app.benchmarks.streaming import check_same, shapes_of
-from hafl_app.benchmarks.timing import DisagreementError
 from hafl_app.strategies.hafl import Hafl
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,8 +1,7 @@
 import json
 
 import pytest
-
-from hafl_app.benchmarks.timing import describe, machine, table, time_in_turn, write_json
+from benchmarks.timing import describe, machine, table, time_in_turn, write_json
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
-
-from hafl_app.benchmarks import training
-from hafl_app.benchmarks.timing import DisagreementError
-from hafl_app.benchmarks.training import (
+from benchmarks import training
+from benchmarks.timing import DisagreementError
+from benchmarks.training import (
     OURS,
     TRAINER,
     TRAINER_PADDED,
@@ -17,6 +16,7 @@ from hafl_app.benchmarks.training import (
     memory_growth_mb,
     plain_peft,
 )
+
 from hafl_app.training.local import TrainOptions
 
 pytestmark = pytest.mark.slow

@@ -3,9 +3,9 @@ from dataclasses import fields
 import pytest
 from omegaconf import OmegaConf
 
-from hafl_app import assembly
 from hafl_app.config.compose import CONF, SettingsError, compose, quoted
-from hafl_app.reporting import plain_settings
+from hafl_app.run import build
+from hafl_app.run.reporting import plain_settings
 from hafl_app.strategies.base import HeterogeneousLora
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
@@ -35,7 +35,7 @@ def test_every_file_composes(file):
     group, name = file.parts[0], file.stem
     overrides = [f"{group}={name}", *REQUIRED.get(f"{group}/{name}", [])]
     settings = compose(overrides)
-    assert isinstance(assembly.strategy(settings), HeterogeneousLora)
+    assert isinstance(build.strategy(settings), HeterogeneousLora)
     # What is written down composes to the same again.
     OmegaConf.to_yaml(OmegaConf.create(plain_settings(settings)))
 
@@ -63,7 +63,7 @@ def test_everyday_settings_take_effect():
     )
     assert settings.strategy.max_rank == 16
     assert list(settings.lora.target_modules) == ["query", "value"]
-    options = assembly.federation_options(settings)
+    options = build.federation_options(settings)
     assert (options.num_rounds, options.fraction_train, options.local_epochs) == (3, 0.5, 2)
     assert (options.seed, settings.client.learning_rate) == (5, 0.01)
 
@@ -108,11 +108,11 @@ class TestRefusals:
 
 class TestRunConfig:
     def test_empty_knobs_mean_as_in_conf(self):
-        empty = dict.fromkeys(["overrides", *assembly.KNOBS], "")
-        assert plain_settings(assembly.settings_of_run(empty)) == plain_settings(compose([]))
+        empty = dict.fromkeys(["overrides", *build.KNOBS], "")
+        assert plain_settings(build.settings_of_run(empty)) == plain_settings(compose([]))
 
     def test_knobs_win_over_overrides(self):
-        settings = assembly.settings_of_run(
+        settings = build.settings_of_run(
             {
                 "overrides": "seed=1 strategy=fedit",
                 "strategy": "zero_padding",
@@ -128,7 +128,7 @@ class TestRunConfig:
 
         project = tomllib.loads((CONF.parent / "pyproject.toml").read_text())
         config = project["tool"]["flwr"]["app"]["config"]
-        assert set(config) == {"overrides", *assembly.KNOBS}
+        assert set(config) == {"overrides", *build.KNOBS}
         assert set(config.values()) == {""}
 
 

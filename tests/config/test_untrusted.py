@@ -50,7 +50,7 @@ class TestStrategyTarget:
         "target",
         [
             "hafl_app.strategies.base.StrategyError",  # no dataclass
-            "hafl_app.strategies.exchange.ClientReport",  # a dataclass, but no method
+            "hafl_app.strategies.hetlora.ModuleSums",  # a dataclass, but no method
             "hafl_app.strategies.base.logging",
             "hafl_app.strategies.hafl.Hafle",
         ],

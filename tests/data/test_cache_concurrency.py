@@ -15,7 +15,7 @@ import pytest
 
 from hafl_app.data import text
 from hafl_app.data.text import encode
-from hafl_app.training.base import BaseSpec, locate
+from hafl_app.training.base_model import BaseSpec, locate
 
 pytestmark = pytest.mark.slow
 
@@ -25,15 +25,15 @@ EXPECTED = [[ord(letter) for letter in t] for t in TEXTS]
 FORK = multiprocessing.get_context("fork")
 
 
-def tokenise_slowly(calls: Path, seconds: float):
+def tokenize_slowly(calls: Path, seconds: float):
     """Return a tokenizer that leaves a file for every call."""
 
-    def tokenise(texts):
+    def tokenize(texts):
         (calls / f"{os.getpid()}-{time.monotonic_ns()}").touch()
         time.sleep(seconds)
         return [[ord(letter) for letter in t] for t in texts]
 
-    return tokenise
+    return tokenize
 
 
 def at_once(number: int, work, *arguments) -> list[int]:
@@ -54,7 +54,7 @@ def at_once(number: int, work, *arguments) -> list[int]:
 
 
 def encode_and_check(cache, calls, seconds=0.5, key="k"):
-    encoded = encode(TEXTS, LABELS, tokenise_slowly(calls, seconds), cache, key)
+    encoded = encode(TEXTS, LABELS, tokenize_slowly(calls, seconds), cache, key)
     assert [encoded.row(i).tolist() for i in range(len(encoded))] == EXPECTED
     assert encoded.labels.tolist() == LABELS
 
@@ -66,7 +66,7 @@ def calls(tmp_path):
 
 
 class TestTokens:
-    def test_one_of_many_tokenises(self, tmp_path, calls):
+    def test_one_of_many_tokenizes(self, tmp_path, calls):
         assert at_once(5, encode_and_check, tmp_path / "new" / "cache", calls) == [0] * 5
 
         assert len(list(calls.iterdir())) == 1

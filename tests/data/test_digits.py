@@ -15,7 +15,7 @@ NUM_TEST = 359  # a fifth of 1,797
 
 
 def make(kind="iid", *, data_seed=0, seed=3, max_examples=None, **partitioning):
-    def tokenise(texts):
+    def tokenize(texts):
         raise AssertionError("there is no text")
 
     return FederatedText(
@@ -23,8 +23,8 @@ def make(kind="iid", *, data_seed=0, seed=3, max_examples=None, **partitioning):
         Partitioning(kind, 6, seed, **partitioning),
         validation_fraction=0.1,
         holdout_fraction=0.2,
-        tokenise=tokenise,
-        tokeniser_key="k",
+        tokenize=tokenize,
+        tokenizer_key="k",
         cache=None,
     )
 

@@ -12,7 +12,7 @@ from hafl_app.data.sources import TextSource
 NUM_TRAIN, NUM_TEST = 203, 31
 
 
-class Tokeniser:
+class Tokenizer:
     """The number in the text as one token; keeps what it was asked for."""
 
     def __init__(self):
@@ -35,8 +35,8 @@ def make(folder, kind="dirichlet", *, seed=3, cache=None, **changes):
     arguments = {
         "validation_fraction": 0.1,
         "holdout_fraction": 0.2,
-        "tokenise": Tokeniser(),
-        "tokeniser_key": "k",
+        "tokenize": Tokenizer(),
+        "tokenizer_key": "k",
         "cache": cache,
     }
     partitioning = Partitioning(kind, 6, seed, column="user", classes_per_partition=2)
@@ -84,39 +84,39 @@ class TestFederatedText:
         assert len(text.validation) == len(text.holdout(0)) == 0
         assert sum(text.sizes()) == NUM_TRAIN
 
-    def test_sizes_and_names_do_not_tokenise(self, folder):
-        text = make(folder, tokenise=None)
+    def test_sizes_and_names_do_not_tokenize(self, folder):
+        text = make(folder, tokenize=None)
 
         assert len(text.sizes()) == text.num_partitions == 6
         assert len(text.label_names) == 4
 
-    def test_client_never_tokenises_the_test_set(self, folder):
-        tokeniser = Tokeniser()
-        text = make(folder, tokenise=tokeniser)
+    def test_client_never_tokenizes_the_test_set(self, folder):
+        tokenizer = Tokenizer()
+        text = make(folder, tokenize=tokenizer)
 
         for partition_id in (2, 3, 2):
             text.train(partition_id)
             text.holdout(partition_id)
 
-        assert [len(texts) for texts in tokeniser.asked] == [NUM_TRAIN]
+        assert [len(texts) for texts in tokenizer.asked] == [NUM_TRAIN]
 
-    def test_loads_and_tokenises_once(self, folder, monkeypatch):
+    def test_loads_and_tokenizes_once(self, folder, monkeypatch):
         loads = []
         load = federated.load_text
         monkeypatch.setattr(federated, "load_text", lambda s: loads.append(s) or load(s))
-        tokeniser = Tokeniser()
-        text = make(folder, tokenise=tokeniser)
+        tokenizer = Tokenizer()
+        text = make(folder, tokenize=tokenizer)
 
         for _ in range(2):
             assert len(text.test) + len(text.validation) + len(text.train(0)) > 0
             text.sizes()
 
         assert len(loads) == 1
-        assert [len(texts) for texts in tokeniser.asked] == [NUM_TEST, NUM_TRAIN]
+        assert [len(texts) for texts in tokenizer.asked] == [NUM_TEST, NUM_TRAIN]
 
     def test_next_process_finds_the_tokens_on_disk(self, folder, tmp_path):
         first = make(folder, cache=tmp_path / "cache")
-        second = make(folder, cache=tmp_path / "cache", tokenise=None)
+        second = make(folder, cache=tmp_path / "cache", tokenize=None)
 
         assert numbers(first.train(1)) == numbers(second.train(1))
 

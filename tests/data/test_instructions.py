@@ -22,7 +22,7 @@ CATEGORIES = ("qa", "poem", "list")
 
 
 def words(prompts: list[str], answers: list[str], most: int = 12):
-    """Tokenise: a word is as long as it is, cut to so many words."""
+    """Tokenize: a word is as long as it is, cut to so many words."""
     rows = [
         [*map(len, p.split()), *map(len, a.split())][:most]
         for p, a in zip(prompts, answers, strict=True)
@@ -56,10 +56,10 @@ def federated(source: TextSource, partitioning: Partitioning, **changes) -> Fede
     options = {
         "validation_fraction": 0.1,
         "holdout_fraction": 0.1,
-        "tokenise": lambda texts: [[1] for _ in texts],
-        "tokeniser_key": "words",
+        "tokenize": lambda texts: [[1] for _ in texts],
+        "tokenizer_key": "words",
         "cache": None,
-        "tokenise_pairs": words,
+        "tokenize_pairs": words,
     }
     return FederatedText(source, partitioning, **{**options, **changes})
 
@@ -204,7 +204,7 @@ class TestFederation:
         data = federated(
             source,
             Partitioning("natural", 11, seed=0, column="client"),
-            tokenise_pairs=lambda p, a: words(p, a, 8),
+            tokenize_pairs=lambda p, a: words(p, a, 8),
         )
 
         with caplog.at_level(logging.WARNING):
@@ -220,7 +220,7 @@ class TestFederation:
         data = federated(
             TextSource("dolly", str(dolly), **PAIRS),
             Partitioning("natural", 11, seed=0, column="client"),
-            tokenise_pairs=lambda p, a: words(p, a, 5),
+            tokenize_pairs=lambda p, a: words(p, a, 5),
         )
         with pytest.raises(DataError, match=r"partition 2.*dataset\.max_length"):
             data.train(2)
@@ -230,12 +230,12 @@ class TestEncoding:
     def test_the_cache_keeps_where_answers_start(self, tmp_path):
         calls = []
 
-        def tokenise(prompts, answers):
+        def tokenize(prompts, answers):
             calls.append(len(prompts))
             return words(prompts, answers)
 
         first, second = (
-            encode_pairs(["a b", "c"], ["d", "e f g"], [1, 0], tokenise, tmp_path, "key")
+            encode_pairs(["a b", "c"], ["d", "e f g"], [1, 0], tokenize, tmp_path, "key")
             for _ in range(2)
         )
 

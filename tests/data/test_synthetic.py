@@ -135,7 +135,7 @@ class TestOverlap:
         for topic in LABEL_NAMES:
             own = [concept for concept in CONCEPTS if topic in concept.topics]
             assert len(own) >= 12
-            assert len({t for concept in own for t in concept.topics}) == 3  # two neighbours
+            assert len({t for concept in own for t in concept.topics}) == 3  # two neighbors
 
     def test_every_concept_has_two_nouns_on_each_side_of_the_table(self):
         nouns = [n for c in CONCEPTS for n in c.train_nouns + c.test_nouns]

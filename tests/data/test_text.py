@@ -14,7 +14,7 @@ TEXTS = ["one two three", "", "four", "two four"]
 LABELS = [2, 0, 1, 2]
 
 
-class Tokeniser:
+class Tokenizer:
     """Character codes; counts how often it is called."""
 
     def __init__(self):
@@ -36,7 +36,7 @@ rows_of_text = st.lists(st.tuples(st.text(max_size=6), st.integers(0, 9)), max_s
 
 class TestEncodedText:
     def test_layout(self):
-        encoded = encode(TEXTS, LABELS, Tokeniser(), None, "k")
+        encoded = encode(TEXTS, LABELS, Tokenizer(), None, "k")
 
         assert plain(encoded) == EXPECTED
         assert encoded.lengths.tolist() == [13, 0, 4, 8]
@@ -51,7 +51,7 @@ class TestEncodedText:
     @settings(max_examples=100, deadline=None)
     def test_select_is_selecting_rows(self, rows, data):
         texts, labels = [text for text, _ in rows], [label for _, label in rows]
-        encoded = encode(texts, labels, Tokeniser(), None, "k")
+        encoded = encode(texts, labels, Tokenizer(), None, "k")
         index = st.integers(0, max(0, len(rows) - 1))
         indices = data.draw(st.lists(index, max_size=15 if rows else 0))
 
@@ -63,7 +63,7 @@ class TestEncodedText:
 
     @pytest.mark.parametrize("index", [-1, 4])
     def test_out_of_range(self, index):
-        encoded = encode(TEXTS, LABELS, Tokeniser(), None, "k")
+        encoded = encode(TEXTS, LABELS, Tokenizer(), None, "k")
 
         with pytest.raises(IndexError, match="expected 0 to 3"):
             encoded.row(index)
@@ -72,8 +72,8 @@ class TestEncodedText:
 
 
 class TestCache:
-    def test_second_time_does_not_tokenise(self, tmp_path):
-        first, second = Tokeniser(), Tokeniser()
+    def test_second_time_does_not_tokenize(self, tmp_path):
+        first, second = Tokenizer(), Tokenizer()
         encode(TEXTS, LABELS, first, tmp_path / "new" / "folder", "k")
 
         cached = encode(TEXTS, LABELS, second, tmp_path / "new" / "folder", "k")
@@ -83,8 +83,8 @@ class TestCache:
         assert len(list(tmp_path.rglob("*.*"))) == 1  # no unfinished file left
 
     def test_processes_share_the_tokens_instead_of_copying_them(self, tmp_path):
-        written = encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
-        cached = encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
+        written = encode(TEXTS, LABELS, Tokenizer(), tmp_path, "k")
+        cached = encode(TEXTS, LABELS, Tokenizer(), tmp_path, "k")
 
         for encoded in (written, cached):
             assert is_mapped(encoded.tokens)
@@ -93,13 +93,13 @@ class TestCache:
 
     def test_no_tokens_at_all(self, tmp_path):
         for _ in range(2):
-            assert plain(encode(["", ""], [1, 0], Tokeniser(), tmp_path, "k")) == ([[], []], [1, 0])
+            assert plain(encode(["", ""], [1, 0], Tokenizer(), tmp_path, "k")) == ([[], []], [1, 0])
 
     def test_what_is_read_outlives_its_file(self, tmp_path):
-        encoded = encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
+        encoded = encode(TEXTS, LABELS, Tokenizer(), tmp_path, "k")
         (path,) = tmp_path.glob("*.*")
         path.unlink()
-        encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
+        encode(TEXTS, LABELS, Tokenizer(), tmp_path, "k")
 
         assert plain(encoded) == EXPECTED
 
@@ -113,8 +113,8 @@ class TestCache:
         ],
     )
     def test_any_difference_is_another_file(self, tmp_path, texts, labels, key):
-        encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
-        again = Tokeniser()
+        encode(TEXTS, LABELS, Tokenizer(), tmp_path, "k")
+        again = Tokenizer()
 
         encoded = encode(texts, labels, again, tmp_path, key)
 
@@ -123,13 +123,13 @@ class TestCache:
         assert len(list(tmp_path.glob("*.*"))) == 2
 
     @pytest.mark.parametrize(
-        "damage", ["truncated", "empty", "pickle", "shorter", "relabelled", "flipped", "compressed"]
+        "damage", ["truncated", "empty", "pickle", "shorter", "relabeled", "flipped", "compressed"]
     )
     def test_damaged_file_is_replaced(self, tmp_path, damage):
-        encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")
+        encode(TEXTS, LABELS, Tokenizer(), tmp_path, "k")
         (path,) = tmp_path.glob("*.*")
         harm(path, damage)
-        again, then = Tokeniser(), Tokeniser()
+        again, then = Tokenizer(), Tokenizer()
 
         encoded = encode(TEXTS, LABELS, again, tmp_path, "k")
         encode(TEXTS, LABELS, then, tmp_path, "k")
@@ -139,12 +139,12 @@ class TestCache:
 
     def test_a_changed_token_at_the_end_of_a_large_file_is_noticed(self, tmp_path):
         texts = ["word " * 40] * 2000  # more than what is read along with the header
-        encode(texts, [1] * 2000, Tokeniser(), tmp_path, "k")
+        encode(texts, [1] * 2000, Tokenizer(), tmp_path, "k")
         (path,) = tmp_path.glob("*.*")
         content, tokens = path.read_bytes(), np.load(path)["tokens"].tobytes()
         last = content.index(tokens) + len(tokens) - 4
         path.write_bytes(content[:last] + b"\1" + content[last + 1 :])
-        again = Tokeniser()
+        again = Tokenizer()
 
         encoded = encode(texts, [1] * 2000, again, tmp_path, "k")
 
@@ -154,7 +154,7 @@ class TestCache:
     def test_unwritable_cache_only_costs_time(self, tmp_path, caplog):
         (tmp_path / "file").write_text("in the way")
 
-        encoded = encode(TEXTS, LABELS, Tokeniser(), tmp_path / "file" / "folder", "k")
+        encoded = encode(TEXTS, LABELS, Tokenizer(), tmp_path / "file" / "folder", "k")
 
         assert plain(encoded) == EXPECTED
         assert "cannot cache tokens" in caplog.text
@@ -166,7 +166,7 @@ class TestCache:
 
         monkeypatch.setattr(np, "savez", run_out_of_space)
 
-        assert plain(encode(TEXTS, LABELS, Tokeniser(), tmp_path, "k")) == EXPECTED
+        assert plain(encode(TEXTS, LABELS, Tokenizer(), tmp_path, "k")) == EXPECTED
         assert not list(tmp_path.glob("*.*"))
 
     def test_several_processes_at_once(self, tmp_path):
@@ -199,7 +199,7 @@ def harm(path: Path, damage: str) -> None:
         np.savez(path, **(arrays | {"tokens": np.array([{"a": 1}], dtype=object)}))
     elif damage == "shorter":
         np.savez(path, **(arrays | {"tokens": arrays["tokens"][:-1]}))
-    elif damage == "relabelled":
+    elif damage == "relabeled":
         np.savez(path, **(arrays | {"labels": arrays["labels"][::-1]}))
     elif damage == "compressed":
         np.savez_compressed(path, **arrays)
@@ -210,14 +210,14 @@ def harm(path: Path, damage: str) -> None:
 
 def encode_often(cache: Path) -> None:
     for _ in range(20):
-        assert plain(encode(TEXTS, LABELS, Tokeniser(), cache, "k")) == EXPECTED
+        assert plain(encode(TEXTS, LABELS, Tokenizer(), cache, "k")) == EXPECTED
         for path in cache.glob("*.npz"):
             path.unlink(missing_ok=True)
-    encode(TEXTS, LABELS, Tokeniser(), cache, "k")
+    encode(TEXTS, LABELS, Tokenizer(), cache, "k")
 
 
 def test_refusals():
     with pytest.raises(DataError, match=r"labels of shape \(3,\) for 4 texts"):
-        encode(TEXTS, LABELS[:3], Tokeniser(), None, "k")
+        encode(TEXTS, LABELS[:3], Tokenizer(), None, "k")
     with pytest.raises(DataError, match="made 1 rows of 4 texts"):
         encode(TEXTS, LABELS, lambda _: [[1]], None, "k")

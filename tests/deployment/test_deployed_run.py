@@ -12,7 +12,7 @@ from deployment_factories import NODES
 from running import TINY, records, run_tiny
 from safetensors.torch import load_file
 
-from hafl_app.federation.flower_run import FlowerRunError
+from hafl_app.engines.flower_run import FlowerRunError
 
 THREE = ("federation.num_clients=3", "federation.alone_clients_per_rank=0")
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]

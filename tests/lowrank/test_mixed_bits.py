@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.lowrank.mixed_bits import STOCHASTIC_BITS, MixedFactors, quantise_to
-from hafl_app.lowrank.quantise import RoundingErrors, dequantise, quantise
+from hafl_app.lowrank.mixed_bits import STOCHASTIC_BITS, MixedFactors, quantize_to
+from hafl_app.lowrank.quantize import RoundingErrors, dequantize, quantize
 from hafl_app.plan import largest_code
 
 OUT, IN = 7, 5  # never square
@@ -26,19 +26,19 @@ def vectors(count, n, seed):
 
 
 def read(values, bits, seed=0, contract=False):
-    return dequantise(*quantise_to(values, bits, contract=contract, generator=source(seed)))
+    return dequantize(*quantize_to(values, bits, contract=contract, generator=source(seed)))
 
 
-class TestQuantiseTo:
+class TestQuantizeTo:
     @pytest.mark.parametrize("bits", LEVELS)
     @given(count=st.integers(0, 5), n=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))
     def test_codes_are_in_range_and_numbers_near(self, bits, count, n, seed):
         values = vectors(count, n, seed)
 
-        codes, scales = quantise_to(values, bits, contract=False, generator=source(seed))
+        codes, scales = quantize_to(values, bits, contract=False, generator=source(seed))
 
         steps = 1.0 if bits <= STOCHASTIC_BITS else 0.5
-        error = (dequantise(codes, scales).double() - values.double()).abs()
+        error = (dequantize(codes, scales).double() - values.double()).abs()
         assert (error <= scales.double()[:, None] * (steps + 1e-6)).all()
         assert codes.dtype == torch.int16
         assert not count or codes.abs().max() <= largest_code(bits)
@@ -47,9 +47,9 @@ class TestQuantiseTo:
 
     def test_eight_bits_are_int8(self):
         values = vectors(4, 9, seed=3)
-        codes, scales = quantise_to(values, 8, contract=True, generator=source(0))
+        codes, scales = quantize_to(values, 8, contract=True, generator=source(0))
 
-        expected, of_int8 = quantise(values)
+        expected, of_int8 = quantize(values)
         assert torch.equal(codes, expected.to(torch.int16))
         assert torch.equal(scales, of_int8)
 
@@ -91,7 +91,7 @@ class TestQuantiseTo:
         for wrong in (math.nan, math.inf):
             values = torch.ones(3, 4)
             values[1, 2] = wrong
-            _, scales = quantise_to(values, bits, contract=contract, generator=source(0))
+            _, scales = quantize_to(values, bits, contract=contract, generator=source(0))
             assert scales.isfinite().tolist() == [True, False, True]
 
 

@@ -8,7 +8,7 @@ from publishing_factories import LABELS, RANK, adapter_for, bert_base, save_run,
 
 from hafl_app.publishing.card import add_card
 from hafl_app.publishing.export import ExportRequest, export_adapter
-from hafl_app.training.base import BaseSpec
+from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.causal import CausalSpec
 
 
@@ -48,10 +48,10 @@ class TestFrontMatter:
         assert (result.dataset_type, result.dataset_split) == ("mteb/banking77", "test")
         assert (result.metric_type, result.metric_value) == ("accuracy", 0.8)
 
-    def test_the_licence_is_that_of_the_base_models_card(self, run, tmp_path, base):
+    def test_the_license_is_that_of_the_base_models_card(self, run, tmp_path, base):
         assert exported_card(run, tmp_path / "out").data.license == "mit"
 
-    def test_without_a_card_there_is_no_licence(self, run, tmp_path, base):
+    def test_without_a_card_there_is_no_license(self, run, tmp_path, base):
         moved = Path(shutil.copytree(base, tmp_path / "bert"))
         (moved / "README.md").unlink()
         name_base(run, moved)
@@ -59,7 +59,7 @@ class TestFrontMatter:
         card = exported_card(run, tmp_path / "out")
 
         assert card.data.license is None
-        assert "states no licence" in card.text
+        assert "states no license" in card.text
 
     def test_a_folder_of_this_machine_is_no_name_for_others(self, run, tmp_path, base):
         card = exported_card(run, tmp_path / "out")
@@ -176,7 +176,7 @@ class TestText:
         assert "was never trained" in exported_card(run, tmp_path / "out").text
 
     def test_training_in_one_place_is_not_called_federated(self, run, tmp_path):
-        change_card(run, lambda card: card.update(facts={"centralised": True, "seed": 0}))
+        change_card(run, lambda card: card.update(facts={"centralized": True, "seed": 0}))
         (run / "summary.json").write_text('{"status": "finished", "final": {}}')
 
         card = exported_card(run, tmp_path / "out")

@@ -6,9 +6,9 @@ from torch import nn
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors, initial_adapter
 from hafl_app.lowrank.svd import singular_values, truncated_svd
+from hafl_app.server.options import FederationOptions
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.hooks import StrategyError
-from hafl_app.strategies.options import FederationOptions
 
 # Ranks and examples: coverage f of components 0 to 3 is 73, 63, 38 and 7 of 73.
 CLIENTS = [Client(r, n, i) for i, (r, n) in enumerate([(1, 10), (2, 25), (4, 7), (3, 31)])]

@@ -11,9 +11,9 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 from running import records, run_tiny, tampering
 
-from hafl_app.federation.inprocess import server_identity
-from hafl_app.federation.records import METRICS, NUM_EXAMPLES, read_adapter
-from hafl_app.strategies.rounds import RoundFailedError
+from hafl_app.engines.in_process import server_identity
+from hafl_app.server.rounds import RoundFailedError
+from hafl_app.wire.records import METRICS, NUM_EXAMPLES, read_adapter
 
 pytestmark = pytest.mark.slow  # whole federations
 
@@ -54,7 +54,7 @@ def repacked(change):
     """Return a tampering that changes the factors of every module of a reply."""
 
     def tamper(request, reply):
-        from hafl_app.federation.records import AdapterArrays, adapter_content
+        from hafl_app.wire.records import AdapterArrays, adapter_content
 
         adapter = read_adapter(reply.content)
         modules = {name: change(*factors) for name, factors in adapter.modules.items()}

@@ -8,17 +8,17 @@ import torch
 from driving import MAX_RANK, SHAPES, Client, merge, noise, nothing, strategy_named
 from flwr.app import Message, MessageType, MetricRecord
 
-from hafl_app import assembly
 from hafl_app.config.compose import SettingsError, compose
-from hafl_app.federation.inprocess import server_identity
-from hafl_app.federation.ledger import Ledger
-from hafl_app.federation.privacy import PrivacyOptions, trained_part
-from hafl_app.federation.records import METRICS, NUM_EXAMPLES, adapter_content
-from hafl_app.federation.uploads import encode_upload
+from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import BIT_LEVELS, TrainPlan, component_bytes
-from hafl_app.strategies.exchange import Exchange
+from hafl_app.privacy.mechanism import PrivacyOptions, trained_part
+from hafl_app.run import build
+from hafl_app.server.round_messages import Exchange
+from hafl_app.server.traffic import Ledger
 from hafl_app.strategies.hooks import StrategyError
+from hafl_app.wire.records import METRICS, NUM_EXAMPLES, adapter_content
+from hafl_app.wire.uploads import encode_upload
 
 CLIENT = Client(rank=4, num_examples=30, partition_id=1)
 WIDTHS = {name: (shape.out_features, shape.in_features) for name, shape in SHAPES.items()}
@@ -162,7 +162,7 @@ class TestSettings:
     def test_other_methods_allocate_no_bits(self, strategy):
         settings = compose([f"strategy={strategy}", "federation.upload=mixed"])
         with pytest.raises(SettingsError, match="upload=mixed: only strategy=haflq"):
-            assembly.strategy(settings)
+            build.strategy(settings)
 
     def test_a_channel_that_cannot_be_is_refused(self):
         with pytest.raises(SettingsError, match=r"bandwidth_hz=0\.0: expected 1 to 1e\+12"):

@@ -7,18 +7,18 @@ from driving import MAX_RANK, SHAPES, Client, merge, noise, nothing, strategy_na
 from flwr.app import Message, MessageType
 from running import run_tiny
 
-from hafl_app.federation.inprocess import server_identity
-from hafl_app.federation.judge import ReplyError, read_update
-from hafl_app.federation.records import AdapterArrays, adapter_content
+from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors, initial_adapter
 from hafl_app.plan import TailPruning, TrainPlan
-from hafl_app.strategies.exchange import ClientUpdate
+from hafl_app.server.options import FederationOptions
+from hafl_app.server.reply_validation import ReplyError, read_update
+from hafl_app.server.round_messages import ClientUpdate
 from hafl_app.strategies.hetlora import HetLora
-from hafl_app.strategies.options import FederationOptions
-from hafl_app.training.adapter import to_arrays
-from hafl_app.training.base import BaseSpec
+from hafl_app.training.adapter_arrays import to_arrays
+from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.local import TrainOptions, train
+from hafl_app.wire.records import AdapterArrays, adapter_content
 
 CLIENTS = [Client(r, n, i) for i, (r, n) in enumerate([(1, 10), (2, 25), (4, 7), (3, 31)])]
 
@@ -143,8 +143,8 @@ class TestTail:
 
     def test_switches(self):
         assert self.plan("pruning=false").tail == TailPruning(0.99, 0.01, 2, prune=False)
-        assert self.plan("regulariser=false").tail == TailPruning(0.99, 0.0, 2, prune=True)
-        assert self.plan("pruning=false", "regulariser=false").tail is None
+        assert self.plan("regularizer=false").tail == TailPruning(0.99, 0.0, 2, prune=True)
+        assert self.plan("pruning=false", "regularizer=false").tail is None
 
     @pytest.mark.parametrize(
         ("decay", "min_rank", "rank", "start"),
@@ -349,7 +349,7 @@ class TestOnARealClient:
             strategy.global_adapter = Adapter(merge(strategy, [update]))
         return uploads
 
-    def test_a_strong_regulariser_prunes_to_the_minimum_and_no_further(self, classifier):
+    def test_a_strong_regularizer_prunes_to_the_minimum_and_no_further(self, classifier):
         uploads = self.rounds(classifier, 4, decay=0.75, tail_weight=3.0, min_rank=2)
         totals = [sum(ranks.values()) for ranks in uploads]
         assert totals == sorted(totals, reverse=True)  # never grows
@@ -360,10 +360,10 @@ class TestOnARealClient:
         uploads = self.rounds(classifier, 2, decay=0.75, tail_weight=3.0, pruning=False)
         assert set(uploads[-1].values()) == {4}
 
-    def test_without_the_regulariser_less_is_pruned(self, classifier):
+    def test_without_the_regularizer_less_is_pruned(self, classifier):
         settings = {"decay": 0.75, "tail_weight": 3.0, "min_rank": 1}
         strong = self.rounds(classifier, 2, **settings)
-        chance = self.rounds(classifier, 2, **settings, regulariser=False)
+        chance = self.rounds(classifier, 2, **settings, regularizer=False)
         assert sum(chance[-1].values()) > sum(strong[-1].values())
 
     def test_each_module_prunes_if_and_only_if_its_tail_shrank(self, classifier):

@@ -10,17 +10,17 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from peft.utils.other import get_pattern_key
 from running import TINY, run_tiny
 
-from hafl_app import assembly
 from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import CONF, compose
-from hafl_app.federation.directory import NodeDirectory
-from hafl_app.federation.inprocess import InProcessGrid, server_identity
-from hafl_app.federation.profiles import PROFILE, NodeProfile
+from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.lowrank.svd import singular_values, truncated_svd
-from hafl_app.preflight import check
+from hafl_app.run import build
+from hafl_app.run.preflight import check
+from hafl_app.server.node_directory import NodeDirectory
+from hafl_app.server.options import FederationOptions
 from hafl_app.strategies.hooks import StrategyError
-from hafl_app.strategies.options import FederationOptions
+from hafl_app.wire.node_profile import PROFILE, NodeProfile
 
 LAYER = "encoder.layer.3."
 BERT = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -65,7 +65,7 @@ class TestRankOf:
 
     def test_feed_forward_is_not_the_attentions_output(self):
         settings = compose(["ranks=flexlora_uniform", "lora.max_rank=200"])
-        tier = assembly.client_tiers(settings, 8)[5]
+        tier = build.client_tiers(settings, 8)[5]
         ranks = {n: profile(tier.rank, tier.rank_pattern).rank_of(LAYER + n) for n in BERT}
         assert ranks == {n: 200 if n in FEED_FORWARD else 30 for n in BERT}
 
@@ -128,7 +128,7 @@ class TestPlans:
 class TestConfigs:
     @pytest.mark.parametrize("ranks", sorted(p.stem for p in (CONF / "ranks").glob("*.yaml")))
     def test_every_file_composes(self, ranks):
-        tiers = assembly.client_tiers(compose([f"ranks={ranks}", "lora.max_rank=200"]), 30)
+        tiers = build.client_tiers(compose([f"ranks={ranks}", "lora.max_rank=200"]), 30)
         assert len(tiers) == 30
 
     @pytest.mark.parametrize(
@@ -140,13 +140,13 @@ class TestConfigs:
         settings = compose([f"ranks={ranks}", "lora.max_rank=32"])
         # RoBERTa-base, six linear layers in twelve blocks: numbers per unit of rank; 50 rounds.
         per_rank = 12 * (4 * (768 + 768) + 2 * (768 + 3072))
-        uploaded = sum(assembly.client_ranks(settings, 30)) * per_rank * 50
+        uploaded = sum(build.client_ranks(settings, 30)) * per_rank * 50
         assert round(uploaded / 1e9, 2) == total
 
     def test_shuffling_moves_whole_tiers(self):
         overrides = ["ranks=flexlora_normal", "lora.max_rank=200"]
         plain, shuffled = (
-            [(t.rank, len(t.rank_pattern)) for t in assembly.client_tiers(compose(o), 25)]
+            [(t.rank, len(t.rank_pattern)) for t in build.client_tiers(compose(o), 25)]
             for o in (overrides, [*overrides, "ranks.order=shuffled"])
         )
         assert plain != shuffled

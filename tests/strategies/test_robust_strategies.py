@@ -11,8 +11,8 @@ from running import records, run_tiny, tampering
 
 from hafl_app.lowrank.change import change_size
 from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.server.outliers import clip_updates
 from hafl_app.strategies.base import StrategyError
-from hafl_app.strategies.norms import clip_updates
 
 pytestmark = pytest.mark.slow  # whole federations
 

@@ -7,14 +7,14 @@ import torch
 from driving import STRATEGIES, Client, nothing, strategy_named, update_of
 from flwr.app import Message, MessageType, MetricRecord
 
-from hafl_app.federation.inprocess import server_identity
-from hafl_app.federation.ledger import Ledger
-from hafl_app.federation.privacy import PrivacyError, PrivacyOptions, check_local_plan
-from hafl_app.federation.records import METRICS, NUM_EXAMPLES, adapter_content
-from hafl_app.federation.uploads import encode_upload
+from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.strategies.exchange import Exchange
+from hafl_app.privacy.mechanism import PrivacyError, PrivacyOptions, check_local_plan
+from hafl_app.server.round_messages import Exchange
+from hafl_app.server.traffic import Ledger
 from hafl_app.strategies.hooks import StrategyError
+from hafl_app.wire.records import METRICS, NUM_EXAMPLES, adapter_content
+from hafl_app.wire.uploads import encode_upload
 
 CLIENT = Client(rank=3, num_examples=30, partition_id=1)
 NEW_COMPONENTS_EACH_ROUND = ("flexlora", "flexlora_change")

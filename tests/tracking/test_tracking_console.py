@@ -169,7 +169,7 @@ class TestWhereItIsPrinted:
         tracker.finish({"device_ranks": gains})
         tracker.fail("stopped")
 
-    def test_log_is_ascii_without_colours(self, log, client_rows, round_record, client_record):
+    def test_log_is_ascii_without_colors(self, log, client_rows, round_record, client_record):
         self.tell(log.tracker, client_rows, round_record, client_record)
 
         assert "The run failed: stopped" in log.text
@@ -251,7 +251,7 @@ def test_percent_has_one_decimal(value, expected):
         (math.nan, "-", ""),
     ],
 )
-def test_points_are_signed_and_coloured(value, expected, style):
+def test_points_are_signed_and_colored(value, expected, style):
     assert (points(value).plain, str(points(value).style)) == (expected, style)
 
 

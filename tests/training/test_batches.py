@@ -36,7 +36,7 @@ class TestTrainingBatches:
         assert sorted(np.concatenate([[], *batches])) == list(range(number))
         assert all(1 <= len(batch) <= batch_size for batch in batches)
 
-    def test_lengths_in_a_batch_are_neighbours(self):
+    def test_lengths_in_a_batch_are_neighbors(self):
         rows = random_rows(64, longest=40)  # sixteen batches of four: one bucket
         lengths = np.diff(rows.offsets)
 

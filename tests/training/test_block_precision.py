@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_factories import SPEC, random_rows, rows_of
 
-from hafl_app.training.block_precision import BaseMemoryError, allocate, salience
-from hafl_app.training.quantised import transformer_blocks
-from hafl_app.training.quantised_linear import PRECISIONS, QuantisationError
+from hafl_app.training.quantization.block_precision import BaseMemoryError, allocate, salience
+from hafl_app.training.quantization.blocks import transformer_blocks
+from hafl_app.training.quantization.linear import PRECISIONS, QuantizationError
 
 SMALL = {"nf4": 10, "int8": 18, "bf16": 34}
 LARGE = {"nf4": 20, "int8": 36, "bf16": 68}
@@ -142,12 +142,12 @@ class TestSalience:
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(QuantisationError, match="Linear has no list of None transformer blocks"):
+    with pytest.raises(QuantizationError, match="Linear has no list of None transformer blocks"):
         transformer_blocks(torch.nn.Linear(3, 5))
 
 
-def test_it_can_be_measured_on_a_quantised_model():
-    model = replace(CAUSAL, base=replace(CAUSAL.base, quantisation="bf16")).build()
+def test_it_can_be_measured_on_a_quantized_model():
+    model = replace(CAUSAL, base=replace(CAUSAL.base, quantization="bf16")).build()
     rows = random_pairs(9)
 
     assert salience(model, batches(model, rows)) == pytest.approx(

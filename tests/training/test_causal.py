@@ -14,12 +14,12 @@ from transformers import BertConfig, LlamaForCausalLM
 
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.training import lora_model
-from hafl_app.training.base import BaseSpec, ModelError
+from hafl_app.training.base_model import BaseSpec, ModelError
 from hafl_app.training.causal import CausalSpec, LoraCausalLM
 from hafl_app.training.evaluate import AnswerScores, adapter_evaluator, evaluate
 from hafl_app.training.local import TrainOptions, train
 from hafl_app.training.lora_model import adapter_shapes
-from hafl_app.training.memory import count_step
+from hafl_app.training.step_memory import count_step
 
 pytestmark = pytest.mark.slow
 
@@ -74,10 +74,10 @@ class TestLoss:
     def test_what_stands_first_is_never_a_target(self, model):
         examples = pairs_of(PAIRS)
         batch = model.batch(examples, all_rows(examples))
-        relabelled = batch.labels.clone()
-        relabelled[:, 0] = 99  # nothing comes before it to predict it from
+        relabeled = batch.labels.clone()
+        relabeled[:, 0] = 99  # nothing comes before it to predict it from
 
-        changed = replace(batch, labels=relabelled)
+        changed = replace(batch, labels=relabeled)
 
         assert model.loss(changed) == model.loss(batch)
 

@@ -8,7 +8,7 @@ from training_factories import SPEC, random_adapter
 
 from hafl_app.training import generate
 from hafl_app.training.answers import GenerationScores
-from hafl_app.training.base import hash_word
+from hafl_app.training.base_model import hash_word
 from hafl_app.training.generate import (
     AnswerCodec,
     GenerationOptions,

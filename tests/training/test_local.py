@@ -24,9 +24,9 @@ from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
 from hafl_app.training import local
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.evaluate import evaluate
+from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.local import LossNotFiniteError, TrainingError, TrainOptions, train
 from hafl_app.training.lora_model import FROZEN, TRAINABLE
-from hafl_app.training.measure import ImportanceMeter
 
 ROWS = random_rows(22)
 OPTIONS = TrainOptions(batch_size=4, learning_rate=1e-2)  # six steps an epoch

@@ -7,7 +7,7 @@ import torch
 from training_factories import SPEC, plan_for, random_adapter, random_rows
 
 from hafl_app.plan import ModulePlan
-from hafl_app.training.base import BaseSpec
+from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.local import TrainOptions, train
 

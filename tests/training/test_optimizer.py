@@ -1,4 +1,4 @@
-"""The optimiser of local training: torch's fused kernel, with the loop's result."""
+"""The optimizer of local training: torch's fused kernel, with the loop's result."""
 
 from dataclasses import replace
 

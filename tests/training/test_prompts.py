@@ -10,21 +10,21 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hafl_app.training.base import BaseSpec
-from hafl_app.training.prompts import load_pair_tokeniser
+from hafl_app.training.base_model import BaseSpec
+from hafl_app.training.prompts import load_pair_tokenizer
 
-WORDS = ["<s>", "</s>", "<unk>", "name", "a", "colour", "red", "blue"]
+WORDS = ["<s>", "</s>", "<unk>", "name", "a", "color", "red", "blue"]
 
 
-def base_with_tokeniser(path: Path, template: str) -> BaseSpec:
+def base_with_tokenizer(path: Path, template: str) -> BaseSpec:
     """Save a tokenizer of whole words that puts special tokens around a text."""
-    tokeniser = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
-    tokeniser.pre_tokenizer = Whitespace()
-    tokeniser.post_processor = TemplateProcessing(
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
         single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokeniser, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     fast.save_pretrained(path)
     LlamaConfig().save_pretrained(path)
@@ -33,34 +33,34 @@ def base_with_tokeniser(path: Path, template: str) -> BaseSpec:
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
 def test_a_row_begins_and_ends_once(tmp_path, template):
-    tokenise = load_pair_tokeniser(base_with_tokeniser(tmp_path, template), 16)
+    tokenize = load_pair_tokenizer(base_with_tokenizer(tmp_path, template), 16)
 
-    rows, starts = tokenise(["name a colour", "name"], ["red", "a blue colour"])
+    rows, starts = tokenize(["name a color", "name"], ["red", "a blue color"])
 
     assert rows == [[0, 3, 4, 5, 6, 1], [0, 3, 4, 7, 5, 1]]
     assert starts == [4, 2]
 
 
 def test_a_prompt_has_the_same_tokens_whatever_its_answer(tmp_path):
-    tokenise = load_pair_tokeniser(base_with_tokeniser(tmp_path, "<s> $A"), 16)
+    tokenize = load_pair_tokenizer(base_with_tokenizer(tmp_path, "<s> $A"), 16)
 
-    rows, starts = tokenise(["name a colour"] * 2, ["red", ""])
+    rows, starts = tokenize(["name a color"] * 2, ["red", ""])
 
     assert starts[0] == starts[1]
     assert rows[0][: starts[0]] == rows[1][: starts[1]]
 
 
 def test_rows_are_cut_from_the_right(tmp_path):
-    tokenise = load_pair_tokeniser(base_with_tokeniser(tmp_path, "<s> $A"), 4)
+    tokenize = load_pair_tokenizer(base_with_tokenizer(tmp_path, "<s> $A"), 4)
 
-    rows, starts = tokenise(["name", "name a colour a name"], ["red blue red", "red"])
+    rows, starts = tokenize(["name", "name a color a name"], ["red blue red", "red"])
 
     assert rows == [[0, 3, 6, 7], [0, 3, 4, 5]]
     assert starts == [2, 6]  # of the second nothing is left
 
 
 def test_a_model_without_files_hashes_words():
-    rows, starts = load_pair_tokeniser(TINY_CAUSAL, 8)(["one two", "one"], ["three", "two three"])
+    rows, starts = load_pair_tokenizer(TINY_CAUSAL, 8)(["one two", "one"], ["three", "two three"])
 
     assert [len(row) for row in rows] == [4, 4]
     assert rows[0][:3] == rows[1][:3]
@@ -70,5 +70,5 @@ def test_a_model_without_files_hashes_words():
 
 
 def test_nothing_is_nothing(tmp_path):
-    tokenise = load_pair_tokeniser(base_with_tokeniser(tmp_path, "<s> $A"), 4)
-    assert tokenise([], []) == ([], [])
+    tokenize = load_pair_tokenizer(base_with_tokenizer(tmp_path, "<s> $A"), 4)
+    assert tokenize([], []) == ([], [])

@@ -13,12 +13,12 @@ from training_factories import assert_same_adapter, plan_for, random_adapter, ra
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from hafl_app.lowrank.factors import initial_adapter
-from hafl_app.training.base import BaseSpec, ModelError, base_without_weights
+from hafl_app.training.adapter_files import load_adapter, save_adapter
+from hafl_app.training.base_model import BaseSpec, ModelError, base_without_weights
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.evaluate import adapter_evaluator, evaluate, predict_logits
 from hafl_app.training.local import TrainOptions, train
 from hafl_app.training.lora_model import adapter_shapes
-from hafl_app.training.saved import load_adapter, save_adapter
 from hafl_app.training.vision import ImageSpec, LoraImageClassifier
 
 LABELS = 3
@@ -42,7 +42,7 @@ WIDE = "vit.layers.1.mlp.fc1"  # (40, 24)
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images of one size."""
+    """Labeled images of one size."""
 
     pixels: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -207,7 +207,7 @@ class TestSaved:
 
         np.testing.assert_array_equal(predict_logits(loaded.model, images), expected)
         with pytest.raises(ModelError, match="reads none"):
-            loaded.tokenise(["a text"])
+            loaded.tokenize(["a text"])
 
     def test_plain_peft_and_transformers_load_it(self, tmp_path):
         base = tmp_path / "base"

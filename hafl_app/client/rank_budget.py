@@ -1,0 +1,156 @@
+"""What a node affords: its rank, and how long it trains."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hafl_app.config.compose import SettingsError
+from hafl_app.config.schema import RankTier, Settings
+from hafl_app.plan import TrainPlan
+from hafl_app.run import build
+from hafl_app.training.device import describe_device, resolve_device, usable_memory_mb
+from hafl_app.training.local import DeviceMemoryError, TrainOptions
+
+RANK, MEMORY_MB, MAX_STEPS, MAX_SECONDS = "rank", "memory-mb", "max-steps", "max-seconds"
+
+
+@dataclass(frozen=True)
+class NodeLimits:
+    """What the operator of a node set in its ``--node-config``; None is what was not set.
+
+    Parameters
+    ----------
+    rank
+        Largest rank, at least 1.
+    memory_mb
+        Memory for training in MB of 10^6 bytes, at least 1: of the process on a CPU, of the
+        tensors on a GPU.
+    max_steps, max_seconds
+        Length of one training, above 0.
+    """
+
+    rank: int | None = None
+    memory_mb: int | None = None
+    max_steps: int | None = None
+    max_seconds: float | None = None
+
+    @classmethod
+    def of(cls, node_config: Mapping[str, Any]) -> "NodeLimits":
+        """Read a node's config.
+
+        Raises
+        ------
+        SettingsError
+            Naming the key, if a value is no number or too small.
+        """
+        return cls(
+            rank=_whole(node_config, RANK),
+            memory_mb=_whole(node_config, MEMORY_MB),
+            max_steps=_whole(node_config, MAX_STEPS),
+            max_seconds=_seconds(node_config),
+        )
+
+    def limit_plan(self, plan: TrainPlan) -> TrainPlan:
+        """Return the plan with no more steps than this node takes."""
+        steps = [steps for steps in (plan.max_steps, self.max_steps) if steps]
+        return replace(plan, max_steps=min(steps, default=0))
+
+    def limit_options(
+        self, options: TrainOptions, plan: TrainPlan, local_epochs: int
+    ) -> TrainOptions:
+        """Return the options with no more time than this node takes.
+
+        Parameters
+        ----------
+        local_epochs
+            Of a round. A plan of several rounds at once has that many times the run's time, but
+            never more than the node's.
+        """
+        rounds = max(1, plan.local_epochs // local_epochs)
+        seconds = [s for s in (rounds * options.max_seconds, self.max_seconds) if s]
+        return replace(options, max_seconds=min(seconds, default=0.0))
+
+
+def _whole(node_config: Mapping[str, Any], key: str) -> int | None:
+    value = node_config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+        raise SettingsError(f"this node's {key}={value}: expected a whole number from 1")
+    return int(value)
+
+
+def _seconds(node_config: Mapping[str, Any]) -> float | None:
+    value = node_config.get(MAX_SECONDS)
+    if value is None:
+        return None
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise SettingsError(f"this node's {MAX_SECONDS}={value}: expected a number above 0")
+    return seconds
+
+
+def rank_from_memory(settings: Settings, limits: NodeLimits, most: int, num_labels: int) -> int:
+    """Return the largest rank from 1 to ``most`` whose training step fits this node's memory.
+
+    Raises
+    ------
+    DeviceMemoryError
+        If not even rank 1 does: what it needs, and what there is.
+    """
+    device = resolve_device(settings.client.device)
+    usable = _usable_mb(settings, limits)
+    needed = build.step_memory(settings, num_labels)
+    rank = min(needed.largest_rank(usable), most)
+    if rank == 0:
+        raise DeviceMemoryError(
+            f"{describe_device(device)}: rank 1 needs {needed.needed_mb(1):.0f} MB at "
+            f"client.batch_size={settings.client.batch_size} and "
+            f"dataset.max_length={settings.dataset.max_length}, and {usable:.0f} MB are usable"
+        )
+    return rank
+
+
+def _usable_mb(settings: Settings, limits: NodeLimits) -> float:
+    stated = limits.memory_mb or settings.ranks.memory_limit_mb
+    device = resolve_device(settings.client.device)
+    if stated is None:
+        total = usable_memory_mb(device)
+    else:
+        # A GPU says what it has, so a stated limit can only lower it.
+        total = min(stated, usable_memory_mb(device)) if device.type == "cuda" else stated
+    return total * (1 - settings.ranks.memory_margin)
+
+
+def rank_budget(
+    settings: Settings, limits: NodeLimits, tier: RankTier | None, num_labels: int
+) -> RankTier:
+    """Return a node's rank budget: what its operator says, else its memory or its tier.
+
+    Parameters
+    ----------
+    tier
+        Of its partition; None if it has none.
+
+    Raises
+    ------
+    SettingsError
+        If nothing says what it is.
+    DeviceMemoryError
+        See `rank_from_memory`.
+    """
+    if limits.rank is not None:
+        # What a device affords holds for every run; this one may need less.
+        return RankTier(rank=min(limits.rank, settings.lora.max_rank))
+    if settings.ranks.source == "memory":
+        most = settings.lora.max_rank if tier is None else tier.rank
+        return RankTier(rank=rank_from_memory(settings, limits, most, num_labels))
+    if tier is None:
+        raise SettingsError(
+            f"a node without partition-id needs {RANK} in its --node-config, or ranks=from_memory"
+        )
+    return tier

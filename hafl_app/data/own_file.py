@@ -1,0 +1,179 @@
+"""A node's own file: its texts stay on the device, and its labels must be among the run's."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from hafl_app.data.errors import DataError, UnfitDataError
+from hafl_app.data.files import read_table
+from hafl_app.data.folders import resolve
+from hafl_app.data.labels import label_fault
+from hafl_app.data.shares import Share
+from hafl_app.data.splits import Rows, split_off
+from hafl_app.data.tables import index_labels, shuffled, sorted_label_names, standardize
+from hafl_app.data.text import EncodedText, Tokenize, encode
+
+_MOST_NAMED = 20  # columns or labels in a node's own log
+
+
+@dataclass(frozen=True)
+class OwnFile:
+    """A table with labeled text that belongs to one node.
+
+    Parameters
+    ----------
+    path
+        A csv, tsv, jsonl, json or parquet file.
+    text_column, label_column
+        Where text and label stand.
+    max_examples
+        Size of a random subset, at least 1; None for all.
+    data_seed
+        Seed, not negative, of the order and the subset.
+    """
+
+    path: str
+    text_column: str = "text"
+    label_column: str = "label"
+    max_examples: int | None = None
+    data_seed: int = 0
+
+    def version(self) -> tuple[int, int]:
+        """Return what changes when the file does: time of change in ns, and size in bytes.
+
+        Raises
+        ------
+        DataError
+            If there is no such file.
+        """
+        path = resolve(self.path, "data-path")
+        if not path.is_file():
+            raise DataError(f"data-path: expected a file, got {path}")
+        status = path.stat()
+        return status.st_mtime_ns, status.st_size
+
+
+class OwnText:
+    """Labeled text of a node's own file, read and tokenized when first asked for.
+
+    The held-out rows follow from the seed and the file alone, so that they stay the same whatever
+    number the server gives the node.
+
+    Parameters
+    ----------
+    file
+        Where it stands.
+    holdout_fraction
+        Share of the rows in [0, 1) that the node does not train on.
+    seed
+        Of the held-out rows.
+    tokenize, tokenizer_key, cache
+        As in `hafl_app.data.federated.FederatedText`.
+    """
+
+    def __init__(
+        self,
+        file: OwnFile,
+        *,
+        holdout_fraction: float,
+        seed: int,
+        tokenize: Tokenize,
+        tokenizer_key: str,
+        cache: Path | None,
+    ) -> None:
+        self._file = file
+        self._holdout_fraction = holdout_fraction
+        self._seed = seed
+        self._tokenize = tokenize
+        self._tokenizer_key = tokenizer_key
+        self._cache = cache
+        self._encode = functools.lru_cache(maxsize=1)(self._encode_for)
+
+    def share(self, label_names: Sequence[str] | None = None) -> Share:
+        """Return this node's data under the run's labels, or under its own if there are none yet.
+
+        Raises
+        ------
+        UnfitDataError
+            If a column is missing, or a label is not among the run's.
+        DataError
+            If the file cannot be read, has no rows, or a text or label is null.
+        """
+        names = self._own_names if label_names is None else tuple(label_names)
+        self._refuse_unknown(names)
+        train, holdout = self._split
+        return Share(
+            names,
+            len(train),
+            lambda: self._encode(names).select(train),
+            lambda: self._encode(names).select(holdout),
+        )
+
+    @cached_property
+    def _table(self) -> pd.DataFrame:
+        """Every row, in a random order: text and label name."""
+        file, columns = self._file, (self._file.text_column, self._file.label_column)
+        path = resolve(file.path, "data-path")
+        table = read_table(path, columns)
+        if table.empty:
+            raise DataError(f"{path} has no rows")
+        self._require_columns(table)
+        return shuffled(standardize(table, *columns, str(path)), None, (file.data_seed, 0))
+
+    @property
+    def _rows(self) -> pd.DataFrame:
+        return self._table.iloc[: self._file.max_examples]
+
+    @cached_property
+    def _own_names(self) -> tuple[str, ...]:
+        # Of all rows: which of them a run takes must not decide what the classes are.
+        names = sorted_label_names(self._table["label"])
+        if fault := label_fault(names):
+            column = self._file.label_column
+            raise UnfitDataError(
+                f"column {column!r} of this node's file: {fault}; is it the label column?",
+                f"the first label is {names[0][:80]!r}",
+            )
+        return names
+
+    @cached_property
+    def _split(self) -> tuple[Rows, Rows]:
+        return split_off(np.arange(len(self._rows)), self._holdout_fraction, self._seed)
+
+    def _encode_for(self, names: tuple[str, ...]) -> EncodedText:
+        rows = index_labels(self._rows, names, "own")
+        texts, labels = rows["text"].tolist(), rows["label"].to_numpy(copy=True)
+        return encode(texts, labels, self._tokenize, self._cache, self._tokenizer_key)
+
+    def _require_columns(self, table: pd.DataFrame) -> None:
+        known = [str(column) for column in table.columns]
+        for kind, column in (
+            ("text", self._file.text_column),
+            ("label", self._file.label_column),
+        ):
+            if column not in known:
+                raise UnfitDataError(
+                    f"dataset.{kind}_column: this node's file has no column {column!r}; "
+                    f"{kind}-column in its --node-config names another",
+                    f"it has {_listed(known)}",
+                )
+
+    def _refuse_unknown(self, names: tuple[str, ...]) -> None:
+        unknown = sorted(set(self._own_names) - set(names))
+        if unknown:
+            raise UnfitDataError(
+                f"dataset.label_names: {len(unknown)} of the {len(self._own_names)} labels in "
+                f"column {self._file.label_column!r} of this node's file are not among the "
+                f"{len(names)} of the run",
+                f"unknown: {_listed(unknown)}",
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(repr(name) for name in names[:_MOST_NAMED]) + more

@@ -1,0 +1,97 @@
+"""Simulate on a Ray cluster that is already there, instead of a Ray started for the run."""
+
+import json
+import re
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from hafl_app.client.permissions import OWN_MACHINE
+
+ADDRESS = "RAY_ADDRESS"
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # its real name; `ray job submit` sets it, too
+_APP = Path(__file__).resolve().parents[2]
+_SHIPPED = ("hafl_app", "conf")
+_CONNECT_SECONDS = 5.0
+
+
+class RayClusterError(RuntimeError):
+    """A Ray cluster that a run cannot use, told in one line."""
+
+
+def cluster_address(setting: str | None, environ: Mapping[str, str]) -> str | None:
+    """Return the cluster to simulate on; None for a Ray of the run's own.
+
+    Parameters
+    ----------
+    setting
+        ``federation.ray_address``; it goes before ``RAY_ADDRESS``.
+    environ
+        The environment. ``RAY_ADDRESS=local`` is Ray's own word for no cluster.
+
+    Raises
+    ------
+    RayClusterError
+        If the address is not host:port, or if nothing answers there.
+    """
+    name = "federation.ray_address" if setting else ADDRESS
+    address = setting or environ.get(ADDRESS, "")
+    if address in ("", "local"):
+        return None
+    # Also refuses Ray's "auto", which may find somebody else's Ray, and its remote client ray://.
+    match = re.fullmatch(r"(?P<host>[\w.-]+|\[[\da-fA-F:]+\]):(?P<port>\d{1,5})", address)
+    if match is None:
+        raise RayClusterError(f"{name}={address!r}: expected host:port, as `ray start` prints it")
+    try:
+        at = (match["host"].strip("[]"), int(match["port"]))
+        socket.create_connection(at, _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RayClusterError(f"{name}={address}: no Ray answers there ({reason})") from error
+    return address
+
+
+def check_shares(client_cpus: int | None, client_gpus: float | None) -> None:
+    """Refuse to guess: what one client gets follows from machines that this one cannot see.
+
+    Raises
+    ------
+    RayClusterError
+        If a share is not given.
+    """
+    shares = {"federation.client_cpus": client_cpus, "federation.client_gpus": client_gpus}
+    for name, share in shares.items():
+        if share is None:
+            raise RayClusterError(
+                f"{name}: must be given on a Ray cluster, the share of one client (no GPU: 0)"
+            )
+
+
+def ray_environment(
+    address: str | None, folder: Path, environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the variables that lead Flower's Ray backend to a cluster, or keep it off one.
+
+    Workers of a cluster are started by their machine's Ray: they inherit nothing from the run.
+    What they need travels with the job: this app's code and settings, so that every machine runs
+    the same version, and what nodes of a simulation are allowed (see `permissions`).
+
+    Parameters
+    ----------
+    address
+        From `cluster_address`; None for a Ray of the run's own.
+    folder
+        Where the code is copied to for Ray to take it from; made only for a cluster, and needed
+        until the run has begun.
+    environ
+        The run's own environment, which names its permissions.
+    """
+    if address is None:
+        return {ADDRESS: "local"}
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in _SHIPPED:
+        shutil.copytree(_APP / name, folder / name, ignore=ignored)
+    permissions = {name: environ[name] for name in OWN_MACHINE}
+    runtime = {"working_dir": str(folder), "env_vars": permissions}
+    return {ADDRESS: address, JOB_CONFIG: json.dumps({"runtime_env": runtime})}

@@ -1,0 +1,192 @@
+"""Centralized LoRA: all clients' training data in one place, the upper reference."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from hafl_app.config.schema import Settings
+from hafl_app.data.images import EncodedImages
+from hafl_app.data.text import EncodedText
+from hafl_app.lowrank.factors import Adapter, initial_adapter
+from hafl_app.metrics import Metric, Task
+from hafl_app.plan import TrainPlan
+from hafl_app.run import build
+from hafl_app.run.reporting import plain_settings
+from hafl_app.server.client_sampling import sample_size
+from hafl_app.tracking.base import RoundRecord
+from hafl_app.tracking.jsonl import JsonlTracker
+from hafl_app.training.adapter_files import save_adapter
+from hafl_app.training.device import threads
+from hafl_app.training.evaluate import evaluate
+from hafl_app.training.local import TrainResult, train
+from hafl_app.training.lora_model import LoraModel
+
+_WIDTH = 6  # of a column of scores, unless its title is longer
+
+
+def num_passes(settings: Settings) -> int:
+    """Return how often the federation passes over its data, at least once.
+
+    ``num_rounds * local_epochs * fraction_train``, rounded.
+    """
+    federation = settings.federation
+    passes = federation.num_rounds * settings.client.local_epochs * federation.fraction_train
+    return max(1, round(passes))
+
+
+def union(parts: Sequence[EncodedText]) -> EncodedText:
+    """Return all rows of all parts, in their order."""
+    images = [part for part in parts if isinstance(part, EncodedImages)]
+    if images:
+        pixels = np.concatenate([part.pixels for part in images])
+        return EncodedImages.of(pixels, np.concatenate([part.labels for part in images]))
+    starts = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=True)]
+    end = sum(len(part.tokens) for part in parts)
+    answers = [part.answer_starts for part in parts if part.answer_starts is not None]
+    return EncodedText(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        offsets=np.concatenate([*offsets, [end]]),
+        labels=np.concatenate([part.labels for part in parts]),
+        answer_starts=np.concatenate(answers) if answers else None,
+    )
+
+
+def train_centralized(
+    settings: Settings, folder: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train at ``lora.max_rank`` on the union of the clients' training data.
+
+    Same base model, initial adapter and head, optimizer, batch size and learning rate as the
+    federation, and as many passes over the data; so as many steps as all its clients together.
+    The optimizer keeps its state from pass to pass, which a federation's clients do not.
+
+    Returns
+    -------
+    dict
+        The summary, as written to ``summary.json`` beside ``metrics.jsonl``, ``config.yaml`` and
+        the adapter of the last pass.
+    """
+    text = build.federated_text(settings, settings.federation.num_clients)
+    model = build.model(settings, len(text.label_names))
+    examples = union([text.train(i) for i in range(text.num_partitions)])
+    adapter, plan = _start(settings, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(plain_settings(settings)), folder / "config.yaml")
+    tracker = JsonlTracker(folder)
+    tracker.start(plain_settings(settings), [])
+    task = build.task(settings)
+    say(header(task))
+    records: list[RoundRecord] = []
+    began = [time.perf_counter()]
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        metrics = evaluate(model, text.test, settings.client.precision).named("test")
+        if len(text.validation.labels):
+            scores = evaluate(model, text.validation, settings.client.precision)
+            metrics |= scores.named("validation")
+        seconds = time.perf_counter() - began[-1]
+        began.append(time.perf_counter())
+        records.append(RoundRecord(epoch, seconds, loss, 0, 0, 0, 0, metrics))
+        tracker.log_round(records[-1])
+        say(_line(records[-1], task))
+
+    with threads(settings.client.num_threads):
+        result = train(
+            model,
+            adapter,
+            plan,
+            examples,
+            build.train_options(settings),
+            settings.seed,
+            on_epoch,
+        )
+    summary = _summary(settings, plan, result, records)
+    tracker.finish(summary)
+    save_adapter(
+        folder / "adapter",
+        result.adapter,
+        build.model_spec(settings, len(text.label_names)),
+        label_names=text.label_names,
+        max_length=settings.dataset.max_length,
+        facts={"centralized": True, "seed": settings.seed, "metrics": summary["final"]},
+    )
+    return summary
+
+
+def _start(settings: Settings, model: LoraModel) -> tuple[Adapter, TrainPlan]:
+    """Return what the federation would start from, and the plan to train all of it."""
+    strategy = build.strategy(settings)
+    strategy.options = build.federation_options(settings)
+    strategy.global_adapter = initial_adapter(model.shapes(), strategy.max_rank, settings.seed)
+    federation = settings.federation
+    # A limit of steps holds for each client of each round.
+    clients = sample_size(federation.fraction_train, federation.num_clients)
+    plan = strategy.prefix_plan(
+        strategy.max_rank,
+        head="frozen" if settings.model.head == "frozen" else "averaged",
+        local_epochs=num_passes(settings),
+        max_steps=federation.num_rounds * clients * settings.client.max_steps,
+    )
+    return strategy.global_adapter.with_head(model.initial_head), plan
+
+
+def _summary(
+    settings: Settings, plan: TrainPlan, result: TrainResult, records: Sequence[RoundRecord]
+) -> dict[str, Any]:
+    metric = build.task(settings).primary
+
+    def merit(record: RoundRecord) -> float:
+        return metric.merit(record.metrics.get(metric.key("validation"), metric.merit(-math.inf)))
+
+    chosen = max(records, key=merit)
+    return {
+        "status": "finished",
+        "kind": "centralized",
+        "rank": settings.lora.max_rank,
+        "learning_rate": settings.client.learning_rate,
+        "seed": settings.seed,
+        "passes": plan.local_epochs,
+        "steps": result.steps,
+        "num_examples": result.num_examples,
+        "final": dict(records[-1].metrics),
+        "best_validation": {"pass": chosen.server_round, **chosen.metrics},
+        "each_pass": [
+            {"pass": r.server_round, "loss": r.train_loss, "seconds": r.seconds, **r.metrics}
+            for r in records
+        ],
+        "train_options": asdict(build.train_options(settings)),
+        "seconds": result.seconds,
+    }
+
+
+def header(task: Task) -> str:
+    """Return the heading of the table of passes."""
+    cells = "   ".join(f"{title:>{_WIDTH}}" for title, _, _ in _columns(task))
+    return f"pass   train loss   {cells}   seconds"
+
+
+def _columns(task: Task) -> list[tuple[str, Metric, str]]:
+    """Return title, metric and phase of the scores in the table."""
+    return [
+        ("validation", task.primary, "validation"),
+        ("test", task.primary, "test"),
+        (f"test {task.second.title}", task.second, "test"),
+    ]
+
+
+def _line(record: RoundRecord, task: Task) -> str:
+    cells = [
+        f"{metric.text(record.metrics.get(metric.key(phase))):>{max(_WIDTH, len(title))}}"
+        for title, metric, phase in _columns(task)
+    ]
+    scores = "   ".join(cells)
+    return (
+        f"{record.server_round:>4}   {record.train_loss:>10.4f}   {scores}   {record.seconds:>7.1f}"
+    )

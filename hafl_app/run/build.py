@@ -1,0 +1,466 @@
+"""From checked settings to the objects of a run: where settings, data and training meet."""
+
+import functools
+import json
+import logging
+import os
+import random
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypedDict
+
+from hafl_app.config.compose import SettingsError, compose
+from hafl_app.config.schema import RankTier, Settings
+from hafl_app.data.federated import FederatedText
+from hafl_app.data.partition import Partitioning
+from hafl_app.data.sources import IMAGES, TextSource, load_text
+from hafl_app.data.text import Tokenize, TokenizePairs
+from hafl_app.metrics import TASKS, Task
+from hafl_app.privacy.mechanism import PrivacyOptions, new_noise_key
+from hafl_app.server.held_out_clients import draw_unseen
+from hafl_app.server.node_directory import NodeDirectory
+from hafl_app.server.numbering import Numbering
+from hafl_app.server.options import FederationOptions
+from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.haflq import Haflq
+from hafl_app.training.answers import require_rouge
+from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec, load_tokenizer
+from hafl_app.training.classifier import ClassifierSpec
+from hafl_app.training.device import resolve_device
+from hafl_app.training.local import TrainOptions
+from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model, with_quantization
+from hafl_app.training.prompts import load_pair_tokenizer
+from hafl_app.training.quantization.block_precision import BLOCKWISE
+from hafl_app.training.quantization.blocks import NOT_QUANTIZED
+from hafl_app.training.quantization.linear import PRECISIONS
+from hafl_app.training.specs import lora_spec
+from hafl_app.training.step_memory import StepMemory
+from hafl_app.training.step_memory import step_memory as count_step_memory
+from hafl_app.wire.node_profile import scale_tiers
+
+KNOBS = {
+    "strategy": "strategy",
+    "model": "model",
+    "dataset": "dataset",
+    "rounds": "federation.num_rounds",
+    "seed": "seed",
+}
+
+
+def overrides_of_run(run_config: Mapping[str, Any]) -> list[str]:
+    """Return the Hydra overrides that a Flower run config asks for.
+
+    Parameters
+    ----------
+    run_config
+        ``overrides``, a string of Hydra overrides, and the everyday knobs, which come after and
+        win; empty means "as in conf/".
+    """
+    overrides = shlex.split(str(run_config.get("overrides", "")))
+    for knob, setting in KNOBS.items():
+        if str(run_config.get(knob, "")):
+            overrides.append(f"{setting}={run_config[knob]}")
+    return overrides
+
+
+def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
+    """Compose the settings that a Flower run config asks for, see `overrides_of_run`.
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError
+        In one line, if they are wrong.
+    """
+    return compose(overrides_of_run(run_config))
+
+
+def show_log() -> None:
+    """Print what this project logs from level INFO on, unless someone already shows it."""
+    logger = logging.getLogger("hafl_app")
+    if logger.level != logging.INFO:  # to set it clears what logging has cached, every time
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+def cache_folder() -> Path:
+    """Return the folder of tokenized data: `$HAFL_CACHE`, else `hafl` in the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HAFL_CACHE") or Path(root) / "hafl")
+
+
+def base_spec(settings: Settings) -> BaseSpec:
+    """Return the identity of the base model.
+
+    With ``model.quantization=blockwise`` a node chooses by its data; the server, which has none,
+    takes the model as it is.
+    """
+    model = settings.model
+    blockwise = model.quantization == BLOCKWISE
+    return BaseSpec(
+        path=model.path,
+        revision=model.revision,
+        sha256=model.sha256,
+        package_path=model.package_path,
+        num_layers=model.num_layers,
+        random_weights=model.random_weights,
+        pooling=model.pooling,
+        trust_remote_code=model.trust_remote_code,
+        task=model.task,
+        shape=json.dumps(model.shape, sort_keys=True) if model.shape else "",
+        quantization=NOT_QUANTIZED if blockwise else model.quantization,
+    )
+
+
+def task(settings: Settings) -> Task:
+    """Return what is learned and by what it is scored.
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError
+        If model and data do not have the same task.
+    """
+    _check_images(settings)
+    answers, causal = settings.dataset.answer_column, settings.model.task == CAUSAL_LM
+    if causal and not answers:
+        raise SettingsError(
+            "model.task=causal_lm needs prompts with answers: dataset=dolly, or another with "
+            "dataset.answer_column and dataset.template"
+        )
+    if answers and not causal:
+        raise SettingsError(
+            f"dataset.answer_column={answers}: answers are learned by a model=causal, "
+            f"model.task is {settings.model.task}"
+        )
+    if causal and settings.model.head == "local":
+        raise SettingsError("model.head=local: a causal language model has no head")
+    return TASKS[settings.model.task]
+
+
+def _check_images(settings: Settings) -> None:
+    """Refuse images for a model of text, text for one of images, and what images do not have."""
+    images, task_name = settings.dataset.source in IMAGES, settings.model.task
+    if images != (task_name == IMAGE_CLASSIFICATION):
+        raise SettingsError(
+            f"model.task={task_name} with dataset.source={settings.dataset.source}: "
+            f"image_classification (model=vit_digits) needs images, "
+            f"dataset={' or '.join(sorted(IMAGES))}, and images need it"
+        )
+    if images and settings.model.pooling != "cls":
+        raise SettingsError(
+            f"model.pooling={settings.model.pooling}: an image classifier has a head of its own, "
+            "expected cls"
+        )
+    if images and settings.ranks.source == "memory":
+        raise SettingsError(
+            "ranks=from_memory: the memory of a training step is not counted for images; take "
+            "ranks with tiers"
+        )
+
+
+def text_source(settings: Settings) -> TextSource:
+    """Return where the text or the images come from."""
+    values = {f.name: getattr(settings.dataset, f.name) for f in fields(TextSource)}
+    if values["label_names"] is not None:
+        values["label_names"] = tuple(values["label_names"])
+    return TextSource(**values)
+
+
+def test_pairs(settings: Settings) -> tuple[list[str], list[str]]:
+    """Return the prompts and the expected answers of the test set, none of them cut."""
+    rows = load_text(text_source(settings)).test.with_format(None)
+    return rows["text"][:], rows["answer"][:]
+
+
+def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
+    """Return the data of a federation; nothing is loaded before it is asked for."""
+    task(settings)
+    dataset, partition = settings.dataset, settings.partition
+    partitioning = Partitioning(
+        num_partitions=num_partitions, seed=settings.seed, **asdict(partition)
+    )
+    shares = (dataset.validation_fraction, dataset.holdout_fraction)
+    # The same object for every message of a process: what it loads stays loaded.
+    return _federated_text(
+        text_source(settings), partitioning, shares, base_spec(settings), dataset.max_length
+    )
+
+
+class _LazyTokenizer:
+    """Loads the tokenizer when the first text comes, so that counting rows needs none."""
+
+    def __init__(self, spec: BaseSpec, max_length: int) -> None:
+        self._spec = spec
+        self._max_length = max_length
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        return load_tokenizer(self._spec, self._max_length)(texts)
+
+
+class _LazyPairTokenizer:
+    """The same for prompts with answers."""
+
+    def __init__(self, spec: BaseSpec, max_length: int) -> None:
+        self._spec = spec
+        self._max_length = max_length
+
+    def __call__(self, prompts: list[str], answers: list[str]) -> tuple[list[list[int]], list[int]]:
+        return load_pair_tokenizer(self._spec, self._max_length)(prompts, answers)
+
+
+@functools.lru_cache(maxsize=2)
+def _federated_text(
+    source: TextSource,
+    partitioning: Partitioning,
+    shares: tuple[float, float],
+    spec: BaseSpec,
+    max_length: int,
+) -> FederatedText:
+    validation_fraction, holdout_fraction = shares
+    pairs: TokenizePairs | None = None
+    if spec.task == CAUSAL_LM:
+        pairs = _LazyPairTokenizer(spec, max_length)
+    return FederatedText(
+        source,
+        partitioning,
+        validation_fraction=validation_fraction,
+        holdout_fraction=holdout_fraction,
+        tokenize_pairs=pairs,
+        **tokenizing(spec, max_length),
+    )
+
+
+class Tokenizing(TypedDict):
+    """How texts become tokens: the arguments of that name of what encodes text."""
+
+    tokenize: Tokenize
+    tokenizer_key: str
+    cache: Path | None
+
+
+def tokenizing(spec: BaseSpec, max_length: int) -> Tokenizing:
+    """Return how texts become tokens; the tokenizer is loaded when the first text comes."""
+    return Tokenizing(
+        tokenize=_LazyTokenizer(spec, max_length),
+        tokenizer_key=_tokenizer_key(spec, max_length),
+        cache=cache_folder(),
+    )
+
+
+def _tokenizer_key(spec: BaseSpec, max_length: int) -> str:
+    # A tokenizer of the model's own code may cut texts otherwise.
+    code = "/own code" if spec.trust_remote_code else ""
+    return f"{spec.path}@{spec.revision}/{max_length}{code}"
+
+
+def model_spec(settings: Settings, num_labels: int) -> LoraSpec:
+    """Return what decides the model's weights before training.
+
+    Parameters
+    ----------
+    num_labels
+        Classes; without meaning for a causal language model.
+    """
+    return lora_spec(
+        base_spec(settings),
+        num_labels,
+        _target_modules(settings),
+        settings.lora.lora_dropout,
+        settings.seed,
+    )
+
+
+def classifier_spec(settings: Settings, num_labels: int) -> ClassifierSpec:
+    """Return what decides a classifier's weights before training."""
+    return ClassifierSpec(
+        base=base_spec(settings),
+        num_labels=num_labels,
+        target_modules=_target_modules(settings),
+        lora_dropout=settings.lora.lora_dropout,
+        seed=settings.seed,
+    )
+
+
+def _target_modules(settings: Settings) -> str | tuple[str, ...]:
+    targets = settings.lora.target_modules
+    return targets if isinstance(targets, str) else tuple(targets)
+
+
+def model(settings: Settings, num_labels: int, quantization: str | None = None) -> LoraModel:
+    """Return this process's model on its device; the base model is loaded once.
+
+    Parameters
+    ----------
+    quantization
+        What this node chose, as in a `BaseSpec`; None for what the settings say.
+    """
+    spec = model_spec(settings, num_labels)
+    if quantization is not None:
+        spec = with_quantization(spec, quantization)
+    found, device = resident_model(spec), resolve_device(settings.client.device)
+    # Moving walks through the whole model even where there is nothing to move.
+    return found if found.device.type == device.type else found.to(device)
+
+
+def step_memory(settings: Settings, num_labels: int) -> StepMemory:
+    """Return the memory that training takes on this node by rank; counted once a machine.
+
+    With ``model.quantization=blockwise`` it is that of the fewest bits.
+    """
+    spec = model_spec(settings, num_labels)
+    if settings.model.quantization == BLOCKWISE:
+        spec = with_quantization(spec, PRECISIONS[0])
+    return count_step_memory(
+        spec,
+        settings.lora.max_rank,
+        train_options(settings),
+        settings.dataset.max_length,
+        resolve_device(settings.client.device),
+        cache_folder() / "memory",
+    )
+
+
+def train_options(settings: Settings) -> TrainOptions:
+    """Return how clients train."""
+    return TrainOptions(**{f.name: getattr(settings.client, f.name) for f in fields(TrainOptions)})
+
+
+def privacy_options(settings: Settings) -> PrivacyOptions:
+    """Return how private the run is, with a key for its noise."""
+    values = {k: v for k, v in asdict(settings.privacy).items() if k != "noise_seed"}
+    return PrivacyOptions(**values, noise_key=new_noise_key(settings.privacy.noise_seed))
+
+
+def federation_options(settings: Settings) -> FederationOptions:
+    """Return what holds for the whole run, whatever the method."""
+    federation = settings.federation
+    shared = {f.name for f in fields(FederationOptions)} & {f.name for f in fields(federation)}
+    return FederationOptions(
+        **{name: getattr(federation, name) for name in shared},
+        seed=settings.seed,
+        local_epochs=settings.client.local_epochs,
+        max_steps=settings.client.max_steps,
+        head=settings.model.head,  # type: ignore[arg-type]
+        lora_alpha=settings.lora.lora_alpha,
+        scaling=settings.lora.scaling,
+        timeout_s=federation.round_timeout_s,
+        quarantine_after=federation.quarantine.after,
+        quarantine_rounds=federation.quarantine.rounds,
+        privacy=privacy_options(settings),
+    )
+
+
+def node_directory(
+    settings: Settings,
+    label_names: tuple[str, ...] | None,
+    numbering: Numbering | None = None,
+) -> NodeDirectory:
+    """Return the directory of a run whose nodes are still to be asked.
+
+    Parameters
+    ----------
+    label_names
+        The run's classes; None if the nodes are to say theirs.
+    numbering
+        Of the run that goes on.
+    """
+    federation = settings.federation
+    return NodeDirectory(
+        federation.round_timeout_s,
+        start_timeout_s=federation.start_timeout_s,
+        num_nodes=federation.num_clients,
+        label_names=label_names,
+        numbering=numbering,
+    )
+
+
+def client_tiers(settings: Settings, num_clients: int) -> list[RankTier]:
+    """Return the tier of every partition, as the `ranks` group draws them."""
+    ranks = settings.ranks
+    drawn = _drawn_tiers(
+        tuple(t.share for t in ranks.tiers), num_clients, ranks.order, settings.seed
+    )
+    return [ranks.tiers[i] for i in drawn]
+
+
+@functools.lru_cache(maxsize=8)  # every one of many simulated nodes asks for its own
+def _drawn_tiers(
+    shares: tuple[float, ...], num_clients: int, order: str, seed: int
+) -> tuple[int, ...]:
+    """Return which tier each partition is of."""
+    tiers = scale_tiers(list(enumerate(shares)), num_clients)
+    if order == "shuffled":
+        random.Random(f"{seed}/ranks").shuffle(tiers)
+    return tuple(tiers)
+
+
+def client_ranks(settings: Settings, num_clients: int) -> list[int]:
+    """Return the rank of every partition, where its tier has no other for a layer type."""
+    return [tier.rank for tier in client_tiers(settings, num_clients)]
+
+
+def strategy(settings: Settings) -> HeterogeneousLora:
+    """Return a fresh strategy with its hyper-parameters.
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError
+        See `task` and `unseen_partitions`; or if answers are to be generated that cannot be, or
+        uploads to have bits that this method does not allocate.
+    hafl_app.training.answers.MissingPackageError
+        If they cannot be scored.
+    """
+    method: HeterogeneousLora = settings.strategy
+    made = type(method)(**{f.name: getattr(method, f.name) for f in fields(method) if f.init})
+    made.task = task(settings)
+    made.unseen = unseen_partitions(settings)
+    _check_generation(settings)
+    _check_upload(settings)
+    return made
+
+
+def _check_upload(settings: Settings) -> None:
+    if settings.federation.upload == "mixed" and not isinstance(settings.strategy, Haflq):
+        raise SettingsError(
+            "federation.upload=mixed: only strategy=haflq gives every component its bits; expected "
+            "fp32, bf16 or int8"
+        )
+
+
+def unseen_partitions(settings: Settings) -> frozenset[int]:
+    """Return the partitions that never train.
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError
+        If nobody is left to train, or scores of unseen clients have no meaning.
+    """
+    federation = settings.federation
+    unseen, clients = federation.unseen_clients, federation.num_clients
+    asked = f"federation.unseen_clients={unseen}"
+    if unseen >= clients:
+        raise SettingsError(f"{asked}: expected below federation.num_clients={clients}")
+    if unseen and settings.model.head == "local":
+        raise SettingsError(f"{asked}: with model.head=local they would have an untrained head")
+    if unseen and settings.privacy.kind != "none":
+        raise SettingsError(
+            f"{asked}: refused under privacy={settings.privacy.kind}, whose guarantee and "
+            "denominators count every client"
+        )
+    return draw_unseen(clients, unseen, settings.seed)
+
+
+def _check_generation(settings: Settings) -> None:
+    federation = settings.federation
+    if not federation.generate_examples:
+        return
+    asked = f"federation.generate_examples={federation.generate_examples}"
+    if settings.model.task != CAUSAL_LM:
+        raise SettingsError(f"{asked}: answers are generated by a model.task={CAUSAL_LM} only")
+    if not federation.central_evaluation:
+        raise SettingsError(f"{asked} needs federation.central_evaluation=true")
+    require_rouge()

@@ -1,0 +1,87 @@
+"""What the federation gains each class of devices: the number that the project is for."""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hafl_app.config.schema import Settings
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.lowrank.svd import truncated_svd
+from hafl_app.metrics import Metric
+from hafl_app.server.local_baseline import AloneResult
+from hafl_app.wire.node_profile import NodeProfile
+
+
+def lone_clients(settings: Settings, profiles: Sequence[NodeProfile]) -> list[NodeProfile]:
+    """Draw the clients that are also trained alone: some of every budget, by the seed."""
+    if settings.model.head == "local":
+        return []  # their heads are not comparable with a global one that does not exist
+    drawn = []
+    for ranks in sorted({profile.ranks for profile in profiles}):
+        same = [profile for profile in profiles if profile.ranks == ranks]
+        count = min(settings.federation.alone_clients_per_rank, len(same))
+        key = "/".join(map(str, ranks))
+        drawn += random.Random(f"{settings.seed}/alone/{key}").sample(same, count)
+    return sorted(drawn, key=lambda profile: profile.partition_id)
+
+
+def device_gains(
+    global_adapter: Adapter,
+    alone: Sequence[AloneResult],
+    score_of: Callable[[Adapter], float],
+    metric: Metric,
+) -> list[dict[str, Any]]:
+    """Compare, for every budget, what a device gets from the federation with what it has alone.
+
+    Parameters
+    ----------
+    global_adapter
+        The federation's last; a device holds its best approximation of the device's ranks.
+    alone
+        What clients trained by themselves.
+    score_of
+        The metric of an adapter on the test data.
+    metric
+        Which one.
+
+    Returns
+    -------
+    list
+        A row a budget: ``rank`` (``ranks`` too where layer types differ), the scores
+        ``federated`` and ``alone`` (mean over ``clients_alone``), and ``gain``, by how much the
+        first is better.
+    """
+    rows = []
+    for ranks in sorted({result.profile.ranks for result in alone}):
+        same = [result for result in alone if result.profile.ranks == ranks]
+        federated = score_of(_cut(global_adapter, same[0].profile))
+        each = [score_of(result.adapter) for result in same if result.at_own_rank]
+        at_max = [score_of(result.adapter) for result in same if not result.at_own_rank]
+        mean = _mean(each)
+        row: dict[str, Any] = {
+            "rank": ranks[0],
+            "federated": federated,
+            "alone": mean,
+            "gain": metric.difference(federated, mean),
+            "clients_alone": len(each),
+            "alone_each": each,
+        }
+        if len(ranks) > 1:
+            row["ranks"] = list(ranks)
+        if at_max:
+            row |= {"alone_at_max_rank": _mean(at_max), "alone_at_max_rank_each": at_max}
+        rows.append(row)
+    return rows
+
+
+def _cut(adapter: Adapter, profile: NodeProfile) -> Adapter:
+    modules: Mapping[str, Any] = {
+        name: truncated_svd(factors, profile.rank_of(name))
+        for name, factors in adapter.modules.items()
+    }
+    return Adapter(modules, adapter.head)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,261 @@
+"""A run that goes on: what its checkpoints hold, and which of its settings may change.
+
+A checkpoint has the strategy (global adapter, head, what the method remembers, ledger, quarantine),
+the report (best round, tracker's run id, time spent) and what the engine keeps for the clients.
+The scores of past rounds stay in ``metrics.jsonl``. Random numbers need no state: every draw is
+seeded by the run's seed, the round and the partition.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from flwr.app import ArrayRecord, RecordDict
+from flwr.serverapp import Grid
+
+from hafl_app.config.schema import Settings
+from hafl_app.run.reporting import RunReport, plain_settings
+from hafl_app.server.checkpoint_store import Checkpoint, CheckpointStore
+from hafl_app.server.numbering import Numbering
+from hafl_app.server.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
+from hafl_app.strategies.hooks import FlowerHooks
+
+_LOGGER = logging.getLogger(__name__)
+# What may differ when a run goes on: it decides how long, where and how fast, not what is learned.
+_FREE = (
+    "output_dir",
+    "resume",
+    "engine",
+    "tracking",
+    "client.device",
+    "client.gradient_checkpointing",
+    "privacy.max_epsilon",
+    "federation.num_rounds",
+    "federation.checkpoint_every",
+    "federation.round_timeout_s",
+    "federation.start_timeout_s",
+    "federation.min_replies",
+    "federation.max_retries",
+    "federation.server_threads",
+    "federation.client_cpus",
+    "federation.client_gpus",
+    "federation.ray_address",
+    "federation.central_evaluation",
+    "federation.evaluate_every",
+    "federation.generate_examples",
+    "federation.generate_tokens",
+    "federation.fraction_evaluate",
+    "federation.alone_clients_per_rank",
+    "federation.alone_at_max_rank",
+)
+
+
+class ResumeError(ValueError):
+    """A run that cannot go on, or not with these settings."""
+
+
+@runtime_checkable
+class KeepsClientState(Protocol):
+    """An engine that holds what clients keep between messages, and can hold it again."""
+
+    def client_states(self) -> dict[int, RecordDict]:
+        """Return the state of every client by partition."""
+
+    def set_client_states(self, states: Mapping[int, RecordDict]) -> None:
+        """Give clients the states of an earlier run."""
+
+
+@dataclass(frozen=True)
+class RunCheckpoints:
+    """Writes the checkpoints of one run.
+
+    Parameters
+    ----------
+    folder
+        Of the run; they go into ``checkpoints/`` there.
+    settings, overrides
+        Of the run: checked when it goes on, and composed again.
+    """
+
+    folder: Path
+    settings: Settings
+    overrides: tuple[str, ...]
+
+    def save(self, strategy: FlowerHooks, report: RunReport, grid: Grid, server_round: int) -> None:
+        """Write a checkpoint if one is due: every so many rounds, and after the last.
+
+        Raises
+        ------
+        OSError
+            If the disk does not take it; earlier checkpoints are as they were.
+        """
+        federation = self.settings.federation
+        every = federation.checkpoint_every
+        due = every and (server_round % every == 0 or server_round == federation.num_rounds)
+        if not due:
+            return
+        snapshot = take_snapshot(strategy)
+        clients = grid.client_states() if isinstance(grid, KeepsClientState) else None
+        state = {
+            "settings": plain_settings(self.settings),
+            "overrides": list(self.overrides),
+            "strategy": snapshot.state,
+            "report": report.state(),
+            "noise_key": strategy.options.privacy.noise_key,
+            "epsilon": report.rounds[-1].metrics.get("privacy/epsilon"),
+            "client_states_kept": clients is not None,
+            "label_names": list(strategy.directory.label_names or ()),
+            "node_numbers": strategy.directory.numbering.to_json(),
+        }
+        tree = {
+            "strategy": snapshot.tree,
+            "report": report.tensors(),
+            "clients": _client_tree(clients or {}),
+        }
+        _store(self.folder).save(server_round, flatten(tree), state)
+
+    def forget(self) -> None:
+        """Remove the checkpoints of an earlier run in this folder."""
+        for path in (self.folder / "checkpoints").glob("round-*.safetensors"):
+            path.unlink()
+
+
+def latest_run(outputs: Path) -> Path:
+    """Return the folder under ``outputs`` whose checkpoint is the newest.
+
+    Raises
+    ------
+    ResumeError
+        If there is none.
+    """
+    files = sorted(outputs.rglob("checkpoints/round-*.safetensors"), key=_modified)
+    if not files:
+        raise ResumeError(f"resume=latest: no run with a checkpoint under {outputs.absolute()}")
+    return files[-1].parents[1].absolute()
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Return the last whole checkpoint of a run.
+
+    Raises
+    ------
+    ResumeError
+        If there is none.
+    """
+    try:
+        checkpoint = _store(folder).latest()
+    except ValueError as error:
+        raise ResumeError(str(error)) from error
+    if checkpoint is None:
+        raise ResumeError(f"resume={folder}: no checkpoint there; expected the folder of a run")
+    return checkpoint
+
+
+def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Refuse settings with which going on would be meaningless.
+
+    Raises
+    ------
+    ResumeError
+        Naming the first setting that differs, with both values.
+    """
+    then = flatten(checkpoint.state["settings"], ".")
+    now = flatten(plain_settings(settings), ".")
+    for name in sorted({*then, *now}):
+        free = any(name == f or name.startswith(f"{f}.") for f in _FREE)
+        if not free and then.get(name) != now.get(name):
+            raise ResumeError(
+                f"{name}={now.get(name)}: the run to resume has {then.get(name)}; only how long, "
+                "where and how fast it runs may change"
+            )
+    rounds = settings.federation.num_rounds
+    if rounds < checkpoint.server_round:
+        raise ResumeError(
+            f"federation.num_rounds={rounds}: {checkpoint.server_round} rounds are already done"
+        )
+
+
+def agreed_before(
+    checkpoint: Checkpoint, label_names: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], Numbering]:
+    """Return the classes of the run that goes on, and the numbers that it gave to nodes.
+
+    Parameters
+    ----------
+    label_names
+        The classes that settings or central data say now; None if the nodes were asked.
+
+    Raises
+    ------
+    ResumeError
+        If they are others: the head has an output for each, in their order.
+    """
+    # Checkpoints had neither while every node had a partition.
+    then = tuple(checkpoint.state.get("label_names", label_names or ()))
+    if label_names not in (None, then):
+        changed = sorted(set(then) ^ set(label_names or ()))
+        raise ResumeError(
+            f"the data have {len(label_names or ())} classes, the run to resume has {len(then)}; "
+            + (f"{changed[0]!r} is not in both" if changed else "they are in another order")
+        )
+    return then, Numbering.from_json(checkpoint.state.get("node_numbers", {}))
+
+
+def resume(checkpoint: Checkpoint, strategy: FlowerHooks, report: RunReport, grid: Grid) -> None:
+    """Make a prepared run what it was when the checkpoint was written.
+
+    Raises
+    ------
+    ResumeError
+        If what the clients kept is gone, by name.
+    """
+    tree = unflatten(checkpoint.tensors)
+    _give_back_client_states(checkpoint, tree.get("clients", {}), grid)
+    restore(strategy, Snapshot(tree["strategy"], checkpoint.state["strategy"]))
+    # The run's own key, so that a round that is computed again is the same release.
+    privacy = replace(strategy.options.privacy, noise_key=checkpoint.state["noise_key"])
+    strategy.options = replace(strategy.options, privacy=privacy)
+    report.resume(checkpoint.server_round, checkpoint.state["report"], tree.get("report", {}))
+
+
+def _store(folder: Path) -> CheckpointStore:
+    return CheckpointStore(folder / "checkpoints")
+
+
+def _give_back_client_states(checkpoint: Checkpoint, tree: Mapping[str, Any], grid: Grid) -> None:
+    settings = checkpoint.state["settings"]
+    if settings["model"]["head"] != "local" and settings["federation"]["upload"] == "fp32":
+        return  # clients keep nothing
+    if not (checkpoint.state["client_states_kept"] and isinstance(grid, KeepsClientState)):
+        if settings["model"]["head"] == "local":
+            raise ResumeError(
+                "model.head=local: each client keeps its own head, which only engine=inprocess "
+                "gives back to a run that goes on"
+            )
+        _LOGGER.warning(
+            "federation.upload=%s: what rounding had kept back on the clients is lost, which only "
+            "engine=inprocess gives back to a run that goes on",
+            settings["federation"]["upload"],
+        )
+        return
+    grid.set_client_states(
+        {
+            int(partition_id): RecordDict({n: ArrayRecord(dict(a)) for n, a in records.items()})
+            for partition_id, records in tree.items()
+        }
+    )
+
+
+def _client_tree(states: Mapping[int, RecordDict]) -> dict[str, Any]:
+    return {
+        str(partition_id): {
+            name: dict(record.to_torch_state_dict()) for name, record in state.array_records.items()
+        }
+        for partition_id, state in states.items()
+    }

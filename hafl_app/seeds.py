@@ -1,0 +1,29 @@
+"""Random numbers that only names decide: the same on every machine and in every engine."""
+
+import random
+from collections.abc import Sequence
+
+
+def client_seed(seed: int, server_round: int, partition_id: int) -> int:
+    """Return the seed of one client's training in one round, below 2**31."""
+    return random.Random(f"{seed}/client/{server_round}/{partition_id}").randrange(2**31)
+
+
+def sample_positions(count: int, size: int, *names: object) -> list[int]:
+    """Draw ``size`` of the positions 0 to ``count - 1``, in ascending order.
+
+    Parameters
+    ----------
+    names
+        What the draw is for, such as a seed, a phase and a round; other names draw independently.
+    """
+    # A string seed is hashed with SHA-512: the same on every machine.
+    label = "/".join(map(str, names))
+    return sorted(random.Random(label).sample(range(count), size))
+
+
+def shuffled(values: Sequence[int], *names: object) -> list[int]:
+    """Return the values in an order that these names decide."""
+    order = list(values)
+    random.Random("/".join(map(str, names))).shuffle(order)
+    return order

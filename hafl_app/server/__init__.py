@@ -1,0 +1,1 @@
+"""What every strategy uses: who takes part, requests, replies, aggregation, checkpoints."""

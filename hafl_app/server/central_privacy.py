@@ -1,0 +1,221 @@
+"""Central differential privacy: the server's step when clients of mixed rank are clipped.
+
+McMahan et al., "Learning Differentially Private Recurrent Language Models", ICLR 2018,
+arXiv:1710.06963, with the estimator of fixed denominators, component by component.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hafl_app.config.schema import FederationSettings
+from hafl_app.lowrank.components import ComponentSums
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.plan import TrainPlan
+from hafl_app.privacy.mechanism import (
+    NoiseSource,
+    PrivacyError,
+    PrivacyOptions,
+    add_noise,
+    clipped_change,
+)
+from hafl_app.server.round_messages import ClientUpdate
+
+Division = Literal["contributors", "everybody"]
+
+# What a setting of `federation` must be, and why nothing else can be covered.
+_CROSS_CLIENT = "one client's upload would change how the others count"
+_ONE_RELEASE = "a repeated round is one more release than epsilon counts"
+_NEEDS: Mapping[str, Mapping[str, tuple[object, str]]] = {
+    "none": {},
+    "central_dp": {
+        "robust": ("none", _CROSS_CLIENT),
+        "clip_ratio": (None, f"{_CROSS_CLIENT}; privacy.clip_norm clips"),
+        "max_norm_ratio": (None, _CROSS_CLIENT),
+        "min_replies": (1, "whether a round counts would tell how many took part"),
+        "max_retries": (0, _ONE_RELEASE),
+    },
+    "local_dp": {
+        "fraction_evaluate": (0.0, "scores on private data would be uploaded without noise"),
+        "alone_clients_per_rank": (0, "training alone is one more upload than epsilon counts"),
+        "max_retries": (0, _ONE_RELEASE),
+    },
+}
+
+
+def check_federation(kind: str, federation: FederationSettings) -> None:
+    """Refuse settings under which the privacy that is reported would not hold.
+
+    Parameters
+    ----------
+    kind
+        A `hafl_app.privacy.mechanism.PrivacyKind`.
+
+    Raises
+    ------
+    PrivacyError
+        Naming the first such setting, its value, what it must be, and why.
+    """
+    for name, (expected, reason) in _NEEDS[kind].items():
+        value = getattr(federation, name)
+        if value != expected:
+            raise PrivacyError(
+                f"federation.{name}={_word(value)}: privacy={kind} needs {_word(expected)}, "
+                f"because {reason}"
+            )
+
+
+def trainable_counts(plans: Iterable[TrainPlan], adapter: Adapter) -> dict[str, Tensor]:
+    """Count for each component how many of these plans train it.
+
+    Parameters
+    ----------
+    plans
+        Of every registered node, whether drawn in this round or not.
+    adapter
+        The global adapter.
+
+    Returns
+    -------
+    dict
+        Module name to counts, shape ``(rank,)``, float64.
+    """
+    trained: dict[str, list[int]] = {name: [] for name in adapter.modules}
+    for plan in plans:
+        for name, indices in trained.items():
+            module = plan.modules[name]
+            indices.extend(module.trainable[: module.num_uploaded])
+    return {
+        name: torch.bincount(
+            torch.tensor(trained[name], dtype=torch.long), minlength=factors.rank
+        ).double()
+        for name, factors in adapter.modules.items()
+    }
+
+
+def next_adapter(
+    previous: Adapter,
+    updates: Iterable[ClientUpdate],
+    trainable_counts: Mapping[str, Tensor],
+    num_nodes: int,
+    sampling_rate: float,
+    options: PrivacyOptions,
+    noise: NoiseSource,
+    server_round: int,
+    division: Division,
+) -> Adapter:
+    """Return the next global adapter from clipped changes and noise.
+
+    With ``s_i = sum_k clip(change_k)_i + N(0, (z C)^2)`` over the round's updates, each client
+    counting 1, ``n_i`` nodes whose plan trains component i, N nodes in all and sampling rate q:
+
+    - ``contributors``: ``previous_i + s_i / (q n_i)``
+    - ``everybody``: ``previous_i n_i / N + s_i / (q N)``, zero padding in expectation
+    - head: ``previous + s / (q N)``
+
+    The denominators are what sampling makes expected, not who came: the sum then changes by at
+    most C with one client, and nothing else does. A component that no node trains keeps its
+    value, also lora_B under ``everybody``, where plain zero padding clears it. No updates still
+    make a release, of noise alone.
+
+    Parameters
+    ----------
+    previous
+        The global adapter; its head only if all clients train it and it travels.
+    updates
+        Replies that count; any number, in partition order.
+    trainable_counts
+        ``n_i``, see `trainable_counts`.
+    num_nodes
+        ``N``, at least 1.
+    sampling_rate
+        ``q`` in (0, 1], each node's chance to be drawn by
+        `hafl_app.server.client_sampling.sample_poisson`.
+    division
+        What the method divides by; its ``private_division``.
+
+    Raises
+    ------
+    PrivacyError
+        If an update does not fit the previous adapter, or trains what no plan trains.
+    """
+    planned = (_checked(update, trainable_counts) for update in updates)
+    total = sum_of_changes(previous, planned, options.clip_norm)
+    noisy = add_noise(
+        total, options.noise_std, noise.generator(server_round, "sum of changes", total)
+    )
+    modules = {
+        name: _next_factors(
+            factors, noisy.modules[name], trainable_counts[name], num_nodes, sampling_rate, division
+        )
+        for name, factors in previous.modules.items()
+    }
+    head = {
+        name: (tensor.double() + noisy.head[name] / (sampling_rate * num_nodes)).to(tensor.dtype)
+        for name, tensor in previous.head.items()
+    }
+    return Adapter(modules, head)
+
+
+def sum_of_changes(previous: Adapter, updates: Iterable[ClientUpdate], clip_norm: float) -> Adapter:
+    """Return ``sum_k clip(change_k)``, each component in its slot, in float64.
+
+    One client more or less changes it by at most ``clip_norm`` in L2 norm.
+    """
+    sums = {name: ComponentSums.zeros(factors) for name, factors in previous.modules.items()}
+    head = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in previous.head.items()}
+    for update in updates:
+        change = clipped_change(update.adapter, update.before, clip_norm)
+        if set(change.head) != set(head) or set(change.modules) != set(sums):
+            odd = sorted({*change.head} ^ {*head} | {*change.modules} ^ {*sums})[0]
+            raise PrivacyError(
+                f"partition {update.partition_id}: {odd} is in the update or in the global "
+                "adapter, expected in both"
+            )
+        sums = {
+            name: s.add(change.modules[name], update.components(name), 1.0)
+            for name, s in sums.items()
+        }
+        head = {name: tensor + change.head[name] for name, tensor in head.items()}
+    return Adapter({name: LoraFactors(s.lora_A, s.lora_B) for name, s in sums.items()}, head)
+
+
+def _next_factors(
+    previous: LoraFactors,
+    noisy: LoraFactors,
+    counts: Tensor,
+    num_nodes: int,
+    sampling_rate: float,
+    division: Division,
+) -> LoraFactors:
+    if division == "contributors":
+        kept, divisor = torch.ones_like(counts), sampling_rate * counts.clamp(min=1)
+    else:
+        kept = counts / num_nodes
+        divisor = torch.full_like(counts, sampling_rate * num_nodes)
+    lora_A = previous.lora_A * kept[:, None] + noisy.lora_A / divisor[:, None]
+    lora_B = previous.lora_B * kept + noisy.lora_B / divisor
+    trained = counts > 0
+    return LoraFactors(
+        lora_A.to(previous.lora_A.dtype).where(trained[:, None], previous.lora_A),
+        lora_B.to(previous.lora_B.dtype).where(trained, previous.lora_B),
+    )
+
+
+def _checked(update: ClientUpdate, counts: Mapping[str, Tensor]) -> ClientUpdate:
+    """Return an update; refuse one of components that would be dropped: the plans are others'."""
+    for name, n in counts.items():
+        odd = [i for i in update.components(name) if n[i] == 0]
+        if odd:
+            raise PrivacyError(
+                f"partition {update.partition_id}, {name}: component {odd[0]} was trained, "
+                "but no registered node's plan trains it"
+            )
+    return update
+
+
+def _word(value: object) -> str:
+    """Write a value as on the command line."""
+    return "null" if value is None else str(value)

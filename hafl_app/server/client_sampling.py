@@ -1,0 +1,80 @@
+"""Which clients take part in a round: decided by the seed alone, or by a secret key."""
+
+import hmac
+import random
+from collections.abc import Sequence
+
+from hafl_app.wire.node_profile import NodeProfile
+
+
+def sample_size(fraction: float, count: int) -> int:
+    """Return how many of ``count`` clients a share is: at least one, unless either is 0.
+
+    Parameters
+    ----------
+    fraction
+        In [0, 1].
+    count
+        At least 0.
+    """
+    return max(1, round(fraction * count)) if fraction and count else 0
+
+
+def sample_profiles(
+    profiles: Sequence[NodeProfile], fraction: float, seed: int, server_round: int, phase: str
+) -> list[NodeProfile]:
+    """Draw ``fraction`` of the profiles, at least one, in partition order.
+
+    Flower's node ids are random; drawing partitions makes the same seed choose the same data.
+
+    Parameters
+    ----------
+    profiles
+        Candidates; their order does not matter.
+    fraction
+        In [0, 1]; 0 draws nobody.
+    phase
+        Makes training and evaluation draw independently.
+    """
+    candidates = sorted(profiles, key=lambda p: (p.partition_id, p.node_id))
+    count = sample_size(fraction, len(candidates))
+    # A string seed is hashed with SHA-512: the same on every machine.
+    drawn = random.Random(f"{seed}/{phase}/{server_round}").sample(range(len(candidates)), count)
+    return [candidates[i] for i in sorted(drawn)]
+
+
+def sample_poisson(
+    profiles: Sequence[NodeProfile], fraction: float, key: str, server_round: int
+) -> list[NodeProfile]:
+    """Draw each profile by itself with chance ``fraction``, in partition order.
+
+    Central privacy counts on it: who is drawn says nothing about the others, and only the key
+    tells who was. May draw nobody; the round then still happens, with noise alone.
+
+    Parameters
+    ----------
+    profiles
+        Candidates; their order does not matter.
+    fraction
+        In [0, 1].
+    key
+        Secret, not the run's public seed: `hafl_app.privacy.mechanism.PrivacyOptions.noise_key`.
+    """
+    candidates = sorted(profiles, key=lambda p: (p.partition_id, p.node_id))
+    # By position, because Flower's node ids change when a run is resumed.
+    return [
+        profile
+        for position, profile in enumerate(candidates)
+        if _uniform(key, f"poisson/{server_round}/{position}") < fraction
+    ]
+
+
+def _uniform(key: str, label: str) -> float:
+    """Return a number in [0, 1) that only the key foretells: 53 bits of HMAC-SHA-256."""
+    digest = hmac.digest(key.encode(), label.encode(), "sha256")
+    return (int.from_bytes(digest[:8]) >> 11) * 2.0**-53
+
+
+def client_seed(seed: int, server_round: int, partition_id: int) -> int:
+    """Return the seed of one client's training in one round, below 2**31."""
+    return random.Random(f"{seed}/client/{server_round}/{partition_id}").randrange(2**31)

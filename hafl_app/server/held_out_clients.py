@@ -1,0 +1,65 @@
+"""Clients that never train: how well the global adapter serves those who did not shape it.
+
+Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
+Resources" (FlexLoRA), NeurIPS 2024, arXiv:2402.11505, score unseen clients so. Differs from the
+paper, which has the server score the global adapter on the tasks of held-out clients: here each
+of them scores what the method would send it, at its own rank, on its held-out rows.
+"""
+
+import random
+from typing import Any
+
+from flwr.app import MessageType
+from flwr.serverapp import Grid
+
+from hafl_app.server.replies import all_replies
+from hafl_app.strategies.hooks import FlowerHooks
+from hafl_app.wire.records import NUM_EXAMPLES
+
+PHASE = "unseen"
+"""Under which their traffic is entered in the ledger."""
+
+
+def draw_unseen(num_clients: int, unseen_clients: int, seed: int) -> frozenset[int]:
+    """Return the partitions that never train: drawn by the seed alone, so for every method.
+
+    Parameters
+    ----------
+    num_clients
+        Partitions there are.
+    unseen_clients
+        How many to draw, in [0, num_clients].
+    """
+    drawn = random.Random(f"{seed}/unseen").sample(range(num_clients), unseen_clients)
+    return frozenset(drawn)
+
+
+def evaluate_unseen(strategy: FlowerHooks, grid: Grid, server_round: int) -> dict[str, Any]:
+    """Let the unseen clients score what they would receive after a round.
+
+    Parameters
+    ----------
+    strategy
+        After its last round; nothing of it changes but the ledger.
+
+    Returns
+    -------
+    dict
+        ``partitions`` whose replies count, and the task's metrics, means by number of examples.
+        Empty where there are no unseen clients, or none answers.
+    """
+    if not strategy.unseen:
+        return {}
+    profiles = strategy.unseen_at_hand(grid)
+    plans = [strategy.plan(profile, server_round) for profile in profiles]
+    exchange = strategy.exchange(server_round, PHASE)
+    messages = exchange.messages(profiles, plans, strategy.dispatch, MessageType.EVALUATE)
+    replies = all_replies(grid, messages, strategy.options.timeout_s)
+    judged = exchange.judge_scores(replies)
+    exchange.close(judged)
+    counted = [one for one in judged if not one.error]
+    if not counted:
+        return {}
+    partitions = [one.request.profile.partition_id for one in counted]
+    metrics = strategy.task.of_clients([one.metrics for one in counted], NUM_EXAMPLES)
+    return {"partitions": partitions, **metrics}

@@ -1,0 +1,81 @@
+"""Local-only training: what a device reaches by itself, the baseline of every federation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.app import MessageType
+from flwr.serverapp import Grid
+
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.plan import TrainPlan
+from hafl_app.server.replies import all_replies
+from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.wire.node_profile import NodeProfile
+
+
+@dataclass(frozen=True)
+class AloneResult:
+    """The adapter that one client trained alone, and whether at its own rank or at another."""
+
+    profile: NodeProfile
+    adapter: Adapter
+    at_own_rank: bool = True
+
+
+def train_alone(
+    strategy: HeterogeneousLora,
+    grid: Grid,
+    initial: Adapter,
+    profiles: Sequence[NodeProfile],
+    rank: int | None = None,
+) -> list[AloneResult]:
+    """Let each of these clients train by itself, from the initial adapter cut to its rank.
+
+    A client passes over its data as often as it would in a federation that it never misses.
+    Clients whose reply does not count are left out.
+
+    Parameters
+    ----------
+    strategy
+        A finished federation's; its global adapter does not change.
+    initial
+        The adapter and head that the federation started from.
+    profiles
+        Who trains.
+    rank
+        Of all of them; None is each client's own. At most the initial adapter's.
+    """
+    options = strategy.options
+    plans = [
+        strategy.prefix_plan(
+            strategy.budgets(profile) if rank is None else rank,
+            head="frozen" if options.head == "frozen" else "averaged",
+            local_epochs=options.num_rounds * options.local_epochs,
+            max_steps=options.num_rounds * options.max_steps,
+            # Alone, a device uploads nothing; here it does so only to be scored.
+            upload="fp32",
+            error_feedback=False,
+        )
+        for profile in profiles
+    ]
+
+    def dispatch(plan: TrainPlan) -> Adapter:
+        modules = {n: f.select(plan.modules[n].held) for n, f in initial.modules.items()}
+        return Adapter(modules, initial.head if plan.head == "averaged" else {})
+
+    after = options.num_rounds + 1
+    exchange = strategy.exchange(after, "alone")
+    messages = exchange.messages(profiles, plans, dispatch, MessageType.TRAIN)
+    # A run of many rounds at once may take that many times as long.
+    replies = all_replies(grid, messages, options.timeout_s * options.num_rounds, strategy.seconds)
+    judged = exchange.judge_training(replies)
+    exchange.close(judged)
+    return [
+        AloneResult(
+            one.request.profile,
+            one.update.adapter.with_head(one.update.adapter.head or initial.head),
+            at_own_rank=rank is None,
+        )
+        for one in judged
+        if one.update is not None
+    ]

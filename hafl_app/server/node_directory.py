@@ -1,0 +1,177 @@
+"""The directory of all nodes: who is there, who is left out and why."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp import Grid
+
+from hafl_app.server.node_queries import Questions
+from hafl_app.server.numbering import Numbering
+from hafl_app.wire.node_profile import UNNUMBERED, NodeProfile
+from hafl_app.wire.records import CONFIG, LABEL_NAMES
+
+_LOGGER = logging.getLogger(__name__)
+_POLL_SECONDS = 0.2
+_NEWCOMER_SECONDS = 5.0  # what a round waits for a new node's answer; a later one counts later
+_START_SECONDS = 30.0
+_REFUSED_SECONDS = 30.0
+
+
+class NodeDirectory:
+    """The nodes of a federation by id: asked once each, when they first appear.
+
+    A node that does not answer is left out, and asked again after growing pauses; its answer
+    counts from whenever it comes.
+
+    Parameters
+    ----------
+    timeout_s
+        How long to wait for answers while nobody is there who has given one.
+    start_timeout_s
+        How long `wait_for_all` waits for nodes; None is as long.
+    num_nodes
+        How many nodes it waits for if some have data of their own: these do not know.
+    label_names
+        The run's classes, told to every node that is asked; None while they are not agreed.
+    numbering
+        Numbers that nodes without one have been given in this run.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        *,
+        start_timeout_s: float | None = None,
+        num_nodes: int = 1,
+        label_names: tuple[str, ...] | None = None,
+        numbering: Numbering | None = None,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._start_timeout_s = timeout_s if start_timeout_s is None else start_timeout_s
+        self._num_nodes = num_nodes
+        self.label_names = label_names
+        self.numbering = numbering or Numbering()
+        self.profiles: dict[int, NodeProfile] = {}
+        self.refusals: dict[int, str] = {}  # why nodes cannot take part, until they can
+        self._questions = Questions()
+
+    def in_order(self) -> list[NodeProfile]:
+        """Return all profiles in partition order."""
+        return sorted(self.profiles.values(), key=lambda p: (p.partition_id, p.node_id))
+
+    def refresh(self, grid: Grid) -> list[NodeProfile]:
+        """Query nodes that are new or could not take part, and return those that can.
+
+        They come in partition order, and are connected. New nodes are waited for a few seconds,
+        and longer while there is nobody else.
+        """
+        end = time.monotonic() + self._timeout_s
+        asked = set(grid.get_node_ids()) - set(self.profiles)
+        while True:
+            self._query(grid, sorted(asked), min(_NEWCOMER_SECONDS, self._timeout_s))
+            connected = set(grid.get_node_ids())
+            present = self._present(connected)
+            asked = connected - set(self.profiles) - set(self.refusals)
+            if present or not asked or time.monotonic() >= end:
+                return self._numbered(present)
+            time.sleep(_POLL_SECONDS)
+
+    def _present(self, connected: set[int]) -> list[NodeProfile]:
+        return [profile for profile in self.in_order() if profile.node_id in connected]
+
+    def refuse(self, node_id: int, reason: str) -> None:
+        """Leave a node out whose answer does not suit the run, until another one does."""
+        self.profiles.pop(node_id, None)
+        if self.refusals.get(node_id) != reason:
+            _LOGGER.warning("node %d is left out: %s", node_id, reason)
+        self.refusals[node_id] = reason
+
+    def wait_for_all(self, grid: Grid) -> list[NodeProfile]:
+        """Wait until all nodes have answered, or the time is over.
+
+        All are as many as the nodes speak of partitions, or as the run expects if some have data
+        of their own. A node that cannot take part has answered too.
+
+        Raises
+        ------
+        TimeoutError
+            If no node that can take part has answered by then, or for half a minute all that did
+            cannot; with the reason of one of them.
+        """
+        started = time.monotonic()
+        while True:
+            connected = set(grid.get_node_ids())
+            unknown = connected - set(self.profiles) - set(self.refusals)
+            self._query(grid, sorted(unknown), min(_START_SECONDS, self._start_timeout_s))
+            profiles = self._present(connected)
+            if profiles and len(profiles) + len(self.refusals) >= self._expected(profiles):
+                return self._numbered(profiles)
+            limit = self._start_timeout_s
+            patience = min(limit, _REFUSED_SECONDS) if self._nobody else limit
+            if time.monotonic() - started > patience:
+                break
+            time.sleep(_POLL_SECONDS)
+        if not profiles and self.refusals:
+            node_id, reason = next(iter(self.refusals.items()))
+            raise TimeoutError(
+                f"{len(self.refusals)} nodes answered, and none can take part; node {node_id}: "
+                f"{reason}"
+            )
+        if not profiles:
+            raise TimeoutError(f"no node answered within {self._start_timeout_s:.0f} s")
+        _LOGGER.warning("only %d of %d nodes are here", len(profiles), self._expected(profiles))
+        return self._numbered(profiles)
+
+    def _expected(self, profiles: Sequence[NodeProfile]) -> int:
+        if any(profile.own_data for profile in profiles):
+            return self._num_nodes
+        return max(profile.num_partitions for profile in profiles)
+
+    @property
+    def _nobody(self) -> bool:
+        return bool(self.refusals) and not self.profiles
+
+    def _query(self, grid: Grid, node_ids: Sequence[int], patience_s: float) -> None:
+        """Ask these nodes, give those that are new a moment, and take in all answers there are."""
+        content = RecordDict()
+        if self.label_names is not None:
+            content[CONFIG] = ConfigRecord({LABEL_NAMES: list(self.label_names)})
+        new = self._questions.ask(grid, node_ids, content)
+        answered = []
+        for node_id, reply in self._questions.answers(grid, new, patience_s):
+            if reply.has_error():
+                self.refuse(node_id, reply.error.reason or f"error {reply.error.code}")
+                continue
+            try:
+                answered.append(NodeProfile.from_reply(reply))
+            except ValueError as error:
+                self.refuse(node_id, str(error))
+        self._admit(answered)
+
+    def _admit(self, answered: Sequence[NodeProfile]) -> None:
+        for profile in answered:
+            if self.numbering.holds(profile.partition_id):
+                number = profile.partition_id
+                self.refuse(profile.node_id, f"partition-id {number} is another node's number")
+                continue
+            self.profiles[profile.node_id] = profile
+            self.refusals.pop(profile.node_id, None)
+
+    def _numbered(self, present: list[NodeProfile]) -> list[NodeProfile]:
+        """Give numbers to the nodes that have none, and return those that are present.
+
+        Only now, and to all of them at once: who answers first must not decide.
+        """
+        unnumbered = [p for p in self.profiles.values() if p.partition_id == UNNUMBERED]
+        if not unnumbered:
+            return present
+        lowest = max(p.num_partitions for p in self.profiles.values())
+        self.numbering.admit((profile.node_id for profile in unnumbered), lowest)
+        for profile in unnumbered:
+            number = self.numbering.of(profile.node_id)
+            numbered = replace(profile, partition_id=number, num_partitions=number + 1)
+            self.profiles[profile.node_id] = numbered
+        return self._present({profile.node_id for profile in present})

@@ -1,0 +1,140 @@
+"""Sending a round's messages and taking in the replies: Flower's push and pull, in one place.
+
+Flower's own `Grid.send_and_receive` looks for replies of real nodes every three seconds, gives them
+their messages in no chosen order, and holds all replies before it returns the first.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from hafl_app.engines.in_process import InProcessGrid
+
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+_OF_THE_WAIT = 0.02  # a pause between two looks is this part of the time waited so far
+# Flower's Ray engine takes waiting messages up every 0.1 s, in the order of its nodes.
+_TAKEN_UP_S = 0.15
+
+Sleep = Callable[[float], None]
+
+
+def all_replies(
+    grid: Grid,
+    messages: Iterable[Message],
+    timeout_s: float,
+    seconds: Mapping[int, float] | None = None,
+    *,
+    sleep: Sleep = time.sleep,
+) -> list[Message]:
+    """Send the messages and return the replies that arrive in time, as they arrive.
+
+    Parameters
+    ----------
+    timeout_s
+        How long to wait for replies in all, above 0.
+    seconds
+        Node id to what its reply took the last time. The slower half of the nodes, and those of
+        whom it is not known, are asked first: if they share a machine, as in a simulation, the
+        slowest does not come last. Empty or None asks all at once.
+    sleep
+        Waits between two looks, for seconds.
+    """
+    if isinstance(grid, InProcessGrid):
+        return list(grid.send_and_receive(messages, timeout=timeout_s))
+    waiting: set[str] = set()
+    for number, wave in enumerate(_waves(list(messages), seconds or {})):
+        if number:
+            sleep(_TAKEN_UP_S)
+        waiting.update(_push(grid, wave))
+    replies: list[Message] = []
+    for _ in _looks(timeout_s, sleep):
+        for reply in grid.pull_messages(list(waiting)) if waiting else ():
+            waiting.discard(reply.metadata.reply_to_message_id)
+            replies.append(reply)
+        if not waiting:
+            break
+    return replies
+
+
+def _waves(messages: list[Message], seconds: Mapping[int, float]) -> list[list[Message]]:
+    """Cut the messages into those that are sent first and the others, if that is worth a pause."""
+
+    def cost(message: Message) -> float:
+        return seconds.get(message.metadata.dst_node_id, float("inf"))
+
+    ordered = sorted(messages, key=cost, reverse=True)
+    half = (len(ordered) + 1) // 2
+    first, rest = ordered[:half], ordered[half:]
+    # Nobody is to be idle in the pause, and the others must be known to be faster.
+    worth = rest and cost(first[-1]) >= _TAKEN_UP_S and cost(rest[0]) < float("inf")
+    return [first, rest] if worth else [messages]
+
+
+def replies_in_order(
+    grid: Grid,
+    messages: Iterable[Message],
+    timeout_s: float,
+    buffer: int,
+    *,
+    sleep: Sleep = time.sleep,
+) -> Iterator[Message]:
+    """Send the messages and yield the replies in the order of the messages.
+
+    A reply that is not its turn yet stays with Flower until one of the next ``buffer`` turns is its
+    own. So what is computed from the replies does not depend on when they arrive, and memory not
+    on how many there are. All nodes are asked at once, except in the in-process engine, which
+    would keep every answer: there no more than ``buffer`` are ahead.
+
+    Parameters
+    ----------
+    timeout_s
+        How long to wait for replies in all, above 0. What has arrived by then is yielded still.
+    buffer
+        Replies held at once, at least 1.
+    sleep
+        Waits between two looks, for seconds.
+    """
+    rest, waiting, arrived = iter(messages), deque[str](), dict[str, Message]()
+    while chunk := list(islice(rest, buffer)):
+        waiting.extend(_push(grid, chunk))
+        if isinstance(grid, InProcessGrid):
+            break
+    for late in _looks(timeout_s, sleep):
+        progress = True
+        while waiting and progress:
+            window = [name for name in islice(waiting, buffer) if name not in arrived]
+            for reply in grid.pull_messages(window):
+                arrived[reply.metadata.reply_to_message_id] = reply
+            turns = 0
+            while waiting and (waiting[0] in arrived or (late and turns < buffer)):
+                turns += 1
+                name = waiting.popleft()
+                if name in arrived:
+                    yield arrived.pop(name)
+                waiting.extend(_push(grid, islice(rest, 1)))
+            progress = turns > 0
+        if not waiting:
+            break
+
+
+def _looks(timeout_s: float, sleep: Sleep) -> Iterator[bool]:
+    """Yield whenever it is time to look for replies; true, and for the last time, when it is over.
+
+    The longer the wait has been, the longer the pauses.
+    """
+    started = time.monotonic()
+    while (waited := time.monotonic() - started) < timeout_s:
+        yield False
+        pause = min(max(_SHORTEST_PAUSE_S, _OF_THE_WAIT * waited), _LONGEST_PAUSE_S)
+        sleep(min(pause, max(0.0, timeout_s - (time.monotonic() - started))))
+    yield True
+
+
+def _push(grid: Grid, messages: Iterable[Message]) -> list[str]:
+    """Send messages and return their ids; one that could not be sent has none."""
+    chosen = list(messages)
+    return [name for name in grid.push_messages(chosen) if name] if chosen else []

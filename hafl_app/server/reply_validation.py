@@ -1,0 +1,286 @@
+"""Judging replies before they count: anything but what a plan asked for is refused."""
+
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Message, MetricRecord
+from numpy.typing import NDArray
+
+from hafl_app.lowrank.change import norm_bound
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.plan import NUMBER_BYTES, TrainPlan, format_bits
+from hafl_app.wire.arrays import RecordError
+from hafl_app.wire.faults import one_line
+from hafl_app.wire.node_profile import NodeProfile
+from hafl_app.wire.records import METRICS, NUM_EXAMPLES, AdapterArrays, read_adapter
+from hafl_app.wire.uploads import decode_upload
+
+# What a reply may weigh above its numbers: generous, because a refusal is for what cannot be.
+_SIZE_SLACK, _FIXED_BYTES, _BYTES_PER_NAME = 1.5, 64 * 1024, 256
+# More data means more steps, and a step moves an adapter as far as any other at the most. Beyond
+# this, a claim of many examples buys nothing.
+_LARGEST_ALLOWANCE = 100.0
+_LONGEST_QUOTE = 60  # characters
+
+
+class ReplyError(ValueError):
+    """A reply that must not count, with the reason in one line."""
+
+
+def check_size(
+    num_bytes: int,
+    plan: TrainPlan,
+    head: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, int]],
+) -> None:
+    """Refuse a reply that is larger than its plan explains, before anything in it is unpacked.
+
+    At most 1.5 times what the plan's factors take in its numbers, and head and scores in float32,
+    plus 64 KiB and something for each name.
+
+    Parameters
+    ----------
+    num_bytes
+        Of the reply.
+    plan, head, shapes
+        As in `read_update`.
+
+    Raises
+    ------
+    ReplyError
+        With both sizes.
+    """
+    payload = NUMBER_BYTES["fp32"] * sum(math.prod(shape) for shape in head.values())
+    payload += plan.upload_bytes(shapes)
+    payload += NUMBER_BYTES["fp32"] * sum(_num_scores(plan, name) for name in plan.modules)
+    names = [*plan.modules, *head]
+    named = sum(_BYTES_PER_NAME + 2 * len(name.encode()) for name in names)
+    limit = int(_SIZE_SLACK * payload) + named + _FIXED_BYTES
+    if num_bytes > limit:
+        raise ReplyError(f"{num_bytes} bytes, expected at most {limit} for this plan")
+
+
+def read_metrics(reply: Message, profile: NodeProfile) -> dict[str, float]:
+    """Return a reply's metrics by name, all of them finite and ``num-examples`` plausible.
+
+    A loss that is not finite says that training broke, whatever the factors look like.
+
+    Raises
+    ------
+    ReplyError
+        If the reply is an error, has no metrics or one that is no finite number, or claims a
+        number of examples that is not whole, below 1 or above the profile's.
+    """
+    if reply.has_error():
+        # A node writes this line: nothing that it holds may break the server's log.
+        reason = one_line(reply.error.reason or "")
+        raise ReplyError(reason or f"error {reply.error.code}")
+    record = reply.content.get(METRICS)
+    if not isinstance(record, MetricRecord):
+        raise ReplyError(f"no {METRICS!r} in the reply; it has {_quote(sorted(reply.content))}")
+    for name, value in record.items():
+        if not (isinstance(value, int | float) and abs(value) <= sys.float_info.max):
+            raise ReplyError(f"metric {_quote(name)} is {_quote(value)}, expected a finite number")
+    examples, largest = record.get(NUM_EXAMPLES), max(profile.num_examples, 1)
+    if type(examples) is not int or not 1 <= examples <= largest:
+        raise ReplyError(f"{NUM_EXAMPLES} is {examples}, expected a whole number, 1 to {largest}")
+    return {name: float(value) for name, value in record.items()}  # type: ignore[arg-type]
+
+
+def read_update(
+    reply: Message,
+    plan: TrainPlan,
+    head: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, int]],
+) -> AdapterArrays:
+    """Return the adapter of a reply that does what its plan asked for.
+
+    With ``plan.upload`` other than ``fp32`` its factors are their change, in float32 all the same.
+    Whether the numbers of factors and head are finite is left to `check_finite`.
+
+    Parameters
+    ----------
+    plan
+        What the node was asked to do.
+    head
+        Shapes of the head's tensors that it must upload; empty if the head does not travel.
+    shapes
+        Module name to ``(out_features, in_features)``.
+
+    Raises
+    ------
+    ReplyError
+        Naming the module or tensor, what came and what was expected.
+    """
+    try:
+        update = read_adapter(reply.content)
+    except RecordError as error:
+        raise ReplyError(one_line(str(error))) from error
+    if update.numbers != plan.upload:
+        raise ReplyError(f"factors in {update.numbers}, expected {plan.upload}")
+    _check_names("modules", update.modules, plan.modules)
+    check_shapes(update, shapes)
+    _check_ranks(update, plan)
+    _check_bits(update, plan)
+    update = decode_upload(update)
+    _check_head(update, head)
+    _check_scores(update, plan)
+    return update
+
+
+def check_finite(adapter: Adapter) -> None:
+    """Refuse an adapter that has a number which is not finite.
+
+    Raises
+    ------
+    ReplyError
+        Naming the tensor, how many there are in it, and the first.
+    """
+    for name, factors in adapter.modules.items():
+        _check_finite(f"{name}: lora_A", factors.lora_A.numpy(force=True))
+        _check_finite(f"{name}: lora_B", factors.lora_B.numpy(force=True))
+    for name, tensor in adapter.head.items():
+        _check_finite(f"head {name}", tensor.numpy(force=True))
+
+
+def restored(change: Adapter, before: Adapter) -> Adapter:
+    """Return the adapter that a client meant by this change of its factors.
+
+    Parameters
+    ----------
+    change
+        Its factors are changes, its head is not.
+    before
+        What the same components were when they were sent.
+    """
+    modules = {}
+    for name, factors in change.modules.items():
+        sent = before.modules[name]
+        lora_A = sent.lora_A.cpu().float() + factors.lora_A
+        lora_B = sent.lora_B.cpu().float() + factors.lora_B
+        modules[name] = LoraFactors(lora_A, lora_B)
+    return Adapter(modules, change.head)
+
+
+def check_shapes(update: AdapterArrays, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse factors for layers of another size.
+
+    Parameters
+    ----------
+    shapes
+        Module name to ``(out_features, in_features)``.
+
+    Raises
+    ------
+    ReplyError
+        Naming the module.
+    """
+    for name, (lora_A, lora_B) in update.modules.items():
+        got = (lora_B.shape[0], lora_A.shape[1])
+        if got != shapes[name]:
+            raise ReplyError(f"{name}: factors of a {got} weight, expected {shapes[name]}")
+
+
+def norm_outliers(sizes: Sequence[float], num_examples: Sequence[int], ratio: float) -> list[str]:
+    """Return why each update of a round is out of proportion to the others, or an empty string.
+
+    The bound is `hafl_app.lowrank.change.norm_bound`. A client with more examples than the median
+    may have moved that many times further, up to 100 times: it took as many more steps.
+
+    Parameters
+    ----------
+    sizes
+        `hafl_app.lowrank.change.change_size` of every update that is fine by itself.
+    num_examples
+        Of the same clients, at least 1.
+    ratio
+        Robust standard deviations that a size may lie above the median, above 0.
+
+    Notes
+    -----
+    Only upwards: a small change does little harm. And only gross scaling is caught, not
+    a wrong direction at the usual size; that is what robust rules are for.
+    """
+    usual = statistics.median(num_examples or [1])
+    allowances = [min(max(n / usual, 1.0), _LARGEST_ALLOWANCE) for n in num_examples]
+    bound = norm_bound([s / a for s, a in zip(sizes, allowances, strict=True)], ratio)
+    return [
+        f"change of {size:.3g} per number, expected at most {bound * allowance:.3g} in this round"
+        if size > bound * allowance
+        else ""
+        for size, allowance in zip(sizes, allowances, strict=True)
+    ]
+
+
+def _check_names(kind: str, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    missing, unasked = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    if missing or unasked:
+        raise ReplyError(
+            f"{kind}: {len(missing)} missing {_quote(missing[:3])}, "
+            f"{len(unasked)} not asked for {_quote(unasked[:3])}"
+        )
+
+
+def _check_ranks(update: AdapterArrays, plan: TrainPlan) -> None:
+    for name, (lora_A, _) in update.modules.items():
+        trained = len(plan.modules[name].trainable)
+        allowed = plan.tail.uploads(trained) if plan.tail is not None else {trained}
+        if plan.upload == "mixed":
+            allowed = {min(rank, plan.modules[name].num_uploaded) for rank in allowed}
+        if lora_A.shape[0] not in allowed:
+            ranks = " or ".join(map(str, sorted(allowed)))
+            raise ReplyError(f"{name}: rank {lora_A.shape[0]}, expected {ranks}")
+
+
+def _check_bits(update: AdapterArrays, plan: TrainPlan) -> None:
+    for name, bits in update.bits.items():
+        if bits != (expected := plan.modules[name].bits[: len(bits)]):
+            got, asked = _quote(format_bits(bits)), format_bits(expected)
+            raise ReplyError(f"{name}: bits {got}, expected {_quote(asked)}")
+
+
+def _check_head(update: AdapterArrays, head: Mapping[str, tuple[int, ...]]) -> None:
+    _check_names("head", update.head, head)
+    for name, array in update.head.items():
+        if array.shape != head[name]:
+            raise ReplyError(f"head {name}: shape {array.shape}, expected {head[name]}")
+
+
+def _num_scores(plan: TrainPlan, name: str) -> int:
+    """Return how many importance scores the plan asks for in a module."""
+    if plan.importance == "none":
+        return 0
+    module = plan.modules[name]
+    return len(module.held if plan.probe_batches else module.trainable)
+
+
+def _check_scores(update: AdapterArrays, plan: TrainPlan) -> None:
+    expected = {n: count for n in plan.modules if (count := _num_scores(plan, n))}
+    # A module of which nothing is measured may be named with no scores, or not at all.
+    got = {name: scores for name, scores in update.importance.items() if len(scores)}
+    _check_names("importance", got, expected)
+    for name, scores in got.items():
+        if len(scores) != expected[name]:
+            raise ReplyError(f"{name}: {len(scores)} importance scores, expected {expected[name]}")
+        _check_finite(f"{name}: importance", scores)
+        if scores.min() < 0:
+            raise ReplyError(f"{name}: importance of {scores.min()}, expected at least 0")
+
+
+def _check_finite(what: str, array: NDArray[Any]) -> None:
+    finite = np.isfinite(array)
+    if not finite.all():
+        wrong = array[~finite]
+        raise ReplyError(
+            f"{what}: {wrong.size} of {array.size} numbers are not finite, the first is {wrong[0]}"
+        )
+
+
+def _quote(value: object) -> str:
+    """Return what a node sent, on one line and not too long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."

@@ -1,0 +1,403 @@
+"""Requests to nodes and their replies: made, paired, judged, and entered in the ledger."""
+
+import functools
+import logging
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from torch import Tensor
+
+from hafl_app.lowrank.change import change_size
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.plan import TrainPlan
+from hafl_app.server.reply_validation import (
+    ReplyError,
+    check_finite,
+    check_size,
+    read_metrics,
+    read_update,
+    restored,
+)
+from hafl_app.server.traffic import Ledger, Traffic
+from hafl_app.training.adapter_arrays import from_arrays, to_arrays
+from hafl_app.wire.faults import Fault, fault_of
+from hafl_app.wire.message_size import content_size
+from hafl_app.wire.node_profile import NodeProfile
+from hafl_app.wire.records import (
+    CONFIG,
+    LABEL_NAMES,
+    NUM_EXAMPLES,
+    PARTITION_ID,
+    PLAN,
+    SERVER_ROUND,
+    AdapterArrays,
+    adapter_content,
+    head_bytes,
+    message_bytes,
+    plan_record,
+)
+
+_LOGGER = logging.getLogger(__name__)
+_KEPT_DISPATCHES = 16  # one a rank tier, as a rule; what more there are is made again
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """One accepted reply, as a method's fold sees it.
+
+    Parameters
+    ----------
+    partition_id
+        Whose it is; updates are folded in this order.
+    num_examples
+        Its weight, above 0.
+    plan, sent
+        What it was asked to do, and the adapter that it received.
+    adapter
+        Its trained components: the first ``rank`` of ``plan.modules[name].trainable``.
+    importance
+        Module name to component scores, if the plan asked for them.
+    """
+
+    partition_id: int
+    num_examples: int
+    plan: TrainPlan
+    sent: Adapter
+    adapter: Adapter
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def before(self) -> Adapter:
+        """What the uploaded components and the head were when they were sent."""
+        modules = {
+            name: _selected(
+                self.sent.modules[name], self.plan.modules[name].trainable_slots[: factors.rank]
+            )
+            for name, factors in self.adapter.modules.items()
+        }
+        return Adapter(modules, {name: self.sent.head[name] for name in self.adapter.head})
+
+    @functools.cached_property
+    def size(self) -> float:
+        """How far the client moved, see `change_size`: finite if and only if all its numbers are.
+
+        Found when the reply is judged: its numbers are then looked through once.
+        """
+        scaling = {name: module.scaling for name, module in self.plan.modules.items()}
+        return change_size(self.adapter, self.before, scaling)
+
+    def components(self, module: str) -> tuple[int, ...]:
+        """Global indices of the components that this update holds for a module."""
+        return self.plan.modules[module].trainable[: self.adapter.modules[module].rank]
+
+
+def _selected(factors: LoraFactors, slots: Sequence[int]) -> LoraFactors:
+    """Return some components; the same factors, uncopied, where these are all of them."""
+    return factors if list(slots) == list(range(factors.rank)) else factors.select(slots)
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What became of one client in one round; `error` is empty if its reply counts."""
+
+    server_round: int
+    profile: NodeProfile
+    components: int
+    metrics: Mapping[str, float]
+    bytes_down: int
+    bytes_up: int
+    error: str = ""
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one node was asked, and what that cost to send.
+
+    Parameters
+    ----------
+    asked
+        The message's; Flower puts its id there when it is sent.
+    """
+
+    profile: NodeProfile
+    plan: TrainPlan
+    asked: Metadata
+    bytes_down: int
+    head_bytes_down: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A request and what came of it: a reply that counts has no `error`.
+
+    Parameters
+    ----------
+    metrics
+        By name; empty if the reply does not count.
+    update
+        Of a training reply that counts.
+    fault
+        What kind of error the node itself reported, if it did.
+    """
+
+    request: Request
+    bytes_up: int = 0
+    head_bytes_up: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    update: ClientUpdate | None = None
+    error: str = ""
+    fault: Fault | None = None
+
+    def refused(self, reason: str) -> "Judged":
+        """Return the same reply, refused after all."""
+        return replace(self, metrics={}, update=None, error=reason)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A message's content, what it weighs, and what its head does."""
+
+    records: RecordDict
+    num_bytes: int
+    head_bytes: int
+
+
+class _Dispatches:
+    """What is sent for a plan: made once for plans that hold the same components.
+
+    Only the last few are kept, so that what each client gets for itself does not pile up.
+    """
+
+    def __init__(self, dispatch: Callable[[TrainPlan], Adapter], server_round: int) -> None:
+        self._dispatch = dispatch
+        self._config = ConfigRecord({SERVER_ROUND: server_round})
+        self._kept: OrderedDict[object, tuple[Adapter, RecordDict]] = OrderedDict()
+        self._requests: deque[tuple[TrainPlan, _Content]] = deque(maxlen=_KEPT_DISPATCHES)
+
+    def of(self, plan: TrainPlan) -> tuple[Adapter, RecordDict]:
+        """Return the adapter to send, and a content with everything but the plan."""
+        key = plan.head, tuple((name, module.held) for name, module in plan.modules.items())
+        if key not in self._kept:
+            sent = self._dispatch(plan)
+            arrays = AdapterArrays(*to_arrays(sent))
+            self._kept[key] = sent, adapter_content(arrays, **{CONFIG: self._config})
+            if len(self._kept) > _KEPT_DISPATCHES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def request(self, plan: TrainPlan) -> _Content:
+        """Return what to send with a plan: written and counted once for equal plans."""
+        for known, made in self._requests:
+            if known == plan:
+                return made
+        content = RecordDict({**self.of(plan)[1], PLAN: plan_record(plan)})
+        made = _Content(content, content_size(content), head_bytes(content))
+        self._requests.append((plan, made))
+        return made
+
+
+class Exchange:
+    """One phase of one round: every node is asked once and answers once, or not at all.
+
+    Parameters
+    ----------
+    ledger
+        Where every exchange is entered, whether its reply counts or not.
+    server_round
+        Round, from 1.
+    phase
+        ``train``, ``evaluate`` or ``alone``.
+    label_names
+        The run's classes: nodes with data of their own are told them with every request.
+    """
+
+    def __init__(
+        self, ledger: Ledger, server_round: int, phase: str, label_names: Sequence[str] = ()
+    ) -> None:
+        self._ledger = ledger
+        self._server_round = server_round
+        self._phase = phase
+        self._label_names = label_names
+        self._waiting: dict[int, Request] = {}
+        self._dispatches = _Dispatches(lambda _: Adapter({}), server_round)
+
+    def messages(
+        self,
+        profiles: Sequence[NodeProfile],
+        plans: Sequence[TrainPlan],
+        dispatch: Callable[[TrainPlan], Adapter],
+        message_type: str,
+    ) -> list[Message]:
+        """Make one message a client; clients that hold the same share the same arrays."""
+        return list(self.each_message(profiles, plans, dispatch, message_type))
+
+    def each_message(
+        self,
+        profiles: Sequence[NodeProfile],
+        plans: Sequence[TrainPlan],
+        dispatch: Callable[[TrainPlan], Adapter],
+        message_type: str,
+    ) -> Iterator[Message]:
+        """Make one message a client, each when it is asked for.
+
+        Parameters
+        ----------
+        dispatch
+            What to send for a plan; asked again when the reply is judged, so it must not change
+            before.
+        """
+        self._dispatches = _Dispatches(dispatch, self._server_round)
+        for profile, plan in zip(profiles, plans, strict=True):
+            content = self._dispatches.request(plan)
+            if profile.own_data:
+                content = self._for_own_data(content, profile)
+            group = str(self._server_round)
+            message = Message(content.records, profile.node_id, message_type, group_id=group)
+            self._waiting[profile.node_id] = Request(
+                profile, plan, message.metadata, content.num_bytes, content.head_bytes
+            )
+            yield message
+
+    def judge_training(self, replies: Iterable[Message]) -> list[Judged]:
+        """Judge every reply to a training request by itself, in partition order."""
+        return [self._judge(*pair, self._read_training) for pair in self._pairs(replies)]
+
+    def judge_each(self, replies: Iterable[Message]) -> Iterator[Judged]:
+        """Judge training replies as they come, in their order; settle one before the next."""
+        for reply in replies:
+            for pair in self._pairs([reply]):
+                yield self._judge(*pair, self._read_training)
+
+    def judge_scores(self, replies: Iterable[Message]) -> list[Judged]:
+        """Judge every reply to an evaluation request, in partition order."""
+        return [self._judge(*pair, self._read_scores) for pair in self._pairs(replies)]
+
+    def close(self, judged: Sequence[Judged]) -> list[ClientReport]:
+        """Settle these replies and the nodes that are silent until now, in partition order."""
+        answered = {one.request.profile.node_id for one in judged}
+        silent = [r for node_id, r in self._waiting.items() if node_id not in answered]
+        everybody = [*judged, *(Judged(request, error="no reply in time") for request in silent)]
+        everybody.sort(key=lambda one: one.request.profile.partition_id)
+        return [self.settle(one) for one in everybody]
+
+    def _pairs(self, replies: Iterable[Message]) -> list[tuple[Message, Request]]:
+        """Pair replies with their requests; strangers and second replies are ignored."""
+        pairs: dict[int, tuple[Message, Request]] = {}
+        for reply in replies:
+            node_id = reply.metadata.src_node_id
+            wanted = node_id in self._waiting and self._answers(reply, node_id)
+            if not wanted or node_id in pairs:
+                why = "a second reply" if wanted else "a reply nobody asked for"
+                _LOGGER.warning("round %d, node %d: %s", self._server_round, node_id, why)
+                continue
+            pairs[node_id] = (reply, self._waiting[node_id])
+        return sorted(pairs.values(), key=lambda pair: pair[1].profile.partition_id)
+
+    def _answers(self, reply: Message, node_id: int) -> bool:
+        """Say whether a reply is to this request, and not a late one to an earlier."""
+        return reply.metadata.reply_to_message_id == self._waiting[node_id].asked.message_id
+
+    def _judge(
+        self,
+        reply: Message,
+        request: Request,
+        read: Callable[[Message, Request, int], tuple[dict[str, float], ClientUpdate | None]],
+    ) -> Judged:
+        bytes_up = message_bytes(reply)
+        heads = head_bytes(reply.content) if reply.has_content() else 0
+        try:
+            metrics, update = read(reply, request, bytes_up)
+        except ReplyError as error:
+            fault = fault_of(reply)
+            return Judged(request, bytes_up, heads, error=str(error), fault=fault)
+        return Judged(request, bytes_up, heads, metrics, update)
+
+    def _for_own_data(self, content: _Content, profile: NodeProfile) -> _Content:
+        """Return the same content with what a node cannot know that no partition was given to."""
+        config = ConfigRecord(
+            {
+                **content.records.config_records[CONFIG],
+                PARTITION_ID: profile.partition_id,
+                LABEL_NAMES: list(self._label_names),
+            }
+        )
+        records = RecordDict({**content.records, CONFIG: config})
+        return replace(content, records=records, num_bytes=content_size(records))
+
+    def settle(self, judged: Judged) -> ClientReport:
+        """Enter one exchange in the ledger, log it if it does not count, and report it."""
+        request, profile = judged.request, judged.request.profile
+        self._waiting.pop(profile.node_id, None)
+        if judged.error:
+            _LOGGER.warning(
+                "round %d, node %d (partition %d): %s reply does not count: %s",
+                *(self._server_round, profile.node_id, profile.partition_id),
+                *(self._phase, judged.error),
+            )
+        self._ledger.add(
+            self._server_round,
+            self._phase,
+            profile.rank,
+            Traffic(
+                1,
+                int(bool(judged.error)),
+                request.bytes_down,
+                judged.bytes_up,
+                request.head_bytes_down,
+                judged.head_bytes_up,
+            ),
+        )
+        return ClientReport(
+            self._server_round,
+            profile,
+            sum(len(module.trainable) for module in request.plan.modules.values()),
+            judged.metrics,
+            request.bytes_down,
+            judged.bytes_up,
+            judged.error,
+            judged.fault,
+        )
+
+    def _read_training(
+        self, reply: Message, request: Request, num_bytes: int
+    ) -> tuple[dict[str, float], ClientUpdate]:
+        """Read a training reply.
+
+        Raises
+        ------
+        ReplyError
+            If it must not count.
+        """
+        sent, _ = self._dispatches.of(request.plan)
+        head = {n: tuple(t.shape) for n, t in sent.head.items()}
+        sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
+        check_size(num_bytes, request.plan, head, sizes)  # before anything is unpacked
+        metrics = read_metrics(reply, request.profile)
+        arrays = read_update(reply, request.plan, head, sizes)
+        update = ClientUpdate(
+            partition_id=request.profile.partition_id,
+            num_examples=int(metrics[NUM_EXAMPLES]),
+            plan=request.plan,
+            sent=sent,
+            adapter=from_arrays(arrays.modules, arrays.head),
+            importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
+        )
+        if request.plan.upload != "fp32":  # then the factors are changes
+            update = replace(update, adapter=restored(update.adapter, update.before))
+        if not math.isfinite(update.size):
+            check_finite(update.adapter)
+        return metrics, update
+
+    def _read_scores(
+        self, reply: Message, request: Request, num_bytes: int
+    ) -> tuple[dict[str, float], None]:
+        sent, _ = self._dispatches.of(request.plan)
+        sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
+        check_size(num_bytes, request.plan, {}, sizes)
+        return read_metrics(reply, request.profile), None

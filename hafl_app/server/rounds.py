@@ -1,0 +1,91 @@
+"""The rounds of a federation: one after another, repeated when they did not work.
+
+Flower's own `Strategy.start` runs every round once, from the first, and ends the run at the first
+bad one. The hooks are the same; the loop around them is this one.
+"""
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
+
+from hafl_app.server.options import FederationOptions
+from hafl_app.server.replies import all_replies, replies_in_order
+from hafl_app.strategies.hooks import FlowerHooks, StrategyError, TooFewRepliesError
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class RoundFailedError(RuntimeError):
+    """A round that did not work however often it was repeated; the adapter is as before it."""
+
+
+def run_rounds(
+    strategy: FlowerHooks, grid: Grid, first_round: int, after_round: Callable[[int], None]
+) -> None:
+    """Run the rounds from ``first_round`` to the last of a prepared strategy.
+
+    Parameters
+    ----------
+    after_round
+        Called with the number of each round that is finished.
+
+    Raises
+    ------
+    StrategyError
+        If the privacy budget does not suffice for a single round.
+    RoundFailedError
+        If too few replies count in a round and in all its repeats.
+    """
+    for server_round in range(first_round, _last_round(strategy.options) + 1):
+        _train(strategy, grid, server_round)
+        _evaluate(strategy, grid, server_round)
+        after_round(server_round)
+
+
+def _last_round(options: FederationOptions) -> int:
+    """Return the last round that the privacy budget allows."""
+    if options.privacy.kind == "none":
+        return options.num_rounds
+    from hafl_app.privacy.accounting import rounds_within  # noqa: PLC0415  takes a second
+
+    last = rounds_within(options.privacy, options.fraction_train, options.num_rounds)
+    limit = f"privacy.max_epsilon={options.privacy.max_epsilon}"
+    if last == 0:
+        raise StrategyError(f"{limit}: the first round would already spend more")
+    if last < options.num_rounds:
+        _LOGGER.warning("%s is spent after round %d of %d", limit, last, options.num_rounds)
+    return last
+
+
+def _train(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
+    attempts = 1 + strategy.options.max_retries
+    for attempt in range(1, attempts + 1):
+        try:
+            _train_once(strategy, grid, server_round)
+        except TooFewRepliesError as error:
+            _LOGGER.warning("%s (attempt %d of %d)", error, attempt, attempts)
+            if attempt == attempts:
+                raise RoundFailedError(
+                    f"{error}, in the last of {attempts} attempts; the log names each reason"
+                ) from error
+        else:
+            return
+
+
+def _train_once(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
+    options = strategy.options
+    messages = strategy.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
+    if options.streaming:
+        stream = replies_in_order(grid, messages, options.timeout_s, options.stream_buffer)
+        strategy.aggregate_stream(server_round, stream)
+    else:
+        replies = all_replies(grid, messages, options.timeout_s, strategy.seconds)
+        strategy.aggregate_train(server_round, replies)
+
+
+def _evaluate(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
+    messages = strategy.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
+    replies = all_replies(grid, messages, strategy.options.timeout_s)
+    strategy.aggregate_evaluate(server_round, replies)

@@ -1,0 +1,95 @@
+"""All that a strategy is between two rounds, as tensors and plain values for a checkpoint."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.server.quarantine import Quarantine
+from hafl_app.server.traffic import Ledger
+from hafl_app.strategies.hooks import FlowerHooks
+
+_SEPARATOR = "\x1f"  # never in the name of a module, a parameter or a node
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A strategy after a round.
+
+    Parameters
+    ----------
+    tree
+        Dictionaries with tensors as leaves.
+    state
+        Plain values, as JSON has them.
+    """
+
+    tree: Mapping[str, Any]
+    state: Mapping[str, Any]
+
+
+def take_snapshot(strategy: FlowerHooks) -> Snapshot:
+    """Return the strategy as it is now, between two rounds."""
+    tree = {"adapter": adapter_tree(strategy.global_adapter), "memory": strategy.memory()}
+    state = {
+        "ledger": strategy.ledger.to_json(),
+        "quarantine": strategy.quarantine.to_json(),
+        "rank_limits": {str(k): rank for k, rank in strategy.rank_limits.items()},
+        "train_loss": strategy.train_loss,
+    }
+    return Snapshot(tree, state)
+
+
+def restore(strategy: FlowerHooks, snapshot: Snapshot) -> None:
+    """Make a prepared strategy what it was; the tree's branches without a leaf may be gone."""
+    tree, state = snapshot.tree, snapshot.state
+    strategy.global_adapter = adapter_of(tree["adapter"])
+    strategy.recall(tree.get("memory", {}))
+    strategy.ledger = Ledger.from_json(state["ledger"])
+    options = strategy.options
+    strategy.quarantine = Quarantine.from_json(
+        state["quarantine"], options.quarantine_after, options.quarantine_rounds
+    )
+    strategy.rank_limits = {int(k): rank for k, rank in state["rank_limits"].items()}
+    strategy.train_loss = state["train_loss"]
+
+
+def adapter_tree(adapter: Adapter) -> dict[str, Any]:
+    """Return an adapter as a tree of tensors."""
+    modules = {n: {"lora_A": f.lora_A, "lora_B": f.lora_B} for n, f in adapter.modules.items()}
+    return {"modules": modules, "head": dict(adapter.head)}
+
+
+def adapter_of(tree: Mapping[str, Any]) -> Adapter:
+    """Read what `adapter_tree` returned."""
+    modules = {n: LoraFactors(f["lora_A"], f["lora_B"]) for n, f in tree["modules"].items()}
+    return Adapter(modules, tree.get("head", {}))
+
+
+def flatten(tree: Mapping[str, Any], separator: str = _SEPARATOR) -> dict[str, Any]:
+    """Return the leaves of a tree of dictionaries by their path."""
+    return {separator.join(path): leaf for path, leaf in _leaves(tree, ())}
+
+
+def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the tree that `flatten` was given, without branches that have no leaf."""
+    tree: dict[str, Any] = {}
+    for key, leaf in tensors.items():
+        *branches, name = key.split(_SEPARATOR)
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+        node[name] = leaf
+    return tree
+
+
+def _leaves(
+    tree: Mapping[str, Any], path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from _leaves(node, (*path, name))
+        else:
+            yield (*path, name), node

@@ -1,0 +1,283 @@
+"""Adapters on disk, in PEFT's format, with everything that is needed to use them again."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.training.base_model import (
+    CAUSAL_LM,
+    IMAGE_CLASSIFICATION,
+    BaseSpec,
+    Tokenize,
+    load_tokenizer,
+)
+from hafl_app.training.lora_model import LoraModel, LoraSpec
+from hafl_app.training.specs import lora_spec
+
+_WEIGHTS, _HEAD, _CARD = "adapter_model.safetensors", "head.safetensors", "hafl.json"
+_PREFIX = "base_model.model."
+_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
+_CLS_HEAD = "classifier"  # what models with a classification head call it
+_RENAMED = {"quantisation": "quantization", "centralised": "centralized"}  # in older files
+
+
+class SavedAdapterError(ValueError):
+    """A folder that is no adapter saved by `save_adapter`, or does not fit its base model."""
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What the folder of an adapter holds, without its base model.
+
+    Parameters
+    ----------
+    adapter
+        Factors of every adapted module, PEFT's scaling folded in, and the head.
+    spec
+        How to build the model that they belong to.
+    label_names
+        As in a `LoadedAdapter`.
+    max_length
+        Tokens at which texts are cut.
+    facts
+        Anything else worth knowing, as JSON values.
+    """
+
+    adapter: Adapter
+    spec: LoraSpec
+    label_names: tuple[str, ...]
+    max_length: int
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in its base model, ready to be used.
+
+    Parameters
+    ----------
+    model
+        Base model, factors and head: a classifier or a causal language model.
+    tokenize
+        From texts to token ids; it refuses them if the model classifies images.
+    label_names
+        Name of each class; of a causal language model, of each category of its data.
+    facts
+        What the folder says of itself: base, pooling, training settings.
+    """
+
+    model: LoraModel
+    tokenize: Tokenize
+    label_names: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+
+def save_adapter(
+    folder: Path,
+    adapter: Adapter,
+    spec: LoraSpec,
+    *,
+    label_names: Sequence[str],
+    max_length: int,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter; the folder appears whole or not at all.
+
+    ``lora_alpha`` equals the rank in the saved config, so that PEFT's scaling is 1 and ``lora_B``
+    is stored as the federation has it. With mean pooling the factors belong to the bare encoder
+    (``AutoModel``) and the head lies beside them; with ``cls`` the head is one of PEFT's
+    ``modules_to_save`` and the folder needs nothing of this project, nor does that of a causal
+    language model (``AutoModelForCausalLM``) or an image classifier
+    (``AutoModelForImageClassification``).
+
+    Parameters
+    ----------
+    folder
+        Created; replaced if it exists.
+    adapter
+        Factors of every adapted module, and the head.
+    max_length
+        Tokens at which texts are cut.
+    facts
+        Anything else worth knowing, as JSON values.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        scratch.chmod(0o755)
+        _write(scratch, adapter, spec)
+        card = {
+            "format": 1,
+            "base": asdict(spec.base),
+            "seed": spec.seed,
+            "target_modules": spec.target_modules,
+            "label_names": list(label_names),
+            "max_length": max_length,
+            "facts": dict(facts or {}),
+        }
+        (scratch / _CARD).write_text(json.dumps(card, indent=2) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        scratch.replace(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _write(folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
+    ranks = {name: factors.rank for name, factors in adapter.modules.items()}
+    cls = _has_stock_head(spec.base)
+    config = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        rank_pattern=ranks if len(set(ranks.values())) > 1 else {},
+        alpha_pattern=ranks if len(set(ranks.values())) > 1 else {},
+        target_modules=list(ranks),
+        # PEFT has no name for what an image classifier does, and wraps it right without one.
+        task_type=None if spec.base.task == IMAGE_CLASSIFICATION else task_type(spec.base),
+        modules_to_save=[_CLS_HEAD] if cls else None,
+        base_model_name_or_path=spec.base.path,
+        revision=spec.base.revision,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, factors in adapter.modules.items():
+        tensors[f"{_PREFIX}{name}{_LORA_A}"] = factors.lora_A.contiguous()
+        tensors[f"{_PREFIX}{name}{_LORA_B}"] = factors.lora_B.contiguous()
+    head = {name: tensor.contiguous() for name, tensor in adapter.head.items()}
+    if cls:
+        tensors |= {f"{_PREFIX}{_CLS_HEAD}.{name}": tensor for name, tensor in head.items()}
+    elif _has_own_head(spec.base):
+        save_file(head, folder / _HEAD)
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+
+
+def _has_stock_head(base: BaseSpec) -> bool:
+    return base.task != CAUSAL_LM and base.pooling == "cls"
+
+
+def _has_own_head(base: BaseSpec) -> bool:
+    return base.task != CAUSAL_LM and base.pooling != "cls"
+
+
+def task_type(base: BaseSpec) -> str:
+    """Return PEFT's name of what a model does: ``FEATURE_EXTRACTION`` is mean pooling.
+
+    ``SEQ_CLS`` is a classification head of the model's own, also that of an image classifier.
+    """
+    if base.task == CAUSAL_LM:
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if base.pooling == "cls" else "FEATURE_EXTRACTION"
+
+
+def read_adapter(path: str | Path, *, trust_remote_code: bool = False) -> StoredAdapter:
+    """Read a saved adapter. Nothing of its base model is needed.
+
+    Parameters
+    ----------
+    trust_remote_code
+        See `load_adapter`.
+
+    Raises
+    ------
+    SavedAdapterError
+        If a file is missing or unreadable, or the factors' keys or shapes do not go together.
+    """
+    folder = Path(path)
+    try:
+        card = json.loads((folder / _CARD).read_text())
+        base = BaseSpec(**{**_renamed(card["base"]), "trust_remote_code": trust_remote_code})
+        targets, labels = card["target_modules"], tuple(card["label_names"])
+        seed, max_length = int(card["seed"]), int(card["max_length"])
+        facts = _renamed(card["facts"])
+        tensors = load_file(folder / _WEIGHTS)
+        head = load_file(folder / _HEAD) if _has_own_head(base) else {}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SavedAdapterError(f"{folder}: not a saved adapter: {error}") from error
+    if _has_stock_head(base):
+        prefix = f"{_PREFIX}{_CLS_HEAD}."
+        head = {
+            k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)
+        }
+    targets = targets if isinstance(targets, str) else tuple(targets)
+    spec = lora_spec(base, len(labels), targets, seed=seed)
+    return StoredAdapter(Adapter(_factors(folder, tensors), head), spec, labels, max_length, facts)
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values under today's names, whatever they were called when they were saved."""
+    return {_RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def load_adapter(path: str | Path, *, trust_remote_code: bool = False) -> LoadedAdapter:
+    """Build the base model, and put a saved adapter and its head into it.
+
+    Parameters
+    ----------
+    trust_remote_code
+        Let the base model's repository run its own Python code. What the adapter's own files say
+        of that does not count.
+
+    Raises
+    ------
+    SavedAdapterError
+        If a file is missing or unreadable, or a key is missing or unexpected.
+    hafl_app.training.base_model.ModelError
+        If the base model is not there.
+    """
+    folder = Path(path)
+    stored = read_adapter(folder, trust_remote_code=trust_remote_code)
+    adapter, spec = stored.adapter, stored.spec
+    # The seed decides whatever the base's files do not hold, random weights among them.
+    model = spec.build()
+    _check_keys(folder, _keys(adapter.modules), _keys(model.layers))
+    if set(adapter.head) != set(model.initial_head):
+        raise SavedAdapterError(
+            f"{folder}: the head has {sorted(adapter.head)}, expected {sorted(model.initial_head)}"
+        )
+    try:
+        model.load_whole(adapter)
+    except (ValueError, RuntimeError) as error:
+        raise SavedAdapterError(f"{folder}: does not fit the base model: {error}") from error
+    tokenize = load_tokenizer(spec.base, stored.max_length)
+    return LoadedAdapter(model.eval(), tokenize, stored.label_names, stored.facts)
+
+
+def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, LoraFactors]:
+    names = [
+        key.removeprefix(_PREFIX).removesuffix(_LORA_A) for key in tensors if key.endswith(_LORA_A)
+    ]
+    _check_keys(folder, set(tensors), _keys(names))
+    factors = {}
+    for name in names:
+        lora_A, lora_B = (tensors[f"{_PREFIX}{name}{end}"] for end in (_LORA_A, _LORA_B))
+        try:
+            factors[name] = LoraFactors(lora_A, lora_B)
+        except ValueError as error:
+            raise SavedAdapterError(
+                f"{folder}: does not fit the base model: module {name!r}: {error}"
+            ) from error
+    return factors
+
+
+def _keys(modules: Iterable[str]) -> set[str]:
+    return {f"{_PREFIX}{name}{end}" for name in modules for end in (_LORA_A, _LORA_B)}
+
+
+def _check_keys(folder: Path, found: set[str], expected: set[str]) -> None:
+    if odd := sorted(expected ^ found):
+        kind = "missing" if odd[0] in expected else "unexpected"
+        raise SavedAdapterError(
+            f"{folder}: {len(odd)} keys do not fit the base model, {kind}: {odd[0]}"
+        )

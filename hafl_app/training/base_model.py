@@ -1,0 +1,426 @@
+"""Where a frozen base model's files are, and loading them: once per process."""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as hf_logging
+
+from hafl_app.training.quantization.blocks import NOT_QUANTIZED, quantize
+from hafl_app.training.quantization.linear import QuantizationError
+
+_LOGGER = logging.getLogger(__name__)
+
+Tokenize = Callable[[list[str]], list[list[int]]]
+
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_TINY_VOCABULARY = 512
+CAUSAL_LM = "causal_lm"
+IMAGE_CLASSIFICATION = "image_classification"
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+class ModelError(ValueError):
+    """A base model that is not there, or not the one that was asked for."""
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Identity of a base model.
+
+    Parameters
+    ----------
+    path
+        Hub name or local folder. Empty together with ``random_weights`` is the model of ``shape``,
+        or without that a built-in two-layer one for tests.
+    revision
+        Commit of the hub's repository.
+    sha256
+        What ``model.safetensors`` must hash to; `None` leaves it unchecked.
+    package_path
+        ``package/folder`` of an installed package that carries the same files, used where the hub
+        has them not in its cache.
+    num_layers
+        Keep only the first layers; `None` keeps all.
+    random_weights
+        Random weights in the shape of ``path``'s config.
+    pooling
+        ``mean`` over tokens with a linear head, or ``cls``: the model's own classification head,
+        as ``image_classification`` needs it. Without meaning for ``causal_lm``.
+    trust_remote_code
+        Run Python code that the model brings along; without it such a model is refused.
+    task
+        ``classification`` (of text), ``causal_lm`` or ``image_classification``.
+    shape
+        Configuration of a model with random weights and without files, as JSON with its
+        ``model_type``; empty for none.
+    quantization
+        ``none``, or as in `hafl_app.training.quantization.blocks.precisions_of`.
+    """
+
+    path: str
+    revision: str | None = None
+    sha256: str | None = None
+    package_path: str | None = None
+    num_layers: int | None = None
+    random_weights: bool = False
+    pooling: str = "mean"
+    trust_remote_code: bool = False
+    task: str = "classification"
+    shape: str = ""
+    quantization: str = NOT_QUANTIZED
+
+    @property
+    def is_without_files(self) -> bool:
+        """Whether there is neither a folder nor a hub name: random weights and hashed words."""
+        return self.random_weights and not self.path
+
+
+def locate(spec: BaseSpec) -> Path:
+    """Return the folder with the model's files: local, hub cache, installed package, hub.
+
+    Raises
+    ------
+    ModelError
+        If none of them has the files, or if they are not the ones of ``spec.sha256``.
+    """
+    folder = _local(spec) or _cached(spec) or _packaged(spec) or _downloaded(spec)
+    if spec.sha256 is not None:
+        _check_sha256(folder / "model.safetensors", spec.sha256)
+    return folder
+
+
+def _local(spec: BaseSpec) -> Path | None:
+    if not spec.path:
+        raise ModelError("model.path must be given: a hub name or a local folder")
+    folder = Path(spec.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path={spec.path}: the folder has no config.json")
+        return folder
+    if folder.is_absolute() or spec.path.startswith("."):
+        raise ModelError(f"model.path={spec.path}: no such folder")
+    return None
+
+
+def _cached(spec: BaseSpec) -> Path | None:
+    try:
+        folder = Path(
+            snapshot_download(
+                spec.path,
+                revision=spec.revision,
+                allow_patterns=_patterns(spec),
+                local_files_only=True,
+            )
+        )
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+    return folder if (folder / "model.safetensors").exists() else None
+
+
+def _patterns(spec: BaseSpec) -> list[str]:
+    return [*_PATTERNS, "*.py"] if spec.trust_remote_code else _PATTERNS
+
+
+def _packaged(spec: BaseSpec) -> Path | None:
+    if spec.package_path is None:
+        return None
+    package, _, inside = spec.package_path.partition("/")
+    # A dotted name would import its parents, and these would lead out of the package.
+    if not package.isidentifier() or Path(inside).is_absolute() or ".." in Path(inside).parts:
+        raise ModelError(f"model.package_path={spec.package_path}: expected package/folder")
+    # find_spec does not run the package: these packages import far more than their files need.
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        return None
+    return Path(found.origin).parent / inside
+
+
+def _downloaded(spec: BaseSpec) -> Path:
+    try:
+        return Path(
+            snapshot_download(spec.path, revision=spec.revision, allow_patterns=_patterns(spec))
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        packaged = f", nor in the package {spec.package_path}" if spec.package_path else ""
+        raise ModelError(
+            f"model.path={spec.path} is no local folder, not in the hub's cache{packaged}, and "
+            f"cannot be downloaded ({type(error).__name__}): give a folder, or go online"
+        ) from error
+
+
+@functools.cache
+def _check_sha256(file: Path, expected: str) -> None:
+    if not file.is_file():
+        raise ModelError(f"{file.parent}: no {file.name}, whose SHA-256 should be {expected}")
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise ModelError(
+            f"{file.name} of the base model has SHA-256 {digest.hexdigest()}, expected {expected}"
+        )
+
+
+def _tiny_llama() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=_TINY_VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,  # no layer is square: a transposed factor must fail
+        max_position_embeddings=128,
+    )
+
+
+def _tiny_bert() -> BertConfig:
+    return BertConfig(
+        vocab_size=_TINY_VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,  # not 32: a transposed factor must fail
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=128,
+    )
+
+
+def _config(spec: BaseSpec, num_labels: int) -> Any:
+    if spec.is_without_files:
+        config: Any = _shape(spec)
+    else:
+        with _refusing_code(spec):
+            config = AutoConfig.from_pretrained(
+                locate(spec), trust_remote_code=spec.trust_remote_code
+            )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model.path={spec.path}: its weights are quantized already; give the model that they "
+            "were made of, and model.quantization"
+        )
+    if spec.task == CAUSAL_LM:
+        _require_causal(spec, config)
+    if spec.num_layers is not None:
+        layers = config.num_hidden_layers
+        if spec.num_layers > layers:
+            raise ModelError(f"model.num_layers={spec.num_layers}: the base model has {layers}")
+        config.num_hidden_layers = spec.num_layers
+    if spec.task == CAUSAL_LM:
+        config.use_cache = False
+    elif spec.pooling == "cls":
+        config.num_labels = num_labels
+    return config
+
+
+def _shape(spec: BaseSpec) -> Any:
+    """Return the configuration of a model without files."""
+    if not spec.shape:
+        if spec.task == IMAGE_CLASSIFICATION:
+            raise ModelError("model.shape must be given for image_classification without a path")
+        return _tiny_llama() if spec.task == CAUSAL_LM else _tiny_bert()
+    try:
+        return AutoConfig.for_model(**json.loads(spec.shape))
+    except (ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise ModelError(f"model.shape: no configuration of a model ({reason})") from error
+
+
+def _require_causal(spec: BaseSpec, config: Any) -> None:
+    """Refuse an encoder, which transformers would load all the same: it sees what it predicts."""
+    names = getattr(config, "architectures", None) or []
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    causal = own_code or getattr(config, "is_decoder", False)
+    if names and not causal and not any(name.endswith(_CAUSAL_ENDINGS) for name in names):
+        raise ModelError(f"model.path={spec.path}: {names[0]} is no causal language model")
+
+
+def base_without_weights(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
+    """Return the base model's layers on the meta device: shapes and names, no memory.
+
+    Raises
+    ------
+    ModelError
+        See `locate`.
+    """
+    with torch.device("meta"):
+        return _without_pooler(_from_config(_config(spec, num_labels), spec), spec)
+
+
+def load_base(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
+    """Load the base model, frozen and in float32; with ``pooling=cls`` including its head.
+
+    What ``spec.quantization`` asks for is rounded while the files are read; random weights are
+    drawn as if it were not there, and then rounded.
+
+    Raises
+    ------
+    ModelError
+        See `locate`, or if the model cannot be quantized as asked for.
+    """
+    config = _config(spec, num_labels)
+    _LOGGER.info("loading the base model %s", spec.path or "with random weights")
+    try:
+        model = _random(config, spec) if spec.random_weights else _from_weights(config, spec)
+    except QuantizationError as error:
+        raise ModelError(str(error)) from error
+    return _without_pooler(model, spec).requires_grad_(False)
+
+
+def _random(config: Any, spec: BaseSpec) -> Any:
+    # A configuration may name half precision; weights from files are loaded in float32 as well.
+    model = _from_config(config, spec).float()
+    if spec.quantization != NOT_QUANTIZED:
+        quantize(model, spec.quantization)
+    return model
+
+
+def _from_config(config: Any, spec: BaseSpec) -> Any:
+    with _refusing_code(spec):
+        return _auto(spec).from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def _from_weights(config: Any, spec: BaseSpec) -> Any:
+    folder = locate(spec)
+    if not list(folder.glob("*.safetensors")):
+        # The older formats are pickles, which can carry code.
+        raise ModelError(f"model.path={spec.path}: no weights in safetensors format in {folder}")
+    with _refusing_code(spec), _quiet_transformers():
+        return _auto(spec).from_pretrained(
+            folder,
+            config=config,
+            dtype="float32",
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            **_while_loading(spec),
+        )
+
+
+def _while_loading(spec: BaseSpec) -> dict[str, Any]:
+    if spec.quantization == NOT_QUANTIZED:
+        return {}
+    # Transformers' interface for it takes a while to import, and few runs need it.
+    from hafl_app.training.quantization.loading import QuantizedBlocks  # noqa: PLC0415
+
+    return {"quantization_config": QuantizedBlocks(spec.quantization)}
+
+
+def _auto(spec: BaseSpec) -> Any:
+    if spec.task == CAUSAL_LM:
+        return AutoModelForCausalLM
+    if spec.task == IMAGE_CLASSIFICATION:
+        return AutoModelForImageClassification
+    return AutoModelForSequenceClassification if spec.pooling == "cls" else AutoModel
+
+
+def _without_pooler(model: Any, spec: BaseSpec) -> PreTrainedModel:
+    if spec.pooling == "mean" and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # nothing reads it, and it would be adapted in vain
+    bare: PreTrainedModel = model
+    return bare
+
+
+@contextlib.contextmanager
+def _refusing_code(spec: BaseSpec) -> Iterator[None]:
+    """Say which setting a model needs that brings code of its own."""
+    try:
+        yield
+    except ValueError as error:
+        if spec.trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            f"model.path={spec.path} needs Python code of its own: read it, then set "
+            "model.trust_remote_code=true"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide the progress bar, and the long report of the weights that a cut stack leaves out."""
+    transformers_logging: Any = hf_logging
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+@functools.lru_cache(maxsize=4)
+def load_tokenizer(spec: BaseSpec, max_length: int) -> Tokenize:
+    """Return a function from texts to token ids, at most ``max_length`` each.
+
+    The built-in random model has no vocabulary: it hashes words. That of an image classifier
+    refuses every text.
+
+    Raises
+    ------
+    ModelError
+        See `locate`.
+    """
+    if spec.task == IMAGE_CLASSIFICATION:
+        return _no_text
+    if spec.is_without_files:
+        return functools.partial(_hash_words, max_length=max_length)
+    tokenizer = hub_tokenizer(spec)
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        encoded = tokenizer(
+            texts, truncation=True, max_length=max_length, return_attention_mask=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    return tokenize
+
+
+def hub_tokenizer(spec: BaseSpec) -> Any:
+    """Return the tokenizer of a base model with files.
+
+    Raises
+    ------
+    ModelError
+        See `locate`.
+    """
+    with _refusing_code(spec):
+        return AutoTokenizer.from_pretrained(locate(spec), trust_remote_code=spec.trust_remote_code)
+
+
+def _no_text(texts: list[str]) -> list[list[int]]:
+    raise ModelError(f"{len(texts)} texts for an image classifier, which reads none")
+
+
+def hash_word(word: str) -> int:
+    """Return the id of a word for a model without files, above 0."""
+    return 1 + zlib.crc32(word.encode()) % (_TINY_VOCABULARY - 1)
+
+
+def _hash_words(texts: list[str], max_length: int) -> list[list[int]]:
+    return [[hash_word(word) for word in text.split()][:max_length] or [1] for text in texts]

@@ -1,0 +1,145 @@
+"""PEFT's LoRA layer with the same result in fewer operations.
+
+PEFT adds ``scaling * (x A^T) B^T`` for one adapter after another, each with a product, a scaled
+copy and a sum as large as the layer's output. Here the adapters' factors are stacked, their
+product is added to the output in place, and only the components that are trained get gradients:
+
+``y = x W^T + b + (x A^T) (s B)^T``, with ``A`` and ``s B`` all active components,
+``dx = dy W + (dy s B) A``, ``dA = (dy s B)^T x``, ``d(s B) = dy^T (x A^T)`` of the trained ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from hafl_app.training.quantization.linear import QuantizedLinear, computing_type
+
+
+def fuse(model: nn.Module) -> None:
+    """Let every LoRA layer over a plain or quantized linear layer compute in this module's way.
+
+    Parameters
+    ----------
+    model
+        With PEFT's adapters injected; its parameters, names and adapters stay as they are.
+    """
+    for layer in model.modules():
+        # Layers of other kinds compute in ways of their own.
+        if type(layer) is Linear and type(layer.base_layer) in {nn.Linear, QuantizedLinear}:
+            layer.__class__ = FusedLoraLinear
+
+
+class FusedLoraLinear(Linear):
+    """PEFT's LoRA layer; it computes as PEFT does where dropout or a merge asks for it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output for ``x`` of shape ``(..., in_features)``."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if args or kwargs or self._is_special(names) or self._mixes_types(x, names):
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        base: Any = self.base_layer
+        dtype = computing_type(x)
+        trained = [name for name in names if self._lora_A(name).requires_grad]
+        frozen = [name for name in names if name not in trained]
+        output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+            x.to(dtype),
+            base,
+            None if base.bias is None else base.bias.to(dtype),
+            *self._stacked(trained, dtype),
+            *self._stacked(frozen, dtype),
+        )
+        return output
+
+    def _is_special(self, names: Sequence[str]) -> bool:
+        if not names or self.disable_adapters or self.merged or self.lora_variant:
+            return True
+        dropouts = (self.lora_dropout[name] for name in names)
+        return self.training and not all(isinstance(d, nn.Identity) for d in dropouts)
+
+    def _mixes_types(self, x: Tensor, names: Sequence[str]) -> bool:
+        # Without autocast PEFT computes in the factors' type and returns that of the base model.
+        factors = (self._lora_A(name) for name in names)
+        return not _is_autocast(x) and any(factor.dtype != x.dtype for factor in factors)
+
+    def _lora_A(self, name: str) -> Tensor:
+        factor: Any = self.lora_A[name].weight
+        return cast(Tensor, factor)
+
+    def _stacked(
+        self, names: Sequence[str], dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``A`` and ``s B`` of these adapters, one below and one beside the other."""
+        if not names:
+            return None, None
+        As = [self._lora_A(name).to(dtype) for name in names]
+        Bs = [(self.lora_B[name].weight * self.scaling[name]).to(dtype) for name in names]
+        return _joined(As, 0), _joined(Bs, 1)
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """A linear layer with trained and frozen components; its own weight and ``bias`` are frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layer: nn.Linear,
+        bias: Tensor | None,
+        trained_A: Tensor | None,
+        trained_B: Tensor | None,
+        frozen_A: Tensor | None,
+        frozen_B: Tensor | None,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        weight = _dense_weight(layer, x.dtype)
+        A = _joined([A for A in (trained_A, frozen_A) if A is not None], 0)  # (R, in)
+        B = _joined([B for B in (trained_B, frozen_B) if B is not None], 1)  # (out, R)
+        inner = rows @ A.T  # (n, R)
+        output = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        output.addmm_(inner, B.T)
+        ctx.rank = 0 if trained_A is None else trained_A.shape[0]
+        # Rows and inner products are needed for the trained components' gradients alone.
+        kept = (rows, inner[:, : ctx.rank].contiguous()) if ctx.rank else (None, None)
+        ctx.layer = layer
+        # Of a quantized weight the dense one is made twice, so that not all live at once.
+        ctx.save_for_backward(None if _is_quantized(layer) else weight, A, B, *kept)
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, A, B, rows, inner = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])  # (n, out)
+        dx = dA = dB = None
+        if ctx.needs_input_grad[0]:
+            if weight is None:
+                weight = _dense_weight(ctx.layer, flat.dtype)
+            through = flat @ B  # (n, R)
+            dx = (flat @ weight).addmm_(through, A).view(*gradient.shape[:-1], A.shape[1])
+        else:
+            through = flat @ B[:, : ctx.rank]
+        if ctx.rank:
+            dA = through[:, : ctx.rank].T @ rows
+            dB = flat.T @ inner
+        return dx, None, None, dA, dB, None, None
+
+
+def _is_quantized(layer: nn.Linear) -> bool:
+    return isinstance(layer, QuantizedLinear)
+
+
+def _dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    return layer.dense(dtype) if isinstance(layer, QuantizedLinear) else layer.weight.to(dtype)

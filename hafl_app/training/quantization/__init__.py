@@ -1,0 +1,1 @@
+"""Base models whose weights are kept in fewer bits."""

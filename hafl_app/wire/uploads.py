@@ -1,0 +1,136 @@
+"""What a client uploads under a plan: its factors, or their change in fewer bits; and back.
+
+A rounded upload carries the change against what was sent, which both sides know, so that the error
+is relative to the change and not to the state, which grows. The head always travels in float32.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.lowrank.mixed_bits import MixedFactors
+from hafl_app.lowrank.quantize import Int8Factors, RoundingErrors
+from hafl_app.plan import NumberFormat, TrainPlan
+from hafl_app.training.adapter_arrays import to_arrays
+from hafl_app.wire.arrays import Float32, Numbers
+from hafl_app.wire.records import AdapterArrays
+
+Pair = tuple[Numbers, Numbers]
+
+
+def encode_upload(
+    upload: Adapter,
+    received: Adapter,
+    plan: TrainPlan,
+    importance: Mapping[str, Float32],
+    errors: Mapping[str, RoundingErrors],
+    seed: int = 0,
+) -> tuple[AdapterArrays, dict[str, RoundingErrors]]:
+    """Return what a client sends under a plan, and what rounding keeps back from now on.
+
+    Parameters
+    ----------
+    upload, received
+        What training made, without what is not uploaded; and what the client was sent.
+    importance
+        Module name to component scores.
+    errors
+        What was kept back before, by module; returned unchanged unless the plan has
+        ``error_feedback``.
+    seed
+        Of what is rounded at random, with ``mixed``; another one for every upload.
+    """
+    modules, head = to_arrays(upload)
+    if plan.upload == "fp32":
+        return AdapterArrays(modules, head, importance), dict(errors)
+    pairs, scales, kept, bits = {}, {}, dict(errors), {}
+    generator = torch.Generator().manual_seed(seed)
+    for name, factors in upload.modules.items():
+        wanted = _change(factors, received, plan, name)
+        asked = plan.modules[name].trainable
+        components = asked[: wanted.rank]
+        before = kept.get(name) or RoundingErrors.none(wanted)
+        if plan.error_feedback:
+            wanted = before.added_to(wanted, components)
+        of_module: Pair | None
+        if plan.upload == "mixed":
+            bits[name] = tuple(b for b in plan.modules[name].bits[: wanted.rank] if b)
+            pairs[name], of_module = _mixed(wanted, bits[name], plan.error_feedback, generator)
+        else:
+            pairs[name], of_module = _rounded(wanted, plan.upload)
+        if of_module is not None:
+            scales[name] = of_module
+        if plan.error_feedback:
+            read = _padded(_decoded(pairs[name], of_module, plan.upload), wanted)
+            kept[name] = before.after(wanted, read, components, asked)
+    scores = {name: _to_bits(torch.from_numpy(array)) for name, array in importance.items()}
+    return AdapterArrays(pairs, head, scores, plan.upload, scales, bits), kept
+
+
+def decode_upload(arrays: AdapterArrays) -> AdapterArrays:
+    """Return an upload with all its numbers in float32; still changes, if they were rounded."""
+    if arrays.numbers == "fp32":
+        return arrays
+    modules = {}
+    for name, pair in arrays.modules.items():
+        factors = _decoded(pair, arrays.scales.get(name), arrays.numbers)
+        modules[name] = (factors.lora_A.numpy(), factors.lora_B.numpy())
+    scores = {n: _from_bits(bits).float().numpy() for n, bits in arrays.importance.items()}
+    return AdapterArrays(modules, arrays.head, scores)
+
+
+def _change(factors: LoraFactors, received: Adapter, plan: TrainPlan, name: str) -> LoraFactors:
+    slots = plan.modules[name].trainable_slots[: factors.rank]
+    before = received.modules[name].select(slots)
+    return LoraFactors(
+        factors.lora_A.cpu().float() - before.lora_A, factors.lora_B.cpu().float() - before.lora_B
+    )
+
+
+def _rounded(factors: LoraFactors, numbers: NumberFormat) -> tuple[Pair, Pair | None]:
+    """Return factors as they travel, and with ``int8`` their scales."""
+    if numbers == "bf16":
+        return (_to_bits(factors.lora_A), _to_bits(factors.lora_B)), None
+    coded = Int8Factors.of(factors)
+    codes = (coded.lora_A.numpy(), coded.lora_B.numpy())
+    return codes, (_to_bits(coded.scales_A), _to_bits(coded.scales_B))
+
+
+def _mixed(
+    factors: LoraFactors, bits: Sequence[int], contract: bool, generator: torch.Generator
+) -> tuple[Pair, Pair]:
+    """Return the first components in so many bits, and their scales; the others stay here."""
+    first = factors.select(range(len(bits)))
+    coded = MixedFactors.of(first, bits, contract=contract, generator=generator)
+    codes = (coded.lora_A.numpy(), coded.lora_B.numpy())
+    return codes, (_to_bits(coded.scales_A), _to_bits(coded.scales_B))
+
+
+def _padded(read: LoraFactors, wanted: LoraFactors) -> LoraFactors:
+    """Return what the server reads of a change, zero where a component is not uploaded."""
+    nothing = LoraFactors(torch.zeros_like(wanted.lora_A), torch.zeros_like(wanted.lora_B))
+    return nothing.replace(range(read.rank), read)
+
+
+def _decoded(pair: Pair, scales: Pair | None, numbers: NumberFormat) -> LoraFactors:
+    if numbers == "bf16":
+        lora_A, lora_B = (_from_bits(bits).float() for bits in pair)
+        return LoraFactors(lora_A, lora_B)
+    if scales is None:
+        raise ValueError(f"factors in {numbers} need scales")
+    codes_A, codes_B = (torch.from_numpy(codes) for codes in pair)
+    scales_A, scales_B = (_from_bits(bits) for bits in scales)
+    if numbers == "mixed":
+        return MixedFactors(codes_A, scales_A, codes_B, scales_B).decoded()
+    return Int8Factors(codes_A, scales_A, codes_B, scales_B).decoded()
+
+
+def _to_bits(tensor: torch.Tensor) -> Numbers:
+    """Round to bfloat16, to nearest, and return the bits."""
+    return tensor.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+
+def _from_bits(bits: Numbers) -> torch.Tensor:
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)

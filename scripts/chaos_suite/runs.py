@@ -1,0 +1,147 @@
+"""One federation under faults, whose server may be killed and goes on."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import random
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from chaos_suite.faults import NoFaults, Schedule
+from chaos_suite.grid import JOURNAL, ChaoticGrid, Journal, read_journal
+from hafl_app.client.permissions import own_machine
+from hafl_app.config.compose import compose, quoted
+from hafl_app.engines.in_process import server_identity
+from hafl_app.experiments.running import output_to
+from hafl_app.server_app import run
+
+# They train after the rounds, which are all that a schedule knows.
+_NO_LONE_CLIENTS = "federation.alone_clients_per_rank=0"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One federation of a chaos run.
+
+    Parameters
+    ----------
+    folder
+        Of the run, and of its journal.
+    overrides
+        Settings, without folder and resuming.
+    schedule
+        Of the faults.
+    kill_rounds
+        Rounds, ascending, in or soon after which the server is killed.
+    seed
+        Of the moments of the kills.
+    round_seconds
+        How long a round takes: a kill comes at a random time within that.
+    """
+
+    folder: Path
+    overrides: tuple[str, ...]
+    schedule: Schedule = field(default_factory=NoFaults)
+    kill_rounds: tuple[int, ...] = ()
+    seed: int = 0
+    round_seconds: float = 1.0
+
+
+def run_part(part: Part, life: int = 0, kill_round: int | None = None) -> None:
+    """Run a part in this process, or go on with it; what it prints goes to ``run.log``.
+
+    Parameters
+    ----------
+    life
+        How often the server has died before.
+    kill_round
+        Kill this process at a random time once the training of this round, or of a later one, has
+        begun; None lets it end.
+    """
+    part.folder.mkdir(parents=True, exist_ok=True)
+    if not life:
+        (part.folder / JOURNAL).unlink(missing_ok=True)
+    overrides = [*part.overrides, _NO_LONE_CLIENTS, f"output_dir={quoted(part.folder)}"]
+    if life:
+        overrides.append(f"resume={quoted(part.folder)}")
+    settings = compose(overrides)
+    with _recorded(part.folder, "a" if life else "w") as journal, server_identity(), own_machine():
+        grid = ChaoticGrid(
+            settings.federation.num_clients,
+            {"overrides": shlex.join(overrides)},
+            part.schedule,
+            journal,
+            _killer(part, life, kill_round),
+        )
+        run(grid, settings, overrides=overrides, on_round=lambda *_: journal.note("scored"))
+
+
+def run_with_kills(part: Part) -> list[dict[str, Any]]:
+    """Run a part whose server dies and is started again until the run ends.
+
+    Returns
+    -------
+    list of dict
+        The journal's last line before each kill.
+
+    Raises
+    ------
+    RuntimeError
+        If a server ends otherwise than by being killed or being done.
+    """
+    kills: list[dict[str, Any]] = []
+    for life, kill_round in enumerate([*part.kill_rounds, None]):
+        exit_code = _in_a_process(part, life, kill_round)
+        if exit_code == 0:
+            break
+        if exit_code != -signal.SIGKILL:
+            raise RuntimeError(f"exit code {exit_code} after {len(kills)} kills; see {part.folder}")
+        kills.append(read_journal(part.folder)[-1])
+    return kills
+
+
+def _in_a_process(part: Part, life: int, kill_round: int | None) -> int | None:
+    # spawn: forked processes inherit torch's threads, which do not survive it.
+    process = multiprocessing.get_context("spawn").Process(
+        target=run_part, args=(part, life, kill_round)
+    )
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.terminate()  # of effect only if this process is interrupted
+    return process.exitcode
+
+
+def _killer(part: Part, life: int, kill_round: int | None) -> Callable[[int], None]:
+    """Return what arms the kill of this process, once, at a seeded time after a round begins."""
+    draw = random.Random(f"{part.seed}/chaos/kill/{life}")
+    delay = draw.uniform(0, part.round_seconds)
+    armed: list[threading.Timer] = []
+
+    def on_training(server_round: int) -> None:
+        if kill_round is not None and server_round >= kill_round and not armed:
+            armed.append(threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)))
+            armed[0].daemon = True
+            armed[0].start()
+
+    return on_training
+
+
+@contextlib.contextmanager
+def _recorded(folder: Path, mode: Literal["a", "w"]) -> Iterator[Journal]:
+    """Send what this project prints and logs to files of a folder."""
+    logger = logging.getLogger("hafl_app")
+    journal = Journal(folder / JOURNAL)
+    logger.addHandler(journal)
+    try:
+        with (folder / "run.log").open(mode, encoding="utf-8") as log, output_to(log):
+            yield journal
+    finally:
+        logger.removeHandler(journal)

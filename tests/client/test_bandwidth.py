@@ -1,0 +1,21 @@
+import pytest
+
+from hafl_app.client.bandwidth import bandwidth_kbps
+from hafl_app.config.compose import SettingsError
+
+
+def test_comes_as_a_number_or_as_text():
+    assert bandwidth_kbps({"bandwidth-kbps": 250}) == 250
+    assert bandwidth_kbps({"bandwidth-kbps": "4000"}) == 4000
+
+
+def test_is_unknown_if_it_is_not_stated():
+    assert bandwidth_kbps({"rank": 4}) == 0
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "", "fast", "1e3", 10**9 + 1, "9" * 5000])
+def test_anything_else_is_refused_in_one_line(value):
+    with pytest.raises(SettingsError, match=r"bandwidth-kbps=.*expected a whole number") as caught:
+        bandwidth_kbps({"bandwidth-kbps": value})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200

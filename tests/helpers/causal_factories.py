@@ -1,0 +1,42 @@
+"""What the tests of causal language models build on: the built-in tiny Llama and its rows."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hafl_app.training.base_model import BaseSpec
+from hafl_app.training.causal import CausalSpec
+
+TINY_CAUSAL = BaseSpec("", random_weights=True, task="causal_lm")
+CAUSAL = CausalSpec(TINY_CAUSAL, seed=7)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Prompts and answers as token ids, end to end."""
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    answer_starts: NDArray[np.int64]
+
+
+def pairs_of(pairs: list[tuple[list[int], list[int]]]) -> Pairs:
+    rows = [[*prompt, *answer] for prompt, answer in pairs]
+    return Pairs(
+        np.array([token for row in rows for token in row], dtype=np.int32),
+        np.cumsum([0, *map(len, rows)]).astype(np.int64),
+        np.zeros(len(rows), dtype=np.int64),
+        np.array([len(prompt) for prompt, _ in pairs], dtype=np.int64),
+    )
+
+
+def random_pairs(number: int, seed: int = 0) -> Pairs:
+    """Return prompts of 1 to 6 tokens and answers of 1 to 9, both of unequal lengths."""
+    rng = np.random.default_rng(seed)
+
+    def draw(longest: int) -> list[int]:
+        return rng.integers(1, 512, rng.integers(1, longest + 1)).tolist()
+
+    return pairs_of([(draw(6), draw(9)) for _ in range(number)])

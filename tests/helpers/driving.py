@@ -1,0 +1,111 @@
+"""Drive a strategy without Flower: plan, dispatch, a client's reply, the fold."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from hafl_app.config.compose import CONF, compose
+from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
+from hafl_app.run import build
+from hafl_app.server.options import FederationOptions
+from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.hooks import StrategyError
+from hafl_app.wire.node_profile import NodeProfile
+
+STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
+MAX_RANK = 4
+# Never square, and modules that differ: a transposed or swapped factor must fail.
+SHAPES = {"query": ModuleShape(7, 5), "dense": ModuleShape(6, 9)}
+HEAD = {"weight": (3, 7), "bias": (3,)}
+
+Change = Callable[[LoraFactors, torch.Generator], LoraFactors]
+
+
+def strategy_named(name: str, *overrides: str) -> HeterogeneousLora:
+    """Return the strategy of a file in conf/strategy, small, with a global adapter that works."""
+    settings = compose([f"strategy={name}", f"lora.max_rank={MAX_RANK}", *overrides])
+    strategy = build.strategy(settings)
+    strategy.options = FederationOptions(seed=3, num_rounds=5)
+    generator = torch.Generator().manual_seed(11)
+    start = initial_adapter(SHAPES, MAX_RANK, seed=1)
+    strategy.global_adapter = Adapter(
+        {
+            n: LoraFactors(f.lora_A, torch.randn(f.lora_B.shape, generator=generator))
+            for n, f in start.modules.items()
+        },
+        {n: torch.randn(shape, generator=generator) for n, shape in HEAD.items()},
+    )
+    strategy.head_shapes = HEAD
+    return strategy
+
+
+def serves_mixed_ranks(name: str) -> bool:
+    try:
+        strategy_named(name).check([1, MAX_RANK])
+    except StrategyError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client to be: what it may train, how much it counts, and what training does to it."""
+
+    rank: int
+    num_examples: int
+    partition_id: int
+    noise_seed: int | None = None
+
+    @property
+    def profile(self) -> NodeProfile:
+        return NodeProfile(self.partition_id, 99, self.rank, self.num_examples, "cpu")
+
+
+def nothing(factors: LoraFactors, generator: torch.Generator) -> LoraFactors:
+    del generator
+    return factors
+
+
+def noise(factors: LoraFactors, generator: torch.Generator) -> LoraFactors:
+    return LoraFactors(
+        factors.lora_A + 0.3 * torch.randn(factors.lora_A.shape, generator=generator),
+        factors.lora_B + 0.3 * torch.randn(factors.lora_B.shape, generator=generator),
+    )
+
+
+def update_of(
+    strategy: HeterogeneousLora, client: Client, change: Change, server_round: int = 1
+) -> ClientUpdate:
+    """Let a client do what the plan says: its trainable components change, and come back."""
+    plan = strategy.plan(client.profile, server_round)
+    sent = strategy.dispatch(plan)
+    seed = client.partition_id if client.noise_seed is None else client.noise_seed
+    modules = {}
+    for name, factors in sent.modules.items():
+        # The same noise for the same module whatever the order of modules.
+        generator = torch.Generator().manual_seed(seed * 1000 + zlib.crc32(name.encode()) % 997)
+        modules[name] = change(factors.select(plan.modules[name].trainable_slots), generator)
+    scores = {n: torch.rand(len(plan.modules[n].trainable)) for n in modules}
+    return ClientUpdate(
+        client.partition_id,
+        client.num_examples,
+        plan,
+        sent,
+        Adapter(modules, sent.head),
+        scores if plan.importance != "none" else {},
+    )
+
+
+def merge(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> dict[str, LoraFactors]:
+    """Fold the updates and return the next factors; the strategy's own adapter stays."""
+    state = strategy.begin()
+    for update in updates:
+        state = strategy.accumulate(state, update)
+    return dict(strategy.finish(state))
+
+
+def scaled_examples(updates: Sequence[ClientUpdate], factor: int) -> list[ClientUpdate]:
+    return [replace(u, num_examples=u.num_examples * factor) for u in updates]

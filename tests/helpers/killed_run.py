@@ -1,0 +1,59 @@
+"""A federation that kills itself with SIGKILL: `killed_run.py PHASE OVERRIDE...`."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hafl_app.client import handlers
+from hafl_app.experiments.running import run_federation
+from hafl_app.run import reporting
+from hafl_app.server import checkpoint_store as checkpoint
+from hafl_app.strategies.hafl import Hafl
+from hafl_app.tracking.base import Trackers
+
+
+def kill_at(call_number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, which does not return from its call of that number."""
+    calls = []
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        result = function(*args, **kwargs)
+        if len(calls) == call_number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return killing
+
+
+# What is interrupted in round 2 of 3, with 5 clients; round 0 has an evaluation and a checkpoint.
+PHASES: dict[str, tuple[Any, str, int]] = {
+    "training": (handlers, "train_locally", 8),
+    "fold": (Hafl, "accumulate", 8),
+    "evaluation": (reporting.RunReport, "_score_on", 6),
+    "trackers": (Trackers, "log_round", 3),
+    # The sixth: one of metrics.jsonl, two of each checkpoint before, this one's file.
+    "checkpoint": (os, "fsync", 6),
+    "rename": (checkpoint, "_sync_folder", 3),
+    "results": (reporting, "draw_curves", 1),
+}
+
+
+def main() -> None:
+    """Run the federation until it dies."""
+    torch.set_num_threads(1)
+    owner, name, number = PHASES[sys.argv[1]]
+    with mock.patch.object(owner, name, kill_at(number, getattr(owner, name))):
+        run_federation(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

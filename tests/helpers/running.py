@@ -1,0 +1,76 @@
+"""Run small federations in this process."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from hafl_app.client.permissions import own_machine
+from hafl_app.client_app import app as client_app
+from hafl_app.engines.in_process import InProcessGrid, server_identity
+from hafl_app.run import build
+from hafl_app.server_app import run
+
+# Seconds, not minutes: random weights, generated text, one thread.
+TINY = (
+    "model=tiny_random",
+    "dataset=synthetic",
+    "dataset.num_train=160",
+    "dataset.num_test=40",
+    "dataset.max_length=16",
+    "federation.num_clients=5",
+    "federation.num_rounds=2",
+    "client.batch_size=16",
+    "federation.server_threads=1",
+)
+
+
+class ReorderedGrid(InProcessGrid):
+    """Replies come in another order than they were asked for."""
+
+    def pull_messages(self, message_ids):
+        return list(super().pull_messages(message_ids))[::-1]
+
+
+def run_tiny(
+    folder: Path,
+    *overrides: str,
+    app: ClientApp = client_app,
+    grid_type: type[InProcessGrid] = InProcessGrid,
+) -> dict[str, Any]:
+    """Run a federation; return its summary."""
+    overrides = (*TINY, *overrides, f"output_dir={folder}")
+    run_config = {"overrides": shlex.join(overrides)}
+    settings = build.settings_of_run(run_config)
+    with server_identity(), own_machine():
+        run(grid_type(app, settings.federation.num_clients, run_config), settings)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Read the lines of one kind of a run's metrics.jsonl, without wall-clock and memory."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    volatile = ("seconds", "probe_seconds", "peak_memory_mb")
+    return [
+        {k: v for k, v in line.items() if k not in volatile}
+        for line in lines
+        if line["kind"] == kind
+    ]
+
+
+def tampering(change: Callable[[Message, Message], Message]) -> ClientApp:
+    """Return a ClientApp whose training replies are changed: `change(request, reply)`."""
+    app = ClientApp()
+    app.query()(client_app)
+    app.evaluate()(client_app)
+
+    @app.train()
+    def train(message, context):
+        return change(message, client_app(message, context))
+
+    return app

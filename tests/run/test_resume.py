@@ -1,0 +1,183 @@
+"""A run that goes on equals one that was never interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import TINY, records, run_tiny
+from safetensors.torch import load_file
+
+from hafl_app.engines.in_process import InProcessGrid
+from hafl_app.run.resuming import ResumeError, load_checkpoint
+
+STRATEGIES = ["zero_padding", "hafl", "hetlora", "flexlora", "flexlora_change"]
+VARIANTS = {
+    **{name: (f"strategy={name}",) for name in STRATEGIES},
+    "fedit": ("strategy=fedit", "ranks=homogeneous"),
+    "truncation": ("strategy=hafl", "strategy.scheme=truncation", "strategy.scope=model"),
+    "server's importance": ("strategy=hafl", "strategy.source=server"),
+    "rounding errors": ("strategy=hafl", "federation.upload=int8"),
+    "local heads, rounded": ("strategy=hafl", "federation.upload=int8", "model.head=local"),
+    "local heads": ("strategy=hafl", "model.head=local"),
+    "partial participation": ("strategy=hafl", "federation.fraction_train=0.5"),
+    "central privacy": ("strategy=zero_padding", "privacy=central_dp", "privacy.noise_seed=5"),
+    "local privacy": ("strategy=flexlora", "privacy=local_dp", "privacy.noise_seed=5"),
+    # Prunes in round 2, so that the pruned ranks must come back.
+    "pruned ranks": ("strategy=hetlora", "strategy.decay=0.5", "strategy.tail_weight=10.0"),
+}
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors") | load_file(
+        folder / "adapter" / "head.safetensors"
+    )
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    expected, got = adapter(one), adapter(other)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+    for kind in ("round", "client"):
+        assert records(one, kind) == records(other, kind)
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (one, other)]
+    for summary in summaries:  # measured anew in every process
+        del summary["seconds"]
+        for node in summary["nodes"]:
+            del node["memory_free_mb"]
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_goes_on_bit_for_bit(variant, tmp_path):
+    overrides = VARIANTS[variant]
+    run_tiny(tmp_path / "whole", *overrides, "federation.num_rounds=4")
+    run_tiny(tmp_path / "cut", *overrides, "federation.num_rounds=2")
+
+    resume = f"resume={tmp_path / 'cut'}"
+    run_tiny(tmp_path / "cut", *overrides, "federation.num_rounds=4", resume)
+
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.fixture(scope="module")
+def two_rounds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    run_tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(two_rounds, tmp_path):
+    folder = tmp_path / "out"
+    subprocess.run(["cp", "-r", str(two_rounds), str(folder)], check=True)
+    return folder
+
+
+class TestSettings:
+    def test_a_changed_setting_is_refused_by_name(self, stopped):
+        with pytest.raises(ResumeError, match=r"client.learning_rate=0.01: .* has 0.003"):
+            run_tiny(stopped, "client.learning_rate=0.01", f"resume={stopped}")
+
+    def test_another_method_is_refused(self, stopped):
+        with pytest.raises(ResumeError, match=r"strategy.*FlexLora: .* has .*Hafl"):
+            run_tiny(stopped, "strategy=flexlora", f"resume={stopped}")
+
+    def test_fewer_rounds_than_are_done_are_refused(self, stopped):
+        with pytest.raises(ResumeError, match=r"num_rounds=1: 2 rounds are already done"):
+            run_tiny(stopped, "federation.num_rounds=1", f"resume={stopped}")
+
+    def test_a_refused_resume_leaves_the_run_as_it_was(self, stopped):
+        before = {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()}
+
+        with pytest.raises(ResumeError):
+            run_tiny(stopped, "seed=9", f"resume={stopped}")
+
+        changed = [p.name for p, data in before.items() if p.read_bytes() != data]
+        assert changed in ([], ["summary.json"])  # which then tells of the refusal
+
+    def test_a_folder_without_a_run_is_refused(self, tmp_path):
+        with pytest.raises(ResumeError, match="no checkpoint there"):
+            run_tiny(tmp_path / "out", f"resume={tmp_path}")
+
+
+@pytest.mark.slow
+class TestWhatIsKept:
+    def test_the_last_two_checkpoints_stay(self, tmp_path):
+        run_tiny(tmp_path / "out", "federation.num_rounds=4")
+
+        names = sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir())
+        assert names == ["round-00003.safetensors", "round-00004.safetensors"]
+
+    def test_a_new_run_in_the_folder_forgets_the_old_checkpoints(self, stopped):
+        run_tiny(stopped, "federation.num_rounds=1", "seed=5")
+
+        names = sorted(p.name for p in (stopped / "checkpoints").iterdir())
+        assert names == ["round-00000.safetensors", "round-00001.safetensors"]
+
+    def test_tensors_keep_their_names_in_the_file(self, two_rounds):
+        """Or the runs of an older version could not go on."""
+        paths = [name.split("\x1f") for name in load_checkpoint(two_rounds).tensors]
+
+        module = "encoder.layer.0.attention.self.query"
+        for path in (["strategy", "adapter"], ["report", "best"]):
+            for factor in ("lora_A", "lora_B"):
+                assert [*path, "modules", module, factor] in paths
+            assert [*path, "head", "bias"] in paths
+        assert ["strategy", "memory", "scores", module] in paths
+
+    def test_none_are_written_if_none_are_wanted(self, tmp_path):
+        run_tiny(tmp_path / "out", "federation.checkpoint_every=0")
+
+        assert not (tmp_path / "out" / "checkpoints").exists()
+
+    def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(self, stopped, tmp_path):
+        newest = stopped / "checkpoints" / "round-00002.safetensors"
+        data = bytearray(newest.read_bytes())
+        data[len(data) // 2] ^= 1
+        newest.write_bytes(data)
+        run_tiny(tmp_path / "whole", "federation.num_rounds=3")
+
+        run_tiny(stopped, "federation.num_rounds=3", f"resume={stopped}")
+
+        assert_same_run(tmp_path / "whole", stopped)
+
+    def test_local_heads_that_the_engine_forgets_are_refused_by_name(self, tmp_path):
+        class Forgetful(InProcessGrid):
+            client_states = None  # as Flower's own grids
+
+        run_tiny(tmp_path / "out", "model.head=local", grid_type=Forgetful)
+
+        with pytest.raises(ResumeError, match=r"model.head=local: each client keeps its own head"):
+            run_tiny(tmp_path / "out", "model.head=local", f"resume={tmp_path / 'out'}")
+
+
+PHASES = ["training", "fold", "evaluation", "trackers", "checkpoint", "rename", "results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_goes_on_after_kill_9(phase, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_tiny(whole, "federation.num_rounds=3")
+    script = Path(__file__).with_name("killed_run.py")
+    overrides = [*TINY, "federation.num_rounds=3", f"output_dir={killed}"]
+
+    process = subprocess.run(
+        [sys.executable, str(script), phase, *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    run_tiny(killed, "federation.num_rounds=3", f"resume={killed}")
+
+    assert_same_run(whole, killed)
