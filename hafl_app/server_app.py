@@ -13,7 +13,6 @@ from hafl_app.config.schema import Settings
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.run import build
 from hafl_app.run.device_gains import lone_clients
-from hafl_app.run.on_device import known_label_names, meet
 from hafl_app.run.reporting import RunReport
 from hafl_app.run.resuming import (
     RunCheckpoints,
@@ -23,6 +22,7 @@ from hafl_app.run.resuming import (
     resume,
 )
 from hafl_app.run.run_lock import run_lock
+from hafl_app.run.setup import known_label_names, wait_for_nodes
 from hafl_app.server.central_privacy import check_federation
 from hafl_app.server.checkpoint_store import Checkpoint
 from hafl_app.server.held_out_clients import evaluate_unseen
@@ -132,7 +132,7 @@ def _prepare(
     label_names, numbering = known_label_names(settings), Numbering()
     if checkpoint is not None:
         label_names, numbering = agreed_before(checkpoint, label_names)
-    text = meet(grid, settings, strategy, label_names, numbering)
+    text = wait_for_nodes(grid, settings, strategy, label_names, numbering)
     spec = build.model_spec(settings, len(text.label_names))
     head = spec.initial_head()
     initial = initial_adapter(adapter_shapes(spec), strategy.max_rank, settings.seed).with_head(

@@ -4,8 +4,8 @@
     python scripts/memory_table.py --measure FOLDER         # one model's, beside real trainings
 
 Counted are all tensors of a training step in float32 (`hafl_app.training.step_memory`), from the
-shapes of a model's published configuration, so no weights are needed. `--measure` trains a model from a
-local folder on the CPU, a process for each rank, and compares its peak memory with the count.
+shapes of a model's published configuration, so no weights are needed. `--measure` trains a model
+from a local folder on the CPU, a process for each rank, beside its peak memory.
 """
 
 import argparse

@@ -5,9 +5,9 @@ import pytest
 from running import records, run_tiny
 from safetensors.torch import load_file
 
+from hafl_app.client.own_data import own_file, own_share
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.run import build
-from hafl_app.run.on_device import own_file, own_share
 from hafl_app.run.preflight import check
 from hafl_app.training.adapter_files import load_adapter
 from hafl_app.training.base_model import ModelError

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from safetensors import SafetensorError
 
+from hafl_app.client.answering_faults import Handler, answering_faults
 from hafl_app.client.bandwidth import bandwidth_kbps
 from hafl_app.client.base_precision import base_precision
 from hafl_app.client.error_feedback import read_errors, write_errors
+from hafl_app.client.own_data import DATA_PATH, own_file, own_share
 from hafl_app.client.permissions import Permissions
 from hafl_app.client.rank_budget import NodeLimits, rank_budget
 from hafl_app.config.compose import SettingsError
@@ -17,6 +19,7 @@ from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.errors import UnfitDataError
 from hafl_app.data.own_file import OwnFile
 from hafl_app.data.shares import Share
+from hafl_app.data.sources import ON_DEVICE
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.privacy.mechanism import (
     NoiseSource,
@@ -26,8 +29,7 @@ from hafl_app.privacy.mechanism import (
     trained_part,
 )
 from hafl_app.run import build
-from hafl_app.run.on_device import DATA_PATH, ON_DEVICE, own_file, own_share
-from hafl_app.server.client_sampling import client_seed
+from hafl_app.seeds import client_seed
 from hafl_app.training.adapter_arrays import from_arrays
 from hafl_app.training.base_model import ModelError
 from hafl_app.training.device import device_facts, resolve_device, threads
@@ -36,7 +38,6 @@ from hafl_app.training.local import TrainResult
 from hafl_app.training.local import train as train_locally
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.quantization.block_precision import BLOCKWISE
-from hafl_app.wire.faults import Handler, answering_faults
 from hafl_app.wire.node_profile import PROFILE, UNNUMBERED, NodeProfile
 from hafl_app.wire.records import (
     CONFIG,

@@ -10,26 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-
-def number(
-    default: Any,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """Field with a range; `None` as a value is not checked."""
-    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    return field(
-        default=default,
-        metadata={"limits": {k: v for k, v in limits.items() if v is not None}},
-    )
-
-
-def choice(default: Any, *values: str) -> Any:
-    """Field that takes one of a few words."""
-    return field(default=default, metadata={"choices": values})
+from hafl_app.fields import choice, number
 
 
 @dataclass

@@ -40,6 +40,7 @@ SourceName = Literal[
 ]
 
 IMAGES: Final = frozenset({"digits"})
+ON_DEVICE: Final = "on_device"
 """Sources of images instead of text."""
 
 TEST_FRACTION: Final = 0.1
@@ -142,7 +143,7 @@ def load_text(source: TextSource) -> LabeledText:
         If the source is unknown, a file or column is missing, a file cannot be read, a text or
         label is null, or a test label does not occur in the training data.
     """
-    if source.source == "on_device":
+    if source.source == ON_DEVICE:
         raise DataError(
             "dataset=on_device: the data stay on the nodes, each names its file with data-path in "
             "its --node-config; simulated nodes have none"

@@ -38,6 +38,8 @@ class InProcessGrid(Grid):
         What each node finds in ``context.node_config``: ``num_nodes`` of them.
     """
 
+    answers_at_once = True  # see `hafl_app.server.replies.ANSWERS_AT_ONCE`
+
     def __init__(
         self,
         client_app: ClientApp,

@@ -21,7 +21,7 @@ from hafl_app.privacy.mechanism import (
     add_noise,
     clipped_change,
 )
-from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.server.update import ClientUpdate
 
 Division = Literal["contributors", "everybody"]
 

@@ -1,9 +1,9 @@
 """Which clients take part in a round: decided by the seed alone, or by a secret key."""
 
 import hmac
-import random
 from collections.abc import Sequence
 
+from hafl_app.seeds import sample_positions
 from hafl_app.wire.node_profile import NodeProfile
 
 
@@ -38,9 +38,8 @@ def sample_profiles(
     """
     candidates = sorted(profiles, key=lambda p: (p.partition_id, p.node_id))
     count = sample_size(fraction, len(candidates))
-    # A string seed is hashed with SHA-512: the same on every machine.
-    drawn = random.Random(f"{seed}/{phase}/{server_round}").sample(range(len(candidates)), count)
-    return [candidates[i] for i in sorted(drawn)]
+    drawn = sample_positions(len(candidates), count, seed, phase, server_round)
+    return [candidates[i] for i in drawn]
 
 
 def sample_poisson(
@@ -73,8 +72,3 @@ def _uniform(key: str, label: str) -> float:
     """Return a number in [0, 1) that only the key foretells: 53 bits of HMAC-SHA-256."""
     digest = hmac.digest(key.encode(), label.encode(), "sha256")
     return (int.from_bytes(digest[:8]) >> 11) * 2.0**-53
-
-
-def client_seed(seed: int, server_round: int, partition_id: int) -> int:
-    """Return the seed of one client's training in one round, below 2**31."""
-    return random.Random(f"{seed}/client/{server_round}/{partition_id}").randrange(2**31)

@@ -6,12 +6,12 @@ paper, which has the server score the global adapter on the tasks of held-out cl
 of them scores what the method would send it, at its own rank, on its held-out rows.
 """
 
-import random
 from typing import Any
 
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
+from hafl_app.seeds import sample_positions
 from hafl_app.server.replies import all_replies
 from hafl_app.strategies.hooks import FlowerHooks
 from hafl_app.wire.records import NUM_EXAMPLES
@@ -30,8 +30,7 @@ def draw_unseen(num_clients: int, unseen_clients: int, seed: int) -> frozenset[i
     unseen_clients
         How many to draw, in [0, num_clients].
     """
-    drawn = random.Random(f"{seed}/unseen").sample(range(num_clients), unseen_clients)
-    return frozenset(drawn)
+    return frozenset(sample_positions(num_clients, unseen_clients, seed, "unseen"))
 
 
 def evaluate_unseen(strategy: FlowerHooks, grid: Grid, server_round: int) -> dict[str, Any]:

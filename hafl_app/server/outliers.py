@@ -1,20 +1,25 @@
-"""Sizes of a round's updates, compared: outliers are refused, large ones may be scaled down."""
+"""Outliers of a round: updates out of proportion are rejected, large ones may be scaled down."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hafl_app.lowrank.change import clip_factors, shrink_change
-from hafl_app.server.reply_validation import norm_outliers
-from hafl_app.server.round_messages import ClientUpdate, Judged
+from hafl_app.lowrank.change import clip_factors, norm_bound, shrink_change
+from hafl_app.server.round_messages import Judged
+from hafl_app.server.update import ClientUpdate
+
+# More data means more steps, and a step moves an adapter as far as any other at the most. Beyond
+# this, a claim of many examples buys nothing.
+_LARGEST_ALLOWANCE = 100.0
 
 
-def refuse_outliers(judged: Sequence[Judged], ratio: float | None) -> list[Judged]:
+def reject_outliers(judged: Sequence[Judged], ratio: float | None) -> list[Judged]:
     """Return the replies, those out of proportion to the rest of the round refused.
 
     Parameters
     ----------
     ratio
-        See `hafl_app.server.reply_validation.norm_outliers`; None refuses nobody.
+        See `norm_outliers`; None refuses nobody.
     """
     updates = [one.update for one in judged if one.update is not None]
     if ratio is None or not updates:
@@ -35,4 +40,35 @@ def clip_updates(updates: Sequence[ClientUpdate], ratio: float | None) -> list[C
     return [
         replace(update, adapter=shrink_change(update.adapter, update.before, factor))
         for update, factor in zip(updates, factors, strict=True)
+    ]
+
+
+def norm_outliers(sizes: Sequence[float], num_examples: Sequence[int], ratio: float) -> list[str]:
+    """Return why each update of a round is out of proportion to the others, or an empty string.
+
+    The bound is `hafl_app.lowrank.change.norm_bound`. A client with more examples than the median
+    may have moved that many times further, up to 100 times: it took as many more steps.
+
+    Parameters
+    ----------
+    sizes
+        `hafl_app.lowrank.change.change_size` of every update that is fine by itself.
+    num_examples
+        Of the same clients, at least 1.
+    ratio
+        Robust standard deviations that a size may lie above the median, above 0.
+
+    Notes
+    -----
+    Only upwards: a small change does little harm. And only gross scaling is caught, not
+    a wrong direction at the usual size; that is what robust rules are for.
+    """
+    usual = statistics.median(num_examples or [1])
+    allowances = [min(max(n / usual, 1.0), _LARGEST_ALLOWANCE) for n in num_examples]
+    bound = norm_bound([s / a for s, a in zip(sizes, allowances, strict=True)], ratio)
+    return [
+        f"change of {size:.3g} per number, expected at most {bound * allowance:.3g} in this round"
+        if size > bound * allowance
+        else ""
+        for size, allowance in zip(sizes, allowances, strict=True)
     ]

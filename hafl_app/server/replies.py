@@ -12,12 +12,13 @@ from itertools import islice
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from hafl_app.engines.in_process import InProcessGrid
-
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 _OF_THE_WAIT = 0.02  # a pause between two looks is this part of the time waited so far
 # Flower's Ray engine takes waiting messages up every 0.1 s, in the order of its nodes.
 _TAKEN_UP_S = 0.15
+
+ANSWERS_AT_ONCE = "answers_at_once"
+"""Attribute of a grid whose nodes answer while a message is pushed, one after another."""
 
 Sleep = Callable[[float], None]
 
@@ -43,7 +44,7 @@ def all_replies(
     sleep
         Waits between two looks, for seconds.
     """
-    if isinstance(grid, InProcessGrid):
+    if getattr(grid, ANSWERS_AT_ONCE, False):
         return list(grid.send_and_receive(messages, timeout=timeout_s))
     waiting: set[str] = set()
     for number, wave in enumerate(_waves(list(messages), seconds or {})):
@@ -101,7 +102,7 @@ def replies_in_order(
     rest, waiting, arrived = iter(messages), deque[str](), dict[str, Message]()
     while chunk := list(islice(rest, buffer)):
         waiting.extend(_push(grid, chunk))
-        if isinstance(grid, InProcessGrid):
+        if getattr(grid, ANSWERS_AT_ONCE, False):
             break
     for late in _looks(timeout_s, sleep):
         progress = True

@@ -1,16 +1,14 @@
 """Judging replies before they count: anything but what a plan asked for is refused."""
 
 import math
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flwr.app import Message, MetricRecord
 from numpy.typing import NDArray
 
-from hafl_app.lowrank.change import norm_bound
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import NUMBER_BYTES, TrainPlan, format_bits
 from hafl_app.wire.arrays import RecordError
@@ -21,9 +19,6 @@ from hafl_app.wire.uploads import decode_upload
 
 # What a reply may weigh above its numbers: generous, because a refusal is for what cannot be.
 _SIZE_SLACK, _FIXED_BYTES, _BYTES_PER_NAME = 1.5, 64 * 1024, 256
-# More data means more steps, and a step moves an adapter as far as any other at the most. Beyond
-# this, a claim of many examples buys nothing.
-_LARGEST_ALLOWANCE = 100.0
 _LONGEST_QUOTE = 60  # characters
 
 
@@ -183,37 +178,6 @@ def check_shapes(update: AdapterArrays, shapes: Mapping[str, tuple[int, int]]) -
         got = (lora_B.shape[0], lora_A.shape[1])
         if got != shapes[name]:
             raise ReplyError(f"{name}: factors of a {got} weight, expected {shapes[name]}")
-
-
-def norm_outliers(sizes: Sequence[float], num_examples: Sequence[int], ratio: float) -> list[str]:
-    """Return why each update of a round is out of proportion to the others, or an empty string.
-
-    The bound is `hafl_app.lowrank.change.norm_bound`. A client with more examples than the median
-    may have moved that many times further, up to 100 times: it took as many more steps.
-
-    Parameters
-    ----------
-    sizes
-        `hafl_app.lowrank.change.change_size` of every update that is fine by itself.
-    num_examples
-        Of the same clients, at least 1.
-    ratio
-        Robust standard deviations that a size may lie above the median, above 0.
-
-    Notes
-    -----
-    Only upwards: a small change does little harm. And only gross scaling is caught, not
-    a wrong direction at the usual size; that is what robust rules are for.
-    """
-    usual = statistics.median(num_examples or [1])
-    allowances = [min(max(n / usual, 1.0), _LARGEST_ALLOWANCE) for n in num_examples]
-    bound = norm_bound([s / a for s, a in zip(sizes, allowances, strict=True)], ratio)
-    return [
-        f"change of {size:.3g} per number, expected at most {bound * allowance:.3g} in this round"
-        if size > bound * allowance
-        else ""
-        for size, allowance in zip(sizes, allowances, strict=True)
-    ]
 
 
 def _check_names(kind: str, got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

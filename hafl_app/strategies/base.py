@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from hafl_app.config.schema import number
+from hafl_app.fields import number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import NUMBER_BYTES, ModulePlan, TrainPlan
 from hafl_app.privacy.mechanism import NoiseSource
 from hafl_app.server.central_privacy import Division, next_adapter, trainable_counts
 from hafl_app.server.heads import HeadMean, RobustHeads
-from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.hooks import FlowerHooks, StrategyError
 from hafl_app.wire.node_profile import NodeProfile
 

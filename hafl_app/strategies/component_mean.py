@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hafl_app.lowrank.components import ComponentSums
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.robust import RobustSums
-from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
 
 Sums = Mapping[str, ComponentSums]

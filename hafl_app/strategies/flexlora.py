@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hafl_app.config.schema import choice, number
+from hafl_app.fields import choice, number
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.product_sum import ProductSum, truncated_sums
 from hafl_app.plan import TrainPlan
 from hafl_app.server.central_privacy import Division
-from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.node_profile import NodeProfile

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hafl_app.config.schema import choice, number
+from hafl_app.fields import choice, number
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.importance import (
     SensitivityAverages,
@@ -24,9 +24,9 @@ from hafl_app.lowrank.importance import (
 )
 from hafl_app.lowrank.robust import robust_mean
 from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.seeds import client_seed
 from hafl_app.server.central_privacy import Division
-from hafl_app.server.client_sampling import client_seed
-from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.component_mean import ComponentAveraging, Sums
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.node_profile import NodeProfile

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from hafl_app.config.schema import choice, number
+from hafl_app.fields import choice, number
 from hafl_app.lowrank.bit_allocation import allocate_bits
 from hafl_app.plan import BIT_LEVELS, NUMBER_BYTES, ModulePlan, component_bytes
 from hafl_app.server.radio_channel import PAPER_DISTANCES_M, Channel

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hafl_app.config.schema import choice, number
+from hafl_app.fields import choice, number
 from hafl_app.lowrank.components import ComponentSums
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.svd import WeightedStack, singular_values
 from hafl_app.plan import TailPruning, TrainPlan
 from hafl_app.server.central_privacy import Division
-from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.node_profile import NodeProfile

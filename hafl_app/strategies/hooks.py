@@ -24,10 +24,11 @@ from hafl_app.server.central_privacy import Division
 from hafl_app.server.client_sampling import sample_poisson, sample_profiles, sample_size
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.options import FederationOptions
-from hafl_app.server.outliers import clip_updates, refuse_outliers
+from hafl_app.server.outliers import clip_updates, reject_outliers
 from hafl_app.server.quarantine import Quarantine
-from hafl_app.server.round_messages import ClientReport, ClientUpdate, Exchange
+from hafl_app.server.round_messages import ClientReport, Exchange
 from hafl_app.server.traffic import Ledger
+from hafl_app.server.update import ClientUpdate
 from hafl_app.wire.faults import Fault
 from hafl_app.wire.node_profile import NodeProfile, matches
 from hafl_app.wire.records import NUM_EXAMPLES, SECONDS
@@ -290,7 +291,7 @@ class FlowerHooks(FedAvg, ABC):
             If fewer than ``min_replies`` count. Then, as after any error, nothing has changed.
         """
         judged = self._exchange.judge_training(replies)
-        judged = refuse_outliers(judged, self.options.max_norm_ratio)
+        judged = reject_outliers(judged, self.options.max_norm_ratio)
         for report in self._exchange.close(judged):
             self._take_note(report)
         updates = [one.update for one in judged if one.update is not None]

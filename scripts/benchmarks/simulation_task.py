@@ -17,7 +17,7 @@ from hafl_app.config.schema import Settings
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.run import build
-from hafl_app.server.client_sampling import client_seed
+from hafl_app.seeds import client_seed
 from hafl_app.training.batches import Batch, Examples, make_batch, training_batches
 from hafl_app.training.classifier import LoraClassifier
 

@@ -10,7 +10,7 @@ from hafl_app.config.compose import CONF, compose
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
 from hafl_app.run import build
 from hafl_app.server.options import FederationOptions
-from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.node_profile import NodeProfile

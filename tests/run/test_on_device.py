@@ -14,7 +14,7 @@ from hafl_app.client_app import app
 from hafl_app.config.compose import compose
 from hafl_app.data.errors import DataError
 from hafl_app.engines.in_process import InProcessGrid, server_identity
-from hafl_app.run import build, on_device
+from hafl_app.run import build, setup
 from hafl_app.run.preflight import check
 from hafl_app.run.resuming import ResumeError
 from hafl_app.server_app import run
@@ -395,12 +395,12 @@ class TestSettings:
     def test_label_names_are_a_list(self):
         settings = compose(["dataset=on_device", "dataset.label_names=[b,a]"])
 
-        assert on_device.known_label_names(settings) == ("b", "a")
-        assert on_device.known_label_names(compose(["dataset=on_device"])) is None
+        assert setup.known_label_names(settings) == ("b", "a")
+        assert setup.known_label_names(compose(["dataset=on_device"])) is None
 
     def test_bad_label_names_are_refused(self):
         with pytest.raises(DataError, match=r"dataset\.label_names: label names are repeated"):
-            on_device.known_label_names(compose(["dataset=on_device", "dataset.label_names=[a,a]"]))
+            setup.known_label_names(compose(["dataset=on_device", "dataset.label_names=[a,a]"]))
 
     def test_a_simulation_has_no_such_nodes(self):
         with pytest.raises(DataError, match="simulated nodes have none"):

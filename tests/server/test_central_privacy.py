@@ -16,7 +16,7 @@ from hafl_app.server.central_privacy import (
     sum_of_changes,
     trainable_counts,
 )
-from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.node_profile import NodeProfile
 

@@ -20,12 +20,12 @@ from layout_words import change_layout, write_layout
 
 from hafl_app.engines.in_process import server_identity
 from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
+from hafl_app.server.outliers import norm_outliers
 from hafl_app.server.reply_validation import (
     ReplyError,
     check_finite,
     check_shapes,
     check_size,
-    norm_outliers,
     read_metrics,
     read_update,
 )

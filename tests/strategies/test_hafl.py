@@ -6,7 +6,7 @@ import pytest
 import torch
 from driving import MAX_RANK, Client, merge, noise, nothing, strategy_named, update_of
 
-from hafl_app.server.client_sampling import client_seed
+from hafl_app.seeds import client_seed
 
 RANK, ALPHA = 2, 16.0
 

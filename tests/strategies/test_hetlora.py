@@ -12,7 +12,7 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors, initial_adapter
 from hafl_app.plan import TailPruning, TrainPlan
 from hafl_app.server.options import FederationOptions
 from hafl_app.server.reply_validation import ReplyError, read_update
-from hafl_app.server.round_messages import ClientUpdate
+from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.hetlora import HetLora
 from hafl_app.training.adapter_arrays import to_arrays
 from hafl_app.training.base_model import BaseSpec

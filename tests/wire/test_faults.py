@@ -7,6 +7,7 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 
+from hafl_app.client.answering_faults import answering_faults, fault_behind
 from hafl_app.client.permissions import NotAllowedError
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError, UnfitDataError
@@ -14,13 +15,7 @@ from hafl_app.engines.in_process import server_identity
 from hafl_app.training.base_model import ModelError
 from hafl_app.training.local import DeviceMemoryError, LossNotFiniteError, TrainingError
 from hafl_app.wire.arrays import RecordError
-from hafl_app.wire.faults import (
-    Fault,
-    answering_faults,
-    error_reply,
-    fault_behind,
-    fault_of,
-)
+from hafl_app.wire.faults import Fault, error_reply, fault_of
 
 
 @pytest.fixture

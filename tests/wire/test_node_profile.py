@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hafl_app.engines.in_process import server_identity
-from hafl_app.server.client_sampling import client_seed, sample_profiles
+from hafl_app.seeds import client_seed
+from hafl_app.server.client_sampling import sample_profiles
 from hafl_app.wire.node_profile import PROFILE, NodeProfile, scale_tiers
 
 HAFLQ = [(2, 3), (4, 3), (8, 4)]

@@ -1,0 +1,66 @@
+"""What one client brought back, as a method's fold sees it."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from hafl_app.lowrank.change import change_size
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.plan import TrainPlan
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """One accepted reply, as a method's fold sees it.
+
+    Parameters
+    ----------
+    partition_id
+        Whose it is; updates are folded in this order.
+    num_examples
+        Its weight, above 0.
+    plan, sent
+        What it was asked to do, and the adapter that it received.
+    adapter
+        Its trained components: the first ``rank`` of ``plan.modules[name].trainable``.
+    importance
+        Module name to component scores, if the plan asked for them.
+    """
+
+    partition_id: int
+    num_examples: int
+    plan: TrainPlan
+    sent: Adapter
+    adapter: Adapter
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def before(self) -> Adapter:
+        """What the uploaded components and the head were when they were sent."""
+        modules = {
+            name: _selected(
+                self.sent.modules[name], self.plan.modules[name].trainable_slots[: factors.rank]
+            )
+            for name, factors in self.adapter.modules.items()
+        }
+        return Adapter(modules, {name: self.sent.head[name] for name in self.adapter.head})
+
+    @functools.cached_property
+    def size(self) -> float:
+        """How far the client moved, see `change_size`: finite if and only if all its numbers are.
+
+        Found when the reply is judged: its numbers are then looked through once.
+        """
+        scaling = {name: module.scaling for name, module in self.plan.modules.items()}
+        return change_size(self.adapter, self.before, scaling)
+
+    def components(self, module: str) -> tuple[int, ...]:
+        """Global indices of the components that this update holds for a module."""
+        return self.plan.modules[module].trainable[: self.adapter.modules[module].rank]
+
+
+def _selected(factors: LoraFactors, slots: Sequence[int]) -> LoraFactors:
+    """Return some components; the same factors, uncopied, where these are all of them."""
+    return factors if list(slots) == list(range(factors.rank)) else factors.select(slots)
