@@ -5,7 +5,10 @@ checked against it, and `docs/settings.md` is written from it. Standard library 
 """
 
 from dataclasses import field
-from typing import Any
+from typing import Any, Final
+
+REQUIRED: Final[Any] = "???"
+"""Default of a setting that `conf/` or the user must give; OmegaConf's mark for it."""
 
 
 def number(

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hafl_app.config.schema import FederationSettings
 from hafl_app.lowrank.components import ComponentSums
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import TrainPlan
@@ -21,6 +20,7 @@ from hafl_app.privacy.mechanism import (
     add_noise,
     clipped_change,
 )
+from hafl_app.server.settings import FederationSettings
 from hafl_app.server.update import ClientUpdate
 
 Division = Literal["contributors", "everybody"]
