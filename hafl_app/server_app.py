@@ -62,7 +62,7 @@ def run(
     ------
     hafl_app.privacy.mechanism.PrivacyError
         If the reported privacy would not hold under these settings.
-    hafl_app.strategies.hooks.StrategyError
+    hafl_app.server.method.StrategyError
         If the method cannot serve these nodes.
     hafl_app.server.rounds.RoundFailedError
         If a round did not work, however often it was repeated.
@@ -139,14 +139,14 @@ def _prepare(
         {} if settings.model.head == "local" else head
     )
     report.score_with(text, head)
-    strategy.prepare(initial, report.on_client)
+    strategy.coordinator.prepare(initial, report.on_reply)
     return initial
 
 
 def _alone(
     grid: Grid, settings: Settings, strategy: HeterogeneousLora, initial: Adapter
 ) -> list[AloneResult]:
-    lone = lone_clients(settings, strategy.seen())
+    lone = lone_clients(settings, strategy.coordinator.participation.trainable())
     alone = train_alone(strategy, grid, initial, lone) if lone else []
     if lone and settings.federation.alone_at_max_rank:
         alone += train_alone(strategy, grid, initial, lone, strategy.max_rank)

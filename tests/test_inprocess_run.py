@@ -11,8 +11,8 @@ from running import ReorderedGrid, records, run_tiny, tampering
 from safetensors.torch import load_file
 
 from hafl_app.client import handlers
+from hafl_app.server.method import StrategyError
 from hafl_app.server.rounds import RoundFailedError
-from hafl_app.strategies.hooks import StrategyError
 from hafl_app.training import lora_model
 from hafl_app.training.adapter_files import load_adapter
 from hafl_app.training.evaluate import evaluate

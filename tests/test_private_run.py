@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hafl_app.privacy.accounting import central_epsilon, local_epsilon
 from hafl_app.run.resuming import load_checkpoint
-from hafl_app.strategies.hooks import StrategyError
+from hafl_app.server.method import StrategyError
 from hafl_app.wire.records import METRICS, NUM_EXAMPLES
 
 pytestmark = pytest.mark.slow  # whole federations

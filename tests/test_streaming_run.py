@@ -7,9 +7,9 @@ from running import ReorderedGrid, records, run_tiny, tampering
 from safetensors.torch import load_file
 
 from hafl_app.config.compose import CONF
+from hafl_app.server.method import StrategyError
 from hafl_app.server.rounds import RoundFailedError
 from hafl_app.strategies.hafl import Hafl
-from hafl_app.strategies.hooks import StrategyError
 
 pytestmark = pytest.mark.slow
 

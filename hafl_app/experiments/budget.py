@@ -25,7 +25,6 @@ def equal_mean_bytes_rank(settings: Settings) -> int:
     if settings.model.head == "averaged":
         head = sum(tensor.numel() for tensor in spec.initial_head().values())
     strategy = build.strategy(settings)
-    strategy.options = build.federation_options(settings)
     strategy.global_adapter = initial_adapter(shapes, strategy.max_rank, settings.seed)
     ranks = build.client_ranks(settings, settings.federation.num_clients)
     return homogeneous_rank(mean_bytes(strategy, ranks, head), shapes, head)

@@ -123,7 +123,6 @@ def train_centralized(
 def _start(settings: Settings, model: LoraModel) -> tuple[Adapter, TrainPlan]:
     """Return what the federation would start from, and the plan to train all of it."""
     strategy = build.strategy(settings)
-    strategy.options = build.federation_options(settings)
     strategy.global_adapter = initial_adapter(model.shapes(), strategy.max_rank, settings.seed)
     federation = settings.federation
     # A limit of steps holds for each client of each round.

@@ -22,9 +22,8 @@ from hafl_app.privacy.mechanism import PrivacyOptions, new_noise_key
 from hafl_app.server.held_out_clients import draw_unseen
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
-from hafl_app.server.options import FederationOptions
+from hafl_app.server.options import RunOptions
 from hafl_app.strategies.base import HeterogeneousLora
-from hafl_app.strategies.haflq import Haflq
 from hafl_app.training.answers import require_rouge
 from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec, load_tokenizer
 from hafl_app.training.classifier import ClassifierSpec
@@ -335,22 +334,15 @@ def privacy_options(settings: Settings) -> PrivacyOptions:
     return PrivacyOptions(**values, noise_key=new_noise_key(settings.privacy.noise_seed))
 
 
-def federation_options(settings: Settings) -> FederationOptions:
+def run_options(settings: Settings) -> RunOptions:
     """Return what holds for the whole run, whatever the method."""
-    federation = settings.federation
-    shared = {f.name for f in fields(FederationOptions)} & {f.name for f in fields(federation)}
-    return FederationOptions(
-        **{name: getattr(federation, name) for name in shared},
-        seed=settings.seed,
-        local_epochs=settings.client.local_epochs,
-        max_steps=settings.client.max_steps,
-        head=settings.model.head,  # type: ignore[arg-type]
-        lora_alpha=settings.lora.lora_alpha,
-        scaling=settings.lora.scaling,
-        timeout_s=federation.round_timeout_s,
-        quarantine_after=federation.quarantine.after,
-        quarantine_rounds=federation.quarantine.rounds,
+    return RunOptions(
+        federation=settings.federation,
+        client=settings.client,
+        lora=settings.lora,
         privacy=privacy_options(settings),
+        head=settings.model.head,  # type: ignore[arg-type]
+        seed=settings.seed,
     )
 
 
@@ -416,15 +408,16 @@ def strategy(settings: Settings) -> HeterogeneousLora:
     """
     method: HeterogeneousLora = settings.strategy
     made = type(method)(**{f.name: getattr(method, f.name) for f in fields(method) if f.init})
-    made.task = task(settings)
-    made.unseen = unseen_partitions(settings)
+    made.options = run_options(settings)
+    made.coordinator.task = task(settings)
+    made.coordinator.participation.held_out = unseen_partitions(settings)
     _check_generation(settings)
     _check_upload(settings)
     return made
 
 
 def _check_upload(settings: Settings) -> None:
-    if settings.federation.upload == "mixed" and not isinstance(settings.strategy, Haflq):
+    if settings.federation.upload == "mixed" and not settings.strategy.traits.allocates_bits:
         raise SettingsError(
             "federation.upload=mixed: only strategy=haflq gives every component its bits; expected "
             "fp32, bf16 or int8"

@@ -3,6 +3,7 @@
 from hafl_app.config.schema import Settings
 from hafl_app.run import build
 from hafl_app.server.central_privacy import check_federation
+from hafl_app.server.compatibility import private_division
 from hafl_app.training.base_model import locate
 from hafl_app.training.device import resolve_device
 from hafl_app.training.lora_model import adapter_shapes
@@ -18,9 +19,8 @@ def check(settings: Settings) -> None:
     """
     check_federation(settings.privacy.kind, settings.federation)
     strategy = build.strategy(settings)
-    strategy.options = build.federation_options(settings)
     if settings.privacy.kind == "central_dp":
-        strategy.private_division()
+        private_division(strategy)
     resolve_device(settings.client.device)
     num_clients = settings.federation.num_clients
     tiers = build.client_tiers(settings, num_clients)

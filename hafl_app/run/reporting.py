@@ -26,7 +26,7 @@ from hafl_app.publishing.card import add_card
 from hafl_app.run import build
 from hafl_app.run.device_gains import device_gains
 from hafl_app.server.local_baseline import AloneResult
-from hafl_app.server.round_messages import ClientReport
+from hafl_app.server.round_messages import Reply
 from hafl_app.server.snapshot import adapter_of, adapter_tree
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.tracking.base import (
@@ -72,13 +72,13 @@ class RunReport:
     ) -> None:
         self._settings = settings
         self._metric = TASKS[settings.model.task].primary
-        self._strategy = strategy
+        self._strategy, self._coordinator = strategy, strategy.coordinator
         self._folder = folder
         self._num_threads = settings.federation.server_threads or os.cpu_count() or 1
         self._run_id = uuid4().hex
         self._history = NO_HISTORY
         self._started = time.perf_counter()
-        self._outcomes: list[ClientReport] = []
+        self._outcomes: list[Reply] = []
         self.rounds: list[RoundRecord] = []
         self._best: tuple[float, int, Adapter] | None = None
 
@@ -170,25 +170,25 @@ class RunReport:
         self.rounds = list(self._history.rounds)
         if best := state["best"]:
             self._best = (best["validation"], best["round"], adapter_of(tensors["best"]))
-        self.clients(self._strategy.directory.in_order())
+        self.clients(self._coordinator.directory.in_order())
 
-    def on_client(self, report: ClientReport) -> None:
-        """Take in what became of one client's training."""
-        self._outcomes.append(report)
-        metrics, profile = report.metrics, report.profile
+    def on_reply(self, reply: Reply) -> None:
+        """Record one client's reply to a training request."""
+        self._outcomes.append(reply)
+        metrics, profile = reply.metrics, reply.profile
         record = ClientRecord(
-            server_round=report.server_round,
+            server_round=reply.server_round,
             partition_id=profile.partition_id,
             node_id=profile.node_id,
             rank=profile.rank,
-            components_trained=report.components,
+            components_trained=reply.num_components,
             num_examples=int(metrics.get("num-examples", 0)),
             loss=metrics.get("loss", math.nan),
             seconds=metrics.get("seconds", math.nan),
             peak_memory_mb=metrics.get("peak-memory-mb", math.nan),
-            bytes_down=report.bytes_down,
-            bytes_up=report.bytes_up,
-            error=report.error,
+            bytes_down=reply.request.bytes_down,
+            bytes_up=reply.bytes_up,
+            error=reply.error,
             probe_seconds=metrics.get("probe-seconds", 0.0),
             steps=int(metrics.get("steps", 0)),
             out_of_time=bool(metrics.get("out-of-time", 0)),
@@ -200,8 +200,8 @@ class RunReport:
     def evaluate(self, server_round: int) -> MetricRecord:
         """Score the global adapter on the central splits and log the round."""
         if server_round == 0:
-            self.clients(self._strategy.directory.in_order())
-        metrics = {f"clients/{k}": v for k, v in self._strategy.client_scores.items()}
+            self.clients(self._coordinator.directory.in_order())
+        metrics = {f"clients/{k}": v for k, v in self._coordinator.client_scores.items()}
         if self._scores_centrally:
             metrics |= self._central_scores(self._strategy.global_adapter)
         privacy = self._strategy.options.privacy
@@ -211,12 +211,12 @@ class RunReport:
 
             rate = self._settings.federation.fraction_train
             metrics["privacy/epsilon"] = epsilon_after(privacy, server_round, rate)
-        traffic = self._strategy.ledger.of_round(server_round)
+        traffic = self._coordinator.ledger.of_round(server_round)
         record = RoundRecord(
             server_round=server_round,
-            seconds=time.perf_counter() - (self._strategy.round_started or self._started),
+            seconds=time.perf_counter() - (self._coordinator.round_started or self._started),
             # A mean of losses carries no noise.
-            train_loss=math.nan if private else self._strategy.train_loss,
+            train_loss=math.nan if private else self._coordinator.train_loss,
             bytes_down=traffic.bytes_down,
             bytes_up=traffic.bytes_up,
             replies=sum(not outcome.error for outcome in self._outcomes),
@@ -270,7 +270,7 @@ class RunReport:
 
     def _clients(self, unseen: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the last scores of clients that trained beside those of others, if there are."""
-        seen = dict(self._strategy.client_scores)
+        seen = dict(self._coordinator.client_scores)
         return {"seen": seen, "unseen": dict(unseen)} if unseen else {}
 
     def _generation(self) -> dict[str, float | int]:
@@ -318,7 +318,7 @@ class RunReport:
         return {f"best_{kind}": {"round": chosen.server_round, **chosen.metrics}}
 
     def _summary(self, alone: Sequence[AloneResult]) -> dict[str, Any]:
-        ledger = self._strategy.ledger
+        ledger = self._coordinator.ledger
         return {
             "status": "finished",
             "strategy": plain_settings(self._settings)["strategy"],
@@ -347,9 +347,9 @@ class RunReport:
                 }
                 for phase in ("train", "evaluate", "alone", "unseen")
             },
-            "nodes": [_device_facts(p) for p in self._strategy.directory.in_order()],
+            "nodes": [_device_facts(p) for p in self._coordinator.directory.in_order()],
             "left_out": {
-                str(node_id): why for node_id, why in self._strategy.directory.refusals.items()
+                str(node_id): why for node_id, why in self._coordinator.directory.refusals.items()
             },
             "seconds": time.perf_counter() - self._started,
             "versions": {

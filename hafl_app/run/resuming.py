@@ -18,9 +18,9 @@ from flwr.serverapp import Grid
 from hafl_app.config.schema import Settings
 from hafl_app.run.reporting import RunReport, plain_settings
 from hafl_app.server.checkpoint_store import Checkpoint, CheckpointStore
+from hafl_app.server.method import Method
 from hafl_app.server.numbering import Numbering
 from hafl_app.server.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
-from hafl_app.strategies.hooks import FlowerHooks
 
 _LOGGER = logging.getLogger(__name__)
 # What may differ when a run goes on: it decides how long, where and how fast, not what is learned.
@@ -83,7 +83,7 @@ class RunCheckpoints:
     settings: Settings
     overrides: tuple[str, ...]
 
-    def save(self, strategy: FlowerHooks, report: RunReport, grid: Grid, server_round: int) -> None:
+    def save(self, strategy: Method, report: RunReport, grid: Grid, server_round: int) -> None:
         """Write a checkpoint if one is due: every so many rounds, and after the last.
 
         Raises
@@ -106,8 +106,8 @@ class RunCheckpoints:
             "noise_key": strategy.options.privacy.noise_key,
             "epsilon": report.rounds[-1].metrics.get("privacy/epsilon"),
             "client_states_kept": clients is not None,
-            "label_names": list(strategy.directory.label_names or ()),
-            "node_numbers": strategy.directory.numbering.to_json(),
+            "label_names": list(strategy.coordinator.directory.label_names or ()),
+            "node_numbers": strategy.coordinator.directory.numbering.to_json(),
         }
         tree = {
             "strategy": snapshot.tree,
@@ -207,7 +207,7 @@ def agreed_before(
     return then, Numbering.from_json(checkpoint.state.get("node_numbers", {}))
 
 
-def resume(checkpoint: Checkpoint, strategy: FlowerHooks, report: RunReport, grid: Grid) -> None:
+def resume(checkpoint: Checkpoint, strategy: Method, report: RunReport, grid: Grid) -> None:
     """Make a prepared run what it was when the checkpoint was written.
 
     Raises

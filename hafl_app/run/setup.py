@@ -10,8 +10,8 @@ from hafl_app.data.labels import checked_label_names, union_of_labels
 from hafl_app.data.shares import CentralText
 from hafl_app.data.sources import ON_DEVICE
 from hafl_app.run import build
+from hafl_app.server.method import Method
 from hafl_app.server.numbering import Numbering
-from hafl_app.strategies.hooks import FlowerHooks
 from hafl_app.wire.node_profile import NodeProfile
 
 
@@ -33,7 +33,7 @@ def central_text(settings: Settings, label_names: Sequence[str]) -> CentralText:
 def wait_for_nodes(
     grid: Grid,
     settings: Settings,
-    strategy: FlowerHooks,
+    strategy: Method,
     label_names: tuple[str, ...] | None,
     numbering: Numbering,
 ) -> CentralText:
@@ -48,7 +48,7 @@ def wait_for_nodes(
 
     Raises
     ------
-    hafl_app.strategies.hooks.StrategyError
+    hafl_app.server.method.StrategyError
         If the method cannot serve these nodes.
     TimeoutError
         If no node answers.
@@ -56,7 +56,7 @@ def wait_for_nodes(
         If there is no set of classes, or the server's data do not fit it.
     """
     directory = build.node_directory(settings, label_names, numbering)
-    profiles = strategy.meet(grid, build.federation_options(settings), directory)
+    profiles = strategy.coordinator.participation.wait_for_nodes(grid, directory)
     if label_names is None:
         label_names = label_names_of_all(settings, profiles)
         directory.label_names = label_names

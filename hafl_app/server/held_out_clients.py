@@ -12,8 +12,8 @@ from flwr.app import MessageType
 from flwr.serverapp import Grid
 
 from hafl_app.seeds import sample_positions
+from hafl_app.server.method import Method
 from hafl_app.server.replies import all_replies
-from hafl_app.strategies.hooks import FlowerHooks
 from hafl_app.wire.records import NUM_EXAMPLES
 
 PHASE = "unseen"
@@ -33,7 +33,7 @@ def draw_unseen(num_clients: int, unseen_clients: int, seed: int) -> frozenset[i
     return frozenset(sample_positions(num_clients, unseen_clients, seed, "unseen"))
 
 
-def evaluate_unseen(strategy: FlowerHooks, grid: Grid, server_round: int) -> dict[str, Any]:
+def evaluate_unseen(strategy: Method, grid: Grid, server_round: int) -> dict[str, Any]:
     """Let the unseen clients score what they would receive after a round.
 
     Parameters
@@ -47,18 +47,21 @@ def evaluate_unseen(strategy: FlowerHooks, grid: Grid, server_round: int) -> dic
         ``partitions`` whose replies count, and the task's metrics, means by number of examples.
         Empty where there are no unseen clients, or none answers.
     """
-    if not strategy.unseen:
+    participation = strategy.coordinator.participation
+    if not participation.held_out:
         return {}
-    profiles = strategy.unseen_at_hand(grid)
+    profiles = participation.held_out_present(grid)
     plans = [strategy.plan(profile, server_round) for profile in profiles]
-    exchange = strategy.exchange(server_round, PHASE)
+    exchange = strategy.coordinator.messages(server_round, PHASE)
     messages = exchange.messages(profiles, plans, strategy.dispatch, MessageType.EVALUATE)
-    replies = all_replies(grid, messages, strategy.options.timeout_s)
-    judged = exchange.judge_scores(replies)
-    exchange.close(judged)
-    counted = [one for one in judged if not one.error]
+    replies = all_replies(grid, messages, strategy.options.federation.round_timeout_s)
+    validated = exchange.validate_scores(replies)
+    exchange.close(validated)
+    counted = [reply for reply in validated if not reply.error]
     if not counted:
         return {}
-    partitions = [one.request.profile.partition_id for one in counted]
-    metrics = strategy.task.of_clients([one.metrics for one in counted], NUM_EXAMPLES)
+    partitions = [reply.profile.partition_id for reply in counted]
+    metrics = strategy.coordinator.task.of_clients(
+        [reply.metrics for reply in counted], NUM_EXAMPLES
+    )
     return {"partitions": partitions, **metrics}

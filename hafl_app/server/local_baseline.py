@@ -8,8 +8,8 @@ from flwr.serverapp import Grid
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
+from hafl_app.server.method import Method
 from hafl_app.server.replies import all_replies
-from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.wire.node_profile import NodeProfile
 
 
@@ -23,7 +23,7 @@ class AloneResult:
 
 
 def train_alone(
-    strategy: HeterogeneousLora,
+    strategy: Method,
     grid: Grid,
     initial: Adapter,
     profiles: Sequence[NodeProfile],
@@ -45,13 +45,13 @@ def train_alone(
     rank
         Of all of them; None is each client's own. At most the initial adapter's.
     """
-    options = strategy.options
+    options, num_rounds = strategy.options, strategy.options.federation.num_rounds
     plans = [
         strategy.prefix_plan(
             strategy.budgets(profile) if rank is None else rank,
             head="frozen" if options.head == "frozen" else "averaged",
-            local_epochs=options.num_rounds * options.local_epochs,
-            max_steps=options.num_rounds * options.max_steps,
+            local_epochs=num_rounds * options.client.local_epochs,
+            max_steps=num_rounds * options.client.max_steps,
             # Alone, a device uploads nothing; here it does so only to be scored.
             upload="fp32",
             error_feedback=False,
@@ -63,19 +63,21 @@ def train_alone(
         modules = {n: f.select(plan.modules[n].held) for n, f in initial.modules.items()}
         return Adapter(modules, initial.head if plan.head == "averaged" else {})
 
-    after = options.num_rounds + 1
-    exchange = strategy.exchange(after, "alone")
+    after = num_rounds + 1
+    exchange = strategy.coordinator.messages(after, "alone")
     messages = exchange.messages(profiles, plans, dispatch, MessageType.TRAIN)
     # A run of many rounds at once may take that many times as long.
-    replies = all_replies(grid, messages, options.timeout_s * options.num_rounds, strategy.seconds)
-    judged = exchange.judge_training(replies)
-    exchange.close(judged)
+    timeout_s = options.federation.round_timeout_s * num_rounds
+    seconds = strategy.coordinator.participation.seconds
+    replies = all_replies(grid, messages, timeout_s, seconds)
+    validated = exchange.validate_training(replies)
+    exchange.close(validated)
     return [
         AloneResult(
-            one.request.profile,
-            one.update.adapter.with_head(one.update.adapter.head or initial.head),
+            reply.profile,
+            reply.update.adapter.with_head(reply.update.adapter.head or initial.head),
             at_own_rank=rank is None,
         )
-        for one in judged
-        if one.update is not None
+        for reply in validated
+        if reply.update is not None
     ]

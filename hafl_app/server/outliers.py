@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hafl_app.lowrank.change import clip_factors, norm_bound, shrink_change
-from hafl_app.server.round_messages import Judged
+from hafl_app.server.round_messages import Reply
 from hafl_app.server.update import ClientUpdate
 
 # More data means more steps, and a step moves an adapter as far as any other at the most. Beyond
@@ -13,22 +13,22 @@ from hafl_app.server.update import ClientUpdate
 _LARGEST_ALLOWANCE = 100.0
 
 
-def reject_outliers(judged: Sequence[Judged], ratio: float | None) -> list[Judged]:
-    """Return the replies, those out of proportion to the rest of the round refused.
+def reject_outliers(replies: Sequence[Reply], ratio: float | None) -> list[Reply]:
+    """Return the replies, those out of proportion to the rest of the round rejected.
 
     Parameters
     ----------
     ratio
-        See `norm_outliers`; None refuses nobody.
+        See `norm_outliers`; None rejects none.
     """
-    updates = [one.update for one in judged if one.update is not None]
+    updates = [reply.update for reply in replies if reply.update is not None]
     if ratio is None or not updates:
-        return list(judged)
+        return list(replies)
     examples = [update.num_examples for update in updates]
     reasons = iter(norm_outliers([update.size for update in updates], examples, ratio))
     return [
-        one.refused(reason) if one.update is not None and (reason := next(reasons)) else one
-        for one in judged
+        reply.rejected(reason) if reply.update is not None and (reason := next(reasons)) else reply
+        for reply in replies
     ]
 
 

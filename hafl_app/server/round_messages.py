@@ -1,4 +1,4 @@
-"""Requests to nodes and their replies: made, paired, judged, and entered in the ledger."""
+"""Requests to nodes and their replies: made, paired, validated, and entered in the ledger."""
 
 import logging
 import math
@@ -44,20 +44,6 @@ _KEPT_DISPATCHES = 16  # one a rank tier, as a rule; what more there are is made
 
 
 @dataclass(frozen=True)
-class ClientReport:
-    """What became of one client in one round; `error` is empty if its reply counts."""
-
-    server_round: int
-    profile: NodeProfile
-    components: int
-    metrics: Mapping[str, float]
-    bytes_down: int
-    bytes_up: int
-    error: str = ""
-    fault: Fault | None = None
-
-
-@dataclass(frozen=True)
 class Request:
     """What one node was asked, and what that cost to send.
 
@@ -69,21 +55,28 @@ class Request:
 
     profile: NodeProfile
     plan: TrainPlan
+    server_round: int
     asked: Metadata
     bytes_down: int
     head_bytes_down: int
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A request and what came of it: a reply that counts has no `error`.
+class Reply:
+    """A validated reply, or the lack of one: it counts if `error` is empty.
 
     Parameters
     ----------
+    request
+        What was asked.
+    bytes_up, head_bytes_up
+        Of the message that came; 0 if none did.
     metrics
         By name; empty if the reply does not count.
     update
         Of a training reply that counts.
+    error
+        Why it does not count.
     fault
         What kind of error the node itself reported, if it did.
     """
@@ -96,9 +89,24 @@ class Judged:
     error: str = ""
     fault: Fault | None = None
 
-    def refused(self, reason: str) -> "Judged":
-        """Return the same reply, refused after all."""
+    def rejected(self, reason: str) -> "Reply":
+        """Return the same reply, rejected after all."""
         return replace(self, metrics={}, update=None, error=reason)
+
+    @property
+    def profile(self) -> NodeProfile:
+        """The node that was asked."""
+        return self.request.profile
+
+    @property
+    def server_round(self) -> int:
+        """The round in which it was asked."""
+        return self.request.server_round
+
+    @property
+    def num_components(self) -> int:
+        """How many components it was asked to train, over all modules."""
+        return sum(len(module.trainable) for module in self.request.plan.modules.values())
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ class _Dispatches:
         return made
 
 
-class Exchange:
+class RoundMessages:
     """One phase of one round: every node is asked once and answers once, or not at all.
 
     Parameters
@@ -192,7 +200,7 @@ class Exchange:
         Parameters
         ----------
         dispatch
-            What to send for a plan; asked again when the reply is judged, so it must not change
+            What to send for a plan; asked again when the reply is read, so it must not change
             before.
         """
         self._dispatches = _Dispatches(dispatch, self._server_round)
@@ -203,31 +211,36 @@ class Exchange:
             group = str(self._server_round)
             message = Message(content.records, profile.node_id, message_type, group_id=group)
             self._waiting[profile.node_id] = Request(
-                profile, plan, message.metadata, content.num_bytes, content.head_bytes
+                profile=profile,
+                plan=plan,
+                server_round=self._server_round,
+                asked=message.metadata,
+                bytes_down=content.num_bytes,
+                head_bytes_down=content.head_bytes,
             )
             yield message
 
-    def judge_training(self, replies: Iterable[Message]) -> list[Judged]:
-        """Judge every reply to a training request by itself, in partition order."""
-        return [self._judge(*pair, self._read_training) for pair in self._pairs(replies)]
+    def validate_training(self, replies: Iterable[Message]) -> list[Reply]:
+        """Validate every reply to a training request by itself, in partition order."""
+        return [self._validate(*pair, self._read_training) for pair in self._pairs(replies)]
 
-    def judge_each(self, replies: Iterable[Message]) -> Iterator[Judged]:
-        """Judge training replies as they come, in their order; settle one before the next."""
+    def validate_each(self, replies: Iterable[Message]) -> Iterator[Reply]:
+        """Validate training replies as they come, in their order; settle one before the next."""
         for reply in replies:
             for pair in self._pairs([reply]):
-                yield self._judge(*pair, self._read_training)
+                yield self._validate(*pair, self._read_training)
 
-    def judge_scores(self, replies: Iterable[Message]) -> list[Judged]:
-        """Judge every reply to an evaluation request, in partition order."""
-        return [self._judge(*pair, self._read_scores) for pair in self._pairs(replies)]
+    def validate_scores(self, replies: Iterable[Message]) -> list[Reply]:
+        """Validate every reply to an evaluation request, in partition order."""
+        return [self._validate(*pair, self._read_scores) for pair in self._pairs(replies)]
 
-    def close(self, judged: Sequence[Judged]) -> list[ClientReport]:
-        """Settle these replies and the nodes that are silent until now, in partition order."""
-        answered = {one.request.profile.node_id for one in judged}
+    def close(self, replies: Sequence[Reply]) -> list[Reply]:
+        """Settle these replies and the stragglers that are silent, in partition order."""
+        answered = {reply.profile.node_id for reply in replies}
         silent = [r for node_id, r in self._waiting.items() if node_id not in answered]
-        everybody = [*judged, *(Judged(request, error="no reply in time") for request in silent)]
-        everybody.sort(key=lambda one: one.request.profile.partition_id)
-        return [self.settle(one) for one in everybody]
+        settled = [*replies, *(Reply(request, error="no reply in time") for request in silent)]
+        settled.sort(key=lambda reply: reply.profile.partition_id)
+        return [self.settle(reply) for reply in settled]
 
     def _pairs(self, replies: Iterable[Message]) -> list[tuple[Message, Request]]:
         """Pair replies with their requests; strangers and second replies are ignored."""
@@ -236,7 +249,7 @@ class Exchange:
             node_id = reply.metadata.src_node_id
             wanted = node_id in self._waiting and self._answers(reply, node_id)
             if not wanted or node_id in pairs:
-                why = "a second reply" if wanted else "a reply nobody asked for"
+                why = "a second reply" if wanted else "a reply to no request of this round"
                 _LOGGER.warning("round %d, node %d: %s", self._server_round, node_id, why)
                 continue
             pairs[node_id] = (reply, self._waiting[node_id])
@@ -246,20 +259,20 @@ class Exchange:
         """Say whether a reply is to this request, and not a late one to an earlier."""
         return reply.metadata.reply_to_message_id == self._waiting[node_id].asked.message_id
 
-    def _judge(
+    def _validate(
         self,
         reply: Message,
         request: Request,
         read: Callable[[Message, Request, int], tuple[dict[str, float], ClientUpdate | None]],
-    ) -> Judged:
+    ) -> Reply:
         bytes_up = message_bytes(reply)
         heads = head_bytes(reply.content) if reply.has_content() else 0
         try:
             metrics, update = read(reply, request, bytes_up)
         except ReplyError as error:
             fault = fault_of(reply)
-            return Judged(request, bytes_up, heads, error=str(error), fault=fault)
-        return Judged(request, bytes_up, heads, metrics, update)
+            return Reply(request, bytes_up, heads, error=str(error), fault=fault)
+        return Reply(request, bytes_up, heads, metrics, update)
 
     def _for_own_data(self, content: _Content, profile: NodeProfile) -> _Content:
         """Return the same content with what a node cannot know that no partition was given to."""
@@ -273,39 +286,29 @@ class Exchange:
         records = RecordDict({**content.records, CONFIG: config})
         return replace(content, records=records, num_bytes=content_size(records))
 
-    def settle(self, judged: Judged) -> ClientReport:
-        """Enter one exchange in the ledger, log it if it does not count, and report it."""
-        request, profile = judged.request, judged.request.profile
+    def settle(self, reply: Reply) -> Reply:
+        """Enter one reply in the ledger, log it if it was rejected, and return it without update.
+
+        What is returned may be kept for the whole run: it holds no tensors.
+        """
+        request, profile = reply.request, reply.profile
         self._waiting.pop(profile.node_id, None)
-        if judged.error:
+        if reply.error:
             _LOGGER.warning(
-                "round %d, node %d (partition %d): %s reply does not count: %s",
+                "round %d, node %d (partition %d): %s reply rejected: %s",
                 *(self._server_round, profile.node_id, profile.partition_id),
-                *(self._phase, judged.error),
+                *(self._phase, reply.error),
             )
-        self._ledger.add(
-            self._server_round,
-            self._phase,
-            profile.rank,
-            Traffic(
-                1,
-                int(bool(judged.error)),
-                request.bytes_down,
-                judged.bytes_up,
-                request.head_bytes_down,
-                judged.head_bytes_up,
-            ),
+        traffic = Traffic(
+            exchanges=1,
+            refused=int(bool(reply.error)),
+            bytes_down=request.bytes_down,
+            bytes_up=reply.bytes_up,
+            head_bytes_down=request.head_bytes_down,
+            head_bytes_up=reply.head_bytes_up,
         )
-        return ClientReport(
-            self._server_round,
-            profile,
-            sum(len(module.trainable) for module in request.plan.modules.values()),
-            judged.metrics,
-            request.bytes_down,
-            judged.bytes_up,
-            judged.error,
-            judged.fault,
-        )
+        self._ledger.add(self._server_round, self._phase, profile.rank, traffic)
+        return replace(reply, update=None)
 
     def _read_training(
         self, reply: Message, request: Request, num_bytes: int

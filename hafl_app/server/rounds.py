@@ -10,9 +10,10 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
-from hafl_app.server.options import FederationOptions
+from hafl_app.server.coordinator import TooFewRepliesError
+from hafl_app.server.method import Method, StrategyError
+from hafl_app.server.options import RunOptions
 from hafl_app.server.replies import all_replies, replies_in_order
-from hafl_app.strategies.hooks import FlowerHooks, StrategyError, TooFewRepliesError
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ class RoundFailedError(RuntimeError):
 
 
 def run_rounds(
-    strategy: FlowerHooks, grid: Grid, first_round: int, after_round: Callable[[int], None]
+    strategy: Method, grid: Grid, first_round: int, after_round: Callable[[int], None]
 ) -> None:
     """Run the rounds from ``first_round`` to the last of a prepared strategy.
 
@@ -44,23 +45,27 @@ def run_rounds(
         after_round(server_round)
 
 
-def _last_round(options: FederationOptions) -> int:
+def _last_round(options: RunOptions) -> int:
     """Return the last round that the privacy budget allows."""
     if options.privacy.kind == "none":
-        return options.num_rounds
+        return options.federation.num_rounds
     from hafl_app.privacy.accounting import rounds_within  # noqa: PLC0415  takes a second
 
-    last = rounds_within(options.privacy, options.fraction_train, options.num_rounds)
+    last = rounds_within(
+        options.privacy, options.federation.fraction_train, options.federation.num_rounds
+    )
     limit = f"privacy.max_epsilon={options.privacy.max_epsilon}"
     if last == 0:
         raise StrategyError(f"{limit}: the first round would already spend more")
-    if last < options.num_rounds:
-        _LOGGER.warning("%s is spent after round %d of %d", limit, last, options.num_rounds)
+    if last < options.federation.num_rounds:
+        _LOGGER.warning(
+            "%s is spent after round %d of %d", limit, last, options.federation.num_rounds
+        )
     return last
 
 
-def _train(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
-    attempts = 1 + strategy.options.max_retries
+def _train(strategy: Method, grid: Grid, server_round: int) -> None:
+    attempts = 1 + strategy.options.federation.max_retries
     for attempt in range(1, attempts + 1):
         try:
             _train_once(strategy, grid, server_round)
@@ -74,18 +79,25 @@ def _train(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
             return
 
 
-def _train_once(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
-    options = strategy.options
+def _train_once(strategy: Method, grid: Grid, server_round: int) -> None:
+    federation = strategy.options.federation
     messages = strategy.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-    if options.streaming:
-        stream = replies_in_order(grid, messages, options.timeout_s, options.stream_buffer)
-        strategy.aggregate_stream(server_round, stream)
+    if federation.streaming:
+        stream = replies_in_order(
+            grid, messages, federation.round_timeout_s, federation.stream_buffer
+        )
+        strategy.coordinator.aggregate_stream(server_round, stream)
     else:
-        replies = all_replies(grid, messages, options.timeout_s, strategy.seconds)
+        replies = all_replies(
+            grid,
+            messages,
+            federation.round_timeout_s,
+            strategy.coordinator.participation.seconds,
+        )
         strategy.aggregate_train(server_round, replies)
 
 
-def _evaluate(strategy: FlowerHooks, grid: Grid, server_round: int) -> None:
+def _evaluate(strategy: Method, grid: Grid, server_round: int) -> None:
     messages = strategy.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
-    replies = all_replies(grid, messages, strategy.options.timeout_s)
+    replies = all_replies(grid, messages, strategy.options.federation.round_timeout_s)
     strategy.aggregate_evaluate(server_round, replies)

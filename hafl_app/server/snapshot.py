@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.server.method import Method
 from hafl_app.server.quarantine import Quarantine
 from hafl_app.server.traffic import Ledger
-from hafl_app.strategies.hooks import FlowerHooks
 
 _SEPARATOR = "\x1f"  # never in the name of a module, a parameter or a node
 
@@ -30,30 +30,32 @@ class Snapshot:
     state: Mapping[str, Any]
 
 
-def take_snapshot(strategy: FlowerHooks) -> Snapshot:
+def take_snapshot(strategy: Method) -> Snapshot:
     """Return the strategy as it is now, between two rounds."""
+    coordinator, participation = strategy.coordinator, strategy.coordinator.participation
     tree = {"adapter": adapter_tree(strategy.global_adapter), "memory": strategy.memory()}
     state = {
-        "ledger": strategy.ledger.to_json(),
-        "quarantine": strategy.quarantine.to_json(),
-        "rank_limits": {str(k): rank for k, rank in strategy.rank_limits.items()},
-        "train_loss": strategy.train_loss,
+        "ledger": coordinator.ledger.to_json(),
+        "quarantine": participation.quarantine.to_json(),
+        "rank_limits": {str(k): rank for k, rank in participation.rank_limits.items()},
+        "train_loss": coordinator.train_loss,
     }
     return Snapshot(tree, state)
 
 
-def restore(strategy: FlowerHooks, snapshot: Snapshot) -> None:
+def restore(strategy: Method, snapshot: Snapshot) -> None:
     """Make a prepared strategy what it was; the tree's branches without a leaf may be gone."""
     tree, state = snapshot.tree, snapshot.state
+    coordinator, participation = strategy.coordinator, strategy.coordinator.participation
     strategy.global_adapter = adapter_of(tree["adapter"])
     strategy.recall(tree.get("memory", {}))
-    strategy.ledger = Ledger.from_json(state["ledger"])
-    options = strategy.options
-    strategy.quarantine = Quarantine.from_json(
-        state["quarantine"], options.quarantine_after, options.quarantine_rounds
+    coordinator.ledger = Ledger.from_json(state["ledger"])
+    quarantine = strategy.options.federation.quarantine
+    participation.quarantine = Quarantine.from_json(
+        state["quarantine"], quarantine.after, quarantine.rounds
     )
-    strategy.rank_limits = {int(k): rank for k, rank in state["rank_limits"].items()}
-    strategy.train_loss = state["train_loss"]
+    participation.rank_limits = {int(k): rank for k, rank in state["rank_limits"].items()}
+    coordinator.train_loss = state["train_loss"]
 
 
 def adapter_tree(adapter: Adapter) -> dict[str, Any]:

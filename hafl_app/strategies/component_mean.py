@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hafl_app.lowrank.components import ComponentSums
-from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.lowrank.robust import RobustSums
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.server.aggregation import empty_sums
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
 
@@ -14,26 +14,12 @@ Sums = Mapping[str, ComponentSums]
 
 
 @dataclass(kw_only=True, eq=False)
-class ComponentAveraging(HeterogeneousLora, ABC):
-    """Weighted sums of the uploaded components, slot by slot; a method says what divides them.
+class ComponentMean(HeterogeneousLora, ABC):
+    """Weighted sums of the uploaded components, slot by slot; a method says what divides them."""
 
-    With ``federation.robust`` the mean over a component's contributors becomes their unweighted
-    median or trimmed mean. Such a rule needs the whole round, so the state then keeps every
-    upload until the end.
-    """
-
-    def begin(self) -> Sums:
-        """Return the empty state for every module."""
-        return {name: self._empty(factors) for name, factors in self.global_adapter.modules.items()}
-
-    def _empty(self, factors: LoraFactors) -> ComponentSums:
-        if self.options.robust == "none":
-            return ComponentSums.zeros(factors)
-        return RobustSums.empty(factors, self.options.robust, self.options.trim_fraction)
-
-    def robust_reason(self) -> str:
-        """Return nothing: a component's contributors can be compared with each other."""
-        return ""
+    def begin(self, previous: Adapter) -> Sums:
+        """Return the empty sums of every module."""
+        return {n: empty_sums(factors, self.options) for n, factors in previous.modules.items()}
 
     def weight(self, update: ClientUpdate) -> float:
         """Return a client's weight: its number of examples."""
@@ -47,16 +33,12 @@ class ComponentAveraging(HeterogeneousLora, ABC):
             for name, sums in state.items()
         }
 
-    def over_contributors(self, state: Sums) -> dict[str, LoraFactors]:
-        """Average each component over those who trained it, by weight or by the robust rule."""
-        return {
-            name: sums.average_over_contributors(self.global_adapter.modules[name])
-            for name, sums in state.items()
-        }
 
-    def over_all(self, state: Sums) -> dict[str, LoraFactors]:
-        """Divide each component by the weight of everybody who took part."""
-        return {
-            name: sums.average_over_all(self.global_adapter.modules[name])
-            for name, sums in state.items()
-        }
+def over_contributors(state: Sums, previous: Adapter) -> dict[str, LoraFactors]:
+    """Average each component over those who trained it; one without contributors stays."""
+    return {n: s.average_over_contributors(previous.modules[n]) for n, s in state.items()}
+
+
+def over_all(state: Sums, previous: Adapter) -> dict[str, LoraFactors]:
+    """Divide each component by the weight of all participants."""
+    return {name: sums.average_over_all(previous.modules[name]) for name, sums in state.items()}

@@ -6,24 +6,19 @@ Resources", NeurIPS 2024, arXiv:2402.11505.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hafl_app.fields import choice, number
-from hafl_app.lowrank.factors import LoraFactors
+from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.product_sum import ProductSum, truncated_sums
 from hafl_app.plan import TrainPlan
-from hafl_app.server.central_privacy import Division
+from hafl_app.server.aggregation import empty_product_sum
+from hafl_app.server.method import StrategyError, Traits
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
-from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.node_profile import NodeProfile
-
-# Of a weight's full rank, kept as factors before they are summed up densely while streaming. The
-# result is the same to rounding.
-_STREAMED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,14 @@ class FlexLora(HeterogeneousLora):
         of the participants hold, less damps noise.
     """
 
-    homogeneous_form: ClassVar[str] = "product mean"
-    keeps_components: ClassVar[bool] = False  # each round's SVD makes them anew
+    traits = Traits(
+        homogeneous_form="product mean",
+        keeps_components=False,  # each round's SVD makes them anew
+        not_robust="it averages products, of which only low-rank factors are kept",
+        dp_refusal="privacy=central_dp clips and noises factors, and a mean of products would need "
+        "noise on every number of the dense weights: use strategy=zero_padding, or "
+        "privacy=local_dp",
+    )
 
     aggregation: str = choice("state", "state", "change")
     server_step: float = number(1.0, above=0)
@@ -97,27 +98,14 @@ class FlexLora(HeterogeneousLora):
             )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
-        """Everybody holds and trains the largest components, as many as its rank allows."""
+        """Every client holds and trains the largest components, as many as its rank allows."""
         return self.prefix_plan(self.budgets(profile))
 
-    def robust_reason(self) -> str:
-        """Return why the robust rules have no meaning here, if they have none."""
-        return "it averages products, of which only low-rank factors are kept"
-
-    def private_division(self) -> Division:
-        """Refuse: the mean is of products."""
-        raise StrategyError(
-            "strategy=flexlora: privacy=central_dp clips and noises factors, and a mean of "
-            "products would need noise on every number of the dense weights: use "
-            "strategy=zero_padding, or privacy=local_dp"
-        )
-
-    def begin(self) -> ProductSums:
+    def begin(self, previous: Adapter) -> ProductSums:
         """Return empty sums."""
-        modules = self.global_adapter.modules
+        modules = previous.modules
         sent = {n: f.lora_A.new_zeros(f.rank, dtype=torch.float64) for n, f in modules.items()}
-        share = _STREAMED_SHARE if self.options.streaming else 1.0
-        return ProductSums(dict.fromkeys(modules, ProductSum(share)), sent)
+        return ProductSums(dict.fromkeys(modules, empty_product_sum(self.options)), sent)
 
     def accumulate(self, state: ProductSums, update: ClientUpdate) -> ProductSums:
         """Add the client's products, and note which components it was sent."""
@@ -127,19 +115,22 @@ class FlexLora(HeterogeneousLora):
         sums = {n: s.add(update.adapter.modules[n], weight) for n, s in state.sums.items()}
         return ProductSums(sums, state.sent, state.total_weight + weight)
 
-    def finish(self, state: ProductSums) -> Mapping[str, LoraFactors]:
+    def finish(self, state: ProductSums, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Divide by the weight of all participants, and decompose."""
         step = self.server_step / state.total_weight
         sums = {name: one.scale(step) for name, one in state.sums.items()}
         if self.aggregation == "change":
             # M - eta sum_k w_k sent_k: what was sent are components of M.
-            sums = {n: s.add(self._kept(n, 1 - step * state.sent[n]), 1.0) for n, s in sums.items()}
-        dtype = next(iter(self.global_adapter.modules.values())).lora_A.dtype
+            sums = {
+                name: one.add(_kept(previous.modules[name], 1 - step * state.sent[name]), 1.0)
+                for name, one in sums.items()
+            }
+        dtype = next(iter(previous.modules.values())).lora_A.dtype
         return dict(
             zip(sums, truncated_sums(list(sums.values()), self.max_rank, dtype), strict=True)
         )
 
-    def _kept(self, name: str, shares: Tensor) -> LoraFactors:
-        """Return the global module with each component times its share."""
-        factors = self.global_adapter.modules[name]
-        return LoraFactors(factors.lora_A, factors.lora_B * shares.to(factors.lora_B.dtype))
+
+def _kept(factors: LoraFactors, shares: Tensor) -> LoraFactors:
+    """Return a module with each component times its share."""
+    return LoraFactors(factors.lora_A, factors.lora_B * shares.to(factors.lora_B.dtype))

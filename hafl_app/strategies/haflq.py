@@ -11,7 +11,8 @@ import torch
 
 from hafl_app.fields import choice, number
 from hafl_app.lowrank.bit_allocation import allocate_bits
-from hafl_app.plan import BIT_LEVELS, NUMBER_BYTES, ModulePlan, component_bytes
+from hafl_app.plan import BIT_LEVELS, ModulePlan, component_bytes
+from hafl_app.server.method import Traits
 from hafl_app.server.radio_channel import PAPER_DISTANCES_M, Channel
 from hafl_app.strategies.hafl import Hafl
 from hafl_app.wire.node_profile import NodeProfile
@@ -53,6 +54,8 @@ class Haflq(Hafl):
         How far the clients are from the base station, by partition.
     """
 
+    traits = Traits(allocates_bits=True)
+
     upgrade: str = choice("level", "level", "component")
     upload_seconds: float = number(1.0, above=0)
     bandwidth_hz: float = 1e6
@@ -85,17 +88,10 @@ class Haflq(Hafl):
     def module_plans(self, profile: NodeProfile, server_round: int) -> Mapping[str, ModulePlan]:
         """Return HAFL's choice, every trained component with its bits."""
         chosen = super().module_plans(profile, server_round)
-        if self.options.upload != "mixed":
+        if self.options.federation.upload != "mixed":
             return chosen
         bits = self._bits(chosen, self.upload_budget(profile))
         return {name: _with_bits(module, bits, name) for name, module in chosen.items()}
-
-    def payload_bytes(self, profile: NodeProfile) -> tuple[int, int]:
-        """Return the bytes of factors and head that a round sends this client and gets from it."""
-        down, up = super().payload_bytes(profile)
-        plan, shapes = self.plan(profile, 1), self._layer_shapes()
-        numbers = sum(len(m.trainable) * sum(shapes[n]) for n, m in plan.modules.items())
-        return down, up - NUMBER_BYTES[plan.upload] * numbers + plan.upload_bytes(shapes)
 
     def _bits(self, chosen: Mapping[str, ModulePlan], budget: int) -> dict[Place, int]:
         """Allocate bits to all components that a client trains, over all modules together."""
@@ -105,7 +101,7 @@ class Haflq(Hafl):
         )
         if not places:
             return {}
-        scores, shapes = self.selection_scores(), self._layer_shapes()
+        scores, shapes = self.selection_scores(), self.layer_shapes()
         importance = torch.stack([scores[name][i].double().cpu() for name, i in places])
         costs = {
             name: [component_bytes(b, *shapes[name]) for b in BIT_LEVELS[1:]] for name in chosen

@@ -6,20 +6,19 @@ EMNLP 2024, arXiv:2401.06432.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hafl_app.fields import choice, number
 from hafl_app.lowrank.components import ComponentSums
-from hafl_app.lowrank.factors import LoraFactors
+from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.svd import WeightedStack, singular_values
 from hafl_app.plan import TailPruning, TrainPlan
-from hafl_app.server.central_privacy import Division
+from hafl_app.server.method import Traits
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
-from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.node_profile import NodeProfile
 
 _NORM_WEIGHTS = "sparsity-weighted aggregation, arXiv:2401.06432: a norm is the weight"
@@ -87,11 +86,16 @@ class HetLora(HeterogeneousLora):
         components count as changed to zero.
     """
 
-    breaks: ClassVar[Mapping[str, str]] = {
-        "homogeneous form": _NORM_WEIGHTS,
-        "num_examples": _NORM_WEIGHTS,
-        "split clients": _NORM_WEIGHTS,
-    }
+    traits = Traits(
+        not_robust="its clients are weighted by their norm, and a robust rule has no weights",
+        dp_refusal="privacy=central_dp does not cover weights by norm and ranks by pruning, which "
+        "follow from uploads without noise: use strategy=zero_padding",
+        breaks={
+            "homogeneous form": _NORM_WEIGHTS,
+            "num_examples": _NORM_WEIGHTS,
+            "split clients": _NORM_WEIGHTS,
+        },
+    )
 
     pruning: bool = True
     regularizer: bool = True
@@ -107,7 +111,7 @@ class HetLora(HeterogeneousLora):
         self.pruned_ranks: dict[tuple[int, str], int] = {}
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
-        """Everybody holds and trains the prefix that its budget and its pruning have left."""
+        """Every client holds and trains the prefix that its budget and its pruning have left."""
         ranks = {
             name: min(budget, self.pruned_ranks.get((profile.partition_id, name), budget))
             for name, budget in self.budgets(profile).items()
@@ -135,22 +139,11 @@ class HetLora(HeterogeneousLora):
         weight = self.tail_weight if self.regularizer else 0.0
         return TailPruning(self.decay, weight, self.min_rank, self.pruning)
 
-    def robust_reason(self) -> str:
-        """Return why the robust rules have no meaning here, if they have none."""
-        return "its clients are weighted by their norm, and a robust rule has no weights"
-
-    def private_division(self) -> Division:
-        """Refuse: weights and ranks are read off the uploads."""
-        raise StrategyError(
-            "strategy=hetlora: privacy=central_dp does not cover weights by norm and ranks by "
-            "pruning, which follow from uploads without noise: use strategy=zero_padding"
-        )
-
-    def begin(self) -> Mapping[str, ModuleSums]:
+    def begin(self, previous: Adapter) -> Mapping[str, ModuleSums]:
         """Return empty sums for every module."""
         return {
             name: ModuleSums(ComponentSums.zeros(factors), ComponentSums.zeros(factors))
-            for name, factors in self.global_adapter.modules.items()
+            for name, factors in previous.modules.items()
         }
 
     def accumulate(
@@ -171,16 +164,18 @@ class HetLora(HeterogeneousLora):
             )
         return added
 
-    def finish(self, state: Mapping[str, ModuleSums]) -> Mapping[str, LoraFactors]:
-        """Divide by everybody's weight; components that no participant held stay."""
+    def finish(
+        self, state: Mapping[str, ModuleSums], previous: Adapter
+    ) -> Mapping[str, LoraFactors]:
+        """Divide by the weight of all participants; components that none of them held stay."""
         merged = {}
         for name, sums in state.items():
-            previous = self.global_adapter.modules[name]
+            before = previous.modules[name]
             use_norms = self.weighting == "norm" and sums.by_norm.total_weight > 0
             chosen = sums.by_norm if use_norms else sums.by_examples
-            beyond = range(sums.largest_rank, previous.rank)
-            averaged = chosen.average_over_all(previous)
-            merged[name] = averaged.replace(beyond, previous.select(beyond))
+            beyond = range(sums.largest_rank, before.rank)
+            averaged = chosen.average_over_all(before)
+            merged[name] = averaged.replace(beyond, before.select(beyond))
         return merged
 
     def norms(self, update: ClientUpdate) -> dict[str, float]:

@@ -7,33 +7,30 @@ for Federated Fine-tuning of On-Device Foundation Models", arXiv:2401.06432.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hafl_app.lowrank.factors import LoraFactors
+from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import TrainPlan
-from hafl_app.server.central_privacy import Division
-from hafl_app.strategies.component_mean import ComponentAveraging, Sums
+from hafl_app.server.method import Traits
+from hafl_app.strategies.component_mean import ComponentMean, Sums, over_all
 from hafl_app.wire.node_profile import NodeProfile
 
 
 @dataclass(kw_only=True, eq=False)
-class ZeroPadding(ComponentAveraging):
+class ZeroPadding(ComponentMean):
     """A client of rank r holds the first r components; a missing component counts as zero.
 
     Each factor of component i shrinks by its coverage ``f_i = sum_{r_k >= i} w_k`` a round, the
     product by ``f_i^2``: high components are diluted.
     """
 
+    traits = Traits(
+        not_robust="it counts missing components as zeros, which a median takes for the majority",
+        dp_division="everybody",
+    )
+
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
-        """Everybody holds and trains the prefix that its rank allows."""
+        """Every client holds and trains the prefix that its rank allows."""
         return self.prefix_plan(self.budgets(profile))
 
-    def robust_reason(self) -> str:
-        """Return why the robust rules have no meaning here, if they have none."""
-        return "it counts missing components as zeros, which a median takes for the majority"
-
-    def private_division(self) -> Division:
-        """Divide by everybody, in expectation."""
-        return "everybody"
-
-    def finish(self, state: Sums) -> Mapping[str, LoraFactors]:
+    def finish(self, state: Sums, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Divide by the weight of all participants, whether they hold a component or not."""
-        return self.over_all(state)
+        return over_all(state, previous)

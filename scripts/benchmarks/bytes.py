@@ -17,8 +17,7 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_
 from hafl_app.plan import NUMBER_BYTES, NumberFormat
 from hafl_app.privacy.mechanism import trained_part
 from hafl_app.run import build
-from hafl_app.server.options import FederationOptions
-from hafl_app.server.round_messages import Exchange
+from hafl_app.server.round_messages import RoundMessages
 from hafl_app.server.traffic import Ledger
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.training.adapter_arrays import from_arrays
@@ -160,18 +159,21 @@ def measure(
 
 def measure_client(method: str, strategy: HeterogeneousLora, profile: NodeProfile) -> Measured:
     """Measure the request that a strategy makes for a client, and the reply; see `measure`."""
-    upload, profile = strategy.options.upload, replace(profile, node_id=_NODE)
+    profile = replace(profile, node_id=_NODE)
     plan = strategy.plan(profile, 1)
-    exchange = Exchange(Ledger(), 1, MessageType.TRAIN)
+    upload = plan.upload
+    exchange = RoundMessages(Ledger(), 1, MessageType.TRAIN)
     with server_identity():
         (request,) = exchange.messages([profile], [plan], strategy.dispatch, MessageType.TRAIN)
         request.metadata.__dict__["_message_id"] = "1"  # as a grid does when it sends one
         reply, trained = _answer(request)
-    (judged,) = exchange.judge_training([reply])
-    if judged.update is None:
-        raise DisagreementError(f"{method}, rank {profile.rank}, {upload}: refused: {judged.error}")
-    got = judged.update.adapter
-    _check(got, _first_components(trained, got), judged.update.before, upload)
+    (validated,) = exchange.validate_training([reply])
+    if validated.update is None:
+        raise DisagreementError(
+            f"{method}, rank {profile.rank}, {upload}: rejected: {validated.error}"
+        )
+    got = validated.update.adapter
+    _check(got, _first_components(trained, got), validated.update.before, upload)
     shapes = {
         n: (f.out_features, f.in_features) for n, f in strategy.global_adapter.modules.items()
     }
@@ -192,9 +194,8 @@ def in_mid_run(
     max_rank: int,
 ) -> HeterogeneousLora:
     """Return a method in the middle of a run: with importance scores, where it uses any."""
-    settings = compose([*overrides, f"lora.max_rank={max_rank}"])
+    settings = compose([*overrides, f"lora.max_rank={max_rank}", f"federation.upload={upload}"])
     strategy = build.strategy(settings)
-    strategy.options = FederationOptions(upload=upload)
     generator = torch.Generator().manual_seed(0)
     modules = initial_adapter(shapes, max_rank, seed=0).modules
     strategy.global_adapter = Adapter(
@@ -207,7 +208,6 @@ def in_mid_run(
             "bias": torch.randn(_NUM_LABELS, generator=generator),
         },
     )
-    strategy.head_shapes = {n: tuple(t.shape) for n, t in strategy.global_adapter.head.items()}
     scores = {n: torch.rand(max_rank, generator=generator, dtype=torch.float64) for n in shapes}
     strategy.recall({"scores": scores})
     return strategy

@@ -52,15 +52,15 @@ def serve(
     """
     settings = task.settings
     strategy = build.strategy(settings)
-    options = build.federation_options(settings)
-    strategy.meet(grid, options, build.node_directory(settings, None))
+    directory = build.node_directory(settings, None)
+    strategy.coordinator.participation.wait_for_nodes(grid, directory)
     if task.payload_bytes:
         initial = task.build().initial
     else:
         text = build.federated_text(settings, task.num_clients)
         spec = build.model_spec(settings, len(text.label_names))
         initial = initial_adapter(adapter_shapes(spec), settings.lora.max_rank, settings.seed)
-    strategy.prepare(initial, lambda _: None)
+    strategy.coordinator.prepare(initial, lambda _: None)
     on_start()
     run_rounds(strategy, grid, 1, lambda _: on_round())
     return to_state(strategy.global_adapter)

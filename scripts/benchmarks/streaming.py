@@ -116,7 +116,7 @@ def _federation(
     strategy = build.strategy(settings)
     grid = InProcessGrid(_clients(rank, num_clients), num_clients)
     directory = NodeDirectory(60.0, num_nodes=num_clients, label_names=())
-    strategy.meet(grid, build.federation_options(settings), directory)
+    strategy.coordinator.participation.wait_for_nodes(grid, directory)
     # lora_B starts at zero, and a mean of zeros would not tell one fold from another.
     start = initial_adapter(shapes, rank, seed=1).modules
     generator = torch.Generator().manual_seed(2)
@@ -124,7 +124,7 @@ def _federation(
         n: LoraFactors(f.lora_A, torch.randn(f.lora_B.shape, generator=generator))
         for n, f in start.items()
     }
-    strategy.prepare(Adapter(modules), lambda _: None)
+    strategy.coordinator.prepare(Adapter(modules), lambda _: None)
     return strategy, grid
 
 

@@ -17,10 +17,10 @@ from hafl_app.wire.records import CONFIG, SERVER_ROUND
 
 JOURNAL = "faults.jsonl"
 # What the server says of a reply; the words are those of strategies.exchange and strategies.rounds.
-_REFUSED = re.compile(
-    r"round \d+, node \d+ \(partition (\d+)\): train reply does not count: (.*)", re.S
+_REFUSED = re.compile(r"round \d+, node \d+ \(partition (\d+)\): train reply rejected: (.*)", re.S)
+_TURNED_AWAY = re.compile(
+    r"round \d+, node (\d+): (a second reply|a reply to no request of this round)"
 )
-_TURNED_AWAY = re.compile(r"round \d+, node (\d+): (a second reply|a reply nobody asked for)")
 _LOST = re.compile(r"round \d+: .*\(attempt \d+ of \d+\)", re.S)
 
 

@@ -64,7 +64,7 @@ def test_a_message_that_means_something_else_is_never_measured(upload, monkeypat
 def test_a_reply_that_is_refused_is_never_measured(monkeypatch):
     monkeypatch.setitem(benchmark._METRICS, "num-examples", 10**9)
 
-    with pytest.raises(DisagreementError, match="refused: num-examples"):
+    with pytest.raises(DisagreementError, match="rejected: num-examples"):
         measure("zero_padding", 2, "fp32", ONE_LAYER, 4)
 
 

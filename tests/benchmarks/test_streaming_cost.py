@@ -42,15 +42,14 @@ def test_both_ways_agree(method):
 
 
 def test_another_result_is_never_measured(monkeypatch):
-    fold = Hafl.fold
+    finish = Hafl.finish
 
-    def wrong(self, updates):
-        adapter = fold(self, updates)
-        if not self.options.streaming:
-            return adapter
-        return type(adapter)({n: f.scale(1.01) for n, f in adapter.modules.items()})
+    def wrong(self, state, previous):
+        merged = finish(self, state, previous)
+        streamed = self.options.federation.streaming
+        return {n: f.scale(1.01) if streamed else f for n, f in merged.items()}
 
-    monkeypatch.setattr(Hafl, "fold", wrong)
+    monkeypatch.setattr(Hafl, "finish", wrong)
 
     with pytest.raises(DisagreementError, match="another one when streamed"):
         check_same("hafl", streaming.shapes_of(1, 32), (4,))

@@ -3,16 +3,18 @@
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from hafl_app.config.compose import CONF, compose
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
 from hafl_app.run import build
-from hafl_app.server.options import FederationOptions
+from hafl_app.server.aggregation import merge as merge_into
+from hafl_app.server.method import StrategyError
+from hafl_app.server.options import RunOptions
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
-from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.node_profile import NodeProfile
 
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
@@ -20,6 +22,7 @@ MAX_RANK = 4
 # Never square, and modules that differ: a transposed or swapped factor must fail.
 SHAPES = {"query": ModuleShape(7, 5), "dense": ModuleShape(6, 9)}
 HEAD = {"weight": (3, 7), "bias": (3,)}
+ROOMS = ("federation", "client", "lora")
 
 Change = Callable[[LoraFactors, torch.Generator], LoraFactors]
 
@@ -28,7 +31,7 @@ def strategy_named(name: str, *overrides: str) -> HeterogeneousLora:
     """Return the strategy of a file in conf/strategy, small, with a global adapter that works."""
     settings = compose([f"strategy={name}", f"lora.max_rank={MAX_RANK}", *overrides])
     strategy = build.strategy(settings)
-    strategy.options = FederationOptions(seed=3, num_rounds=5)
+    strategy.options = run_options(seed=3, num_rounds=5)
     generator = torch.Generator().manual_seed(11)
     start = initial_adapter(SHAPES, MAX_RANK, seed=1)
     strategy.global_adapter = Adapter(
@@ -38,7 +41,6 @@ def strategy_named(name: str, *overrides: str) -> HeterogeneousLora:
         },
         {n: torch.randn(shape, generator=generator) for n, shape in HEAD.items()},
     )
-    strategy.head_shapes = HEAD
     return strategy
 
 
@@ -100,11 +102,21 @@ def update_of(
 
 
 def merge(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> dict[str, LoraFactors]:
-    """Fold the updates and return the next factors; the strategy's own adapter stays."""
-    state = strategy.begin()
-    for update in updates:
-        state = strategy.accumulate(state, update)
-    return dict(strategy.finish(state))
+    """Merge the updates and return the next factors; the strategy's own adapter stays."""
+    return dict(merge_into(strategy, strategy.global_adapter, updates).modules)
+
+
+def run_options(options: RunOptions | None = None, **changes: Any) -> RunOptions:
+    """Return options with some settings changed, each in the room that it is of."""
+    options = options or RunOptions()
+    for name, value in changes.items():
+        room = next((r for r in ROOMS if hasattr(getattr(options, r), name)), None)
+        if room is None:
+            options = replace(options, **{name: value})
+        else:
+            changed = replace(getattr(options, room), **{name: value})
+            options = replace(options, **{room: changed})
+    return options
 
 
 def scaled_examples(updates: Sequence[ClientUpdate], factor: int) -> list[ClientUpdate]:

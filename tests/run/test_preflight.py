@@ -9,7 +9,7 @@ from hafl_app.config.compose import compose
 from hafl_app.engines.in_process import InProcessGrid
 from hafl_app.privacy.mechanism import PrivacyError
 from hafl_app.run.preflight import check
-from hafl_app.strategies.hooks import StrategyError
+from hafl_app.server.method import StrategyError
 
 KIND_ALONE = ("strategy=zero_padding", "privacy.kind=central_dp")  # not conf/privacy/central_dp
 

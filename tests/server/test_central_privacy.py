@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from driving import MAX_RANK, Client, noise, strategy_named, update_of
+from driving import MAX_RANK, Client, merge, noise, strategy_named, update_of
 
 from hafl_app.config.compose import compose
 from hafl_app.lowrank.factors import Adapter, LoraFactors
@@ -16,8 +16,9 @@ from hafl_app.server.central_privacy import (
     sum_of_changes,
     trainable_counts,
 )
+from hafl_app.server.compatibility import private_division
+from hafl_app.server.method import StrategyError
 from hafl_app.server.update import ClientUpdate
-from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.node_profile import NodeProfile
 
 NOISE = NoiseSource("a key for tests")
@@ -85,10 +86,7 @@ class TestStep:
         # Everybody registered comes, at rate 1: expected and realized counts are the same.
         happened = Round(came=range(5))
         equal = [replace(update, num_examples=13) for update in happened.updates]
-        state = happened.strategy.begin()
-        for update in equal:
-            state = happened.strategy.accumulate(state, update)
-        padded = happened.strategy.finish(state)
+        padded = merge(happened.strategy, equal)
 
         after = happened.step("everybody", rate=1.0)
 
@@ -100,10 +98,7 @@ class TestStep:
 
     def test_contributors_at_full_participation_are_the_plain_mean(self):
         happened = Round("hafl", range(5), "strategy.selection=prefix")
-        state = happened.strategy.begin()
-        for update in happened.updates:
-            state = happened.strategy.accumulate(state, replace(update, num_examples=13))
-        plain = happened.strategy.finish(state)
+        plain = merge(happened.strategy, [replace(u, num_examples=13) for u in happened.updates])
 
         after = happened.step("contributors", rate=1.0)
 
@@ -310,7 +305,7 @@ class TestMethods:
         ],
     )
     def test_methods_with_fixed_weights_say_what_they_divide_by(self, name, overrides, division):
-        assert strategy_named(name, *overrides).private_division() == division
+        assert private_division(strategy_named(name, *overrides)) == division
 
     @pytest.mark.parametrize(
         ("name", "overrides", "reason"),
@@ -327,7 +322,7 @@ class TestMethods:
         with pytest.raises(
             StrategyError, match=rf"strategy={name.removesuffix('_change')}: .*{reason}"
         ):
-            strategy_named(name, *overrides).private_division()
+            private_division(strategy_named(name, *overrides))
 
     def test_selection_by_magnitude_follows_from_the_noised_adapter_alone(self):
         strategy = strategy_named("hafl", "strategy.importance=magnitude")

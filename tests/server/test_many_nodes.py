@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from driving import strategy_named
 
-from hafl_app.strategies.hooks import StrategyError
+from hafl_app.server.method import StrategyError
 from hafl_app.wire.node_profile import NodeProfile
 
 
@@ -28,8 +28,9 @@ def looked_at(monkeypatch):
 
 def test_a_thousand_nodes_that_join_late_are_checked_in_a_thousand_steps(looked_at):
     strategy, lengths = looked_at
+    accepts = strategy.coordinator.participation.accepts
 
-    assert all(strategy._serves(node(number, 1 + number % 3)) for number in range(1000))
+    assert all(accepts(node(number, 1 + number % 3)) for number in range(1000))
 
     assert len(lengths) == 1000
     assert max(lengths) <= 3  # the ranks that occur, not the nodes that have them
@@ -37,32 +38,35 @@ def test_a_thousand_nodes_that_join_late_are_checked_in_a_thousand_steps(looked_
 
 def test_a_node_that_was_served_before_is_not_checked_again(looked_at):
     strategy, lengths = looked_at
+    accepts = strategy.coordinator.participation.accepts
     first = node(0, 2)
 
-    assert [strategy._serves(first) for _ in range(3)] == [True] * 3
-    assert strategy._serves(node(0, 2))
+    assert [accepts(first) for _ in range(3)] == [True] * 3
+    assert accepts(node(0, 2))
 
     assert len(lengths) == 1
 
 
 def test_a_node_that_changes_is_measured_against_the_others_alone():
-    strategy = strategy_named("fedit")  # one rank for all
+    participation = strategy_named("fedit").coordinator.participation  # one rank for all
     refused = []
-    strategy.directory = SimpleNamespace(refuse=lambda node_id, reason: refused.append(node_id))
+    participation.directory = SimpleNamespace(refuse=lambda node_id, _: refused.append(node_id))
+    accepts = participation.accepts
 
-    assert strategy._serves(node(0, 2))
-    assert strategy._serves(node(0, 3))  # nobody else is there
-    assert strategy._serves(node(1, 3))
-    assert not strategy._serves(node(1, 2))
-    assert not strategy._serves(node(2, 2))
+    assert accepts(node(0, 2))
+    assert accepts(node(0, 3))  # nobody else is there
+    assert accepts(node(1, 3))
+    assert not accepts(node(1, 2))
+    assert not accepts(node(2, 2))
 
     assert refused == [2, 3]
 
 
 def test_a_rank_that_is_too_large_is_refused_whoever_else_is_there():
     strategy = strategy_named("hafl")
+    accepts = strategy.coordinator.participation.accepts
 
-    assert strategy._serves(node(0, 2))
+    assert accepts(node(0, 2))
     with pytest.raises(StrategyError, match=r"above lora\.max_rank"):
         strategy.check([99])
-    assert not strategy._serves(node(1, 99))
+    assert not accepts(node(1, 99))

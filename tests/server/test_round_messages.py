@@ -8,13 +8,13 @@ from driving import Client, noise, strategy_named, update_of
 from flwr.app import Message, MessageType, MetricRecord
 
 from hafl_app.engines.in_process import server_identity
-from hafl_app.server.round_messages import Exchange
+from hafl_app.server.round_messages import RoundMessages
 from hafl_app.server.traffic import Ledger
 from hafl_app.training.adapter_arrays import to_arrays
 from hafl_app.wire.records import METRICS, NUM_EXAMPLES, AdapterArrays, adapter_content
 
 CLIENTS = (Client(rank=2, num_examples=30, partition_id=0), Client(4, 11, 1))
-NOTHING_ASKED = "a reply nobody asked for"
+NOTHING_ASKED = "a reply to no request of this round"
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ class Round:
         strategy = strategy_named("zero_padding")
         profiles = [replace(c.profile, node_id=70 + c.partition_id) for c in CLIENTS]
         plans = [strategy.plan(profile, server_round) for profile in profiles]
-        self.exchange = Exchange(Ledger(), server_round, "train")
+        self.exchange = RoundMessages(Ledger(), server_round, "train")
         self.requests = self.exchange.messages(
             profiles, plans, strategy.dispatch, MessageType.TRAIN
         )
@@ -50,7 +50,7 @@ class Round:
 def test_a_late_reply_to_an_earlier_round_does_not_take_the_place_of_this_ones(caplog):
     earlier, now = Round(1), Round(2)
 
-    judged = now.exchange.judge_training([earlier.reply(1), now.reply(1), now.reply(0)])
+    judged = now.exchange.validate_training([earlier.reply(1), now.reply(1), now.reply(0)])
 
     assert [one.update.num_examples for one in judged] == [30, 11]
     for one, adapter in zip(judged, now.adapters, strict=True):
@@ -62,7 +62,7 @@ def test_a_late_reply_to_an_earlier_round_does_not_take_the_place_of_this_ones(c
 def test_a_late_reply_alone_is_no_reply(caplog):
     earlier, now = Round(1), Round(2)
 
-    judged = now.exchange.judge_training([earlier.reply(0), now.reply(1)])
+    judged = now.exchange.validate_training([earlier.reply(0), now.reply(1)])
 
     assert [one.request.profile.partition_id for one in judged] == [1]
     reports = now.exchange.close(judged)
@@ -75,7 +75,7 @@ def test_the_first_of_two_replies_counts(caplog):
     second = Round(3)
     second.requests = now.requests
 
-    judged = now.exchange.judge_training([now.reply(0), second.reply(0), now.reply(1)])
+    judged = now.exchange.validate_training([now.reply(0), second.reply(0), now.reply(1)])
 
     got = judged[0].update.adapter.modules["query"].lora_A
     assert torch.equal(got, now.adapters[0].modules["query"].lora_A)
@@ -92,7 +92,7 @@ def test_one_number_that_is_not_finite_is_found(number, where):
     tensors = {"head": head["bias"], **vars(now.adapters[1].modules["dense"])}
     tensors[where].view(-1)[1] = number
 
-    good, bad = now.exchange.judge_training([now.reply(0), now.reply(1)])
+    good, bad = now.exchange.validate_training([now.reply(0), now.reply(1)])
 
     assert not good.error
     assert bad.error.startswith("head bias: " if where == "head" else f"dense: {where}: ")
@@ -103,7 +103,7 @@ def test_finite_numbers_however_large_pass_this_judge():
     now = Round(1)
     now.adapters[0].modules["dense"].lora_A.fill_(3e38)
 
-    (judged,) = now.exchange.judge_training([now.reply(0)])
+    (judged,) = now.exchange.validate_training([now.reply(0)])
 
     assert not judged.error
     assert 1e37 < judged.update.size < float("inf")

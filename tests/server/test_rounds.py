@@ -10,10 +10,10 @@ from flwr.app import Error, Message
 from running import ReorderedGrid, records, run_tiny, tampering
 from safetensors.torch import load_file
 
+from hafl_app.server.method import StrategyError
 from hafl_app.server.rounds import RoundFailedError
 from hafl_app.strategies.hafl import Hafl
 from hafl_app.strategies.hetlora import HetLora
-from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.faults import Fault, error_reply
 from hafl_app.wire.records import CONFIG, SERVER_ROUND
 
@@ -133,8 +133,7 @@ class TestQuarantine:
             run_tiny(tmp_path / "out", app=app)
 
         assert (
-            "round 2, node 3 (partition 2): train reply does not count: broken on purpose"
-            in caplog.text
+            "round 2, node 3 (partition 2): train reply rejected: broken on purpose" in caplog.text
         )
 
 

@@ -51,7 +51,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def skip_if_broken(name: str, law: str) -> None:
-    reason = strategy_named(name).breaks.get(law)
+    reason = strategy_named(name).traits.breaks.get(law)
     if reason is not None:
         assert "arXiv" in reason or "section" in reason, "a broken law names its source"
         pytest.skip(f"{name} breaks the law of {law}: {reason}")
@@ -109,10 +109,10 @@ class TestLaws:
         total = sum(u.num_examples for u in updates)
         for module in after:
             shares = [(u.num_examples / total, u.adapter.modules[module]) for u in updates]
-            if strategy.homogeneous_form == "product mean":
+            if strategy.traits.homogeneous_form == "product mean":
                 expected = sum(w * (f.lora_B.double() @ f.lora_A.double()) for w, f in shares)
             else:
-                assert strategy.homogeneous_form == "factor mean"
+                assert strategy.traits.homogeneous_form == "factor mean"
                 expected = sum(w * f.lora_B.double() for w, f in shares) @ sum(
                     w * f.lora_A.double() for w, f in shares
                 )

@@ -1,14 +1,23 @@
 import pytest
 import torch
-from driving import MAX_RANK, SHAPES, Client, merge, noise, nothing, strategy_named, update_of
+from driving import (
+    MAX_RANK,
+    SHAPES,
+    Client,
+    merge,
+    noise,
+    nothing,
+    run_options,
+    strategy_named,
+    update_of,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors, initial_adapter
 from hafl_app.lowrank.svd import singular_values, truncated_svd
-from hafl_app.server.options import FederationOptions
+from hafl_app.server.method import StrategyError
 from hafl_app.strategies.base import HeterogeneousLora
-from hafl_app.strategies.hooks import StrategyError
 
 # Ranks and examples: coverage f of components 0 to 3 is 73, 63, 38 and 7 of 73.
 CLIENTS = [Client(r, n, i) for i, (r, n) in enumerate([(1, 10), (2, 25), (4, 7), (3, 31)])]
@@ -66,7 +75,7 @@ class TestState:
         """PEFT's add_weighted_adapter("svd") folds alpha / r into the sum, like our lora_B."""
         alpha, shape = 8, SHAPES["query"]
         strategy = strategy_named("flexlora", "lora.scaling=per_rank", f"lora.lora_alpha={alpha}")
-        strategy.options = FederationOptions(lora_alpha=alpha, scaling="per_rank")
+        strategy.options = run_options(lora_alpha=alpha, scaling="per_rank")
         updates = [update_of(strategy, client, noise) for client in CLIENTS]
         model = None
         for client, update in zip(CLIENTS, updates, strict=True):

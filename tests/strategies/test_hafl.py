@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from driving import MAX_RANK, Client, merge, noise, nothing, strategy_named, update_of
+from driving import MAX_RANK, Client, merge, noise, nothing, run_options, strategy_named, update_of
 
 from hafl_app.seeds import client_seed
 
@@ -42,7 +42,7 @@ class TestSchemes:
     @pytest.mark.parametrize("scheme", ["freezing", "truncation"])
     def test_one_scaling_for_all_ranks(self, scheme):
         strategy = hafl(f"scheme={scheme}")
-        strategy.options = replace(strategy.options, lora_alpha=ALPHA, scaling="per_rank")
+        strategy.options = run_options(strategy.options, lora_alpha=ALPHA, scaling="per_rank")
         plans = [strategy.plan(Client(rank, 10, rank).profile, 1) for rank in (1, 2, MAX_RANK)]
         scalings = {m.scaling for plan in plans for m in plan.modules.values()}
         # The same component must mean the same on every client, also where it is one of two.
@@ -62,7 +62,7 @@ class TestSchemes:
 
     def test_the_whole_model_shares_one_budget(self):
         strategy = hafl("scope=model", "exploration=0")
-        strategy.scores = {
+        strategy.scores.values = {
             "query": torch.full((MAX_RANK,), 9.0),
             "dense": torch.full((MAX_RANK,), 1.0),
         }
@@ -82,7 +82,7 @@ class TestSelection:
 
     def test_the_most_important_are_chosen(self):
         strategy = hafl("exploration=0")
-        strategy.scores = {n: torch.tensor([0.1, 3.0, 0.2, 2.0]) for n in ("query", "dense")}
+        strategy.scores.values = {n: torch.tensor([0.1, 3.0, 0.2, 2.0]) for n in ("query", "dense")}
         for partition in range(5):
             plan = strategy.plan(Client(RANK, 10, partition).profile, 4)
             assert plan.modules["dense"].trainable == (1, 3)
@@ -92,7 +92,7 @@ class TestSelection:
         seen = {}
         for share in (0.0, 0.5):
             strategy = hafl(f"exploration={share}")
-            strategy.scores = scores
+            strategy.scores.values = scores
             plans = [strategy.plan(Client(RANK, 10, p).profile, 4) for p in range(40)]
             seen[share] = {c for plan in plans for c in plan.modules["dense"].trainable}
         assert seen[0.0] == {1, 3}
@@ -101,7 +101,9 @@ class TestSelection:
     def test_what_nobody_has_measured_gets_a_turn(self):
         strategy = hafl("exploration=0")
         unmeasured = float("nan")
-        strategy.scores = {n: torch.tensor([5.0, 1.0, unmeasured, 1.0]) for n in ("query", "dense")}
+        strategy.scores.values = {
+            n: torch.tensor([5.0, 1.0, unmeasured, 1.0]) for n in ("query", "dense")
+        }
         plan = strategy.plan(Client(RANK, 10, 0).profile, 4)
         assert plan.modules["dense"].trainable == (0, 2)
 
@@ -109,7 +111,7 @@ class TestSelection:
         plans = {}
         for seed in (0, 1, 2, 3):
             strategy = hafl()
-            strategy.options = replace(strategy.options, seed=seed)
+            strategy.options = run_options(strategy.options, seed=seed)
             plans[seed] = strategy.plan(Client(RANK, 10, 0).profile, 1)
         assert len({plan.to_json() for plan in plans.values()}) > 1
         assert client_seed(0, 1, 0) != client_seed(1, 1, 0)
@@ -143,17 +145,17 @@ class TestScores:
                 else [0.75 * e + 0.25 * m for e, m in zip(expected, mean, strict=True)]
             )
 
-        torch.testing.assert_close(strategy.scores["dense"], torch.tensor(expected).double())
+        torch.testing.assert_close(strategy.scores.values["dense"], torch.tensor(expected).double())
 
     def test_scores_of_frozen_components_stay(self):
         strategy = hafl("exploration=0")
         start = torch.tensor([5.0, 4.0, 0.3, 0.2]).double()
-        strategy.scores = {n: start.clone() for n in ("query", "dense")}
+        strategy.scores.values = {n: start.clone() for n in ("query", "dense")}
         for server_round in (2, 3, 4):
             update = update_of(strategy, Client(RANK, 10, 0), noise, server_round)
             advance(strategy, [with_scores(update, dict.fromkeys(("query", "dense"), [1.0] * 4))])
-        assert torch.equal(strategy.scores["dense"][2:], start[2:])
-        assert (strategy.scores["dense"][:2] < start[:2]).all()
+        assert torch.equal(strategy.scores.values["dense"][2:], start[2:])
+        assert (strategy.scores.values["dense"][:2] < start[:2]).all()
 
     @pytest.mark.parametrize("importance", ["smoothed", "adalora", "sensitivity"])
     def test_the_server_can_measure_from_the_change(self, importance):
@@ -163,7 +165,7 @@ class TestScores:
         update = update_of(strategy, Client(RANK, 10, 0), noise)
         before, components = strategy.global_adapter.modules["dense"], update.components("dense")
         advance(strategy, [update])
-        scores = strategy.scores["dense"]
+        scores = strategy.scores.values["dense"]
         assert scores[list(components)].gt(0).all()
         untouched = [i for i in range(MAX_RANK) if i not in components]
         assert scores[untouched].isnan().all()
@@ -194,7 +196,7 @@ class TestScores:
         assert update.plan.probe_batches == 2
         scores = {n: torch.tensor([1.0, 2.0, 3.0, 4.0]) for n in update.adapter.modules}
         advance(strategy, [replace(update, importance=scores)])
-        assert strategy.scores["dense"].tolist() == [1.0, 2.0, 3.0, 4.0]
+        assert strategy.scores.values["dense"].tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
 class TestAggregation:
@@ -247,7 +249,7 @@ class TestScoresUnderARobustRule:
 
     def after_a_lie(self, rule):
         strategy = hafl("importance=sensitivity", "exploration=0")
-        strategy.options = replace(strategy.options, robust=rule)
+        strategy.options = run_options(strategy.options, robust=rule)
         updates = []
         for client in self.CLIENTS:
             lie = torch.tensor([1.0, 1.0, 1.0, 1e6]) if client.partition_id == 3 else 1.0
@@ -271,7 +273,7 @@ class TestScoresUnderARobustRule:
 
     def test_the_score_is_the_clients_median(self):
         # They say 1.0, 1.1, 1.2, 1.4 and either 1.3 or, of one component, 1.3 million times HONEST.
-        scores = self.after_a_lie("median").scores
+        scores = self.after_a_lie("median").scores.values
         torch.testing.assert_close(scores["query"], 1.2 * self.HONEST.double())
 
     def test_without_a_rule_it_steers_everybodys(self):

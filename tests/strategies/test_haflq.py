@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from driving import MAX_RANK, SHAPES, Client, merge, noise, nothing, strategy_named
+from driving import MAX_RANK, SHAPES, Client, merge, noise, nothing, run_options, strategy_named
 from flwr.app import Message, MessageType, MetricRecord
 
 from hafl_app.config.compose import SettingsError, compose
@@ -14,9 +14,10 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import BIT_LEVELS, TrainPlan, component_bytes
 from hafl_app.privacy.mechanism import PrivacyOptions, trained_part
 from hafl_app.run import build
-from hafl_app.server.round_messages import Exchange
+from hafl_app.server.compatibility import private_division
+from hafl_app.server.method import StrategyError
+from hafl_app.server.round_messages import RoundMessages
 from hafl_app.server.traffic import Ledger
-from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.records import METRICS, NUM_EXAMPLES, adapter_content
 from hafl_app.wire.uploads import encode_upload
 
@@ -34,7 +35,7 @@ SLOW = replace(CLIENT.profile, bandwidth_kbps=8)
 def haflq(*overrides, num_bytes=None, **options):
     """The method with known scores, where `SLOW` may upload so many bytes."""
     strategy = strategy_named("haflq", "strategy.exploration=0", *overrides)
-    strategy.options = replace(strategy.options, upload="mixed", **options)
+    strategy.options = run_options(strategy.options, upload="mixed", **options)
     if num_bytes is not None:
         strategy.upload_seconds = (num_bytes + 0.5) / 1000
     strategy.recall(
@@ -99,7 +100,9 @@ class TestBits:
 
     def test_more_important_components_never_have_fewer_bits(self):
         strategy = haflq()
-        scores = {(n, i): float(strategy.scores[n][i]) for n in SHAPES for i in range(MAX_RANK)}
+        scores = {
+            (n, i): float(strategy.scores.values[n][i]) for n in SHAPES for i in range(MAX_RANK)
+        }
         for num_bytes in range(0, ALL_AT_16, 11):
             bits = bits_of(within(num_bytes))
             ranked = sorted(bits, key=scores.get, reverse=True)
@@ -144,7 +147,7 @@ class TestBits:
     def test_with_other_uploads_it_is_hafl(self, upload):
         hafl, other = (strategy_named(name) for name in ("hafl", "haflq"))
         for strategy in (hafl, other):
-            strategy.options = replace(strategy.options, upload=upload)
+            strategy.options = run_options(strategy.options, upload=upload)
         assert hafl.plan(CLIENT.profile, 1) == other.plan(CLIENT.profile, 1)
         assert hafl.payload_bytes(CLIENT.profile) == other.payload_bytes(CLIENT.profile)
 
@@ -198,14 +201,14 @@ def by_a_tenth(factors, generator):
 def update_seen(strategy, profile, change=noise):
     """What the method gets to see of a client, over the wire."""
     profile = replace(profile, node_id=7 + profile.partition_id)
-    exchange = Exchange(Ledger(), 1, "train")
+    exchange = RoundMessages(Ledger(), 1, "train")
     with server_identity():
         (request,) = exchange.messages(
             [profile], [strategy.plan(profile, 1)], strategy.dispatch, MessageType.TRAIN
         )
         request.metadata.__dict__["_message_id"] = "1"
         reply = Message(reply_content(strategy, profile, change), reply_to=request)
-    (judged,) = exchange.judge_training([reply])
+    (judged,) = exchange.validate_training([reply])
     assert judged.error == ""
     return judged.update
 
@@ -275,9 +278,9 @@ class TestPrivacy:
 
     def test_feedback_that_is_asked_for_there_is_refused(self):
         strategy = haflq(privacy=PrivacyOptions("local_dp"), error_feedback=True)
-        with pytest.raises(StrategyError, match="error_feedback=true is refused for Haflq"):
+        with pytest.raises(StrategyError, match="error_feedback=true is refused for haflq"):
             strategy.check([2, 3])
 
     def test_importance_from_uploads_is_refused_under_central_privacy_as_in_hafl(self):
         with pytest.raises(StrategyError, match="importance=smoothed"):
-            haflq().private_division()
+            private_division(haflq())

@@ -3,14 +3,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from driving import MAX_RANK, SHAPES, Client, merge, noise, nothing, strategy_named, update_of
+from driving import (
+    MAX_RANK,
+    SHAPES,
+    Client,
+    merge,
+    noise,
+    nothing,
+    run_options,
+    strategy_named,
+    update_of,
+)
 from flwr.app import Message, MessageType
 from running import run_tiny
 
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors, initial_adapter
 from hafl_app.plan import TailPruning, TrainPlan
-from hafl_app.server.options import FederationOptions
 from hafl_app.server.reply_validation import ReplyError, read_update
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.hetlora import HetLora
@@ -95,7 +104,7 @@ class TestWeights:
     @pytest.mark.parametrize("norm_of", ["state", "change"])
     def test_the_scaling_is_unfolded_where_it_differs(self, norm_of):
         strategy = hetlora(f"norm_of={norm_of}")
-        strategy.options = FederationOptions(lora_alpha=8, scaling="per_rank")
+        strategy.options = run_options(lora_alpha=8, scaling="per_rank")
         updates = self.updates(strategy)
         norms = {
             n: [
@@ -319,7 +328,7 @@ def classifier() -> LoraClassifier:
 
 def learning_client(classifier: LoraClassifier, **settings) -> HetLora:
     strategy = HetLora(max_rank=4, **settings)
-    strategy.options = FederationOptions(head="frozen")
+    strategy.options = run_options(head="frozen")
     start = initial_adapter(classifier.shapes(), 4, seed=0)
     generator = torch.Generator().manual_seed(5)
     strategy.global_adapter = start.map(

@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from driving import MAX_RANK, STRATEGIES, Client, merge, nothing, strategy_named, update_of
+from driving import (
+    MAX_RANK,
+    STRATEGIES,
+    Client,
+    merge,
+    nothing,
+    run_options,
+    strategy_named,
+    update_of,
+)
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from peft.utils.other import get_pattern_key
 from running import TINY, run_tiny
@@ -17,9 +26,8 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.lowrank.svd import singular_values, truncated_svd
 from hafl_app.run import build
 from hafl_app.run.preflight import check
+from hafl_app.server.method import StrategyError
 from hafl_app.server.node_directory import NodeDirectory
-from hafl_app.server.options import FederationOptions
-from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.node_profile import PROFILE, NodeProfile
 
 LAYER = "encoder.layer.3."
@@ -96,7 +104,7 @@ class TestPlans:
 
     def test_the_scaling_is_of_the_modules_own_rank(self):
         strategy = strategy_named("zero_padding")
-        strategy.options = FederationOptions(lora_alpha=6, scaling="per_rank")
+        strategy.options = run_options(lora_alpha=6, scaling="per_rank")
         plan = strategy.plan(profile(1, {"dense": 3}), 1)
         assert {n: m.scaling for n, m in plan.modules.items()} == {"query": 6, "dense": 2}
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from driving import HEAD, MAX_RANK, Client, merge, noise, strategy_named, update_of
+from driving import HEAD, MAX_RANK, Client, merge, noise, run_options, strategy_named, update_of
 from flwr.app import Array, Message
 from running import records, run_tiny, tampering
 
 from hafl_app.lowrank.change import change_size
 from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.server.method import StrategyError
 from hafl_app.server.outliers import clip_updates
-from hafl_app.strategies.base import StrategyError
 
 pytestmark = pytest.mark.slow  # whole federations
 
@@ -24,7 +24,7 @@ EXAMPLES = (10, 25, 7, 31, 12, 40, 9, 18, 22, 5)
 
 def robust(name, rule="median", *overrides):
     strategy = strategy_named(name, *overrides)
-    strategy.options = replace(strategy.options, robust=rule, trim_fraction=0.3)
+    strategy.options = run_options(strategy.options, robust=rule, trim_fraction=0.3)
     return strategy
 
 
@@ -106,7 +106,7 @@ class TestMethodsThatCan:
     def test_scores_from_the_servers_view_of_the_change_go_on(self, rule):
         strategy = robust("hafl", rule, "strategy.source=server", "strategy.exploration=0")
         merge(strategy, updates_of(strategy))
-        assert all(scores.isfinite().any() for scores in strategy.scores.values())
+        assert all(scores.isfinite().any() for scores in strategy.scores.values.values())
 
     def test_the_head_follows_the_rule(self):
         strategy = robust("hafl")

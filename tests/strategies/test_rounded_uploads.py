@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from driving import STRATEGIES, Client, nothing, strategy_named, update_of
+from driving import STRATEGIES, Client, nothing, run_options, strategy_named, update_of
 from flwr.app import Message, MessageType, MetricRecord
 
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.privacy.mechanism import PrivacyError, PrivacyOptions, check_local_plan
-from hafl_app.server.round_messages import Exchange
+from hafl_app.server.method import StrategyError
+from hafl_app.server.round_messages import RoundMessages
 from hafl_app.server.traffic import Ledger
-from hafl_app.strategies.hooks import StrategyError
 from hafl_app.wire.records import METRICS, NUM_EXAMPLES, adapter_content
 from hafl_app.wire.uploads import encode_upload
 
@@ -22,7 +22,7 @@ NEW_COMPONENTS_EACH_ROUND = ("flexlora", "flexlora_change")
 
 def with_options(name, **options):
     strategy = strategy_named(name)
-    strategy.options = replace(strategy.options, **options)
+    strategy.options = run_options(strategy.options, **options)
     return strategy
 
 
@@ -89,7 +89,7 @@ class TestRefusals:
 def test_a_method_sees_factors_and_not_changes(name, upload):
     strategy = with_options(name, upload=upload)
     profile = replace(CLIENT.profile, node_id=7)
-    exchange = Exchange(Ledger(), 1, "train")
+    exchange = RoundMessages(Ledger(), 1, "train")
     with server_identity():
         (request,) = exchange.messages(
             [profile], [strategy.plan(profile, 1)], strategy.dispatch, MessageType.TRAIN
@@ -101,7 +101,7 @@ def test_a_method_sees_factors_and_not_changes(name, upload):
         metrics = MetricRecord({NUM_EXAMPLES: 30, "loss": 0.5})
         reply = Message(adapter_content(arrays, **{METRICS: metrics}), reply_to=request)
 
-    (judged,) = exchange.judge_training([reply])
+    (judged,) = exchange.validate_training([reply])
 
     assert judged.error == ""
     for module, factors in trained.modules.items():

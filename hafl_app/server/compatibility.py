@@ -1,0 +1,112 @@
+"""What a method can be combined with: its declared traits against the run's settings."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hafl_app.privacy.mechanism import PrivacyError, check_local_plan
+from hafl_app.server.method import Division, Method, StrategyError
+from hafl_app.wire.node_profile import NodeProfile, matches
+
+_NEEDS_WHOLE_ROUND: Mapping[str, Any] = {
+    "robust": "none",
+    "max_norm_ratio": None,
+    "clip_ratio": None,
+}
+"""Settings that compare the replies of a round with each other, and what switches them off."""
+
+
+def check_method(method: Method, ranks: Sequence[int]) -> None:
+    """Refuse a federation of these rank budgets, or settings that the method cannot honor.
+
+    Raises
+    ------
+    StrategyError
+        With the reason.
+    """
+    name = _name(method)
+    if min(ranks, default=1) < 1:
+        raise StrategyError(f"a client has rank {min(ranks)}, expected at least 1")
+    if (largest := max(ranks, default=1)) > method.max_rank:
+        raise StrategyError(f"a client has rank {largest}, above lora.max_rank={method.max_rank}")
+    if not method.traits.serves_mixed_ranks and len(set(ranks)) > 1:
+        raise StrategyError(
+            f"strategy={name} needs one rank for all clients, got {sorted(set(ranks))}: "
+            "use ranks=homogeneous, or a strategy for mixed ranks"
+        )
+    federation = method.options.federation
+    for setting, off in _NEEDS_WHOLE_ROUND.items() if federation.streaming else ():
+        if (value := getattr(federation, setting)) != off:
+            raise StrategyError(
+                f"federation.streaming=true needs federation.{setting}={off or 'null'}, not "
+                f"{value}: it compares all replies of a round, and streaming drops each at once"
+            )
+    if federation.robust != "none" and (reason := method.traits.not_robust):
+        raise StrategyError(
+            f"federation.robust={federation.robust} is refused for strategy={name}: {reason}"
+        )
+    if federation.error_feedback and (reason := no_error_feedback(method)):
+        raise StrategyError(f"federation.error_feedback=true is refused for {name}: {reason}")
+
+
+def no_error_feedback(method: Method) -> str:
+    """Return why rounding errors are not carried over to later rounds; empty if they are."""
+    if method.options.federation.upload == "fp32":
+        return "federation.upload=fp32 rounds nothing"
+    if method.options.privacy.kind == "local_dp":
+        return "under privacy=local_dp what is kept of one round would leak into the next"
+    if not method.traits.keeps_components:
+        return "it makes new components in every round"
+    return ""
+
+
+def private_division(method: Method) -> Division:
+    """Return what divides a component's sum under central privacy.
+
+    Raises
+    ------
+    StrategyError
+        If more than clipped changes and fixed denominators decides; the message says what.
+    """
+    if method.traits.dp_division is None:
+        raise StrategyError(f"strategy={_name(method)}: {method.traits.dp_refusal}")
+    return method.traits.dp_division
+
+
+def check_privacy(method: Method, profiles: Iterable[NodeProfile]) -> None:
+    """Refuse a method whose rule, or whose plans for these nodes, the privacy cannot cover.
+
+    Raises
+    ------
+    StrategyError
+        With the reason.
+    """
+    kind = method.options.privacy.kind
+    if kind == "central_dp":
+        private_division(method)
+    if kind == "local_dp":
+        for profile in profiles:
+            try:
+                check_local_plan(method.plan(profile, 1))
+            except PrivacyError as error:
+                raise StrategyError(str(error)) from error
+
+
+def check_rank_patterns(profile: NodeProfile, modules: Iterable[str]) -> None:
+    """Refuse a rank pattern without effect: most likely it was written for another model.
+
+    Raises
+    ------
+    StrategyError
+        Naming the pattern and a module that there is.
+    """
+    names = list(modules)
+    for pattern in profile.rank_pattern:
+        if not any(matches(pattern, name) for name in names):
+            raise StrategyError(
+                f"partition {profile.partition_id}: rank_pattern {pattern!r} matches none of the "
+                f"{len(names)} adapted modules, such as {names[-1]!r}"
+            )
+
+
+def _name(method: Method) -> str:
+    return type(method).__module__.rpartition(".")[2]

@@ -1,0 +1,216 @@
+"""The rounds of one method: select clients, ask them, validate their replies, aggregate."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.metrics import CLASSIFICATION, weighted_mean
+from hafl_app.server.aggregation import merge
+from hafl_app.server.method import Method
+from hafl_app.server.node_directory import NodeDirectory
+from hafl_app.server.outliers import clip_updates, reject_outliers
+from hafl_app.server.participation import Participation
+from hafl_app.server.round_messages import Reply, RoundMessages
+from hafl_app.server.traffic import Ledger
+from hafl_app.server.update import ClientUpdate
+from hafl_app.wire.node_profile import NodeProfile
+from hafl_app.wire.records import NUM_EXAMPLES
+
+
+class TooFewRepliesError(RuntimeError):
+    """A training phase in which fewer replies count than the round needs; nothing has changed."""
+
+
+class Coordinator:
+    """What every strategy has: the state and the steps of a run, whatever the method.
+
+    The global adapter lives in the strategy, as tensors; the arrays that Flower passes around
+    stay empty.
+
+    Parameters
+    ----------
+    method
+        The strategy that this belongs to.
+
+    Attributes
+    ----------
+    participation
+        Who takes part.
+    ledger
+        Bytes and rejections of every exchange.
+    task
+        By what clients are scored.
+    train_loss
+        Mean over the last round's clients by number of examples; NaN before the first.
+    client_scores
+        Means over the clients that evaluated last; empty if none did.
+    round_started
+        When the current round was configured first, on the performance counter; 0 before round 1.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self.participation = Participation(method)
+        self.ledger = Ledger()
+        self.task = CLASSIFICATION
+        self.train_loss = math.nan
+        self.client_scores: Mapping[str, float] = {}
+        self.round_started = 0.0
+        self._on_reply: Callable[[Reply], None] = lambda _: None
+        self._messages = RoundMessages(self.ledger, 0, "train")
+        self._server_round, self._attempt, self._num_asked = 0, 0, 0
+
+    def prepare(self, initial: Adapter, on_reply: Callable[[Reply], None]) -> None:
+        """Get ready for the first round with the nodes that are known.
+
+        Parameters
+        ----------
+        initial
+            Global adapter of rank ``max_rank``, with the head's initial tensors.
+        on_reply
+            Called with every client's reply, or lack of one, to a training request.
+
+        Raises
+        ------
+        StrategyError
+            If the method cannot serve these nodes with this adapter.
+        """
+        self._method.global_adapter, self._on_reply = initial, on_reply
+        self.participation.prepare()
+
+    @property
+    def directory(self) -> NodeDirectory:
+        """All nodes that have answered."""
+        return self.participation.directory
+
+    # ---- training --------------------------------------------------------------------------
+
+    def ask_to_train(self, server_round: int, grid: Grid) -> Iterable[Message]:
+        """Select clients, plan for each, and make its message; the same round again is a repeat."""
+        if server_round == self._server_round:
+            self._attempt += 1
+        else:
+            self._server_round, self._attempt = server_round, 0
+            self.round_started = time.perf_counter()
+        self.client_scores = {}
+        selected = self.participation.select_for_training(server_round, self._attempt, grid)
+        return self._ask(selected, server_round, MessageType.TRAIN)
+
+    def aggregate(self, server_round: int, replies: Iterable[Message]) -> None:
+        """Validate the replies and merge the good ones, in partition order.
+
+        Raises
+        ------
+        TooFewRepliesError
+            If fewer than ``min_replies`` count. Then, as after any error, nothing has changed.
+        """
+        federation = self._method.options.federation
+        checked = reject_outliers(
+            self._messages.validate_training(replies), federation.max_norm_ratio
+        )
+        self._record(self._messages.close(checked))
+        counted = [reply for reply in checked if reply.update is not None]
+        self._check_count(server_round, len(counted))
+        updates = [reply.update for reply in counted if reply.update is not None]
+        self._advance(server_round, clip_updates(updates, federation.clip_ratio))
+        self.train_loss = weighted_mean([r.metrics for r in counted], "loss", NUM_EXAMPLES)
+
+    def aggregate_stream(self, server_round: int, replies: Iterable[Message]) -> None:
+        """Do what `aggregate` does, but validate, merge and drop each reply before the next.
+
+        Parameters
+        ----------
+        replies
+            In partition order.
+
+        Raises
+        ------
+        TooFewRepliesError
+            See `aggregate`.
+        """
+        counted: list[Mapping[str, float]] = []
+
+        def updates() -> Iterator[ClientUpdate]:
+            for reply in self._messages.validate_each(replies):
+                self._record([self._messages.settle(reply)])
+                if reply.update is not None:
+                    counted.append(reply.metrics)
+                    yield reply.update
+            self._record(self._messages.close([]))
+            self._check_count(server_round, len(counted))
+
+        self._advance(server_round, updates())
+        self.train_loss = weighted_mean(counted, "loss", NUM_EXAMPLES)
+
+    def _record(self, replies: Sequence[Reply]) -> None:
+        for reply in replies:
+            self.participation.record([reply])
+            self._on_reply(reply)
+
+    def _check_count(self, server_round: int, counted: int) -> None:
+        options = self._method.options
+        private = options.privacy.kind == "central_dp"  # then an empty round counts too
+        if counted < options.federation.min_replies and not private:
+            raise TooFewRepliesError(
+                f"round {server_round}: the replies of {counted} of {self._num_asked} clients "
+                f"count, federation.min_replies={options.federation.min_replies}"
+            )
+
+    def _advance(self, server_round: int, updates: Iterable[ClientUpdate]) -> None:
+        """Make the next global adapter, or, if that fails, change nothing."""
+        memory = self._method.memory()
+        try:
+            self._method.global_adapter = merge(
+                self._method,
+                self._method.global_adapter,
+                updates,
+                nodes=self.directory.in_order(),
+                server_round=server_round,
+            )
+        except BaseException:
+            self._method.recall(memory)
+            raise
+
+    # ---- evaluation ------------------------------------------------------------------------
+
+    def ask_to_evaluate(self, server_round: int, grid: Grid) -> Iterable[Message]:
+        """Ask clients to score what they would receive next, on data they kept aside."""
+        federation = self._method.options.federation
+        last = server_round == federation.num_rounds
+        if server_round % federation.evaluate_every and not last:
+            self._messages = self.messages(server_round, MessageType.EVALUATE)
+            return []
+        selected = self.participation.select_for_evaluation(server_round, grid)
+        return self._ask(selected, server_round, MessageType.EVALUATE)
+
+    def average_scores(self, replies: Iterable[Message]) -> Mapping[str, float]:
+        """Average the clients' scores by their number of examples; empty if none counts."""
+        checked = self._messages.validate_scores(replies)
+        self._messages.close(checked)
+        metrics = [reply.metrics for reply in checked if not reply.error]
+        if metrics:
+            self.client_scores = self.task.of_clients(metrics, NUM_EXAMPLES)
+        return self.client_scores if metrics else {}
+
+    # ---- messages --------------------------------------------------------------------------
+
+    def messages(self, server_round: int, phase: str) -> RoundMessages:
+        """Return the messages of one phase, to be made and answered."""
+        label_names = self.directory.label_names or ()
+        return RoundMessages(self.ledger, server_round, phase, label_names)
+
+    def _ask(
+        self, profiles: Sequence[NodeProfile], server_round: int, phase: str
+    ) -> Iterable[Message]:
+        """Return a message for each of these; while streaming they are made one by one."""
+        self._messages, self._num_asked = self.messages(server_round, phase), len(profiles)
+        streaming = self._method.options.federation.streaming and phase == MessageType.TRAIN
+        if streaming:
+            profiles = sorted(profiles, key=lambda profile: profile.partition_id)
+        plans = [self._method.plan(profile, server_round) for profile in profiles]
+        make = self._messages.each_message if streaming else self._messages.messages
+        return make(profiles, plans, self._method.dispatch, phase)

@@ -1,0 +1,124 @@
+"""What the server needs of an aggregation method, and what a method declares about itself."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.plan import TrainPlan
+from hafl_app.server.options import RunOptions
+from hafl_app.server.update import ClientUpdate
+from hafl_app.wire.node_profile import NodeProfile
+
+if TYPE_CHECKING:
+    from hafl_app.server.coordinator import Coordinator
+
+Division = Literal["contributors", "everybody"]
+"""What a component's sum is divided by: those who trained it, or all participants."""
+
+
+class StrategyError(ValueError):
+    """A federation that a method cannot serve, with the reason."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method declares about itself; judged in `hafl_app.server.compatibility`.
+
+    Parameters
+    ----------
+    homogeneous_form
+        What a federation of equal ranks computes, weighted by the number of examples. The
+        conformance suite holds the method to it.
+    keeps_components
+        Whether component i of one round is component i of the next. Where every round makes new
+        ones, what rounding lost of the old ones has nothing to be added to.
+    serves_mixed_ranks
+        Whether clients may have different ranks.
+    not_robust
+        Why ``federation.robust`` has no meaning; empty if the method averages each component over
+        the clients that trained it, whose values can be compared with each other.
+    dp_division
+        What central privacy divides a component's sum by; None if it cannot cover the method.
+    dp_refusal
+        Why not: what decides beside clipped changes and denominators that the plans fix.
+    allocates_bits
+        Whether its plans give each component bits of its own (``federation.upload=mixed``).
+    breaks
+        Laws of the conformance suite that the method breaks by its paper, with the source.
+    """
+
+    homogeneous_form: Literal["factor mean", "product mean"] = "factor mean"
+    keeps_components: bool = True
+    serves_mixed_ranks: bool = True
+    not_robust: str = "it does not average components over those who trained them"
+    dp_division: Division | None = None
+    dp_refusal: str = (
+        "privacy=central_dp needs weights and denominators that the plans fix, and this method "
+        "does not declare them"
+    )
+    allocates_bits: bool = False
+    breaks: Mapping[str, str] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """A strategy as the server sees it; `hafl_app.strategies.base.HeterogeneousLora` is one."""
+
+    options: RunOptions
+    global_adapter: Adapter
+    max_rank: int
+    traits: Traits
+    coordinator: "Coordinator"
+
+    def check(self, ranks: Sequence[int]) -> None:
+        """Refuse a federation of these rank budgets."""
+
+    def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
+        """Decide what a client receives and trains."""
+
+    def dispatch(self, plan: TrainPlan) -> Adapter:
+        """Return what a client receives."""
+
+    def begin(self, previous: Adapter) -> Any:
+        """Return the empty state of a round's fold."""
+
+    def accumulate(self, state: Any, update: ClientUpdate) -> Any:
+        """Fold one update in."""
+
+    def finish(self, state: Any, previous: Adapter) -> Mapping[str, LoraFactors]:
+        """Return the next global factors."""
+
+    def memory(self) -> dict[str, Any]:
+        """Return what the method remembers beside the global adapter."""
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Go back to what `memory` returned."""
+
+    def budgets(self, profile: NodeProfile) -> dict[str, int]:
+        """Return a client's rank budget by module."""
+
+    def prefix_plan(self, rank: int | Mapping[str, int], **changes: Any) -> TrainPlan:
+        """Plan for a client that holds and trains the first components."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Flower's hook."""
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Flower's hook."""
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Flower's hook."""
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Flower's hook."""
