@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from hafl_app.printable import printable
+
 FAILED = 1
 REFUSED = 2
 INTERRUPTED = 130
@@ -27,10 +29,10 @@ def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
     try:
         return job()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {printable(error, 2000)}", file=sys.stderr)  # noqa: T201
         return REFUSED
     except (RuntimeError, OSError) as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {type(error).__name__}: {printable(error, 2000)}", file=sys.stderr)  # noqa: T201
         return FAILED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)  # noqa: T201

@@ -367,6 +367,7 @@ def node_directory(
         num_nodes=federation.num_clients,
         label_names=label_names,
         numbering=numbering,
+        keeps_partitions=federation.partition_owner == "node",
     )
 
 

@@ -26,7 +26,7 @@ from hafl_app.publishing.card import add_card
 from hafl_app.run import build
 from hafl_app.run.device_gains import device_gains
 from hafl_app.server.local_baseline import AloneResult
-from hafl_app.server.round_messages import Reply
+from hafl_app.server.round_messages import STATED_EXAMPLES, Reply
 from hafl_app.server.snapshot import adapter_of, adapter_tree
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.tracking.base import (
@@ -192,6 +192,7 @@ class RunReport:
             probe_seconds=metrics.get("probe-seconds", 0.0),
             steps=int(metrics.get("steps", 0)),
             out_of_time=bool(metrics.get("out-of-time", 0)),
+            stated_examples=int(metrics.get(STATED_EXAMPLES, 0)),
         )
         # Under central privacy nobody outside is told who took part, and how it went there.
         hidden = self._strategy.options.privacy.kind == "central_dp"

@@ -17,6 +17,7 @@ from hafl_app.server.participation import Participation
 from hafl_app.server.round_messages import Reply, RoundMessages
 from hafl_app.server.traffic import Ledger
 from hafl_app.server.update import ClientUpdate
+from hafl_app.server.weights import ExampleBound
 from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import NUM_EXAMPLES
 
@@ -201,7 +202,9 @@ class Coordinator:
     def messages(self, server_round: int, phase: str) -> RoundMessages:
         """Return the messages of one phase, to be made and answered."""
         label_names = self.directory.label_names or ()
-        return RoundMessages(self.ledger, server_round, phase, label_names)
+        federation = self._method.options.federation
+        bound = ExampleBound.of(federation, self.participation.trainable())
+        return RoundMessages(self.ledger, server_round, phase, label_names, bound)
 
     def _ask(
         self, profiles: Sequence[NodeProfile], server_round: int, phase: str

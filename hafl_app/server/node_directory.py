@@ -8,6 +8,7 @@ from dataclasses import replace
 from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
+from hafl_app.printable import printable
 from hafl_app.server.node_queries import Questions
 from hafl_app.server.numbering import Numbering
 from hafl_app.wire.node_profile import UNNUMBERED, NodeProfile
@@ -38,6 +39,8 @@ class NodeDirectory:
         The run's classes, told to every node that is asked; None while they are not agreed.
     numbering
         Numbers that nodes without one have been given in this run.
+    keeps_partitions
+        Whether a partition stays with its first node, also while that is offline.
     """
 
     def __init__(
@@ -48,13 +51,16 @@ class NodeDirectory:
         num_nodes: int = 1,
         label_names: tuple[str, ...] | None = None,
         numbering: Numbering | None = None,
+        keeps_partitions: bool = False,
     ) -> None:
         self._timeout_s = timeout_s
         self._start_timeout_s = timeout_s if start_timeout_s is None else start_timeout_s
         self._num_nodes = num_nodes
         self.label_names = label_names
         self.numbering = numbering or Numbering()
+        self._keeps_partitions = keeps_partitions
         self.profiles: dict[int, NodeProfile] = {}
+        self._owners: dict[int, int] = {}  # node id by partition
         self.refusals: dict[int, str] = {}  # why nodes cannot take part, until they can
         self._questions = Questions()
 
@@ -83,7 +89,14 @@ class NodeDirectory:
         return [profile for profile in self.in_order() if profile.node_id in connected]
 
     def refuse(self, node_id: int, reason: str) -> None:
-        """Leave a node out whose answer does not suit the run, until another one does."""
+        """Leave a node out whose answer does not suit the run, until another one does.
+
+        Parameters
+        ----------
+        reason
+            May quote the node; shown on one line, cut and without control characters.
+        """
+        reason = printable(reason)
         self.profiles.pop(node_id, None)
         if self.refusals.get(node_id) != reason:
             _LOGGER.warning("node %d is left out: %s", node_id, reason)
@@ -149,15 +162,31 @@ class NodeDirectory:
                 answered.append(NodeProfile.from_reply(reply))
             except ValueError as error:
                 self.refuse(node_id, str(error))
-        self._admit(answered)
+        self._admit(answered, set(grid.get_node_ids()))
 
-    def _admit(self, answered: Sequence[NodeProfile]) -> None:
+    def _admit(self, answered: Sequence[NodeProfile], connected: set[int]) -> None:
+        """Take in profiles; a partition is one node's."""
         for profile in answered:
             if self.numbering.holds(profile.partition_id):
                 number = profile.partition_id
                 self.refuse(profile.node_id, f"partition-id {number} is another node's number")
                 continue
+            owner = self._owners.get(profile.partition_id, profile.node_id)
+            is_other = owner != profile.node_id and owner in self.profiles
+            if is_other and (owner in connected or self._keeps_partitions):
+                self.refuse(
+                    profile.node_id, f"partition-id {profile.partition_id} is node {owner}'s"
+                )
+                continue
+            if is_other:
+                _LOGGER.warning(
+                    "node %d takes partition %d, which was that of node %d, now offline",
+                    *(profile.node_id, profile.partition_id, owner),
+                )
+                del self.profiles[owner]
             self.profiles[profile.node_id] = profile
+            if profile.partition_id != UNNUMBERED:
+                self._owners[profile.partition_id] = profile.node_id
             self.refusals.pop(profile.node_id, None)
 
     def _numbered(self, present: list[NodeProfile]) -> list[NodeProfile]:

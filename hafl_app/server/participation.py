@@ -17,6 +17,7 @@ from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import SECONDS
 
 _LOGGER = logging.getLogger(__name__)
+_MOST_LEFT_OUT = 1 / 3  # of the nodes that are there before round 1
 
 
 class Participation:
@@ -81,9 +82,10 @@ class Participation:
         return directory.in_order()
 
     def _accept(self, profiles: Sequence[NodeProfile]) -> None:
-        """Accept nodes together if the method can serve them all, else as many as it can.
+        """Accept the nodes, but for odd ones that the method cannot serve beside the others.
 
-        Those of the most common ranks come first, so that one odd node ends no run.
+        Those of the most common ranks come first, so that one odd node ends no run. Where many
+        would be left out, it is the run that does not fit, and it is refused.
         """
         common = Counter(profile.ranks for profile in profiles)
         ordered = sorted(profiles, key=lambda p: (-common[p.ranks], p.partition_id, p.node_id))
@@ -91,8 +93,9 @@ class Participation:
         for profile, reason in zip(ordered, reasons, strict=True):
             if reason:
                 self.directory.refuse(profile.node_id, reason)
-        if profiles and all(reasons):
-            raise StrategyError(reasons[0])
+        left_out = [reason for reason in reasons if reason]
+        if len(left_out) > _MOST_LEFT_OUT * len(profiles):
+            raise StrategyError(left_out[0])
 
     def prepare(self) -> None:
         """Check the accepted nodes against the adapter, once there is one.

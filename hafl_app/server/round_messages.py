@@ -21,6 +21,7 @@ from hafl_app.server.reply_validation import (
 )
 from hafl_app.server.traffic import Ledger, Traffic
 from hafl_app.server.update import ClientUpdate
+from hafl_app.server.weights import UNBOUNDED, ExampleBound
 from hafl_app.training.adapter_arrays import from_arrays, to_arrays
 from hafl_app.wire.faults import Fault, fault_of
 from hafl_app.wire.message_size import content_size
@@ -40,6 +41,8 @@ from hafl_app.wire.records import (
 )
 
 _LOGGER = logging.getLogger(__name__)
+STATED_EXAMPLES = "stated-examples"
+"""Metric of a reply beside ``num-examples``, its weight: how many the node states."""
 _KEPT_DISPATCHES = 16  # one a rank tier, as a rule; what more there are is made again
 
 
@@ -165,16 +168,24 @@ class RoundMessages:
     phase
         ``train``, ``evaluate`` or ``alone``.
     label_names
-        The run's classes: nodes with data of their own are told them with every request.
+        The run's classes, which nodes with data of their own are sent with every request.
+    bound
+        The most examples that a client counts as.
     """
 
     def __init__(
-        self, ledger: Ledger, server_round: int, phase: str, label_names: Sequence[str] = ()
+        self,
+        ledger: Ledger,
+        server_round: int,
+        phase: str,
+        label_names: Sequence[str] = (),
+        bound: ExampleBound = UNBOUNDED,
     ) -> None:
         self._ledger = ledger
         self._server_round = server_round
         self._phase = phase
         self._label_names = label_names
+        self._bound = bound
         self._waiting: dict[int, Request] = {}
         self._dispatches = _Dispatches(lambda _: Adapter({}), server_round)
 
@@ -324,7 +335,7 @@ class RoundMessages:
         head = {n: tuple(t.shape) for n, t in sent.head.items()}
         sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
         check_size(num_bytes, request.plan, head, sizes)  # before anything is unpacked
-        metrics = read_metrics(reply, request.profile)
+        metrics = self._read_metrics(reply, request)
         arrays = read_update(reply, request.plan, head, sizes)
         update = ClientUpdate(
             partition_id=request.profile.partition_id,
@@ -346,4 +357,11 @@ class RoundMessages:
         sent, _ = self._dispatches.of(request.plan)
         sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
         check_size(num_bytes, request.plan, {}, sizes)
-        return read_metrics(reply, request.profile), None
+        return self._read_metrics(reply, request), None
+
+    def _read_metrics(self, reply: Message, request: Request) -> dict[str, float]:
+        """Read the metrics, with the number of examples that counts beside the one stated."""
+        metrics = read_metrics(reply, request.profile)
+        stated = int(metrics[NUM_EXAMPLES])
+        counted = self._bound.count(stated, request.profile)
+        return metrics | {NUM_EXAMPLES: float(counted), STATED_EXAMPLES: float(stated)}

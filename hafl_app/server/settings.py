@@ -30,6 +30,11 @@ class FederationSettings:
     left when `trim_fraction` is cut off at either end. `clip_ratio` scales every update down to
     that multiple of the round's median norm (null: not).
 
+    A client's weight in averages is its number of training examples, as it states it, but at most
+    `max_examples_per_node` (null: no limit of yours) and, from five nodes on, `max_examples_ratio`
+    times the median of all nodes (null: no such bound): what a node claims cannot be checked. With
+    `weighting` `uniform` every client weighs the same.
+
     With `streaming` replies are folded in as they arrive, in partition order, and dropped: the
     server then holds `stream_buffer` of them and not a whole round. What must see all of a round at
     once (`robust`, `max_norm_ratio`, `clip_ratio`) must be off.
@@ -39,6 +44,11 @@ class FederationSettings:
     for every component, which only `strategy=haflq` allocates. With `error_feedback` a client
     keeps what rounding lost of a component and adds it to that component's next change (null:
     wherever that has a meaning; true: the run is refused where it has none). The head stays fp32.
+
+    A partition is trained by one node. With `partition_owner` `connected` a node that went offline
+    frees its partition for another, so that one that restarts comes back; with `node` the first
+    node keeps it for the whole run, which is right where nodes are authenticated: Flower gives a
+    registered key the same id each time it connects, and a stranger cannot take its place.
 
     Round 1 begins when all nodes are there, at the latest after `start_timeout_s`; later ones join.
     Nodes with data of their own do not know how many they are: all means `num_clients` then.
@@ -73,6 +83,7 @@ class FederationSettings:
     generate_tokens: int = number(64, at_least=1)
     alone_clients_per_rank: int = number(1, at_least=0)
     alone_at_max_rank: bool = False
+    partition_owner: str = choice("connected", "connected", "node")
     round_timeout_s: float = number(3600.0, above=0)
     start_timeout_s: float = number(600.0, above=0)
     min_replies: int = number(1, at_least=1)
@@ -82,6 +93,9 @@ class FederationSettings:
     robust: str = choice("none", "none", "median", "trimmed_mean")
     trim_fraction: float = number(0.2, above=0, below=0.5)
     clip_ratio: float | None = number(None, above=0)
+    weighting: str = choice("examples", "examples", "uniform")
+    max_examples_per_node: int | None = number(None, at_least=1)
+    max_examples_ratio: float | None = number(10.0, at_least=1)
     streaming: bool = False
     stream_buffer: int = number(16, at_least=1)
     upload: str = choice("fp32", "fp32", "bf16", "int8", "mixed")

@@ -49,6 +49,8 @@ class ClientRecord:
         Rank-one components of the adapter that it trained, at most `rank`.
     num_examples
         Its weight in the average.
+    stated_examples
+        How many it states; more than its weight if that is bounded.
     loss
         Mean training loss; NaN when it did not train.
     seconds, peak_memory_mb
@@ -78,6 +80,7 @@ class ClientRecord:
     probe_seconds: float = 0.0
     steps: int = 0
     out_of_time: bool = False
+    stated_examples: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hafl_app.metrics import ACCURACY, Metric, task_of
+from hafl_app.printable import printable
 from hafl_app.tracking.base import NO_HISTORY, ClientRecord, ClientRow, History, RoundRecord
 from hafl_app.tracking.closing import closing_lines
 
@@ -85,7 +85,7 @@ class ConsoleTracker:
         self._trainings.append(record)
         if record.error:
             who = f"client {record.partition_id} (node {record.node_id}, rank {record.rank})"
-            why = textwrap.shorten(record.error, 400)
+            why = printable(record.error, 400)
             self._print(Text(f"round {record.server_round}: {who} failed: {why}", style="red"))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -115,12 +115,12 @@ class ConsoleTracker:
                 )
             )
         for line in closing_lines(summary):
-            self._print(Text(line))
+            self._print(Text(printable(line, 2000)))
         self._print(Text(f"\n{self._totals()}", style="bold"))
 
     def fail(self, reason: str) -> None:
         """Print the reason."""
-        self._print(Text(f"The run failed: {reason}", style="red"))
+        self._print(Text(f"The run failed: {printable(reason, 2000)}", style="red"))
 
     def _out_of_time(self, server_round: int) -> int:
         trained = (one for one in self._trainings if one.server_round == server_round)
@@ -154,9 +154,10 @@ class ConsoleTracker:
     ) -> None:
         table = Table(box=_HEADER_RULE, show_edge=False, pad_edge=False, header_style="bold")
         for name, justify in columns.items():
-            table.add_column(name, justify="left" if justify == "left" else "right")
+            table.add_column(Text(name), justify="left" if justify == "left" else "right")
         for row in rows:
-            table.add_row(*row)
+            # As Text: a node's device may be called "[/red]", which is no markup of ours.
+            table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
         self._print(Text(f"\n{title}", style="bold"))
         self._console.print(table, highlight=False)
 
@@ -257,7 +258,7 @@ def _rows_by_client(clients: Sequence[ClientRow]) -> list[list[str]]:
             f"{client.examples:,}",
             megabytes(client.bytes_down),
             megabytes(client.bytes_up),
-            client.device,
+            printable(client.device, 60),
         ]
         for client in sorted(clients, key=lambda client: client.partition_id)
     ]

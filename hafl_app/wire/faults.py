@@ -8,6 +8,8 @@ from enum import IntEnum
 
 from flwr.app import Error, Message
 
+from hafl_app.printable import printable
+
 _LONGEST_REASON = 300  # characters
 
 
@@ -42,8 +44,8 @@ def error_reply(message: Message, fault: Fault, reason: str) -> Message:
 
 
 def one_line(reason: str) -> str:
-    """Return a reason on one line, of at most 300 characters."""
-    return " ".join(reason.split())[:_LONGEST_REASON]
+    """Return a reason on one line of about 300 characters, without control characters."""
+    return printable(reason, _LONGEST_REASON)
 
 
 def fault_of(reply: Message) -> Fault | None:

@@ -30,6 +30,7 @@ T = TypeVar("T")
 # A node's regular expression runs on the server: names and a few plain repetitions, so that no
 # node can write one that takes for ever.
 _MOST_REPETITIONS = 3
+_MOST_PATTERNS, _LONGEST_PATTERNS = 256, 2**15  # of a profile, in number and in characters
 _HARMLESS = re.compile(r"(?:[\w|-]|\\?\.|\\d\+|\.\*){1,80}")
 
 
@@ -189,8 +190,14 @@ def _is_harmless(pattern: str) -> bool:
 
 
 def _read_pattern(text: str) -> dict[str, int]:
+    if len(text) > _LONGEST_PATTERNS:
+        raise ValueError(
+            f"rank patterns of {len(text)} characters, expected at most {_LONGEST_PATTERNS}"
+        )
     try:
         values: dict[str, int] = json.loads(text)
+        if len(values) > _MOST_PATTERNS:
+            raise ValueError(f"{len(values)} patterns, expected at most {_MOST_PATTERNS}")  # noqa: TRY301
         odd = [p for p in values if not _is_harmless(p)]
         least, most = _RANGES["rank"]
         valid = all(type(rank) is int and least <= rank <= most for rank in values.values())
