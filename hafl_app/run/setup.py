@@ -6,11 +6,12 @@ from flwr.serverapp import Grid
 
 from hafl_app.config.schema import Settings
 from hafl_app.data.central import CentralFile, central_label_names
-from hafl_app.data.labels import checked_label_names, union_of_labels
+from hafl_app.data.labels import MOST_LABELS, checked_label_names, union_of_labels
 from hafl_app.data.shares import CentralText
 from hafl_app.data.sources import ON_DEVICE
 from hafl_app.run import build
 from hafl_app.server.method import Method
+from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
 from hafl_app.wire.node_profile import NodeProfile
 
@@ -58,7 +59,7 @@ def wait_for_nodes(
     directory = build.node_directory(settings, label_names, numbering)
     profiles = strategy.coordinator.participation.wait_for_nodes(grid, directory)
     if label_names is None:
-        label_names = label_names_of_all(settings, profiles)
+        label_names = label_names_of_all(settings, directory, profiles)
         directory.label_names = label_names
     return central_text(settings, label_names)
 
@@ -77,8 +78,13 @@ def known_label_names(settings: Settings) -> tuple[str, ...] | None:
     return None if names is None else checked_label_names(names, "dataset.label_names")
 
 
-def label_names_of_all(settings: Settings, profiles: Iterable[NodeProfile]) -> tuple[str, ...]:
+def label_names_of_all(
+    settings: Settings, directory: NodeDirectory, profiles: Iterable[NodeProfile]
+) -> tuple[str, ...]:
     """Return the classes of the nodes and of the server's test file together.
+
+    Nodes with the fewest classes come first; one whose classes would be too many in all is left
+    out, so that no node can end the run for the others.
 
     Raises
     ------
@@ -86,4 +92,14 @@ def label_names_of_all(settings: Settings, profiles: Iterable[NodeProfile]) -> t
         If there are fewer than two, or too many, or the test file cannot be read.
     """
     central = central_label_names(build.text_source(settings))
-    return union_of_labels([central, *(profile.label_names for profile in profiles)])
+    names = set(central)
+    for profile in sorted(profiles, key=lambda p: (len(p.label_names), p.partition_id)):
+        if len(more := names | set(profile.label_names)) > MOST_LABELS:
+            directory.refuse(
+                profile.node_id,
+                f"its {len(profile.label_names)} classes and those of the other nodes are "
+                f"{len(more)}, expected at most {MOST_LABELS}",
+            )
+        else:
+            names = more
+    return union_of_labels([names])

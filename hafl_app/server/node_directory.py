@@ -75,9 +75,10 @@ class NodeDirectory:
         and longer while there is nobody else.
         """
         end = time.monotonic() + self._timeout_s
-        asked = set(grid.get_node_ids()) - set(self.profiles)
+        connected = set(grid.get_node_ids())
+        asked = connected - set(self.profiles)
         while True:
-            self._query(grid, sorted(asked), min(_NEWCOMER_SECONDS, self._timeout_s))
+            self._query(grid, asked, connected, min(_NEWCOMER_SECONDS, self._timeout_s))
             connected = set(grid.get_node_ids())
             present = self._present(connected)
             asked = connected - set(self.profiles) - set(self.refusals)
@@ -118,7 +119,7 @@ class NodeDirectory:
         while True:
             connected = set(grid.get_node_ids())
             unknown = connected - set(self.profiles) - set(self.refusals)
-            self._query(grid, sorted(unknown), min(_START_SECONDS, self._start_timeout_s))
+            self._query(grid, unknown, connected, min(_START_SECONDS, self._start_timeout_s))
             profiles = self._present(connected)
             if profiles and len(profiles) + len(self.refusals) >= self._expected(profiles):
                 return self._numbered(profiles)
@@ -147,12 +148,14 @@ class NodeDirectory:
     def _nobody(self) -> bool:
         return bool(self.refusals) and not self.profiles
 
-    def _query(self, grid: Grid, node_ids: Sequence[int], patience_s: float) -> None:
+    def _query(
+        self, grid: Grid, node_ids: set[int], connected: set[int], patience_s: float
+    ) -> None:
         """Ask these nodes, give those that are new a moment, and take in all answers there are."""
         content = RecordDict()
         if self.label_names is not None:
             content[CONFIG] = ConfigRecord({LABEL_NAMES: list(self.label_names)})
-        new = self._questions.ask(grid, node_ids, content)
+        new = self._questions.ask(grid, sorted(node_ids), content)
         answered = []
         for node_id, reply in self._questions.answers(grid, new, patience_s):
             if reply.has_error():
@@ -162,7 +165,7 @@ class NodeDirectory:
                 answered.append(NodeProfile.from_reply(reply))
             except ValueError as error:
                 self.refuse(node_id, str(error))
-        self._admit(answered, set(grid.get_node_ids()))
+        self._admit(answered, connected)
 
     def _admit(self, answered: Sequence[NodeProfile], connected: set[int]) -> None:
         """Take in profiles; a partition is one node's."""

@@ -51,7 +51,7 @@ class Participation:
         self.seconds: dict[int, float] = {}
         self._accepted: dict[int, NodeProfile] = {}  # by node id
         self._accepted_ranks: Counter[int] = Counter()
-        self._failed_this_round: set[int] = set()  # partitions
+        self._failed_this_round: set[int] = set()  # node ids
 
     # ---- before round 1 --------------------------------------------------------------------
 
@@ -95,6 +95,7 @@ class Participation:
                 self.directory.refuse(profile.node_id, reason)
         left_out = [reason for reason in reasons if reason]
         if len(left_out) > _MOST_LEFT_OUT * len(profiles):
+            self._method.check([rank for profile in profiles for rank in profile.ranks])
             raise StrategyError(left_out[0])
 
     def prepare(self) -> None:
@@ -130,7 +131,7 @@ class Participation:
         fraction = options.federation.fraction_train
         if options.privacy.kind == "central_dp":
             return sample_poisson(present, fraction, options.privacy.noise_key, server_round)
-        fresh = [p for p in present if p.partition_id not in self._failed_this_round]
+        fresh = [p for p in present if p.node_id not in self._failed_this_round]
         wanted = sample_size(fraction, len(present))
         candidates = fresh if len(fresh) >= wanted else present
         share = wanted / len(candidates) if candidates else 0.0
@@ -155,7 +156,7 @@ class Participation:
         """
         present = [p for p in self._connected(grid) if p.partition_id not in self.held_out]
         excluded = self.quarantine.excluded(server_round)
-        rested = [p for p in present if p.partition_id not in excluded]
+        rested = [p for p in present if p.node_id not in excluded]
         # Under central privacy a node may decide about itself, but never about another.
         return rested if self._method.options.privacy.kind == "central_dp" else rested or present
 
@@ -199,10 +200,10 @@ class Participation:
             if SECONDS in reply.metrics:
                 self.seconds[profile.node_id] = reply.metrics[SECONDS]
             if reply.error:
-                self._failed_this_round.add(profile.partition_id)
+                self._failed_this_round.add(profile.node_id)
             cut = reply.fault == Fault.OUT_OF_MEMORY and self._cut_rank(profile)
             counts = not reply.error or cut
-            self.quarantine.record(profile.partition_id, counts, reply.server_round)
+            self.quarantine.record(profile.node_id, counts, reply.server_round)
 
     def _cut_rank(self, profile: NodeProfile) -> bool:
         """Halve the budget of a node that ran out of memory, if the method can serve that."""

@@ -1,20 +1,20 @@
-"""Nodes whose replies keep being refused rest for some rounds."""
+"""Nodes whose replies keep being rejected rest for some rounds."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 class Quarantine:
-    """Who is left out of a round, from whose replies counted and whose did not.
+    """Which nodes are left out of a round, from whose replies counted and whose did not.
 
-    After ``after`` refused replies in a row a partition is out for ``rounds`` rounds. Then it is
-    asked again, and one more refusal puts it out at once for as long; a reply that counts clears
+    After ``after`` rejected replies in a row a node is out for ``rounds`` rounds. Then it is
+    asked again, and one more rejection puts it out at once for as long; a reply that counts clears
     its record.
 
     Parameters
     ----------
     after
-        Refused replies in a row, at least 0; 0 leaves nobody out.
+        Rejected replies in a row, at least 0; 0 leaves none out.
     rounds
         Length of a rest, at least 1.
     """
@@ -25,23 +25,36 @@ class Quarantine:
         self._refused_in_row: dict[int, int] = {}
         self._last_round_out: dict[int, int] = {}
 
-    def record(self, partition_id: int, ok: bool, server_round: int) -> None:
-        """Note whether a partition's reply in this round counts."""
+    def record(self, node_id: int, ok: bool, server_round: int) -> None:
+        """Note whether a node's reply in this round counts."""
         if ok:
-            self._refused_in_row.pop(partition_id, None)
-            self._last_round_out.pop(partition_id, None)
+            self._refused_in_row.pop(node_id, None)
+            self._last_round_out.pop(node_id, None)
             return
-        refused = self._refused_in_row.get(partition_id, 0) + 1
-        self._refused_in_row[partition_id] = refused
+        refused = self._refused_in_row.get(node_id, 0) + 1
+        self._refused_in_row[node_id] = refused
         if 0 < self._after <= refused:
-            self._last_round_out[partition_id] = server_round + self._rounds
+            self._last_round_out[node_id] = server_round + self._rounds
 
     def excluded(self, server_round: int) -> set[int]:
-        """Return the partitions that are left out of this round."""
+        """Return the nodes that are left out of this round."""
         return {p for p, last in self._last_round_out.items() if server_round <= last}
 
+    def renamed(self, names: Mapping[int, int]) -> "Quarantine":
+        """Return the same quarantine under other ids; a node without one is forgotten."""
+        other = Quarantine(self._after, self._rounds)
+        for mine, theirs in (
+            (self._refused_in_row, other._refused_in_row),
+            (self._last_round_out, other._last_round_out),
+        ):
+            theirs.update({names[k]: value for k, value in mine.items() if k in names})
+        return other
+
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` needs to go on from here; JSON has no numbers as keys."""
+        """Return what `from_json` needs to go on from here; JSON has no numbers as keys.
+
+        Flower's node ids may be others when a run goes on: see `renamed`.
+        """
         return {
             "refused-in-row": [list(pair) for pair in sorted(self._refused_in_row.items())],
             "last-round-out": [list(pair) for pair in sorted(self._last_round_out.items())],
@@ -60,4 +73,4 @@ class Quarantine:
 
 
 def _numbers(pairs: Any) -> dict[int, int]:
-    return {int(partition_id): int(number) for partition_id, number in pairs}
+    return {int(node_id): int(number) for node_id, number in pairs}

@@ -36,7 +36,10 @@ def take_snapshot(strategy: Method) -> Snapshot:
     tree = {"adapter": adapter_tree(strategy.global_adapter), "memory": strategy.memory()}
     state = {
         "ledger": coordinator.ledger.to_json(),
-        "quarantine": participation.quarantine.to_json(),
+        # By partition: Flower's node ids may be others when the run goes on.
+        "quarantine": participation.quarantine.renamed(
+            {p.node_id: p.partition_id for p in coordinator.directory.in_order()}
+        ).to_json(),
         "rank_limits": {str(k): rank for k, rank in participation.rank_limits.items()},
         "train_loss": coordinator.train_loss,
     }
@@ -53,7 +56,7 @@ def restore(strategy: Method, snapshot: Snapshot) -> None:
     quarantine = strategy.options.federation.quarantine
     participation.quarantine = Quarantine.from_json(
         state["quarantine"], quarantine.after, quarantine.rounds
-    )
+    ).renamed({p.partition_id: p.node_id for p in coordinator.directory.in_order()})
     participation.rank_limits = {int(k): rank for k, rank in state["rank_limits"].items()}
     coordinator.train_loss = state["train_loss"]
 

@@ -176,3 +176,45 @@ class TestRefusals:
                 return replies
 
         assert directory_at(clock, timeout_s=1.0).refresh(Meddling(n11=placed(0, 1))) == []
+
+
+class TestOnePartitionOneNode:
+    def test_the_second_node_of_a_partition_is_left_out_by_name(self, clock):
+        grid, directory = FakeGrid(n11=placed(0, 2), n12=placed(0, 2)), directory_at(clock)
+
+        assert ids(directory.wait_for_all(grid)) == [11]
+        assert directory.refusals == {12: "partition-id 0 is node 11's"}
+
+    def test_a_node_that_restarts_under_another_id_gets_its_partition_back(self, clock):
+        grid = FakeGrid(n11=placed(0, 2), n12=placed(1, 2))
+        directory = directory_at(clock)
+        directory.wait_for_all(grid)
+
+        del grid.nodes[11]
+        grid.join(n13=placed(0, 2))
+
+        assert ids(directory.refresh(grid)) == [13, 12]
+        assert ids(directory.in_order()) == [13, 12]  # the old one is counted no longer
+
+    def test_a_kept_partition_waits_for_its_node(self, clock):
+        grid = FakeGrid(n11=placed(0, 2), n12=placed(1, 2))
+        directory = directory_at(clock, keeps_partitions=True)
+        directory.wait_for_all(grid)
+
+        back = grid.nodes.pop(11)
+        grid.join(n13=placed(0, 2))
+        assert ids(directory.refresh(grid)) == [12]
+        assert directory.refusals == {13: "partition-id 0 is node 11's"}
+
+        grid.nodes[11] = back
+        assert ids(directory.refresh(grid)) == [11, 12]
+
+    def test_a_reason_of_megabytes_is_one_short_line(self, clock):
+        grid = FakeGrid(n11=placed(0, 1), n12="\x1b[2Jforged\nline " * 300_000)
+        directory = directory_at(clock)
+
+        directory.wait_for_all(grid)
+
+        reason = directory.refusals[12]
+        assert len(reason) < 400
+        assert reason.startswith("\\x1b[2Jforged line")
