@@ -1,4 +1,4 @@
-"""The documentation points at what exists: pages, headings, files, scripts, groups and experiments."""
+"""The documentation points at what exists: pages, headings, files, groups and experiments."""
 
 import re
 from collections.abc import Iterator
