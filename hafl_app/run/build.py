@@ -2,35 +2,31 @@
 
 import functools
 import json
-import logging
-import os
 import random
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.sources import IMAGES, TextSource, load_text
-from hafl_app.data.text import Tokenize, TokenizePairs
 from hafl_app.metrics import TASKS, Task
 from hafl_app.privacy.mechanism import PrivacyOptions, new_noise_key
+from hafl_app.run.tokenization import cache_folder, pair_tokenizer, tokenizing
 from hafl_app.server.held_out_clients import draw_unseen
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
 from hafl_app.server.options import RunOptions
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.training.answers import require_rouge
-from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec, load_tokenizer
+from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.device import resolve_device
 from hafl_app.training.local import TrainOptions
 from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model, with_quantization
-from hafl_app.training.prompts import load_pair_tokenizer
 from hafl_app.training.quantization.block_precision import BLOCKWISE
 from hafl_app.training.quantization.blocks import NOT_QUANTIZED
 from hafl_app.training.quantization.linear import PRECISIONS
@@ -73,23 +69,6 @@ def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
         In one line, if they are wrong.
     """
     return compose(overrides_of_run(run_config))
-
-
-def show_log() -> None:
-    """Print what this project logs from level INFO on, unless someone already shows it."""
-    logger = logging.getLogger("hafl_app")
-    if logger.level != logging.INFO:  # to set it clears what logging has cached, every time
-        logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        logger.addHandler(handler)
-
-
-def cache_folder() -> Path:
-    """Return the folder of tokenized data: `$HAFL_CACHE`, else `hafl` in the user's cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("HAFL_CACHE") or Path(root) / "hafl")
 
 
 def base_spec(settings: Settings) -> BaseSpec:
@@ -189,28 +168,6 @@ def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
     )
 
 
-class _LazyTokenizer:
-    """Loads the tokenizer when the first text comes, so that counting rows needs none."""
-
-    def __init__(self, spec: BaseSpec, max_length: int) -> None:
-        self._spec = spec
-        self._max_length = max_length
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        return load_tokenizer(self._spec, self._max_length)(texts)
-
-
-class _LazyPairTokenizer:
-    """The same for prompts with answers."""
-
-    def __init__(self, spec: BaseSpec, max_length: int) -> None:
-        self._spec = spec
-        self._max_length = max_length
-
-    def __call__(self, prompts: list[str], answers: list[str]) -> tuple[list[list[int]], list[int]]:
-        return load_pair_tokenizer(self._spec, self._max_length)(prompts, answers)
-
-
 @functools.lru_cache(maxsize=2)
 def _federated_text(
     source: TextSource,
@@ -220,40 +177,14 @@ def _federated_text(
     max_length: int,
 ) -> FederatedText:
     validation_fraction, holdout_fraction = shares
-    pairs: TokenizePairs | None = None
-    if spec.task == CAUSAL_LM:
-        pairs = _LazyPairTokenizer(spec, max_length)
     return FederatedText(
         source,
         partitioning,
         validation_fraction=validation_fraction,
         holdout_fraction=holdout_fraction,
-        tokenize_pairs=pairs,
+        tokenize_pairs=pair_tokenizer(spec, max_length),
         **tokenizing(spec, max_length),
     )
-
-
-class Tokenizing(TypedDict):
-    """How texts become tokens: the arguments of that name of what encodes text."""
-
-    tokenize: Tokenize
-    tokenizer_key: str
-    cache: Path | None
-
-
-def tokenizing(spec: BaseSpec, max_length: int) -> Tokenizing:
-    """Return how texts become tokens; the tokenizer is loaded when the first text comes."""
-    return Tokenizing(
-        tokenize=_LazyTokenizer(spec, max_length),
-        tokenizer_key=_tokenizer_key(spec, max_length),
-        cache=cache_folder(),
-    )
-
-
-def _tokenizer_key(spec: BaseSpec, max_length: int) -> str:
-    # A tokenizer of the model's own code may cut texts otherwise.
-    code = "/own code" if spec.trust_remote_code else ""
-    return f"{spec.path}@{spec.revision}/{max_length}{code}"
 
 
 def model_spec(settings: Settings, num_labels: int) -> LoraSpec:

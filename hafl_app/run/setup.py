@@ -10,6 +10,7 @@ from hafl_app.data.labels import MOST_LABELS, checked_label_names, union_of_labe
 from hafl_app.data.shares import CentralText
 from hafl_app.data.sources import ON_DEVICE
 from hafl_app.run import build
+from hafl_app.run.tokenization import tokenizing
 from hafl_app.server.method import Method
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
@@ -27,8 +28,8 @@ def central_text(settings: Settings, label_names: Sequence[str]) -> CentralText:
     if settings.dataset.source != ON_DEVICE:
         # The central splits are the same whatever the number of clients.
         return build.federated_text(settings, settings.federation.num_clients)
-    tokenizing = build.tokenizing(build.base_spec(settings), settings.dataset.max_length)
-    return CentralFile(build.text_source(settings), label_names, **tokenizing)
+    how = tokenizing(build.base_spec(settings), settings.dataset.max_length)
+    return CentralFile(build.text_source(settings), label_names, **how)
 
 
 def wait_for_nodes(

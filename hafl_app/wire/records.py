@@ -7,7 +7,7 @@ each array more would cost some 300 bytes. Names on the wire are kebab-case and 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -224,36 +224,6 @@ def read_plan(content: RecordDict) -> TrainPlan:
         return TrainPlan.from_json(read_text(record, PLAN))
     except ValueError as error:
         raise RecordError(f"no readable plan in the message: {error}") from error
-
-
-def read_label_names(content: RecordDict) -> tuple[str, ...] | None:
-    """Read the names of the run's classes; None if the server does not say them.
-
-    Raises
-    ------
-    RecordError
-        If they are not a list of text.
-    """
-    names = config_of(content, CONFIG).get(LABEL_NAMES)
-    if names is None:
-        return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RecordError(f"config: {LABEL_NAMES!r} is not a list of text")
-    return tuple(cast(list[str], names))
-
-
-def read_partition_id(content: RecordDict) -> int:
-    """Read the number that the server gave a node which has none of its own.
-
-    Raises
-    ------
-    RecordError
-        If there is none, or it is no number from 0.
-    """
-    number = config_of(content, CONFIG).get(PARTITION_ID)
-    if type(number) is not int or number < 0:
-        raise RecordError(f"config: {PARTITION_ID!r} is {number!r}, expected a number from 0")
-    return number
 
 
 def message_bytes(message: Message) -> int:

@@ -22,7 +22,7 @@ from flwr.app import ConfigRecord
 from running import TINY
 
 from hafl_app.client.warm_worker import ray_runtime
-from hafl_app.engines.flower_run import free_port
+from hafl_app.engines.processes import free_port
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.run import build
 from hafl_app.training.lora_model import adapter_shapes
