@@ -2,9 +2,9 @@
 
 from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
 
-from hafl_app.client.answering_faults import Handler, answering_faults
 from hafl_app.client.bandwidth import bandwidth_kbps
 from hafl_app.client.error_feedback import encode_with_feedback
+from hafl_app.client.error_replies import Handler, errors_as_replies
 from hafl_app.client.local_head import keep_local_head, with_local_head
 from hafl_app.client.node import Node
 from hafl_app.lowrank.factors import Adapter
@@ -27,7 +27,7 @@ from hafl_app.wire.records import METRICS, NUM_EXAMPLES, SECONDS, adapter_conten
 from hafl_app.wire.requests import read_query, read_request
 
 
-@answering_faults
+@errors_as_replies
 def query(message: Message, context: Context) -> Message:
     """Answer with this node's profile."""
     node, request = Node.of(context), read_query(message)
@@ -55,7 +55,7 @@ def query(message: Message, context: Context) -> Message:
     return Message(RecordDict({PROFILE: profile.to_record()}), reply_to=message)
 
 
-@answering_faults
+@errors_as_replies
 def train(message: Message, context: Context) -> Message:
     """Train the plan's components on this node's data and upload them."""
     node, request = Node.of(context), read_request(message)
@@ -80,7 +80,7 @@ def train(message: Message, context: Context) -> Message:
     return Message(adapter_content(arrays, **{METRICS: metrics}), reply_to=message)
 
 
-@answering_faults
+@errors_as_replies
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received adapter on this node's held-out share of data."""
     node, request = Node.of(context), read_request(message)

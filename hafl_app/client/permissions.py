@@ -93,7 +93,7 @@ class Permissions:
         Raises
         ------
         NotAllowedError
-            If a list is malformed: a node that is not set up as intended must not go on.
+            If a list is malformed: a node must not answer with other permissions than intended.
         """
         given = {
             key: node_config.get(key, environ.get(variable(key)))
@@ -107,7 +107,7 @@ class Permissions:
         )
 
     def check(self, settings: Settings) -> None:
-        """Refuse settings that name a path, a repository or code that is not allowed.
+        """Reject settings that name a path, a repository or code that is not allowed.
 
         Raises
         ------
@@ -131,7 +131,7 @@ class Permissions:
             return
         if not Path(path).is_absolute():
             raise NotAllowedError(f"{setting}={path!r}: a node takes absolute paths only")
-        # Resolved: neither `..` nor a link leads out of what is allowed.
+        # Resolved: neither `..` nor a link leads out of the allowed folders.
         real = Path(path).resolve()
         if not any(real.is_relative_to(allowed) for allowed in self.paths):
             raise _refused(setting, path, PATHS)

@@ -121,7 +121,7 @@ def _usable_mb(settings: Settings, limits: NodeLimits) -> float:
     if stated is None:
         total = usable_memory_mb(device)
     else:
-        # A GPU says what it has, so a stated limit can only lower it.
+        # A GPU reports its memory, so a stated limit can only lower it.
         total = min(stated, usable_memory_mb(device)) if device.type == "cuda" else stated
     return total * (1 - settings.ranks.memory_margin)
 

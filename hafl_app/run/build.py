@@ -1,4 +1,4 @@
-"""From checked settings to the objects of a run: where settings, data and training meet."""
+"""Objects of a run, built from checked settings."""
 
 import functools
 import json
@@ -45,7 +45,7 @@ KNOBS = {
 
 
 def overrides_of_run(run_config: Mapping[str, Any]) -> list[str]:
-    """Return the Hydra overrides that a Flower run config asks for.
+    """Return the Hydra overrides of a Flower run config.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def overrides_of_run(run_config: Mapping[str, Any]) -> list[str]:
 
 
 def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
-    """Compose the settings that a Flower run config asks for, see `overrides_of_run`.
+    """Compose the settings of a Flower run config, see `overrides_of_run`.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def _check_images(settings: Settings) -> None:
 
 
 def text_source(settings: Settings) -> TextSource:
-    """Return where the text or the images come from."""
+    """Return the source of the text or the images."""
     values = {f.name: getattr(settings.dataset, f.name) for f in fields(TextSource)}
     if values["label_names"] is not None:
         values["label_names"] = tuple(values["label_names"])
@@ -149,20 +149,20 @@ def text_source(settings: Settings) -> TextSource:
 
 
 def test_pairs(settings: Settings) -> tuple[list[str], list[str]]:
-    """Return the prompts and the expected answers of the test set, none of them cut."""
+    """Return the prompts and the expected answers of the test set, in full length."""
     rows = load_text(text_source(settings)).test.with_format(None)
     return rows["text"][:], rows["answer"][:]
 
 
 def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
-    """Return the data of a federation; nothing is loaded before it is asked for."""
+    """Return the data of a federation, loaded at the first use."""
     task(settings)
     dataset, partition = settings.dataset, settings.partition
     partitioning = Partitioning(
         num_partitions=num_partitions, seed=settings.seed, **asdict(partition)
     )
     shares = (dataset.validation_fraction, dataset.holdout_fraction)
-    # The same object for every message of a process: what it loads stays loaded.
+    # The same object for every message of a process, so that data stay loaded.
     return _federated_text(
         text_source(settings), partitioning, shares, base_spec(settings), dataset.max_length
     )
@@ -188,7 +188,7 @@ def _federated_text(
 
 
 def model_spec(settings: Settings, num_labels: int) -> LoraSpec:
-    """Return what decides the model's weights before training.
+    """Return the specification of the model: all that decides its weights before training.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ def model_spec(settings: Settings, num_labels: int) -> LoraSpec:
 
 
 def classifier_spec(settings: Settings, num_labels: int) -> ClassifierSpec:
-    """Return what decides a classifier's weights before training."""
+    """Return the specification of a classifier, see `model_spec`."""
     return ClassifierSpec(
         base=base_spec(settings),
         num_labels=num_labels,
@@ -226,7 +226,7 @@ def model(settings: Settings, num_labels: int, quantization: str | None = None) 
     Parameters
     ----------
     quantization
-        What this node chose, as in a `BaseSpec`; None for what the settings say.
+        Chosen by this node, as in a `BaseSpec`; None for that of the settings.
     """
     spec = model_spec(settings, num_labels)
     if quantization is not None:
@@ -255,18 +255,18 @@ def step_memory(settings: Settings, num_labels: int) -> StepMemory:
 
 
 def train_options(settings: Settings) -> TrainOptions:
-    """Return how clients train."""
+    """Return the options of local training."""
     return TrainOptions(**{f.name: getattr(settings.client, f.name) for f in fields(TrainOptions)})
 
 
 def privacy_options(settings: Settings) -> PrivacyOptions:
-    """Return how private the run is, with a key for its noise."""
+    """Return the privacy options of the run, with a key for its noise."""
     values = {k: v for k, v in asdict(settings.privacy).items() if k != "noise_seed"}
     return PrivacyOptions(**values, noise_key=new_noise_key(settings.privacy.noise_seed))
 
 
 def run_options(settings: Settings) -> RunOptions:
-    """Return what holds for the whole run, whatever the method."""
+    """Return the options of the run, the same for every method."""
     return RunOptions(
         federation=settings.federation,
         client=settings.client,
@@ -282,14 +282,14 @@ def node_directory(
     label_names: tuple[str, ...] | None,
     numbering: Numbering | None = None,
 ) -> NodeDirectory:
-    """Return the directory of a run whose nodes are still to be asked.
+    """Return the directory of a run whose nodes have not been queried yet.
 
     Parameters
     ----------
     label_names
-        The run's classes; None if the nodes are to say theirs.
+        The run's classes; None if the nodes name theirs.
     numbering
-        Of the run that goes on.
+        Of the resumed run.
     """
     federation = settings.federation
     return NodeDirectory(
@@ -311,11 +311,11 @@ def client_tiers(settings: Settings, num_clients: int) -> list[RankTier]:
     return [ranks.tiers[i] for i in drawn]
 
 
-@functools.lru_cache(maxsize=8)  # every one of many simulated nodes asks for its own
+@functools.lru_cache(maxsize=8)  # called for each of many simulated nodes
 def _drawn_tiers(
     shares: tuple[float, ...], num_clients: int, order: str, seed: int
 ) -> tuple[int, ...]:
-    """Return which tier each partition is of."""
+    """Return the index of each partition's tier."""
     tiers = scale_tiers(list(enumerate(shares)), num_clients)
     if order == "shuffled":
         random.Random(f"{seed}/ranks").shuffle(tiers)

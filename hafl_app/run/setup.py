@@ -1,4 +1,4 @@
-"""Before round 1: wait for the nodes, and agree with them on the classes."""
+"""Setup before round 1: wait for the nodes, and agree with them on the classes."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,7 +18,7 @@ from hafl_app.wire.node_profile import NodeProfile
 
 
 def central_text(settings: Settings, label_names: Sequence[str]) -> CentralText:
-    """Return the data that the server scores on.
+    """Return the data that the server evaluates on.
 
     Raises
     ------
@@ -39,14 +39,14 @@ def wait_for_nodes(
     label_names: tuple[str, ...] | None,
     numbering: Numbering,
 ) -> CentralText:
-    """Ask the nodes what they are, and return the server's data once the classes are agreed.
+    """Query the nodes, agree on the classes, and return the server's data.
 
     Parameters
     ----------
     label_names
-        The run's classes; None for those of all nodes that are there, and of the test file.
+        The run's classes; None for those of all connected nodes and of the test file.
     numbering
-        Numbers that nodes have been given in this run.
+        Numbers of the nodes in this run.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def wait_for_nodes(
 
 
 def known_label_names(settings: Settings) -> tuple[str, ...] | None:
-    """Return the run's classes if settings or central data say them; None if the nodes must.
+    """Return the run's classes from settings or central data; None if the nodes name them.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 All factors of a message travel in one flat array, so that small ranks do not pay for headers;
 a layout record says how to cut it, as compressed JSON, with scores and scales as bytes beside it:
-each array more would cost some 300 bytes. Names on the wire are kebab-case and spelled only here.
+each further array would cost some 300 bytes. Names on the wire are kebab-case, spelled only here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,7 +49,7 @@ ROUNDING_ERRORS = "rounding-errors"
 
 @dataclass(frozen=True)
 class AdapterArrays:
-    """An adapter as arrays, of numbers as they travel.
+    """An adapter as arrays, in the number format of the message.
 
     Parameters
     ----------
@@ -66,9 +66,9 @@ class AdapterArrays:
         The factors' format.
     scales
         With ``int8`` and ``mixed``, module name to ``(rank,)`` bits of bfloat16 for the rows of
-        lora_A and the columns of lora_B: what their numbers are to be multiplied with.
+        lora_A and the columns of lora_B: factors of their numbers.
     bits
-        With ``mixed``, module name to what each component's codes are packed in: 2, 4, 8 or 16.
+        With ``mixed``, module name to the bits of each component's codes: 2, 4, 8 or 16.
     """
 
     modules: Mapping[str, tuple[Numbers, Numbers]]
@@ -106,7 +106,7 @@ def pack(adapter: AdapterArrays) -> tuple[ArrayRecord, ConfigRecord]:
 
 
 def unpack(arrays: ArrayRecord, record: ConfigRecord) -> AdapterArrays:
-    """Read what `pack` wrote.
+    """Read the adapter of ``(arrays, layout)``.
 
     Raises
     ------
@@ -180,7 +180,7 @@ def _score_dtype(numbers: NumberFormat) -> str:
 
 
 def adapter_content(adapter: AdapterArrays, **records: ConfigRecord | MetricRecord) -> RecordDict:
-    """Return a message content with an adapter and other records."""
+    """Return a message content of an adapter and other records."""
     arrays, layout = pack(adapter)
     return RecordDict({ARRAYS: arrays, LAYOUT: layout, **records})
 
@@ -240,7 +240,7 @@ def message_bytes(message: Message) -> int:
 def content_bytes(content: RecordDict) -> int:
     """Count the bytes of a content's arrays, values and names, 8 for a number, decoding nothing.
 
-    For refusing content by its size before it is unpacked; `message_bytes` counts what travels.
+    For rejecting content by its size before it is unpacked; `message_bytes` counts the traffic.
     """
     return sum(
         _value_bytes(part)

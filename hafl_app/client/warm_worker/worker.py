@@ -46,7 +46,7 @@ def end_this_actor() -> None:
 
 
 class Worker:
-    """Answers the messages of a node, one after another, and ends when none has come for a while.
+    """Answers a node's messages one after another, and ends when it has been idle for long.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class Worker:
         threading.Thread(target=self._end_when_idle, daemon=True).start()
 
     def answer(self, message: Any, context: Any, permitting: Mapping[str, str]) -> Answer:
-        """Answer a message as the process that asks would.
+        """Answer a message in place of the process that asks.
 
         Parameters
         ----------

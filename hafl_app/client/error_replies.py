@@ -37,7 +37,7 @@ def fault_behind(error: Exception) -> tuple[Fault, str] | None:
         if isinstance(error, kind):
             return fault, str(error)
     if isinstance(error, DataError):
-        # These messages may quote a file's path, a label or a cell, for whoever owns the data.
+        # These messages may quote a file's path, a label or a cell, for the owner of the data.
         return Fault.DATA_UNAVAILABLE, "this node cannot read its data; its own log says why"
     if is_out_of_memory(error):  # outside of training, where there is nothing to halve
         return Fault.OUT_OF_MEMORY, "this node's memory does not suffice"
@@ -60,13 +60,13 @@ _QUOTABLE: dict[type[Exception], Fault] = {
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and what it was raised from: a full disk may come wrapped."""
+    """Yield an exception and its causes: a full disk may come wrapped."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def answering_faults(handler: Handler) -> Handler:
+def errors_as_replies(handler: Handler) -> Handler:
     """Make a handler of a ClientApp reply with the fault instead of raising it.
 
     Unexpected exceptions are raised; Flower replies for them.
