@@ -1,10 +1,10 @@
-"""The node that answers a message: its settings, its data, its model and its number in the run."""
+"""The node that answers a message: its settings, its data and its model in the run."""
 
 import logging
 import os
 from dataclasses import dataclass, replace
 
-from flwr.app import Context, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
 from safetensors import SafetensorError
 
 from hafl_app.client.base_precision import base_precision
@@ -17,8 +17,10 @@ from hafl_app.data.errors import UnfitDataError
 from hafl_app.data.own_file import OwnFile
 from hafl_app.data.shares import Share
 from hafl_app.data.sources import ON_DEVICE
+from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
 from hafl_app.run import build
+from hafl_app.seeds import client_seed
 from hafl_app.training.base_model import ModelError
 from hafl_app.training.local import TrainOptions
 from hafl_app.training.lora_model import LoraModel
@@ -28,6 +30,41 @@ from hafl_app.wire.node_profile import UNNUMBERED
 from hafl_app.wire.requests import TrainRequest
 
 _LOGGER = logging.getLogger(__name__)
+_OWN_HEAD = "local-head"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that is ready to run on this node.
+
+    Parameters
+    ----------
+    server_round
+        Of the request.
+    number
+        Of the node in the run: its partition, else the server's number for it.
+    seed
+        Of this node's training in this round.
+    plan
+        Of the request, within the node's limits.
+    options
+        Of local training, within the node's limits.
+    adapter
+        The received components, with the head that applies here.
+    share
+        The node's data.
+    model
+        The base model with LoRA layers.
+    """
+
+    server_round: int
+    number: int
+    seed: int
+    plan: TrainPlan
+    options: TrainOptions
+    adapter: Adapter
+    share: Share
+    model: LoraModel
 
 
 @dataclass(frozen=True)
@@ -94,19 +131,34 @@ class Node:
         """Whether the node adds noise to its own uploads."""
         return self.settings.privacy.kind == "local_dp"
 
-    def number(self, request: TrainRequest) -> int:
-        """Return the node's number in the run: its partition, else the number from the server.
+    def prepare(self, request: TrainRequest) -> Job:
+        """Load the data and the model for a request, and apply the node's limits to its plan.
 
         Raises
         ------
         RecordError
-            If it has neither.
+            If the node has no number, and the request gives none.
+        hafl_app.data.errors.DataError, ModelError
+            See `share` and `model`.
         """
-        if self.partition_id != UNNUMBERED:
-            return self.partition_id
-        if request.partition_id is None:
-            raise RecordError("config: 'partition-id' is None, expected a whole number from 0")
-        return request.partition_id
+        settings, number = self.settings, self._number(request)
+        share = self.share(request.label_names)
+        plan = self.limits.limit_plan(request.plan)
+        local_epochs = settings.client.local_epochs
+        return Job(
+            server_round=request.server_round,
+            number=number,
+            seed=client_seed(settings.seed, request.server_round, number),
+            plan=plan,
+            options=self.limits.limit_options(build.train_options(settings), plan, local_epochs),
+            adapter=self._with_own_head(request.adapter),
+            share=share,
+            model=self.model(share),
+        )
+
+    def keep_head(self, adapter: Adapter) -> None:
+        """Keep a trained head for the next message, with ``model.head=local``."""
+        self.state[_OWN_HEAD] = ArrayRecord(dict(adapter.head))
 
     def rank_budget(self, num_labels: int) -> RankTier:
         """Return the node's rank budget, see `hafl_app.client.rank_budget.rank_budget`."""
@@ -152,10 +204,18 @@ class Node:
                 f"model.path={self.settings.model.path}: cannot be loaded ({type(error).__name__})"
             ) from error
 
-    def train_options(self, plan: TrainPlan) -> TrainOptions:
-        """Return how to train under a plan, within the node's limits."""
-        options = build.train_options(self.settings)
-        return self.limits.limit_options(options, plan, self.settings.client.local_epochs)
+    def _number(self, request: TrainRequest) -> int:
+        if self.partition_id != UNNUMBERED:
+            return self.partition_id
+        if request.partition_id is None:
+            raise RecordError("config: 'partition-id' is None, expected a whole number from 0")
+        return request.partition_id
+
+    def _with_own_head(self, adapter: Adapter) -> Adapter:
+        """Return a received adapter with the node's own head, if it keeps one and none was sent."""
+        if adapter.head or _OWN_HEAD not in self.state.array_records:
+            return adapter
+        return adapter.with_head(self.state.array_records[_OWN_HEAD].to_torch_state_dict())
 
     def _base_precision(self, share: Share) -> str | None:
         """Return the precision that this node chose for its base model; None: the settings'."""
