@@ -103,7 +103,7 @@ class TestRun:
 class TestSettings:
     def test_the_draw_follows_from_the_seed_alone(self):
         settings = compose([*TINY, "federation.unseen_clients=2", "seed=4"])
-        drawn = build.strategy(settings).unseen
+        drawn = build.strategy(settings).coordinator.participation.held_out
         assert drawn == draw_unseen(5, 2, seed=4)
         assert len({draw_unseen(5, 2, seed) for seed in range(20)}) > 3
 
