@@ -1,4 +1,4 @@
-"""What the command-line programs share: exit codes, and errors in one line."""
+"""Command-line programs: exit codes, and errors in one line."""
 
 import os
 import signal
@@ -19,10 +19,10 @@ def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
     Parameters
     ----------
     job
-        Returns the exit code if nothing is raised. A `ValueError` is input that was refused (2), a
+        Returns the exit code if nothing is raised. A `ValueError` is rejected input (2), a
         `RuntimeError` or `OSError` is a failure (1), and Ctrl-C or SIGTERM an interruption (130).
     interrupted
-        What to print then.
+        Printed after an interruption.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,7 +49,7 @@ def run_program(
     Parameters
     ----------
     description
-        What ``--help`` prints instead.
+        Printed by ``--help``.
     """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):

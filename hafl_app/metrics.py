@@ -1,4 +1,4 @@
-"""What the models of a task are scored by: names of metrics, and which way is better.
+"""Metrics of each task: their names, and which direction is better.
 
 A metric is recorded as ``phase/name``, for example ``validation/accuracy``.
 """
@@ -18,13 +18,13 @@ class Metric:
     name
         On the wire and in records.
     title
-        For people.
+        In reports.
     higher_is_better
-        Which way is better.
+        Which direction is better.
     is_share
         Whether it is in [0, 1] and shown in percent.
     unit
-        What stands before it on a narrow line; empty where it needs no word.
+        Word before it on a narrow line; empty where it needs none.
     """
 
     name: str
@@ -38,17 +38,17 @@ class Metric:
         return f"{phase}/{self.name}"
 
     def merit(self, value: float) -> float:
-        """Return the value with its sign turned where lower is better: more is always better."""
+        """Return the value, negated where lower is better, so that higher is always better."""
         return value if self.higher_is_better else -value
 
     def text(self, value: float | None) -> str:
-        """Return the value to be read; ``-`` if there is none."""
+        """Return the value as text; ``-`` if there is none."""
         if value is None or not math.isfinite(value):
             return "-"
         return f"{value:.1%}" if self.is_share else f"{value:.2f}"
 
     def difference(self, better: float, worse: float) -> float:
-        """Return by how much the first value is better than the second; below 0 if it is not."""
+        """Return the margin of the first value over the second; below 0 if it is worse."""
         return self.merit(better) - self.merit(worse)
 
 
@@ -70,11 +70,11 @@ class Task:
     name
         As in the settings.
     primary
-        What rounds and learning rates are chosen by.
+        Rounds and learning rates are chosen by it.
     second
         Shown beside it.
     averaged
-        Names that clients send; the federation's are their means by number of examples.
+        Names of clients' metrics; the federation's are their means by number of examples.
     """
 
     name: str

@@ -20,7 +20,7 @@ ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
 NumberFormat = Literal["fp32", "bf16", "int8", "mixed"]
 
 NUMBER_BYTES: Mapping[NumberFormat, int] = {"fp32": 4, "bf16": 2, "int8": 1, "mixed": 2}
-"""What a number of a format takes; of ``mixed``, where every component has its own, at most."""
+"""Bytes of a number in each format; of ``mixed``, where every component has its own, at most."""
 
 BIT_LEVELS = (0, 2, 4, 8, 16)
 """Bits that a number of a component may have with ``mixed``; with 0 it is not uploaded."""
@@ -44,7 +44,7 @@ def format_indices(indices: Iterable[int]) -> str:
 
 
 def parse_indices(text: str) -> tuple[int, ...]:
-    """Read what `format_indices` wrote.
+    """Parse component indices written by `format_indices`.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def format_bits(bits: Iterable[int]) -> str:
 
 
 def parse_bits(text: str) -> tuple[int, ...]:
-    """Read what `format_bits` wrote, and nothing that it would have written otherwise.
+    """Parse bits written by `format_bits`; any other spelling is rejected.
 
     Raises
     ------
@@ -94,12 +94,12 @@ def parse_bits(text: str) -> tuple[int, ...]:
 
 
 def largest_code(bits: int) -> int:
-    """Return the largest code of so many bits; the smallest is its negative, and one is unused."""
+    """Return the largest code of ``bits`` bits; the smallest is its negative, and one is unused."""
     return int(2 ** (bits - 1) - 1)
 
 
 def component_bytes(bits: int, out_features: int, in_features: int) -> int:
-    """Return what one component takes in an upload: its two vectors of codes, and their scales.
+    """Return the bytes of one component in an upload: its two vectors of codes, and their scales.
 
     ``ceil(b m / 8) + ceil(b n / 8) + 4`` for a weight of m x n; 0 for 0 bits.
     """
@@ -237,14 +237,14 @@ class TailPruning:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a client is asked to do.
+    """Request of the server to one client: what to hold, train, measure and upload.
 
     Parameters
     ----------
     modules
         Module name to its components.
     head
-        ``averaged``: the head travels and is trained. ``frozen``: nobody trains it and it does
+        ``averaged``: the head travels and is trained. ``frozen``: it is not trained and does
         not travel; it follows from the seed. ``local``: each client keeps its own.
     importance
         What to measure from the gradients of the trainable components, see
@@ -318,7 +318,7 @@ class TrainPlan:
         return replace(self, modules=modules, upload="fp32", error_feedback=False)
 
     def upload_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
-        """Return what the factors' numbers take in an upload, with ``mixed`` also their scales.
+        """Return the bytes of an upload's factors, with ``mixed`` also of their scales.
 
         Parameters
         ----------
@@ -348,7 +348,7 @@ class TrainPlan:
 
     @classmethod
     def from_json(cls, text: str) -> "TrainPlan":
-        """Read what `to_json` wrote.
+        """Read a plan written by `to_json`.
 
         Raises
         ------
@@ -390,7 +390,7 @@ def _read_modules(entries: Any) -> dict[str, ModulePlan]:
 
 
 def _read_bits(rest: list[Any]) -> tuple[int, ...]:
-    """Read what may stand behind a module's names: nothing, or bits that are not empty."""
+    """Read the optional bits behind a module's names; given bits are not empty."""
     if not rest:
         return ()
     if len(rest) > 1 or not isinstance(rest[0], str) or not rest[0]:

@@ -1,4 +1,4 @@
-"""Random numbers that only names decide: the same on every machine and in every engine."""
+"""Seeds and draws derived from names: the same on every machine and in every engine."""
 
 import random
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def sample_positions(count: int, size: int, *names: object) -> list[int]:
     Parameters
     ----------
     names
-        What the draw is for, such as a seed, a phase and a round; other names draw independently.
+        Identify the draw, such as a seed, a phase and a round; other names draw independently.
     """
     # A string seed is hashed with SHA-512: the same on every machine.
     label = "/".join(map(str, names))
@@ -23,7 +23,7 @@ def sample_positions(count: int, size: int, *names: object) -> list[int]:
 
 
 def shuffled(values: Sequence[int], *names: object) -> list[int]:
-    """Return the values in an order that these names decide."""
+    """Return the values shuffled by a generator that the names seed."""
     order = list(values)
     random.Random("/".join(map(str, names))).shuffle(order)
     return order

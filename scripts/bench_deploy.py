@@ -30,7 +30,7 @@ from hafl_app.cli import run_script  # noqa: E402
 from hafl_app.client.warm_worker import ray_runtime  # noqa: E402
 from hafl_app.deployment.credentials import make_credentials  # noqa: E402
 from hafl_app.deployment.local import Deployment, LocalNode, local_deployment  # noqa: E402
-from hafl_app.engines.flower_run import free_port  # noqa: E402
+from hafl_app.engines.processes import free_port  # noqa: E402
 
 DEFAULTS = (
     *("model=tiny_random", "dataset=synthetic", "dataset.num_train=160", "dataset.num_test=40"),

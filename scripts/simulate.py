@@ -79,7 +79,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
 
 def _stop_what_is_left(folder: Path) -> None:
     """Stop the processes of a run whose `simulate.py` was killed."""
-    from hafl_app.engines.flower_run import stop_abandoned_run
+    from hafl_app.engines.processes import stop_abandoned_run
     from hafl_app.run.run_lock import RunLockedError, run_lock
 
     try:
@@ -117,7 +117,7 @@ def run_job(overrides: Sequence[str], folder: Path) -> None:
     if settings.engine == "inprocess":
         if settings.federation.ray_address:
             raise SettingsError("federation.ray_address: engine=inprocess uses no Ray; drop either")
-        from hafl_app.experiments.running import run_federation
+        from hafl_app.engines.in_process import run_federation
 
         run_federation(overrides)
     else:

@@ -11,6 +11,7 @@ import torch
 from running import records, run_tiny
 
 from hafl_app.client import handlers
+from hafl_app.client.node import Node
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.experiments.budget import equal_mean_bytes_rank
 from hafl_app.experiments.centralized import train_centralized
@@ -159,7 +160,7 @@ def test_without_central_evaluation_the_server_loads_no_weights(
 
     lora_model.resident_model.cache_clear()
     monkeypatch.setattr(lora_model, "load_base", load_base)
-    monkeypatch.setattr(handlers, "_model", lambda *_: Mock())
+    monkeypatch.setattr(Node, "model", lambda *_: Mock())
     monkeypatch.setattr(handlers, "train_locally", echo)
     monkeypatch.setattr(handlers, "score", lambda *_: AnswerScores(2.0, 0.5, 30, 3))
 

@@ -79,7 +79,7 @@ def test_a_run_whose_engine_forgets_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run(tmp_path / "out", f"resume={tmp_path / 'out'}", grid_type=Forgetful)
 
-    assert "federation.upload=mixed: what rounding had kept back on the clients is lost" in (
+    assert "federation.upload=mixed: the rounding errors kept by the clients are lost" in (
         caplog.text
     )
 

@@ -102,15 +102,15 @@ class TestNoise:
 
 class TestUploads:
     def test_hold_nothing_without_noise_under_local_privacy(self, tmp_path, monkeypatch):
-        from hafl_app.client import handlers
+        from hafl_app.client import training_reply
 
-        told, metrics = [], handlers._metrics
+        told, metrics = [], training_reply._metrics
 
         def spy(*args):
             told.append(dict(metrics(*args).items()))
             return metrics(*args)
 
-        monkeypatch.setattr(handlers, "_metrics", spy)
+        monkeypatch.setattr(training_reply, "_metrics", spy)
         run_tiny(tmp_path / "out", *LOCAL)
 
         assert told

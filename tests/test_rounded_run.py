@@ -121,7 +121,7 @@ def test_a_run_goes_on_without_what_an_engine_forgot_and_says_so(tmp_path, caplo
             grid_type=Forgetful,
         )
 
-    assert "federation.upload=int8: what rounding had kept back on the clients is lost" in (
+    assert "federation.upload=int8: the rounding errors kept by the clients are lost" in (
         caplog.text
     )
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "finished"

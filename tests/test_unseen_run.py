@@ -9,7 +9,7 @@ from running import TINY, records, run_tiny
 
 from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import SettingsError, compose
-from hafl_app.run import build, reporting
+from hafl_app.run import build, evaluation
 from hafl_app.run.preflight import check
 from hafl_app.server.held_out_clients import draw_unseen
 from hafl_app.training.answers import GenerationScores
@@ -103,7 +103,7 @@ class TestRun:
 class TestSettings:
     def test_the_draw_follows_from_the_seed_alone(self):
         settings = compose([*TINY, "federation.unseen_clients=2", "seed=4"])
-        drawn = build.strategy(settings).unseen
+        drawn = build.strategy(settings).coordinator.participation.held_out
         assert drawn == draw_unseen(5, 2, seed=4)
         assert len({draw_unseen(5, 2, seed) for seed in range(20)}) > 3
 
@@ -165,7 +165,7 @@ class TestGeneration:
             given.update(options=options, pairs=(prompts, references))
             return GenerationScores(0.25, 0.5, 4)
 
-        monkeypatch.setattr(reporting, "score_generation", score)
+        monkeypatch.setattr(evaluation, "score_generation", score)
         summary = run_tiny(tmp_path, *pairs, "federation.generate_examples=4")
 
         assert summary["generation"]["rouge-l"] == 0.25

@@ -1,1 +1,1 @@
-"""What a node does with a message."""
+"""A node's side: handlers of its messages, and its limits."""

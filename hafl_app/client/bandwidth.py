@@ -1,4 +1,4 @@
-"""What a node's uplink carries, in ``flower-supernode --node-config``."""
+"""Bandwidth of a node's uplink, from ``flower-supernode --node-config``."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _MOST_KBPS = 10**9
 
 
 def bandwidth_kbps(node_config: Mapping[str, Any]) -> int:
-    """Return what the operator states in 1000 bit/s; 0 if nothing.
+    """Return the uplink's bandwidth in 1000 bit/s as the operator states it; 0 if unknown.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How many bits this node keeps every block of the frozen base model in, with ``blockwise``."""
+"""Bits of each block of a node's frozen base model, with ``model.quantization=blockwise``."""
 
 import itertools
 import logging
@@ -28,14 +28,14 @@ _BATCHES = 8  # of a client's texts: means over some hundred texts hardly move a
 def base_precision(
     settings: Settings, limits: NodeLimits, rank: int, share: Share, state: RecordDict
 ) -> str:
-    """Return how many bits the blocks of this node's base model get, as in a `BaseSpec`.
+    """Return the bits of each block of this node's base model, written as in a `BaseSpec`.
 
-    They are chosen once and kept in the node's state; nothing of them is told to the server.
+    They are chosen once and kept in the node's state; the server does not learn them.
 
     Parameters
     ----------
     rank
-        This node's budget, for what training takes beside the base model.
+        This node's rank budget: training's memory beside the base model depends on it.
     share
         The data that the salience is measured on.
     state

@@ -1,4 +1,4 @@
-"""A node's own file of data: which one its operator named, and how it is read."""
+"""A node's own data file, named in its ``--node-config``."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from hafl_app.config.schema import Settings
 from hafl_app.data.own_file import OwnFile, OwnText
 from hafl_app.data.shares import Share
 from hafl_app.run import build
+from hafl_app.run.tokenization import tokenizing
 from hafl_app.training.base_model import BaseSpec
 
 DATA_PATH, TEXT_COLUMN, LABEL_COLUMN = "data-path", "text-column", "label-column"
@@ -16,7 +17,7 @@ DATA_PATH, TEXT_COLUMN, LABEL_COLUMN = "data-path", "text-column", "label-column
 
 @dataclass(frozen=True)
 class _ReadOptions:
-    """What decides a node's rows and tokens beside its file."""
+    """Options that decide a node's rows and tokens beside its file."""
 
     holdout_fraction: float
     seed: int
@@ -56,18 +57,18 @@ def own_share(settings: Settings, file: OwnFile, label_names: Sequence[str] | No
         If the file cannot be read.
     """
     dataset = settings.dataset
-    how = _ReadOptions(
+    options = _ReadOptions(
         dataset.holdout_fraction, settings.seed, build.base_spec(settings), dataset.max_length
     )
-    return _own_text(file, file.version(), how).share(label_names)
+    return _own_text(file, file.version(), options).share(label_names)
 
 
 @functools.lru_cache(maxsize=8)
-def _own_text(file: OwnFile, version: tuple[int, int], how: _ReadOptions) -> OwnText:
+def _own_text(file: OwnFile, version: tuple[int, int], options: _ReadOptions) -> OwnText:
     del version  # part of the key: a process that lives on must see that the file was replaced
     return OwnText(
         file,
-        holdout_fraction=how.holdout_fraction,
-        seed=how.seed,
-        **build.tokenizing(how.spec, how.max_length),
+        holdout_fraction=options.holdout_fraction,
+        seed=options.seed,
+        **tokenizing(options.spec, options.max_length),
     )

@@ -1,7 +1,7 @@
-"""What a node lets the server ask of it: local paths, hub names, and a model's own code.
+"""Permissions of a node: the local paths, hub names and model code that a server may use.
 
-The run config comes from the server and says which files a node reads and which repositories it
-loads. A node therefore keeps to its own list, given where it is started::
+The run config comes from the server and names the files that a node reads and the repositories
+that it loads. A node therefore keeps to its own list, given where it is started::
 
     flower-supernode --node-config "partition-id=0 num-partitions=2 \
         allowed-paths='/data:/models' allowed-models='org/encoder' allow-remote-code=true"
@@ -33,7 +33,7 @@ _ALL = "*"
 
 
 def variable(key: str) -> str:
-    """Return the environment variable that means the same as a key of the node config."""
+    """Return the environment variable equivalent to a key of the node config."""
     return f"HAFL_{key.upper().replace('-', '_')}"
 
 
@@ -44,9 +44,9 @@ OWN_MACHINE = {variable(key): _ALL for key in (PATHS, MODELS, DATASETS)} | {
 
 
 def spelled_out(node_config: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return a node config that permits by itself what it permits with an environment beside it.
+    """Return a node config with the permissions of an environment written into it.
 
-    For a message that is answered in another process, whose environment is another.
+    For a message that is answered in another process, whose environment differs.
     """
     keys = (PATHS, MODELS, DATASETS, REMOTE_CODE)
     added = {key: environ[variable(key)] for key in keys if variable(key) in environ}
@@ -54,12 +54,12 @@ def spelled_out(node_config: Mapping[str, Any], environ: Mapping[str, str]) -> d
 
 
 class NotAllowedError(ValueError):
-    """A setting that this node's operator has not allowed, told in one line."""
+    """A setting that this node's operator has not allowed; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Permissions:
-    """What a node allows.
+    """Paths, repositories and code that a node allows.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class Permissions:
         Raises
         ------
         NotAllowedError
-            If a list is malformed: a node that is not set up as it was meant must not go on.
+            If a list is malformed: a node must not answer with other permissions than intended.
         """
         given = {
             key: node_config.get(key, environ.get(variable(key)))
@@ -107,7 +107,7 @@ class Permissions:
         )
 
     def check(self, settings: Settings) -> None:
-        """Refuse settings that name a path, a repository or code that is not allowed.
+        """Reject settings that name a path, a repository or code that is not allowed.
 
         Raises
         ------
@@ -131,7 +131,7 @@ class Permissions:
             return
         if not Path(path).is_absolute():
             raise NotAllowedError(f"{setting}={path!r}: a node takes absolute paths only")
-        # Resolved: neither `..` nor a link leads out of what is allowed.
+        # Resolved: neither `..` nor a link leads out of the allowed folders.
         real = Path(path).resolve()
         if not any(real.is_relative_to(allowed) for allowed in self.paths):
             raise _refused(setting, path, PATHS)
@@ -139,7 +139,7 @@ class Permissions:
 
 @contextmanager
 def own_machine() -> Iterator[None]:
-    """Allow the nodes of this process everything that its environment does not speak of.
+    """Allow the nodes of this process everything, except where its environment says otherwise.
 
     For runs that a user starts and computes on one machine, with files of that user's own.
     """

@@ -1,4 +1,4 @@
-"""What a node affords: its rank, and how long it trains."""
+"""A node's budget: its rank, and the length of its training."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ RANK, MEMORY_MB, MAX_STEPS, MAX_SECONDS = "rank", "memory-mb", "max-steps", "max
 
 @dataclass(frozen=True)
 class NodeLimits:
-    """What the operator of a node set in its ``--node-config``; None is what was not set.
+    """Limits from a node's ``--node-config``; None where its operator set none.
 
     Parameters
     ----------
@@ -52,14 +52,14 @@ class NodeLimits:
         )
 
     def limit_plan(self, plan: TrainPlan) -> TrainPlan:
-        """Return the plan with no more steps than this node takes."""
+        """Return the plan with at most this node's number of steps."""
         steps = [steps for steps in (plan.max_steps, self.max_steps) if steps]
         return replace(plan, max_steps=min(steps, default=0))
 
     def limit_options(
         self, options: TrainOptions, plan: TrainPlan, local_epochs: int
     ) -> TrainOptions:
-        """Return the options with no more time than this node takes.
+        """Return the options with at most this node's training time.
 
         Parameters
         ----------
@@ -100,7 +100,7 @@ def rank_from_memory(settings: Settings, limits: NodeLimits, most: int, num_labe
     Raises
     ------
     DeviceMemoryError
-        If not even rank 1 does: what it needs, and what there is.
+        If not even rank 1 fits; with the memory needed and the memory there.
     """
     device = resolve_device(settings.client.device)
     usable = _usable_mb(settings, limits)
@@ -121,7 +121,7 @@ def _usable_mb(settings: Settings, limits: NodeLimits) -> float:
     if stated is None:
         total = usable_memory_mb(device)
     else:
-        # A GPU says what it has, so a stated limit can only lower it.
+        # A GPU reports its memory, so a stated limit can only lower it.
         total = min(stated, usable_memory_mb(device)) if device.type == "cuda" else stated
     return total * (1 - settings.ranks.memory_margin)
 
@@ -129,7 +129,7 @@ def _usable_mb(settings: Settings, limits: NodeLimits) -> float:
 def rank_budget(
     settings: Settings, limits: NodeLimits, tier: RankTier | None, num_labels: int
 ) -> RankTier:
-    """Return a node's rank budget: what its operator says, else its memory or its tier.
+    """Return a node's rank budget: its operator's limit, else by its memory or its tier.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def rank_budget(
     Raises
     ------
     SettingsError
-        If nothing says what it is.
+        If neither limit, memory nor tier gives one.
     DeviceMemoryError
         See `rank_from_memory`.
     """

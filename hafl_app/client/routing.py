@@ -1,4 +1,4 @@
-"""Where a message is answered: in the node's warm worker if it has one, else in this process."""
+"""Routing of a message: to the node's warm worker if it has one, else to this process."""
 
 import logging
 

@@ -20,13 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hafl_app.deployment.credentials import Credentials
-from hafl_app.engines.flower_run import (
-    CONNECTION,
+from hafl_app.engines.flower_run import CONNECTION, flwr_run, name_superlink
+from hafl_app.engines.processes import (
     HOME_PREFIX,
     comes_up,
-    flwr_run,
     free_port,
-    name_superlink,
     run_environment,
     start_process,
     stop_processes,

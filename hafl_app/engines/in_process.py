@@ -1,14 +1,17 @@
-"""The in-process engine: Flower's `Grid`, with every ClientApp called in this process.
+"""The in-process engine: run a federation with every ClientApp called in this process.
 
-Same apps, messages and byte counts as under a SuperLink, without its start-up time. Messages made
-outside Flower's own grids need a few of its private parts; they are touched only here, and a test
-names the version of flwr that they were read from.
+`run_federation` runs one on an `InProcessGrid`, Flower's `Grid` of virtual nodes. Same apps,
+messages and byte counts as under a SuperLink, without its start-up time. Messages made outside
+Flower's own grids need a few of its private parts; they are touched only here, and a test names
+the version of flwr that they were read from.
 """
 
 import logging
+import shlex
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -20,11 +23,46 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from hafl_app.client.permissions import own_machine
+from hafl_app.client_app import app as client_app
+from hafl_app.config.compose import compose
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.run.federation import run
+
 _LOGGER = logging.getLogger(__name__)
 
 
+def run_federation(
+    overrides: Sequence[str],
+    on_round: Callable[[int, Adapter], None] | None = None,
+    make_grid: Callable[[int, dict[str, str]], Grid] | None = None,
+) -> None:
+    """Run one federation in this process, with any files and models that its user names.
+
+    Parameters
+    ----------
+    overrides
+        Hydra overrides of `conf/`.
+    on_round
+        Called with the round and the global adapter, before the first round (0) and after each.
+    make_grid
+        Makes the grid from the number of nodes and the run config; None for an `InProcessGrid`.
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError
+        If the settings are wrong; for other errors see `hafl_app.run.federation.run`.
+    """
+    settings = compose(overrides)
+    run_config = {"overrides": shlex.join(overrides)}
+    make_grid = make_grid or partial(InProcessGrid, client_app)
+    with server_identity(), own_machine():
+        grid = make_grid(settings.federation.num_clients, run_config)
+        run(grid, settings, overrides=overrides, on_round=on_round)
+
+
 class InProcessGrid(Grid):
-    """Virtual nodes that answer when they are asked, one after another, in this process.
+    """Virtual nodes that answer at once, one after another, in this process.
 
     Parameters
     ----------
@@ -33,9 +71,9 @@ class InProcessGrid(Grid):
     num_nodes
         Nodes with ``partition-id`` 0 to ``num_nodes - 1``, unless `node_configs` says otherwise.
     run_config
-        What every client finds in ``context.run_config``.
+        ``context.run_config`` of every client.
     node_configs
-        What each node finds in ``context.node_config``: ``num_nodes`` of them.
+        ``context.node_config`` of each node: ``num_nodes`` of them.
     """
 
     answers_at_once = True  # see `hafl_app.server.replies.ANSWERS_AT_ONCE`
@@ -77,11 +115,11 @@ class InProcessGrid(Grid):
         return self._run
 
     def client_states(self) -> dict[int, RecordDict]:
-        """Return what each client keeps between its messages, by partition."""
+        """Return the state that each client keeps between its messages, by partition."""
         return {node_id - 1: context.state for node_id, context in self._contexts.items()}
 
     def set_client_states(self, states: Mapping[int, RecordDict]) -> None:
-        """Give clients what they kept in an earlier run."""
+        """Restore the clients' states of an earlier run, by partition."""
         for partition_id, state in states.items():
             self._contexts[partition_id + 1].state = state
 

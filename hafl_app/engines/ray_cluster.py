@@ -1,4 +1,4 @@
-"""Simulate on a Ray cluster that is already there, instead of a Ray started for the run."""
+"""Simulation on an existing Ray cluster instead of a Ray started for the run."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _CONNECT_SECONDS = 5.0
 
 
 class RayClusterError(RuntimeError):
-    """A Ray cluster that a run cannot use, told in one line."""
+    """A Ray cluster that a run cannot use; the message is one line."""
 
 
 def cluster_address(setting: str | None, environ: Mapping[str, str]) -> str | None:
@@ -26,7 +26,7 @@ def cluster_address(setting: str | None, environ: Mapping[str, str]) -> str | No
     Parameters
     ----------
     setting
-        ``federation.ray_address``; it goes before ``RAY_ADDRESS``.
+        ``federation.ray_address``; it takes precedence over ``RAY_ADDRESS``.
     environ
         The environment. ``RAY_ADDRESS=local`` is Ray's own word for no cluster.
 
@@ -39,7 +39,7 @@ def cluster_address(setting: str | None, environ: Mapping[str, str]) -> str | No
     address = setting or environ.get(ADDRESS, "")
     if address in ("", "local"):
         return None
-    # Also refuses Ray's "auto", which may find somebody else's Ray, and its remote client ray://.
+    # Also rejects Ray's "auto", which may find another user's Ray, and its remote client ray://.
     match = re.fullmatch(r"(?P<host>[\w.-]+|\[[\da-fA-F:]+\]):(?P<port>\d{1,5})", address)
     if match is None:
         raise RayClusterError(f"{name}={address!r}: expected host:port, as `ray start` prints it")
@@ -53,7 +53,7 @@ def cluster_address(setting: str | None, environ: Mapping[str, str]) -> str | No
 
 
 def check_shares(client_cpus: int | None, client_gpus: float | None) -> None:
-    """Refuse to guess: what one client gets follows from machines that this one cannot see.
+    """Check that the shares of one client are given: a cluster's machines cannot be inspected here.
 
     Raises
     ------
@@ -71,21 +71,20 @@ def check_shares(client_cpus: int | None, client_gpus: float | None) -> None:
 def ray_environment(
     address: str | None, folder: Path, environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the variables that lead Flower's Ray backend to a cluster, or keep it off one.
+    """Return the environment that points Flower's Ray backend to a cluster, or away from one.
 
-    Workers of a cluster are started by their machine's Ray: they inherit nothing from the run.
-    What they need travels with the job: this app's code and settings, so that every machine runs
-    the same version, and what nodes of a simulation are allowed (see `permissions`).
+    Workers of a cluster are started by their machine's Ray and inherit nothing from the run. The
+    job carries this app's code and settings, so that every machine runs the same version, and the
+    permissions of simulated nodes (see `permissions`).
 
     Parameters
     ----------
     address
         From `cluster_address`; None for a Ray of the run's own.
     folder
-        Where the code is copied to for Ray to take it from; made only for a cluster, and needed
-        until the run has begun.
+        Receives a copy of the code for Ray; only for a cluster, and needed until the run has begun.
     environ
-        The run's own environment, which names its permissions.
+        The run's own environment, with its permissions.
     """
     if address is None:
         return {ADDRESS: "local"}

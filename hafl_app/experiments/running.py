@@ -1,34 +1,29 @@
-"""Run federations one after another in this process, or in a few worker processes."""
+"""Jobs of a comparison: run one after another in this process, or in a few worker processes."""
 
-import contextlib
 import json
-import logging
 import multiprocessing
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from hafl_app.client.permissions import own_machine
-from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
-from hafl_app.engines.in_process import InProcessGrid, server_identity
+from hafl_app.engines.in_process import run_federation
 from hafl_app.experiments.comparison import Job
 from hafl_app.lowrank.factors import Adapter
+from hafl_app.run.logs import output_to
 from hafl_app.run.reporting import plain_settings
-from hafl_app.server_app import run
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: `error` is empty if its results are there."""
+    """Outcome of a job: `error` is empty if its results are there."""
 
     job: Job
     seconds: float
@@ -36,19 +31,8 @@ class Outcome:
     error: str = ""
 
 
-def run_federation(
-    overrides: Sequence[str], on_round: Callable[[int, Adapter], None] | None = None
-) -> None:
-    """Run one federation in this process, with whatever files and models its user names."""
-    settings = compose(overrides)
-    run_config = {"overrides": shlex.join(overrides)}
-    with server_identity(), own_machine():
-        grid = InProcessGrid(client_app, settings.federation.num_clients, run_config)
-        run(grid, settings, overrides=overrides, on_round=on_round)
-
-
 def is_finished(folder: Path, settings: Settings) -> bool:
-    """Tell whether a folder holds the results of a finished run of exactly these settings."""
+    """Return whether a folder holds the results of a finished run of exactly these settings."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
         saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
@@ -64,7 +48,7 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
     Parameters
     ----------
     on_round
-        Told the global adapter of every round.
+        Called with every round and its global adapter.
     """
     started = time.perf_counter()
     try:
@@ -83,7 +67,7 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
 
 
 def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
-    """Run jobs, and yield each one's outcome when it is known; finished ones come first.
+    """Run jobs and yield each outcome when it is known; jobs finished before come first.
 
     Parameters
     ----------
@@ -108,20 +92,6 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
-
-
-@contextlib.contextmanager
-def output_to(log: TextIO) -> Iterator[None]:
-    """Send what this project prints and logs to a file."""
-    logger = logging.getLogger("hafl_app")
-    handler = logging.StreamHandler(log)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logger.addHandler(handler)
-    try:
-        with contextlib.redirect_stdout(log):
-            yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _outcome(future: Future[Outcome], job: Job) -> Outcome:

@@ -1,36 +1,32 @@
-"""From checked settings to the objects of a run: where settings, data and training meet."""
+"""Objects of a run, built from checked settings."""
 
 import functools
 import json
-import logging
-import os
 import random
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.sources import IMAGES, TextSource, load_text
-from hafl_app.data.text import Tokenize, TokenizePairs
 from hafl_app.metrics import TASKS, Task
 from hafl_app.privacy.mechanism import PrivacyOptions, new_noise_key
+from hafl_app.run.tokenization import cache_folder, pair_tokenizer, tokenizing
 from hafl_app.server.held_out_clients import draw_unseen
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
 from hafl_app.server.options import RunOptions
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.training.answers import require_rouge
-from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec, load_tokenizer
+from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.device import resolve_device
 from hafl_app.training.local import TrainOptions
 from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model, with_quantization
-from hafl_app.training.prompts import load_pair_tokenizer
 from hafl_app.training.quantization.block_precision import BLOCKWISE
 from hafl_app.training.quantization.blocks import NOT_QUANTIZED
 from hafl_app.training.quantization.linear import PRECISIONS
@@ -49,7 +45,7 @@ KNOBS = {
 
 
 def overrides_of_run(run_config: Mapping[str, Any]) -> list[str]:
-    """Return the Hydra overrides that a Flower run config asks for.
+    """Return the Hydra overrides of a Flower run config.
 
     Parameters
     ----------
@@ -65,7 +61,7 @@ def overrides_of_run(run_config: Mapping[str, Any]) -> list[str]:
 
 
 def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
-    """Compose the settings that a Flower run config asks for, see `overrides_of_run`.
+    """Compose the settings of a Flower run config, see `overrides_of_run`.
 
     Raises
     ------
@@ -73,23 +69,6 @@ def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
         In one line, if they are wrong.
     """
     return compose(overrides_of_run(run_config))
-
-
-def show_log() -> None:
-    """Print what this project logs from level INFO on, unless someone already shows it."""
-    logger = logging.getLogger("hafl_app")
-    if logger.level != logging.INFO:  # to set it clears what logging has cached, every time
-        logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        logger.addHandler(handler)
-
-
-def cache_folder() -> Path:
-    """Return the folder of tokenized data: `$HAFL_CACHE`, else `hafl` in the user's cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("HAFL_CACHE") or Path(root) / "hafl")
 
 
 def base_spec(settings: Settings) -> BaseSpec:
@@ -162,7 +141,7 @@ def _check_images(settings: Settings) -> None:
 
 
 def text_source(settings: Settings) -> TextSource:
-    """Return where the text or the images come from."""
+    """Return the source of the text or the images."""
     values = {f.name: getattr(settings.dataset, f.name) for f in fields(TextSource)}
     if values["label_names"] is not None:
         values["label_names"] = tuple(values["label_names"])
@@ -170,45 +149,23 @@ def text_source(settings: Settings) -> TextSource:
 
 
 def test_pairs(settings: Settings) -> tuple[list[str], list[str]]:
-    """Return the prompts and the expected answers of the test set, none of them cut."""
+    """Return the prompts and the expected answers of the test set, in full length."""
     rows = load_text(text_source(settings)).test.with_format(None)
     return rows["text"][:], rows["answer"][:]
 
 
 def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
-    """Return the data of a federation; nothing is loaded before it is asked for."""
+    """Return the data of a federation, loaded at the first use."""
     task(settings)
     dataset, partition = settings.dataset, settings.partition
     partitioning = Partitioning(
         num_partitions=num_partitions, seed=settings.seed, **asdict(partition)
     )
     shares = (dataset.validation_fraction, dataset.holdout_fraction)
-    # The same object for every message of a process: what it loads stays loaded.
+    # The same object for every message of a process, so that data stay loaded.
     return _federated_text(
         text_source(settings), partitioning, shares, base_spec(settings), dataset.max_length
     )
-
-
-class _LazyTokenizer:
-    """Loads the tokenizer when the first text comes, so that counting rows needs none."""
-
-    def __init__(self, spec: BaseSpec, max_length: int) -> None:
-        self._spec = spec
-        self._max_length = max_length
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        return load_tokenizer(self._spec, self._max_length)(texts)
-
-
-class _LazyPairTokenizer:
-    """The same for prompts with answers."""
-
-    def __init__(self, spec: BaseSpec, max_length: int) -> None:
-        self._spec = spec
-        self._max_length = max_length
-
-    def __call__(self, prompts: list[str], answers: list[str]) -> tuple[list[list[int]], list[int]]:
-        return load_pair_tokenizer(self._spec, self._max_length)(prompts, answers)
 
 
 @functools.lru_cache(maxsize=2)
@@ -220,44 +177,18 @@ def _federated_text(
     max_length: int,
 ) -> FederatedText:
     validation_fraction, holdout_fraction = shares
-    pairs: TokenizePairs | None = None
-    if spec.task == CAUSAL_LM:
-        pairs = _LazyPairTokenizer(spec, max_length)
     return FederatedText(
         source,
         partitioning,
         validation_fraction=validation_fraction,
         holdout_fraction=holdout_fraction,
-        tokenize_pairs=pairs,
+        tokenize_pairs=pair_tokenizer(spec, max_length),
         **tokenizing(spec, max_length),
     )
 
 
-class Tokenizing(TypedDict):
-    """How texts become tokens: the arguments of that name of what encodes text."""
-
-    tokenize: Tokenize
-    tokenizer_key: str
-    cache: Path | None
-
-
-def tokenizing(spec: BaseSpec, max_length: int) -> Tokenizing:
-    """Return how texts become tokens; the tokenizer is loaded when the first text comes."""
-    return Tokenizing(
-        tokenize=_LazyTokenizer(spec, max_length),
-        tokenizer_key=_tokenizer_key(spec, max_length),
-        cache=cache_folder(),
-    )
-
-
-def _tokenizer_key(spec: BaseSpec, max_length: int) -> str:
-    # A tokenizer of the model's own code may cut texts otherwise.
-    code = "/own code" if spec.trust_remote_code else ""
-    return f"{spec.path}@{spec.revision}/{max_length}{code}"
-
-
 def model_spec(settings: Settings, num_labels: int) -> LoraSpec:
-    """Return what decides the model's weights before training.
+    """Return the specification of the model: all that decides its weights before training.
 
     Parameters
     ----------
@@ -274,7 +205,7 @@ def model_spec(settings: Settings, num_labels: int) -> LoraSpec:
 
 
 def classifier_spec(settings: Settings, num_labels: int) -> ClassifierSpec:
-    """Return what decides a classifier's weights before training."""
+    """Return the specification of a classifier, see `model_spec`."""
     return ClassifierSpec(
         base=base_spec(settings),
         num_labels=num_labels,
@@ -295,7 +226,7 @@ def model(settings: Settings, num_labels: int, quantization: str | None = None) 
     Parameters
     ----------
     quantization
-        What this node chose, as in a `BaseSpec`; None for what the settings say.
+        Chosen by this node, as in a `BaseSpec`; None for that of the settings.
     """
     spec = model_spec(settings, num_labels)
     if quantization is not None:
@@ -324,18 +255,18 @@ def step_memory(settings: Settings, num_labels: int) -> StepMemory:
 
 
 def train_options(settings: Settings) -> TrainOptions:
-    """Return how clients train."""
+    """Return the options of local training."""
     return TrainOptions(**{f.name: getattr(settings.client, f.name) for f in fields(TrainOptions)})
 
 
 def privacy_options(settings: Settings) -> PrivacyOptions:
-    """Return how private the run is, with a key for its noise."""
+    """Return the privacy options of the run, with a key for its noise."""
     values = {k: v for k, v in asdict(settings.privacy).items() if k != "noise_seed"}
     return PrivacyOptions(**values, noise_key=new_noise_key(settings.privacy.noise_seed))
 
 
 def run_options(settings: Settings) -> RunOptions:
-    """Return what holds for the whole run, whatever the method."""
+    """Return the options of the run, the same for every method."""
     return RunOptions(
         federation=settings.federation,
         client=settings.client,
@@ -351,14 +282,14 @@ def node_directory(
     label_names: tuple[str, ...] | None,
     numbering: Numbering | None = None,
 ) -> NodeDirectory:
-    """Return the directory of a run whose nodes are still to be asked.
+    """Return the directory of a run whose nodes have not been queried yet.
 
     Parameters
     ----------
     label_names
-        The run's classes; None if the nodes are to say theirs.
+        The run's classes; None if the nodes name theirs.
     numbering
-        Of the run that goes on.
+        Of the resumed run.
     """
     federation = settings.federation
     return NodeDirectory(
@@ -380,11 +311,11 @@ def client_tiers(settings: Settings, num_clients: int) -> list[RankTier]:
     return [ranks.tiers[i] for i in drawn]
 
 
-@functools.lru_cache(maxsize=8)  # every one of many simulated nodes asks for its own
+@functools.lru_cache(maxsize=8)  # called for each of many simulated nodes
 def _drawn_tiers(
     shares: tuple[float, ...], num_clients: int, order: str, seed: int
 ) -> tuple[int, ...]:
-    """Return which tier each partition is of."""
+    """Return the index of each partition's tier."""
     tiers = scale_tiers(list(enumerate(shares)), num_clients)
     if order == "shuffled":
         random.Random(f"{seed}/ranks").shuffle(tiers)

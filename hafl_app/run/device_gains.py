@@ -1,4 +1,4 @@
-"""What the federation gains each class of devices: the number that the project is for."""
+"""Gain of each class of devices by the federation, over training alone."""
 
 import math
 import random
@@ -14,7 +14,7 @@ from hafl_app.wire.node_profile import NodeProfile
 
 
 def lone_clients(settings: Settings, profiles: Sequence[NodeProfile]) -> list[NodeProfile]:
-    """Draw the clients that are also trained alone: some of every budget, by the seed."""
+    """Select the clients that are also trained alone: some of every budget, by the seed."""
     if settings.model.head == "local":
         return []  # their heads are not comparable with a global one that does not exist
     drawn = []
@@ -32,25 +32,25 @@ def device_gains(
     score_of: Callable[[Adapter], float],
     metric: Metric,
 ) -> list[dict[str, Any]]:
-    """Compare, for every budget, what a device gets from the federation with what it has alone.
+    """Compare, for every budget, the federation's adapter with those of clients trained alone.
 
     Parameters
     ----------
     global_adapter
-        The federation's last; a device holds its best approximation of the device's ranks.
+        The federation's last; a device gets its best approximation of the device's ranks.
     alone
-        What clients trained by themselves.
+        Results of clients trained alone.
     score_of
         The metric of an adapter on the test data.
     metric
-        Which one.
+        Of the scores.
 
     Returns
     -------
     list
         A row a budget: ``rank`` (``ranks`` too where layer types differ), the scores
-        ``federated`` and ``alone`` (mean over ``clients_alone``), and ``gain``, by how much the
-        first is better.
+        ``federated`` and ``alone`` (mean over ``clients_alone``), and ``gain``, the margin of the
+        first.
     """
     rows = []
     for ranks in sorted({result.profile.ranks for result in alone}):

@@ -1,4 +1,4 @@
-"""Checks before anything starts: what can be known to fail is refused in one line."""
+"""Preflight: check settings, model and data before anything starts."""
 
 from hafl_app.config.schema import Settings
 from hafl_app.run import build
@@ -10,12 +10,12 @@ from hafl_app.training.lora_model import adapter_shapes
 
 
 def check(settings: Settings) -> None:
-    """Refuse settings that cannot work: base model, target modules, data, partitions, ranks.
+    """Reject settings that cannot work: base model, target modules, data, partitions, ranks.
 
     Raises
     ------
     ValueError
-        In one line: the value, what was expected, and where.
+        In one line: the value, the expected one, and the setting.
     """
     check_federation(settings.privacy.kind, settings.federation)
     strategy = build.strategy(settings)

@@ -1,30 +1,26 @@
-"""What a run tells: central scores, the trackers' records, and the files it leaves behind."""
+"""Report of a run: the trackers' records, the best round, and the output files."""
 
 import math
-import os
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from flwr.app import MetricRecord
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from hafl_app.config.compose import strategy_arguments
 from hafl_app.config.schema import Settings
-from hafl_app.data.shares import CentralText
-from hafl_app.data.text import EncodedText
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import TASKS
 from hafl_app.publishing.card import add_card
 from hafl_app.run import build
 from hafl_app.run.device_gains import device_gains
+from hafl_app.run.evaluation import CentralEvaluation
+from hafl_app.run.summary import bytes_by_phase, device_facts, versions
 from hafl_app.server.local_baseline import AloneResult
 from hafl_app.server.round_messages import STATED_EXAMPLES, Reply
 from hafl_app.server.snapshot import adapter_of, adapter_tree
@@ -42,26 +38,20 @@ from hafl_app.tracking.curves import draw_curves
 from hafl_app.tracking.jsonl import JsonlTracker, read_history
 from hafl_app.tracking.wandb import WandbTracker
 from hafl_app.training.adapter_files import save_adapter
-from hafl_app.training.device import threads
-from hafl_app.training.evaluate import Scores, adapter_evaluator
-from hafl_app.training.generate import GenerationOptions, score_generation
-from hafl_app.training.lora_model import LoraModel
 from hafl_app.wire.node_profile import NodeProfile
-
-_PACKAGES = ("flwr", "torch", "transformers", "peft", "ray", "datasets")
 
 
 class RunReport:
-    """Scores the global adapter after every round and keeps the run's records.
+    """Records of a run: evaluates the global adapter after every round and writes the results.
 
     Parameters
     ----------
     settings
         Of the run.
     strategy
-        The method, whose global adapter is scored.
+        The method, whose global adapter is evaluated.
     folder
-        Where everything is written.
+        Of the run's output.
     """
 
     def __init__(
@@ -74,7 +64,6 @@ class RunReport:
         self._metric = TASKS[settings.model.task].primary
         self._strategy, self._coordinator = strategy, strategy.coordinator
         self._folder = folder
-        self._num_threads = settings.federation.server_threads or os.cpu_count() or 1
         self._run_id = uuid4().hex
         self._history = NO_HISTORY
         self._started = time.perf_counter()
@@ -84,52 +73,36 @@ class RunReport:
 
     @cached_property
     def _trackers(self) -> Trackers:
-        # Not made before they are told something: a run that goes on keeps its id.
+        # Made at the first record, since a resumed run keeps its id.
         return _trackers(self._settings, self._folder, self._run_id)
 
     def start(self) -> None:
-        """Write the resolved settings. The clients follow when they are known."""
+        """Write the resolved settings. The clients follow once they have answered."""
         self._folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(
             OmegaConf.create(plain_settings(self._settings)), self._folder / "config.yaml"
         )
 
-    def score_with(self, text: CentralText, initial_head: Mapping[str, Tensor]) -> None:
-        """Take the server's data and the head before training, once the classes are known."""
-        self._text = text
-        self._initial_head = initial_head
-
-    @cached_property
-    def _model(self) -> LoraModel:
-        # Not before it is needed: a server that scores nothing needs no base model.
-        return build.model(self._settings, len(self._text.label_names))
-
-    @cached_property
-    def _score(self) -> Callable[[Adapter, EncodedText], Scores]:
-        return adapter_evaluator(self._model, self._settings.client.precision)
+    def evaluate_with(self, evaluation: CentralEvaluation) -> None:
+        """Set the central evaluation before round 0, once the classes are known."""
+        self._evaluation = evaluation
 
     @property
     def has_test(self) -> bool:
-        """Whether the server scores adapters on test data."""
-        return self._settings.federation.central_evaluation and len(self._text.test) > 0
+        """Whether the server evaluates adapters on test data."""
+        return self._evaluation.has_test
 
     @property
     def _chosen_by(self) -> str | None:
-        """The metric that the best round is chosen by, if there is one fit for it."""
-        if self._scores_centrally and len(self._text.validation):
+        """The metric that the best round is chosen by; None if there is none."""
+        if self._evaluation.chooses_best:
             return self._metric.key("validation")
         # Scores of clients carry no noise, so that a choice by them would cost privacy.
         none_private = self._strategy.options.privacy.kind == "none"
         return self._metric.key("clients") if none_private else None
 
-    @property
-    def _scores_centrally(self) -> bool:
-        """Whether the server scores global adapters; with local heads there is no global model."""
-        settings = self._settings
-        return settings.federation.central_evaluation and settings.model.head != "local"
-
     def clients(self, profiles: Sequence[NodeProfile]) -> None:
-        """Tell the trackers who takes part."""
+        """Start the trackers with the clients of the run."""
         rows = [
             ClientRow(
                 p.partition_id,
@@ -144,7 +117,7 @@ class RunReport:
         self._trackers.start(plain_settings(self._settings), rows, self._history)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to go on with this report, as plain values."""
+        """Return the report's part of a checkpoint, as plain values."""
         validation, best_round, _ = self._best or (math.nan, 0, None)
         return {
             "run_id": self._run_id,
@@ -157,12 +130,12 @@ class RunReport:
         return {"best": adapter_tree(self._best[2])} if self._best else {}
 
     def resume(self, last_round: int, state: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-        """Go on with an earlier run's report, after its round ``last_round``.
+        """Resume an earlier run's report after its round ``last_round``.
 
         Raises
         ------
         OSError, ValueError
-            If what it told of its rounds cannot be read.
+            If the records of its rounds cannot be read.
         """
         self._run_id = state["run_id"]
         self._started -= state["seconds"]
@@ -194,17 +167,17 @@ class RunReport:
             out_of_time=bool(metrics.get("out-of-time", 0)),
             stated_examples=int(metrics.get(STATED_EXAMPLES, 0)),
         )
-        # Under central privacy nobody outside is told who took part, and how it went there.
+        # Under central privacy, who took part and with what result stays on this machine.
         hidden = self._strategy.options.privacy.kind == "central_dp"
         self._trackers.log_client(record, external=not hidden)
 
     def evaluate(self, server_round: int) -> MetricRecord:
-        """Score the global adapter on the central splits and log the round."""
+        """Evaluate the global adapter on the server's data and log the round."""
         if server_round == 0:
             self.clients(self._coordinator.directory.in_order())
         metrics = {f"clients/{k}": v for k, v in self._coordinator.client_scores.items()}
-        if self._scores_centrally:
-            metrics |= self._central_scores(self._strategy.global_adapter)
+        if self._evaluation.of_rounds:
+            metrics |= self._evaluation.metrics(self._strategy.global_adapter)
         privacy = self._strategy.options.privacy
         private = privacy.kind != "none"
         if private:
@@ -233,73 +206,46 @@ class RunReport:
             self._best = (score, server_round, self._strategy.global_adapter)
         return MetricRecord(dict(metrics))
 
-    def _central_scores(self, adapter: Adapter) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        for split in ("test", "validation"):
-            if len(getattr(self._text, split)):
-                scores |= self._score_on(adapter, split).named(split)
-        return scores
-
-    def _score_on(self, adapter: Adapter, split: str) -> Scores:
-        # A fixed number of threads: float sums differ by it.
-        with threads(self._num_threads):
-            return self._score(adapter, getattr(self._text, split))
-
     def finish(self, alone: Sequence[AloneResult], unseen: Mapping[str, Any] | None = None) -> None:
         """Write adapters, curves and the summary.
 
         Parameters
         ----------
         alone
-            What clients trained by themselves.
+            Results of clients that trained without the federation.
         unseen
             Scores of clients that never trained, see `hafl_app.server.held_out_clients`.
         """
         last = self._strategy.global_adapter
-        head = last.head or self._initial_head
+        head = last.head or self._evaluation.initial_head
         self._save("adapter", last.with_head(head), self.rounds[-1])
         if self._best is not None:
             _, best_round, adapter = self._best
             record = next(r for r in self.rounds if r.server_round == best_round)
             self._save("adapter-best", adapter.with_head(adapter.head or head), record)
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
-        apart = {"clients": self._clients(unseen), "generation": self._generation()}
+        generation = self._evaluation.generation(last)
+        apart = {"clients": self._clients(unseen), "generation": generation}
         self._trackers.finish(self._summary(alone) | {k: v for k, v in apart.items() if v})
         for name in ("adapter", "adapter-best"):
             if (self._folder / name).is_dir():
                 add_card(self._folder / name)  # reads the summary
 
     def _clients(self, unseen: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return the last scores of clients that trained beside those of others, if there are."""
+        """Return the last scores of trained and of unseen clients; empty without unseen ones."""
         seen = dict(self._coordinator.client_scores)
         return {"seen": seen, "unseen": dict(unseen)} if unseen else {}
 
-    def _generation(self) -> dict[str, float | int]:
-        """Return the scores of answers that the last global adapter writes; none if not asked."""
-        settings = self._settings
-        if not settings.federation.generate_examples or not self.has_test:
-            return {}
-        options = GenerationOptions(
-            settings.dataset.max_length,
-            settings.federation.generate_tokens,
-            settings.federation.generate_examples,
-            precision=settings.client.precision,
-        )
-        base, pairs = build.base_spec(settings), build.test_pairs(settings)
-        with threads(self._num_threads):
-            self._model.load_whole(self._strategy.global_adapter)
-            return score_generation(self._model, base, *pairs, options).to_json()
-
     def fail(self, reason: str) -> None:
-        """Tell the trackers that the run failed, and why."""
+        """Report to the trackers that the run failed, with the reason."""
         self._trackers.fail(reason)
 
     def _save(self, name: str, adapter: Adapter, record: RoundRecord) -> None:
         save_adapter(
             self._folder / name,
             adapter,
-            build.model_spec(self._settings, len(self._text.label_names)),
-            label_names=self._text.label_names,
+            build.model_spec(self._settings, len(self._evaluation.text.label_names)),
+            label_names=self._evaluation.text.label_names,
             max_length=self._settings.dataset.max_length,
             facts={
                 "server_round": record.server_round,
@@ -311,7 +257,7 @@ class RunReport:
         )
 
     def _best_entry(self) -> dict[str, Any]:
-        """Return the best round's scores under what chose it; nothing if none was chosen."""
+        """Return the best round's metrics, named by the kind that chose it; empty without one."""
         if self._best is None or self._chosen_by is None:
             return {}
         chosen = next(r for r in self.rounds if r.server_round == self._best[1])
@@ -330,40 +276,18 @@ class RunReport:
             "device_ranks": device_gains(
                 self._strategy.global_adapter,
                 alone,
-                lambda adapter: self._score_on(adapter, "test").named("test")[
-                    self._metric.key("test")
-                ],
+                self._evaluation.primary_test_metric,
                 self._metric,
             ),
             "metric": self._metric.name,
-            "bytes": {
-                phase: {
-                    "down": ledger.of_phase(phase).bytes_down,
-                    "up": ledger.of_phase(phase).bytes_up,
-                    "refused": ledger.of_phase(phase).refused,
-                    "by_rank": {
-                        str(rank): asdict(traffic)
-                        for rank, traffic in ledger.by_rank(phase).items()
-                    },
-                }
-                for phase in ("train", "evaluate", "alone", "unseen")
-            },
-            "nodes": [_device_facts(p) for p in self._coordinator.directory.in_order()],
+            "bytes": bytes_by_phase(ledger),
+            "nodes": [device_facts(p) for p in self._coordinator.directory.in_order()],
             "left_out": {
                 str(node_id): why for node_id, why in self._coordinator.directory.refusals.items()
             },
             "seconds": time.perf_counter() - self._started,
-            "versions": {
-                "hafl-app": "0.1.0",
-                "python": platform.python_version(),
-                **{name: version(name) for name in _PACKAGES},
-            },
+            "versions": versions(),
         }
-
-
-def _device_facts(profile: NodeProfile) -> dict[str, Any]:
-    names = ("partition_id", "rank", "device", "device_name", "memory_total_mb", "memory_free_mb")
-    return {n: getattr(profile, n) for n in (*names, "torch_version", "cuda_version")}
 
 
 def plain_settings(settings: Settings) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""A run that goes on: what its checkpoints hold, and which of its settings may change.
+"""Resuming a run: its checkpoints, and the settings that may change.
 
-A checkpoint has the strategy (global adapter, head, what the method remembers, ledger, quarantine),
-the report (best round, tracker's run id, time spent) and what the engine keeps for the clients.
+A checkpoint has the strategy (global adapter, head, state of the method, ledger, quarantine), the
+report (best round, tracker's run id, time spent) and the clients' states in the engine.
 The scores of past rounds stay in ``metrics.jsonl``. Random numbers need no state: every draw is
 seeded by the run's seed, the round and the partition.
 """
@@ -23,7 +23,7 @@ from hafl_app.server.numbering import Numbering
 from hafl_app.server.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
 
 _LOGGER = logging.getLogger(__name__)
-# What may differ when a run goes on: it decides how long, where and how fast, not what is learned.
+# May change when a run is resumed: they decide how long, where and how fast it runs.
 _FREE = (
     "output_dir",
     "resume",
@@ -53,30 +53,30 @@ _FREE = (
 
 
 class ResumeError(ValueError):
-    """A run that cannot go on, or not with these settings."""
+    """A run that cannot be resumed, or not with these settings."""
 
 
 @runtime_checkable
 class KeepsClientState(Protocol):
-    """An engine that holds what clients keep between messages, and can hold it again."""
+    """An engine that can hand out and restore the states that clients keep between messages."""
 
     def client_states(self) -> dict[int, RecordDict]:
         """Return the state of every client by partition."""
 
     def set_client_states(self, states: Mapping[int, RecordDict]) -> None:
-        """Give clients the states of an earlier run."""
+        """Restore the clients' states of an earlier run."""
 
 
 @dataclass(frozen=True)
 class RunCheckpoints:
-    """Writes the checkpoints of one run.
+    """Checkpoints of one run.
 
     Parameters
     ----------
     folder
         Of the run; they go into ``checkpoints/`` there.
     settings, overrides
-        Of the run: checked when it goes on, and composed again.
+        Of the run: checked when it is resumed, and composed again.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ class RunCheckpoints:
         Raises
         ------
         OSError
-            If the disk does not take it; earlier checkpoints are as they were.
+            If it cannot be written; earlier checkpoints are unchanged.
         """
         federation = self.settings.federation
         every = federation.checkpoint_every
@@ -158,7 +158,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Refuse settings with which going on would be meaningless.
+    """Reject settings that may not change when a run is resumed.
 
     Raises
     ------
@@ -184,17 +184,17 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
 def agreed_before(
     checkpoint: Checkpoint, label_names: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], Numbering]:
-    """Return the classes of the run that goes on, and the numbers that it gave to nodes.
+    """Return the classes of the resumed run, and its numbers of nodes.
 
     Parameters
     ----------
     label_names
-        The classes that settings or central data say now; None if the nodes were asked.
+        The classes that settings or central data give now; None if the nodes name them.
 
     Raises
     ------
     ResumeError
-        If they are others: the head has an output for each, in their order.
+        If they differ: the head has an output for each, in their order.
     """
     # Checkpoints had neither while every node had a partition.
     then = tuple(checkpoint.state.get("label_names", label_names or ()))
@@ -208,15 +208,15 @@ def agreed_before(
 
 
 def resume(checkpoint: Checkpoint, strategy: Method, report: RunReport, grid: Grid) -> None:
-    """Make a prepared run what it was when the checkpoint was written.
+    """Restore a prepared run from its checkpoint.
 
     Raises
     ------
     ResumeError
-        If what the clients kept is gone, by name.
+        If the clients' states are lost, by name of the setting.
     """
     tree = unflatten(checkpoint.tensors)
-    _give_back_client_states(checkpoint, tree.get("clients", {}), grid)
+    _restore_client_states(checkpoint, tree.get("clients", {}), grid)
     restore(strategy, Snapshot(tree["strategy"], checkpoint.state["strategy"]))
     # The run's own key, so that a round that is computed again is the same release.
     privacy = replace(strategy.options.privacy, noise_key=checkpoint.state["noise_key"])
@@ -228,7 +228,7 @@ def _store(folder: Path) -> CheckpointStore:
     return CheckpointStore(folder / "checkpoints")
 
 
-def _give_back_client_states(checkpoint: Checkpoint, tree: Mapping[str, Any], grid: Grid) -> None:
+def _restore_client_states(checkpoint: Checkpoint, tree: Mapping[str, Any], grid: Grid) -> None:
     settings = checkpoint.state["settings"]
     if settings["model"]["head"] != "local" and settings["federation"]["upload"] == "fp32":
         return  # clients keep nothing
@@ -236,11 +236,11 @@ def _give_back_client_states(checkpoint: Checkpoint, tree: Mapping[str, Any], gr
         if settings["model"]["head"] == "local":
             raise ResumeError(
                 "model.head=local: each client keeps its own head, which only engine=inprocess "
-                "gives back to a run that goes on"
+                "restores when a run is resumed"
             )
         _LOGGER.warning(
-            "federation.upload=%s: what rounding had kept back on the clients is lost, which only "
-            "engine=inprocess gives back to a run that goes on",
+            "federation.upload=%s: the rounding errors kept by the clients are lost, which only "
+            "engine=inprocess restores when a run is resumed",
             settings["federation"]["upload"],
         )
         return

@@ -1,4 +1,4 @@
-"""One process at a time writes the folder of a run."""
+"""Lock on the folder of a run: one process at a time writes it."""
 
 import fcntl
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class RunLockedError(RuntimeError):
-    """Another process is still running what is in this folder."""
+    """The folder of a run is locked by another process."""
 
     def __init__(self, folder: Path, pid: int) -> None:
         super().__init__(f"{folder}: process {pid} is still running this; stop it first")
@@ -17,7 +17,7 @@ class RunLockedError(RuntimeError):
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run; the system lets go of it when the process ends, however it does.
+    """Lock the folder of a run; the system unlocks it when the process ends, even by a kill.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Before round 1: wait for the nodes, and agree with them on the classes."""
+"""Setup before round 1: wait for the nodes, and agree with them on the classes."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,6 +10,7 @@ from hafl_app.data.labels import MOST_LABELS, checked_label_names, union_of_labe
 from hafl_app.data.shares import CentralText
 from hafl_app.data.sources import ON_DEVICE
 from hafl_app.run import build
+from hafl_app.run.tokenization import tokenizing
 from hafl_app.server.method import Method
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
@@ -17,7 +18,7 @@ from hafl_app.wire.node_profile import NodeProfile
 
 
 def central_text(settings: Settings, label_names: Sequence[str]) -> CentralText:
-    """Return the data that the server scores on.
+    """Return the data that the server evaluates on.
 
     Raises
     ------
@@ -27,8 +28,8 @@ def central_text(settings: Settings, label_names: Sequence[str]) -> CentralText:
     if settings.dataset.source != ON_DEVICE:
         # The central splits are the same whatever the number of clients.
         return build.federated_text(settings, settings.federation.num_clients)
-    tokenizing = build.tokenizing(build.base_spec(settings), settings.dataset.max_length)
-    return CentralFile(build.text_source(settings), label_names, **tokenizing)
+    how = tokenizing(build.base_spec(settings), settings.dataset.max_length)
+    return CentralFile(build.text_source(settings), label_names, **how)
 
 
 def wait_for_nodes(
@@ -38,14 +39,14 @@ def wait_for_nodes(
     label_names: tuple[str, ...] | None,
     numbering: Numbering,
 ) -> CentralText:
-    """Ask the nodes what they are, and return the server's data once the classes are agreed.
+    """Query the nodes, agree on the classes, and return the server's data.
 
     Parameters
     ----------
     label_names
-        The run's classes; None for those of all nodes that are there, and of the test file.
+        The run's classes; None for those of all connected nodes and of the test file.
     numbering
-        Numbers that nodes have been given in this run.
+        Numbers of the nodes in this run.
 
     Raises
     ------
@@ -65,7 +66,7 @@ def wait_for_nodes(
 
 
 def known_label_names(settings: Settings) -> tuple[str, ...] | None:
-    """Return the run's classes if settings or central data say them; None if the nodes must.
+    """Return the run's classes from settings or central data; None if the nodes name them.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""Arrays, bytes and lists of sizes in Flower records: written, and read from anybody's hand.
+"""Arrays, bytes and lists of sizes in Flower records: written, and read from untrusted senders.
 
-What is read is what is there, never what a header claims; anything else is a `RecordError`. Arrays
-of float32 share the message's memory, so nobody can write to them.
+Reading goes by the data, never by the claims of a header; anything else is a `RecordError`. Arrays
+of float32 share the message's memory and are read-only.
 """
 
 import io
@@ -20,9 +20,9 @@ from hafl_app.plan import NumberFormat
 from hafl_app.wire.compression import CompressedTextError, compress, decompress
 
 DTYPES: Mapping[NumberFormat, str] = {"fp32": "float32", "bf16": "uint16", "int8": "int8"}
-"""What NumPy holds a format's numbers in; of bfloat16, which it does not have, the bits."""
+"""NumPy dtype of each format's numbers; of bfloat16, which NumPy lacks, the bits."""
 _NPY, _NPY_MAGIC, _NPY_HEADER_START = "numpy.ndarray", b"\x93NUMPY\x01\x00", 10
-_RAW = "raw"  # numbers without a header: what an npy's takes is felt beside 8-bit numbers
+_RAW = "raw"  # numbers without a header: an npy header is long beside 8-bit numbers
 _LARGEST_SIZE = 2**31 - 1  # of one side of a matrix
 _KEPT_TEXT = 2**16  # characters; hundreds of modules have less
 _MOST_TEXT = 4 * 2**20  # bytes of a layout or a plan; ten thousand modules have less
@@ -37,8 +37,8 @@ class RecordError(ValueError):
 
 
 def joined(parts: Iterable[Numbers], dtype: str) -> Numbers:
-    """Return all numbers of these arrays in a row."""
-    # The empty one settles what no part at all would be.
+    """Return the numbers of these arrays as one flat array."""
+    # The empty part gives no parts a dtype, too.
     return np.concatenate([np.zeros(0, dtype), *(part.ravel() for part in parts)], dtype=dtype)
 
 
@@ -63,7 +63,7 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
 
 
 def read_numbers(arrays: ArrayRecord, key: str) -> tuple[NumberFormat, Numbers]:
-    """Read what `write_numbers` wrote, and of which format it is.
+    """Read the format and the numbers of an array from `write_numbers`.
 
     Raises
     ------
@@ -111,8 +111,8 @@ def read_npy(arrays: ArrayRecord, key: str) -> Float32:
 def _read_npy(array: Array) -> Float32:
     """Read npy bytes that have the one header that belongs to the array's declared shape.
 
-    ``numpy.load`` is not used: it parses whatever the header says, allocates what the header
-    claims before it looks for the data, and raises half a dozen other kinds of error.
+    ``numpy.load`` is not used: it parses any header, allocates the claimed
+    size before it looks for the data, and raises half a dozen other kinds of error.
     """
     start = _NPY_HEADER_START + int.from_bytes(array.data[8:_NPY_HEADER_START], "little")
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {array.shape}, }}".encode()
@@ -131,7 +131,7 @@ def write_text(values: object) -> bytes:
 
 
 def read_text(record: ConfigRecord, key: str) -> str:
-    """Read text that was written compressed; of a bomb no more than 4 MiB is expanded.
+    """Read compressed text; of a compression bomb at most 4 MiB is expanded.
 
     Raises
     ------
@@ -164,12 +164,12 @@ def read_layout(record: ConfigRecord, key: str) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=64)
 def _parsed(text: str) -> Any:
-    """Parse a layout: those of a round's clients are few, and alike."""
+    """Parse a layout, cached: the clients of a round send few different ones."""
     return json.loads(text)
 
 
 def read_parts(record: ConfigRecord, key: str, dtype: str, counts: Sequence[int]) -> list[Numbers]:
-    """Read bytes as arrays of so many numbers, one behind the other.
+    """Read bytes as consecutive arrays, each of its count of numbers.
 
     Raises
     ------
@@ -192,12 +192,12 @@ def _bytes(record: ConfigRecord, key: str) -> bytes:
 
 
 def read_names(layout: Mapping[str, Any], key: str) -> list[str]:
-    """Return a list of different names.
+    """Read a list of distinct names.
 
     Raises
     ------
     RecordError
-        If it is none.
+        If it is missing or malformed.
     """
     names = _list(layout, key, str, "text")
     if len(names) != len(set(names)):
@@ -206,12 +206,12 @@ def read_names(layout: Mapping[str, Any], key: str) -> list[str]:
 
 
 def read_sizes(layout: Mapping[str, Any], key: str, count: int) -> list[int]:
-    """Return a list of so many sizes of matrices.
+    """Read a list of ``count`` sizes of matrices.
 
     Raises
     ------
     RecordError
-        If it is none.
+        If it is missing or malformed.
     """
     sizes = _list(layout, key, int, "whole numbers")
     if len(sizes) != count:

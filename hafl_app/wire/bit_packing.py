@@ -1,7 +1,7 @@
-"""Codes of 2 to 16 bits as bytes, each vector by itself; and back, from anybody's hand.
+"""Bit packing: codes of 2 to 16 bits as bytes, vector by vector, read from untrusted senders.
 
 A code ``c`` is written as ``c + 2^(b-1) - 1``, which leaves one word of b bits unused; the bits
-that fill a vector's last byte are 0. So there is one way to write a vector, others are refused.
+that fill a vector's last byte are 0. So a vector has one spelling, and others are rejected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ _WORD = {8: "u1", 16: "<u2"}
 
 
 def packed_size(bits: int, length: int) -> int:
-    """Return the bytes that a vector of so many codes takes."""
+    """Return the bytes of a vector of ``length`` codes of ``bits`` bits."""
     return -(-bits * length // _BYTE)
 
 
@@ -29,7 +29,7 @@ def write_packed(data: Numbers) -> Array:
 
 
 def read_packed(arrays: ArrayRecord, key: str) -> Numbers:
-    """Read what `write_packed` wrote, uint8.
+    """Read the packed bytes of `write_packed`, uint8.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def read_packed(arrays: ArrayRecord, key: str) -> Numbers:
 
 
 def read_bits(layout: Mapping[str, Any], key: str) -> dict[str, tuple[int, ...]]:
-    """Return the bits of every module's components: as many as its rank, none of them 0.
+    """Read the bits of every module's components: as many as its rank, none of them 0.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def _read_bits(text: object, rank: int) -> tuple[int, ...]:
 
 
 def pack_pairs(pairs: Mapping[str, Pair], bits: Mapping[str, tuple[int, ...]]) -> Numbers:
-    """Write all factors in a row, uint8: of a module the rows of lora_A, the columns of lora_B.
+    """Pack all factors, uint8: of each module the rows of lora_A, then the columns of lora_B.
 
     Parameters
     ----------
@@ -97,13 +97,13 @@ def pack_pairs(pairs: Mapping[str, Pair], bits: Mapping[str, tuple[int, ...]]) -
 def unpack_pairs(
     layout: Mapping[str, Any], bits: Mapping[str, tuple[int, ...]], data: Numbers
 ) -> dict[str, Pair]:
-    """Read what `pack_pairs` wrote, as int16.
+    """Unpack the factors of `pack_pairs`, as int16.
 
     Raises
     ------
     RecordError
-        If there are too few or too many bytes, a code is out of its range, or what fills a byte up
-        is not 0.
+        If there are too few or too many bytes, a code is out of its range, or padding bits are
+        not 0.
     """
     widths, heights = (read_sizes(layout, k, len(bits)) for k in ("in-features", "out-features"))
     lengths = [length for pair in zip(widths, heights, strict=True) for length in pair]
@@ -124,7 +124,7 @@ def unpack_pairs(
 
 
 def _unpack_vectors(data: Numbers, bits: Sequence[int], length: int) -> Numbers:
-    """Read so many vectors from the start of this; shape (count, length)."""
+    """Unpack a vector for each entry of ``bits`` from the start; shape (count, length)."""
     codes = np.zeros((len(bits), length), np.int16)
     start = 0
     for row, b in zip(codes, bits, strict=True):

@@ -1,4 +1,4 @@
-"""Text in few bytes: zlib with the words that layouts and plans are made of, and bounded reading.
+"""Compressed text: zlib with a dictionary of layouts and plans, and bounded reading.
 
 The names of a small model's modules would outweigh what rounding to 8 bits saves.
 """
@@ -6,8 +6,8 @@ The names of a small model's modules would outweigh what rounding to 8 bits save
 import zlib
 from functools import lru_cache
 
-# What zlib may refer to before it has seen anything; the most common words stand at the end. Both
-# sides must have the same: a change here is a change of the wire format.
+# The dictionary of zlib; the most common words stand at the end. Both sides must have the same: a
+# change here is a change of the wire format.
 _WORDS = (
     b'"modules":["model.layers.0.self_attn.q_proj","model.layers.0.self_attn.k_proj",'
     b'"model.layers.0.self_attn.v_proj","model.layers.0.self_attn.o_proj",'
@@ -24,28 +24,28 @@ _WORDS = (
 
 
 class CompressedTextError(ValueError):
-    """Bytes that are no compressed text, or too much of it."""
+    """Bytes that are not compressed text, or expand to too much."""
 
 
 @lru_cache(maxsize=64)
 def compress(text: str) -> bytes:
-    """Compress text; a federation sends the same few again and again."""
-    squeezer = zlib.compressobj(level=9, zdict=_WORDS)
-    return squeezer.compress(text.encode()) + squeezer.flush()
+    """Compress text, cached: a federation sends the same few texts repeatedly."""
+    compressor = zlib.compressobj(level=9, zdict=_WORDS)
+    return compressor.compress(text.encode()) + compressor.flush()
 
 
 def decompress(data: bytes, most_bytes: int) -> str:
-    """Read what `compress` wrote.
+    """Expand the bytes of `compress`.
 
     Parameters
     ----------
     most_bytes
-        Length of the text in UTF-8 at which it is refused; no more than that is ever expanded.
+        Length of the text in UTF-8 at which it is rejected; no more than that is ever expanded.
 
     Raises
     ------
     CompressedTextError
-        If the bytes are damaged, cut off, go on behind their end, or mean more than that.
+        If the bytes are damaged, cut off, followed by others, or expand to more than that.
     """
     reader = zlib.decompressobj(zdict=_WORDS)
     try:

@@ -1,7 +1,7 @@
-"""What a client answers with when it cannot do what it was asked: a kind and a reason.
+"""Faults: error replies of a client with a kind and a reason.
 
-Flower turns whatever a ClientApp raises into a reply with one and the same code; what a server
-can act upon has a code of its own here.
+Flower turns every exception of a ClientApp into a reply with the same code; kinds that a server
+can act upon have a code of their own here.
 """
 
 from enum import IntEnum
@@ -25,20 +25,20 @@ class Fault(IntEnum):
     MODEL_UNAVAILABLE = 1004
     DISK_FULL = 1005
     REFUSED = 1006  # the node's owner does not allow it
-    BAD_REQUEST = 1007  # the message, or the settings, ask for what cannot be done
+    BAD_REQUEST = 1007  # the message or the settings are wrong for this node
     WORKER_FAILED = 1008  # the node's own warm process died, or cannot be used
 
 
 def error_reply(message: Message, fault: Fault, reason: str) -> Message:
-    """Return the reply that says what went wrong instead of bringing numbers.
+    """Return the error reply to a message.
 
     Parameters
     ----------
     message
-        What is answered.
+        The request.
     reason
-        Made one line of at most 300 characters. It leaves the node, so it must hold nothing of
-        the node's data, and no secret.
+        Shortened to one line of at most 300 characters. It leaves the node, so it must contain
+        nothing of the node's data, and no secret.
     """
     return Message(Error(int(fault), one_line(reason)), reply_to=message)
 
@@ -49,7 +49,7 @@ def one_line(reason: str) -> str:
 
 
 def fault_of(reply: Message) -> Fault | None:
-    """Return the kind of fault that a node reports; None for content and Flower's own errors."""
+    """Return the fault that a reply reports; None for content and Flower's own errors."""
     if reply.has_error() and reply.error.code in set(Fault):
         return Fault(reply.error.code)
     return None

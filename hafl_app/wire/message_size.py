@@ -1,4 +1,4 @@
-"""How many bytes a message's content takes as Flower sends it, without serializing its arrays.
+"""Size of a message's content in bytes as Flower sends it, without serializing its arrays.
 
 Flower sends a content as a tree of objects (the content, its records, their arrays, pieces of
 these), each with a head that names its children by the SHA-256 of what they serialize to, and
@@ -56,7 +56,7 @@ class _Tree:
             "arraychunk_ids": [distinct.index(piece) for piece in pieces],
         }
         body = json.dumps(about)
-        # Flower tells arrays apart by these words and their pieces, whatever types they have.
+        # Flower identifies arrays by these words and their pieces, whatever types they have.
         return self._number((body, *distinct), _object_size("Array", len(distinct), len(body)))
 
     def _piece(self, piece: memoryview) -> int:
@@ -99,7 +99,7 @@ def _pieces_of(data: bytes) -> Iterator[memoryview]:
 
 
 def _references(names: list[str]) -> int:
-    """Return the length of what a record says of its children: their ids by name."""
+    """Return the length of a record's references: the ids of its children by name."""
     return len(json.dumps(dict.fromkeys(names, _ID)))
 
 

@@ -1,4 +1,4 @@
-"""Node profiles: what each node says it is and can do."""
+"""Node profiles: each node's share of data, rank budget and device, as it states them."""
 
 import json
 import re
@@ -13,8 +13,8 @@ from hafl_app.data.labels import label_fault
 
 PROFILE = "profile"
 UNNUMBERED: Final = -1
-"""Stands for the ``partition_id`` of a node that has none before the server numbers it."""
-# What a stranger says must be possible, and fit on a line of a terminal.
+"""``partition_id`` of a node that has none before the server numbers it."""
+# A profile is untrusted: values must be possible, and fit on a line of a terminal.
 _RANGES = {
     "rank": (1, 2**16),
     "num_examples": (0, 10**12),
@@ -28,7 +28,7 @@ _LEAST_PARTITION = {"partition_id": 0, "num_partitions": 1}
 _MOST_PARTITIONS = 10**9
 T = TypeVar("T")
 # A node's regular expression runs on the server: names and a few plain repetitions, so that no
-# node can write one that takes for ever.
+# node can send one that runs forever.
 _MOST_REPETITIONS = 3
 _MOST_PATTERNS, _LONGEST_PATTERNS = 256, 2**15  # of a profile, in number and in characters
 _HARMLESS = re.compile(r"(?:[\w|-]|\\?\.|\\d\+|\.\*){1,80}")
@@ -36,7 +36,7 @@ _HARMLESS = re.compile(r"(?:[\w|-]|\\?\.|\\d\+|\.\*){1,80}")
 
 @dataclass(frozen=True)
 class NodeProfile:
-    """What a node answers to a query.
+    """Answer of a node to a query.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class NodeProfile:
     rank_pattern
         Rank budgets of layer types, see `matches`; the first pattern that matches counts.
     own_data
-        Whether its data are its own file, which the server must tell its number and the classes.
+        Whether its data are its own file; then requests carry its number and the classes.
     label_names
         The classes in that file, if the server asked for them.
     device_name
@@ -66,7 +66,7 @@ class NodeProfile:
     torch_version, cuda_version
         Of PyTorch, and of the CUDA that it was built with if any.
     bandwidth_kbps
-        What its uplink carries, in 1000 bit/s, as its operator states it; 0 is unknown.
+        Bandwidth of its uplink in 1000 bit/s, as its operator states it; 0 is unknown.
     """
 
     partition_id: int
@@ -136,7 +136,7 @@ class NodeProfile:
 
 
 def _read_labels(names: object) -> tuple[str, ...]:
-    """Read the classes of a stranger: they may come to decide the size of the head."""
+    """Read a node's classes, which may decide the size of the head."""
     if not isinstance(names, list):
         raise ValueError(f"node profile: label_names is {str(names)[:80]!r}, expected a list")  # noqa: TRY004
     if fault := label_fault(names):
@@ -175,10 +175,10 @@ def _check_number(name: str, value: object, least: int, most: int) -> None:
 
 
 def matches(pattern: str, module: str) -> bool:
-    r"""Say whether a pattern means a module, as the keys of PEFT's ``rank_pattern`` do.
+    r"""Return whether a pattern matches a module, as keys of PEFT's ``rank_pattern`` do.
 
     It is a regular expression for the whole name or for an end of it that starts after a dot:
-    ``output.dense`` means ``layer.0.output.dense`` and ``layer.0.attention.output.dense``, and
+    ``output.dense`` matches ``layer.0.output.dense`` and ``layer.0.attention.output.dense``, and
     ``layer.\d+.output.dense`` only the first.
     """
     return re.match(rf"(.*\.)?({pattern})$", module) is not None

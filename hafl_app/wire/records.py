@@ -2,12 +2,12 @@
 
 All factors of a message travel in one flat array, so that small ranks do not pay for headers;
 a layout record says how to cut it, as compressed JSON, with scores and scales as bytes beside it:
-each array more would cost some 300 bytes. Names on the wire are kebab-case and spelled only here.
+each further array would cost some 300 bytes. Names on the wire are kebab-case, spelled only here.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -49,7 +49,7 @@ ROUNDING_ERRORS = "rounding-errors"
 
 @dataclass(frozen=True)
 class AdapterArrays:
-    """An adapter as arrays, of numbers as they travel.
+    """An adapter as arrays, in the number format of the message.
 
     Parameters
     ----------
@@ -66,9 +66,9 @@ class AdapterArrays:
         The factors' format.
     scales
         With ``int8`` and ``mixed``, module name to ``(rank,)`` bits of bfloat16 for the rows of
-        lora_A and the columns of lora_B: what their numbers are to be multiplied with.
+        lora_A and the columns of lora_B: factors of their numbers.
     bits
-        With ``mixed``, module name to what each component's codes are packed in: 2, 4, 8 or 16.
+        With ``mixed``, module name to the bits of each component's codes: 2, 4, 8 or 16.
     """
 
     modules: Mapping[str, tuple[Numbers, Numbers]]
@@ -106,7 +106,7 @@ def pack(adapter: AdapterArrays) -> tuple[ArrayRecord, ConfigRecord]:
 
 
 def unpack(arrays: ArrayRecord, record: ConfigRecord) -> AdapterArrays:
-    """Read what `pack` wrote.
+    """Read the adapter of ``(arrays, layout)``.
 
     Raises
     ------
@@ -180,7 +180,7 @@ def _score_dtype(numbers: NumberFormat) -> str:
 
 
 def adapter_content(adapter: AdapterArrays, **records: ConfigRecord | MetricRecord) -> RecordDict:
-    """Return a message content with an adapter and other records."""
+    """Return a message content of an adapter and other records."""
     arrays, layout = pack(adapter)
     return RecordDict({ARRAYS: arrays, LAYOUT: layout, **records})
 
@@ -226,36 +226,6 @@ def read_plan(content: RecordDict) -> TrainPlan:
         raise RecordError(f"no readable plan in the message: {error}") from error
 
 
-def read_label_names(content: RecordDict) -> tuple[str, ...] | None:
-    """Read the names of the run's classes; None if the server does not say them.
-
-    Raises
-    ------
-    RecordError
-        If they are not a list of text.
-    """
-    names = config_of(content, CONFIG).get(LABEL_NAMES)
-    if names is None:
-        return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RecordError(f"config: {LABEL_NAMES!r} is not a list of text")
-    return tuple(cast(list[str], names))
-
-
-def read_partition_id(content: RecordDict) -> int:
-    """Read the number that the server gave a node which has none of its own.
-
-    Raises
-    ------
-    RecordError
-        If there is none, or it is no number from 0.
-    """
-    number = config_of(content, CONFIG).get(PARTITION_ID)
-    if type(number) is not int or number < 0:
-        raise RecordError(f"config: {PARTITION_ID!r} is {number!r}, expected a number from 0")
-    return number
-
-
 def message_bytes(message: Message) -> int:
     """Count the bytes of a message's content as Flower sends it: every object of its tree, once.
 
@@ -270,7 +240,7 @@ def message_bytes(message: Message) -> int:
 def content_bytes(content: RecordDict) -> int:
     """Count the bytes of a content's arrays, values and names, 8 for a number, decoding nothing.
 
-    For refusing content by its size before it is unpacked; `message_bytes` counts what travels.
+    For rejecting content by its size before it is unpacked; `message_bytes` counts the traffic.
     """
     return sum(
         _value_bytes(part)

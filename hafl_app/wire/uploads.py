@@ -1,7 +1,8 @@
-"""What a client uploads under a plan: its factors, or their change in fewer bits; and back.
+"""Uploads under a plan: a client's factors, or their change in fewer bits; and back.
 
-A rounded upload carries the change against what was sent, which both sides know, so that the error
-is relative to the change and not to the state, which grows. The head always travels in float32.
+A rounded upload carries the change against the received adapter, which both sides know, so that
+the error is relative to the change and not to the state, which grows. The head always travels in
+float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,19 +29,19 @@ def encode_upload(
     errors: Mapping[str, RoundingErrors],
     seed: int = 0,
 ) -> tuple[AdapterArrays, dict[str, RoundingErrors]]:
-    """Return what a client sends under a plan, and what rounding keeps back from now on.
+    """Return a client's upload under a plan, and its new rounding errors by module.
 
     Parameters
     ----------
     upload, received
-        What training made, without what is not uploaded; and what the client was sent.
+        The trained adapter, reduced to its upload; and the adapter that the client received.
     importance
         Module name to component scores.
     errors
-        What was kept back before, by module; returned unchanged unless the plan has
+        Kept from earlier uploads, by module; returned unchanged unless the plan has
         ``error_feedback``.
     seed
-        Of what is rounded at random, with ``mixed``; another one for every upload.
+        Of stochastic rounding, with ``mixed``; a new one for every upload.
     """
     modules, head = to_arrays(upload)
     if plan.upload == "fp32":
@@ -70,7 +71,7 @@ def encode_upload(
 
 
 def decode_upload(arrays: AdapterArrays) -> AdapterArrays:
-    """Return an upload with all its numbers in float32; still changes, if they were rounded."""
+    """Return an upload with all its numbers in float32; a rounded one still holds changes."""
     if arrays.numbers == "fp32":
         return arrays
     modules = {}
@@ -90,7 +91,7 @@ def _change(factors: LoraFactors, received: Adapter, plan: TrainPlan, name: str)
 
 
 def _rounded(factors: LoraFactors, numbers: NumberFormat) -> tuple[Pair, Pair | None]:
-    """Return factors as they travel, and with ``int8`` their scales."""
+    """Return rounded factors, and with ``int8`` their scales."""
     if numbers == "bf16":
         return (_to_bits(factors.lora_A), _to_bits(factors.lora_B)), None
     coded = Int8Factors.of(factors)
@@ -101,7 +102,7 @@ def _rounded(factors: LoraFactors, numbers: NumberFormat) -> tuple[Pair, Pair | 
 def _mixed(
     factors: LoraFactors, bits: Sequence[int], contract: bool, generator: torch.Generator
 ) -> tuple[Pair, Pair]:
-    """Return the first components in so many bits, and their scales; the others stay here."""
+    """Return the first components in their bits, and their scales; the others are not sent."""
     first = factors.select(range(len(bits)))
     coded = MixedFactors.of(first, bits, contract=contract, generator=generator)
     codes = (coded.lora_A.numpy(), coded.lora_B.numpy())
@@ -109,7 +110,7 @@ def _mixed(
 
 
 def _padded(read: LoraFactors, wanted: LoraFactors) -> LoraFactors:
-    """Return what the server reads of a change, zero where a component is not uploaded."""
+    """Return the change that the server reads: zero where a component is not uploaded."""
     nothing = LoraFactors(torch.zeros_like(wanted.lora_A), torch.zeros_like(wanted.lora_B))
     return nothing.replace(range(read.rank), read)
 

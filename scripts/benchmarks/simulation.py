@@ -19,7 +19,7 @@ from benchmarks.simulation_loop import has_pfl
 from benchmarks.simulation_task import SimulationTask, State
 from benchmarks.simulation_worker import NAMES
 from benchmarks.timing import DisagreementError, Timing
-from hafl_app.engines.flower_run import HOME_PREFIX, run_environment, stop_processes
+from hafl_app.engines.processes import HOME_PREFIX, run_environment, stop_processes
 
 LIMIT = "loop"
 _TOLERANCE = 1e-5

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import random
-import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,11 +14,9 @@ from typing import Any, Literal
 
 from chaos_suite.faults import NoFaults, Schedule
 from chaos_suite.grid import JOURNAL, ChaoticGrid, Journal, read_journal
-from hafl_app.client.permissions import own_machine
-from hafl_app.config.compose import compose, quoted
-from hafl_app.engines.in_process import server_identity
-from hafl_app.experiments.running import output_to
-from hafl_app.server_app import run
+from hafl_app.config.compose import quoted
+from hafl_app.engines.in_process import run_federation
+from hafl_app.run.logs import output_to
 
 # They train after the rounds, which are all that a schedule knows.
 _NO_LONE_CLIENTS = "federation.alone_clients_per_rank=0"
@@ -70,16 +67,15 @@ def run_part(part: Part, life: int = 0, kill_round: int | None = None) -> None:
     overrides = [*part.overrides, _NO_LONE_CLIENTS, f"output_dir={quoted(part.folder)}"]
     if life:
         overrides.append(f"resume={quoted(part.folder)}")
-    settings = compose(overrides)
-    with _recorded(part.folder, "a" if life else "w") as journal, server_identity(), own_machine():
-        grid = ChaoticGrid(
-            settings.federation.num_clients,
-            {"overrides": shlex.join(overrides)},
-            part.schedule,
-            journal,
-            _killer(part, life, kill_round),
+    with _recorded(part.folder, "a" if life else "w") as journal:
+        killer = _killer(part, life, kill_round)
+        run_federation(
+            overrides,
+            on_round=lambda *_: journal.note("scored"),
+            make_grid=lambda num_nodes, run_config: ChaoticGrid(
+                num_nodes, run_config, part.schedule, journal, killer
+            ),
         )
-        run(grid, settings, overrides=overrides, on_round=lambda *_: journal.note("scored"))
 
 
 def run_with_kills(part: Part) -> list[dict[str, Any]]:

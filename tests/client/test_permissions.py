@@ -20,7 +20,7 @@ from hafl_app.client.permissions import (
 )
 from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import compose
-from hafl_app.engines import flower_run
+from hafl_app.engines import processes
 from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.run import build
 from hafl_app.training.base_model import load_base
@@ -213,7 +213,7 @@ class TestEnvironment:
     def test_the_nodes_of_ones_own_superlink_have_it(self, monkeypatch, tmp_path):
         monkeypatch.delenv("HAFL_ALLOWED_PATHS", raising=False)
         monkeypatch.setenv("HAFL_ALLOWED_MODELS", "some/encoder")
-        environ = flower_run.run_environment(tmp_path, "token")
+        environ = processes.run_environment(tmp_path, "token")
         check(self.LOCAL + " model=tiny_random", environ=environ)
         refusal("", environ=environ)
 

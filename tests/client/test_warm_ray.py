@@ -22,7 +22,7 @@ from flwr.app import ConfigRecord
 from running import TINY
 
 from hafl_app.client.warm_worker import ray_runtime
-from hafl_app.engines.flower_run import free_port
+from hafl_app.engines.processes import free_port
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.run import build
 from hafl_app.training.lora_model import adapter_shapes
@@ -30,7 +30,7 @@ from hafl_app.wire.records import AdapterArrays, adapter_content, plan_record
 
 pytestmark = pytest.mark.deploy
 
-ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+ROOT, HELPERS = Path(__file__).parents[2], Path(__file__).parents[1] / "helpers"
 RANK = 3
 
 
@@ -69,7 +69,7 @@ class Node:
         file = self.folder / "request"
         file.write_bytes(pickle.dumps(request))
         result = subprocess.run(
-            [sys.executable, str(HERE / "asking.py"), str(self.app_folder), str(file)],
+            [sys.executable, str(HELPERS / "asking.py"), str(self.app_folder), str(file)],
             env=os.environ | environment,
             capture_output=True,
             text=True,

@@ -14,7 +14,7 @@ from node_factories import context, request
 from hafl_app.client.handlers import HANDLERS
 from hafl_app.client.permissions import OWN_MACHINE, Permissions, spelled_out
 from hafl_app.client.warm_worker import ask as warm
-from hafl_app.client.warm_worker.worker import Worker, forget
+from hafl_app.client.warm_worker.worker import Worker, clear_caches
 from hafl_app.config import compose
 from hafl_app.run import build
 
@@ -112,7 +112,7 @@ def test_what_one_run_composed_is_forgotten_too():
     build.settings_of_run({"overrides": "seed=3"})
     assert compose._compose.cache_info().currsize > 0
 
-    forget()
+    clear_caches()
 
     assert compose._compose.cache_info().currsize == 0
 

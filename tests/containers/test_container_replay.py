@@ -17,7 +17,7 @@ from running import TINY
 
 from hafl_app.deployment.credentials import make_credentials
 from hafl_app.deployment.local import local_deployment
-from hafl_app.engines.flower_run import free_port, start_process
+from hafl_app.engines.processes import free_port, start_process
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1800)]
 

@@ -15,7 +15,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from hafl_app.engines.flower_run import CONNECTION, free_port, start_process, tool
+from hafl_app.engines.flower_run import CONNECTION
+from hafl_app.engines.processes import free_port, start_process, tool
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]
 PHONE = NODES[0]

@@ -18,7 +18,7 @@ import pytest
 from running import TINY, records
 
 from hafl_app.client.permissions import OWN_MACHINE
-from hafl_app.engines.flower_run import run_environment
+from hafl_app.engines.processes import run_environment
 from hafl_app.engines.ray_cluster import (
     RayClusterError,
     check_shares,

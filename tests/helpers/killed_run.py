@@ -13,8 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hafl_app.client import handlers
-from hafl_app.experiments.running import run_federation
+from hafl_app.engines.in_process import run_federation
 from hafl_app.run import reporting
+from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.server import checkpoint_store as checkpoint
 from hafl_app.strategies.hafl import Hafl
 from hafl_app.tracking.base import Trackers
@@ -38,7 +39,7 @@ def kill_at(call_number: int, function: Callable[..., Any]) -> Callable[..., Any
 PHASES: dict[str, tuple[Any, str, int]] = {
     "training": (handlers, "train_locally", 8),
     "fold": (Hafl, "accumulate", 8),
-    "evaluation": (reporting.RunReport, "_score_on", 6),
+    "evaluation": (CentralEvaluation, "_score_on", 6),
     "trackers": (Trackers, "log_round", 3),
     # The sixth: one of metrics.jsonl, two of each checkpoint before, this one's file.
     "checkpoint": (os, "fsync", 6),

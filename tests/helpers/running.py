@@ -13,7 +13,7 @@ from hafl_app.client.permissions import own_machine
 from hafl_app.client_app import app as client_app
 from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.run import build
-from hafl_app.server_app import run
+from hafl_app.run.federation import run
 
 # Seconds, not minutes: random weights, generated text, one thread.
 TINY = (

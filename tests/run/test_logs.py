@@ -7,7 +7,7 @@ import traceback
 import pytest
 from running import TINY
 
-from hafl_app.experiments.running import run_federation
+from hafl_app.engines.in_process import run_federation
 
 pytestmark = pytest.mark.slow
 

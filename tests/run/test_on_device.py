@@ -14,14 +14,25 @@ from hafl_app.client_app import app
 from hafl_app.config.compose import compose
 from hafl_app.data.errors import DataError
 from hafl_app.engines.in_process import InProcessGrid, server_identity
+from hafl_app.plan import TrainPlan
 from hafl_app.run import build, setup
+from hafl_app.run.federation import run
 from hafl_app.run.preflight import check
 from hafl_app.run.resuming import ResumeError
-from hafl_app.server_app import run
 from hafl_app.training.adapter_files import load_adapter
 from hafl_app.wire.faults import Fault, fault_of
 from hafl_app.wire.node_profile import PROFILE
-from hafl_app.wire.records import CONFIG, LABEL_NAMES, PARTITION_ID, message_bytes
+from hafl_app.wire.records import (
+    CONFIG,
+    LABEL_NAMES,
+    PARTITION_ID,
+    PLAN,
+    SERVER_ROUND,
+    AdapterArrays,
+    adapter_content,
+    message_bytes,
+    plan_record,
+)
 
 whole_runs = pytest.mark.slow
 WORDS = {"weather": "rain cloud storm", "music": "song drum choir", "food": "bread soup apple"}
@@ -379,7 +390,12 @@ class TestAnswers:
         assert "secret" not in reply.error.reason
 
     def test_a_training_request_without_the_nodes_number_is_refused(self, nodes):
-        reply = self.ask(nodes[0], MessageType.TRAIN)
+        config = ConfigRecord({SERVER_ROUND: 1})
+        content = adapter_content(
+            AdapterArrays({}), **{PLAN: plan_record(TrainPlan({})), CONFIG: config}
+        )
+
+        reply = self.ask(nodes[0], MessageType.TRAIN, content)
 
         assert fault_of(reply) is Fault.BAD_REQUEST
         assert "'partition-id' is None" in reply.error.reason

@@ -166,7 +166,7 @@ PHASES = ["training", "fold", "evaluation", "trackers", "checkpoint", "rename", 
 def test_goes_on_after_kill_9(phase, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_tiny(whole, "federation.num_rounds=3")
-    script = Path(__file__).with_name("killed_run.py")
+    script = Path(__file__).parents[1] / "helpers" / "killed_run.py"
     overrides = [*TINY, "federation.num_rounds=3", f"output_dir={killed}"]
 
     process = subprocess.run(

@@ -271,7 +271,7 @@ print(result.micro_batch_size, result.steps, result.loss)
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its address space")
 def test_a_process_that_may_not_have_more_memory_trains_in_parts():
     # The batch of 512 texts needs some 300 MB, where there are 200.
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    folders = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parents[2])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run(
         [sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True, check=True

@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 
-from hafl_app.client.answering_faults import answering_faults, fault_behind
+from hafl_app.client.error_replies import errors_as_replies, fault_behind
 from hafl_app.client.permissions import NotAllowedError
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError, UnfitDataError
@@ -136,7 +136,7 @@ class TestFaultBehind:
 
 class TestAnsweringFaults:
     def answer(self, message, error):
-        @answering_faults
+        @errors_as_replies
         def handler(message, context):
             raise error
 
@@ -154,7 +154,7 @@ class TestAnsweringFaults:
             self.answer(request_message, ZeroDivisionError())
 
     def test_an_answer_is_passed_on(self, request_message):
-        @answering_faults
+        @errors_as_replies
         def handler(message, context):
             return message, context
 

@@ -1,7 +1,7 @@
-"""Asking the node's warm worker: which one it is, and what happens when it dies.
+"""Asking the node's warm worker, which is started again once if it dies.
 
 A worker is known by ``<name>/<hash of the app's code>``. It keeps one base model at a time, that of
-the latest message; `hafl_app.client.warm_worker.ray_workers` is where it lives.
+the latest message; it lives in `hafl_app.client.warm_worker.ray_workers`.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class NoWorkerError(RuntimeError):
 
 
 class WorkerFailedError(RuntimeError):
-    """A worker that did not start or died again and again, told in one line fit for the server."""
+    """A worker that did not start or died twice; the message is one line fit for the server."""
 
 
 class WorkerDiedError(RuntimeError):
@@ -59,7 +59,7 @@ class Workers(Protocol):
 def ask_worker(
     workers: Workers, options: WorkerOptions, message: Message, context: Context
 ) -> Message:
-    """Answer a message as a worker does; ``context.state`` becomes what it made of it.
+    """Let a worker answer a message; ``context.state`` becomes the worker's.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def ask_worker(
 
 
 def code_hash(app_folder: Path) -> str:
-    """Return 12 hexadecimal digits that tell one version of the app's code from another."""
+    """Return a hash of the app's code, in 12 hexadecimal digits."""
     digest = hashlib.sha256(str(app_folder).encode())
     for folder, pattern in (("hafl_app", "*.py"), ("conf", "*.yaml")):
         for path in sorted((app_folder / folder).rglob(pattern)):

@@ -1,4 +1,4 @@
-"""What a node's operator says about its worker, in ``flower-supernode --node-config``."""
+"""Options of a node's warm worker, from ``flower-supernode --node-config``."""
 
 import math
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ _IDLE_SECONDS = 1800.0
 
 
 class WorkerOptionsError(ValueError):
-    """A node config that means no worker, told in one line."""
+    """A node config with malformed worker options; the message is one line."""
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """Which worker answers for a node.
+    """Options of the worker that answers for a node.
 
     Parameters
     ----------

@@ -27,12 +27,12 @@ _LONGEST_TEMP_DIR = 40  # Ray puts sockets below it, whose whole path has at mos
 
 
 class RayRuntimeError(RuntimeError):
-    """A Ray that could not be started or stopped, told in one line."""
+    """A Ray that could not be started or stopped; the message is one line."""
 
 
 @dataclass(frozen=True)
 class RayProcess:
-    """What is known of a Ray that was started here.
+    """A Ray that was started here, by process and folder.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class RayProcess:
 
 
 def state_folder(port: int) -> Path:
-    """Return where the token and the process of a port's Ray are kept, for this user alone.
+    """Return the folder that holds the token and the process of a port's Ray, for this user alone.
 
     It is below ``$HAFL_NODE_STATE``, else ``hafl`` in the user's state folder.
     """
@@ -69,7 +69,7 @@ def connection_environment(port: int) -> dict[str, str]:
 
 
 def is_listening(port: int) -> bool:
-    """Tell whether anything answers on a port of the loopback; Ray itself asks for a minute."""
+    """Return whether a port of the loopback is taken, at once: Ray itself retries for a minute."""
     with suppress(OSError), socket.create_connection((LOOPBACK, port), timeout=1):
         return True
     return False
@@ -198,7 +198,7 @@ def _make_temp_dir(path: Path) -> None:
         )
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.is_symlink() or path.stat().st_uid != os.getuid():
-        # Somebody else could read and change what is in it.
+        # Another user could read and change its contents.
         raise RayRuntimeError(f"temporary folder {path}: it is a link, or belongs to another user")
     if any(path.iterdir()):  # it is removed when Ray stops
         raise RayRuntimeError(f"temporary folder {path}: it is not empty")

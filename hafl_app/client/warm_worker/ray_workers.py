@@ -50,8 +50,8 @@ def connected(port: int) -> Iterator["RayWorkers"]:
     try:
         import ray  # noqa: PLC0415  takes a second
 
-        with warnings.catch_warnings(), _own_farewell():
-            # Ray announces a change of its own defaults to everybody.
+        with warnings.catch_warnings(), _own_sigterm_handler():
+            # Ray warns about a change of its own defaults.
             warnings.simplefilter("ignore", FutureWarning)
             ray.init(
                 address=f"{LOOPBACK}:{port}",
@@ -69,8 +69,8 @@ def connected(port: int) -> Iterator["RayWorkers"]:
 
 
 @contextmanager
-def _own_farewell() -> Iterator[None]:
-    """Keep what this process does on SIGTERM: Flower tells the SuperNode, Ray would just go."""
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keep this process's SIGTERM handler: Flower's informs the SuperNode, Ray's does not."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -168,12 +168,12 @@ class RayWorkers:
         return float(wanted)
 
     def _actor_class(self) -> Any:
-        # The actor's process cannot import the app before it is told where it is.
+        # The actor's process cannot import the app before it knows the app's folder.
         self._ray.cloudpickle.register_pickle_by_value(worker_module)
         return self._ray.remote(worker_module.Worker)
 
     def _retire_older(self, key: str) -> None:
-        """Let workers of other versions of the code end after what they are at."""
+        """Let workers of other versions of the code end after their current message."""
         name = key.rpartition("/")[0]
         for other in self.names():
             if other.rpartition("/")[0] == name and other != key:

@@ -1,4 +1,4 @@
-"""The process that stays warm: it keeps a run's base model and tokenized data between messages.
+"""The warm worker: a process that keeps a run's base model and tokenized data between messages.
 
 Its class travels to the node's Ray by value, since the app's folder is not yet known to Python
 there; so this module imports the standard library alone, and the rest of the app when it answers.
@@ -21,16 +21,16 @@ _PACKAGE = "hafl_app"
 
 @dataclass(frozen=True)
 class Answer:
-    """What comes back from the worker.
+    """A worker's answer to a message.
 
     Parameters
     ----------
     reply
         A message of Flower's.
     state
-        What the node keeps until the next message, a record dict of Flower's.
+        The node's state until the next message, a record dict of Flower's.
     log
-        What was logged meanwhile, one formatted record each.
+        Log records of the message, one formatted line each.
     """
 
     reply: Any
@@ -46,14 +46,14 @@ def end_this_actor() -> None:
 
 
 class Worker:
-    """Answers the messages of a node, one after another, and ends when none has come for a while.
+    """Answers a node's messages one after another, and ends when it has been idle for long.
 
     Parameters
     ----------
     app_folder
         Folder that holds the package: this worker's code for good.
     environment
-        Of the process that asks, without what permits anything: that comes with each message.
+        Of the process that asks, without permissions: those come with each message.
     idle_s
         Seconds without a message after which `end` is called.
     end
@@ -78,14 +78,14 @@ class Worker:
         threading.Thread(target=self._end_when_idle, daemon=True).start()
 
     def answer(self, message: Any, context: Any, permitting: Mapping[str, str]) -> Answer:
-        """Answer a message as the process that asks would.
+        """Answer a message in place of the process that asks.
 
         Parameters
         ----------
         message, context
             Flower's.
         permitting
-            The variables of the asking process's environment that permit something.
+            The permissions in the asking process's environment.
         """
         self._busy = True
         try:
@@ -100,13 +100,13 @@ class Worker:
         from hafl_app.client.permissions import spelled_out  # noqa: PLC0415  only here
 
         if context.run_id != self._run_id:
-            # Files may have changed since: what is kept is kept within a run.
-            forget()
+            # Files may have changed since: caches are valid within a run.
+            clear_caches()
             self._run_id = context.run_id
         context.node_config = spelled_out(context.node_config, permitting)
-        with _Listening() as heard:
+        with _CollectedLog() as log:
             reply = HANDLERS[message.metadata.message_type](message, context)
-        return Answer(reply, context.state, tuple(heard.lines))
+        return Answer(reply, context.state, tuple(log.lines))
 
     def report(self) -> dict[str, int]:
         """Return the process id, its messages so far, and the base models loaded for this run."""
@@ -125,8 +125,8 @@ class Worker:
         self._end()
 
 
-def forget() -> None:
-    """Drop whatever the app's functions have cached in this process."""
+def clear_caches() -> None:
+    """Clear the caches of the app's functions in this process."""
     modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == _PACKAGE]
     for cached in {id(c): c for m in modules for c in _caches(m)}.values():
         cached.cache_clear()
@@ -138,7 +138,7 @@ def _caches(module: ModuleType) -> list[Any]:
 
 
 def _take_over(environment: Mapping[str, str]) -> None:
-    """Let this process have another's environment; Ray's part of it, and its GPUs, stay."""
+    """Replace this process's environment by another's, except for Ray's variables and GPUs."""
     ours = {k: v for k, v in os.environ.items() if _is_of_ray(k)}
     theirs = {k: v for k, v in environment.items() if not _is_of_ray(k)}
     os.environ.clear()
@@ -149,8 +149,8 @@ def _is_of_ray(name: str) -> bool:
     return name.startswith("RAY_") or name.endswith("_VISIBLE_DEVICES")
 
 
-class _Listening(logging.Handler):
-    """Collects what the app logs within a ``with`` block."""
+class _CollectedLog(logging.Handler):
+    """Log records of the app within a ``with`` block, as formatted lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class _Listening(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(self.format(record))
 
-    def __enter__(self) -> "_Listening":
+    def __enter__(self) -> "_CollectedLog":
         logging.getLogger(_PACKAGE).addHandler(self)
         return self
 

@@ -1,4 +1,4 @@
-"""Exceptions of a node's handlers as error replies: which fault each means, and what it may say."""
+"""Error replies of a node: exceptions of its handlers become faults with a safe reason."""
 
 import errno
 import functools
@@ -11,6 +11,7 @@ from hafl_app.client.permissions import NotAllowedError
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.privacy.mechanism import PrivacyError
+from hafl_app.run.logs import show_log
 from hafl_app.training.base_model import ModelError
 from hafl_app.training.batches import is_out_of_memory
 from hafl_app.training.local import DeviceMemoryError, LossNotFiniteError, TrainingError
@@ -23,20 +24,20 @@ Handler = Callable[[Message, Context], Message]
 
 
 def fault_behind(error: Exception) -> tuple[Fault, str] | None:
-    """Return the kind of fault that an exception means, and a reason fit to leave the node.
+    """Return an exception's kind of fault, and a reason that may leave the node.
 
     Returns
     -------
     tuple of Fault and str, or None
-        None for what nobody foresaw: that is for the node's own log, with its traceback.
+        None for an unexpected exception: that is for the node's own log, with its traceback.
     """
     if any(isinstance(e, OSError) and e.errno in _NO_SPACE for e in _chain(error)):
         return Fault.DISK_FULL, "no space left on a disk of this node"
-    for kind, fault in _TOLD_IN_FULL.items():
+    for kind, fault in _QUOTABLE.items():
         if isinstance(error, kind):
             return fault, str(error)
     if isinstance(error, DataError):
-        # These messages may quote a file's path, a label or a cell, for whoever owns the data.
+        # These messages may quote a file's path, a label or a cell, for the owner of the data.
         return Fault.DATA_UNAVAILABLE, "this node cannot read its data; its own log says why"
     if is_out_of_memory(error):  # outside of training, where there is nothing to halve
         return Fault.OUT_OF_MEMORY, "this node's memory does not suffice"
@@ -45,7 +46,7 @@ def fault_behind(error: Exception) -> tuple[Fault, str] | None:
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Their messages are made of settings and plans, which come from the server, and of counts.
-_TOLD_IN_FULL: dict[type[Exception], Fault] = {
+_QUOTABLE: dict[type[Exception], Fault] = {
     DeviceMemoryError: Fault.OUT_OF_MEMORY,
     UnfitDataError: Fault.DATA_UNAVAILABLE,
     LossNotFiniteError: Fault.LOSS_NOT_FINITE,
@@ -59,20 +60,21 @@ _TOLD_IN_FULL: dict[type[Exception], Fault] = {
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and what it was raised from: a full disk may come wrapped."""
+    """Yield an exception and its causes: a full disk may come wrapped."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def answering_faults(handler: Handler) -> Handler:
-    """Let a handler of a ClientApp reply with the fault instead of raising it.
+def errors_as_replies(handler: Handler) -> Handler:
+    """Make a handler of a ClientApp reply with the fault instead of raising it.
 
-    Exceptions that mean no known fault are raised as before; Flower replies for them.
+    Unexpected exceptions are raised; Flower replies for them.
     """
 
     @functools.wraps(handler)
     def answer(message: Message, context: Context) -> Message:
+        show_log()
         try:
             return handler(message, context)
         except Exception as error:

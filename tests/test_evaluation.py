@@ -28,7 +28,7 @@ from hafl_app.training.causal import CausalSpec
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 SMALL = ("federation.num_rounds=1", "federation.alone_clients_per_rank=0")
 

@@ -1,0 +1,50 @@
+"""Reply to a training request: the trained adapter as the plan uploads it, and metrics."""
+
+from flwr.app import MetricRecord, RecordDict
+
+from hafl_app.client.error_feedback import encode_with_feedback
+from hafl_app.client.node import Job, Node
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.privacy.mechanism import NoiseSource, privatize_upload, trained_part
+from hafl_app.run import build
+from hafl_app.training.local import TrainResult
+from hafl_app.wire.records import METRICS, NUM_EXAMPLES, SECONDS, adapter_content
+
+
+def training_reply(node: Node, job: Job, result: TrainResult) -> RecordDict:
+    """Return the content of the reply; a local head and rounding errors stay in the node's state.
+
+    Under ``privacy=local_dp`` the upload is clipped and carries the node's own noise.
+    """
+    if job.plan.head == "local":
+        node.keep_head(result.adapter)
+    upload = result.adapter if job.plan.head == "averaged" else result.adapter.with_head({})
+    if node.is_private:
+        upload = _privatized(node, job, upload)
+    importance = {name: scores.numpy() for name, scores in result.importance.items()}
+    arrays = encode_with_feedback(node.state, upload, job.adapter, job.plan, importance, job.seed)
+    return adapter_content(arrays, **{METRICS: _metrics(result, node.is_private)})
+
+
+def _privatized(node: Node, job: Job, upload: Adapter) -> Adapter:
+    privacy = build.privacy_options(node.settings)
+    noise = NoiseSource(privacy.noise_key)
+    generator = noise.generator(job.server_round, f"upload/{job.number}", upload)
+    return privatize_upload(upload, trained_part(job.adapter, job.plan), privacy, generator)
+
+
+def _metrics(result: TrainResult, private: bool) -> MetricRecord:
+    if private:  # losses, times and memory follow from the texts, and carry no noise
+        return MetricRecord({NUM_EXAMPLES: result.num_examples})
+    return MetricRecord(
+        {
+            NUM_EXAMPLES: result.num_examples,
+            "loss": result.loss,
+            "steps": result.steps,
+            SECONDS: result.seconds,
+            "probe-seconds": result.probe_seconds,
+            "peak-memory-mb": result.peak_memory_mb,
+            "micro-batch-size": result.micro_batch_size,
+            "out-of-time": int(result.out_of_time),
+        }
+    )

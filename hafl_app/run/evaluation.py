@@ -1,0 +1,99 @@
+"""Central evaluation: adapters on the server's own data, and the answers that they write."""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+from torch import Tensor
+
+from hafl_app.config.schema import Settings
+from hafl_app.data.shares import CentralText
+from hafl_app.data.text import EncodedText
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.metrics import TASKS
+from hafl_app.run import build
+from hafl_app.training.device import threads
+from hafl_app.training.evaluate import Scores, adapter_evaluator
+from hafl_app.training.generate import GenerationOptions, score_generation
+from hafl_app.training.lora_model import LoraModel
+
+
+class CentralEvaluation:
+    """Evaluates adapters on the server's data; the base model is loaded at the first use.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+    text
+        The server's data.
+    initial_head
+        Head of an adapter that has none, by parameter name.
+    """
+
+    def __init__(
+        self, settings: Settings, text: CentralText, initial_head: Mapping[str, Tensor]
+    ) -> None:
+        self._settings = settings
+        self._num_threads = settings.federation.server_threads or os.cpu_count() or 1
+        self.text = text
+        self.initial_head = initial_head
+
+    @property
+    def has_test(self) -> bool:
+        """Whether the server evaluates adapters on test data."""
+        return self._settings.federation.central_evaluation and len(self.text.test) > 0
+
+    @property
+    def of_rounds(self) -> bool:
+        """Whether every round's adapter is evaluated; with local heads there is no global model."""
+        settings = self._settings
+        return settings.federation.central_evaluation and settings.model.head != "local"
+
+    @property
+    def chooses_best(self) -> bool:
+        """Whether there is validation data to choose the best round by."""
+        return self.of_rounds and len(self.text.validation) > 0
+
+    def metrics(self, adapter: Adapter) -> dict[str, float]:
+        """Return an adapter's metrics on the test and validation data, as ``split/name``."""
+        found: dict[str, float] = {}
+        for split in ("test", "validation"):
+            if len(getattr(self.text, split)):
+                found |= self._score_on(adapter, split).named(split)
+        return found
+
+    def primary_test_metric(self, adapter: Adapter) -> float:
+        """Return an adapter's primary metric on the test data."""
+        key = TASKS[self._settings.model.task].primary.key("test")
+        return self._score_on(adapter, "test").named("test")[key]
+
+    def generation(self, adapter: Adapter) -> dict[str, float | int]:
+        """Return the scores of answers that an adapter writes; empty if none are requested."""
+        settings = self._settings
+        if not settings.federation.generate_examples or not self.has_test:
+            return {}
+        options = GenerationOptions(
+            settings.dataset.max_length,
+            settings.federation.generate_tokens,
+            settings.federation.generate_examples,
+            precision=settings.client.precision,
+        )
+        base, pairs = build.base_spec(settings), build.test_pairs(settings)
+        with threads(self._num_threads):
+            self._model.load_whole(adapter)
+            return score_generation(self._model, base, *pairs, options).to_json()
+
+    @cached_property
+    def _model(self) -> LoraModel:
+        # Not before it is needed: a server that evaluates nothing needs no base model.
+        return build.model(self._settings, len(self.text.label_names))
+
+    @cached_property
+    def _evaluator(self) -> Callable[[Adapter, EncodedText], Scores]:
+        return adapter_evaluator(self._model, self._settings.client.precision)
+
+    def _score_on(self, adapter: Adapter, split: str) -> Scores:
+        # A fixed number of threads: float sums differ by it.
+        with threads(self._num_threads):
+            return self._evaluator(adapter, getattr(self.text, split))

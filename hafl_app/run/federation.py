@@ -1,0 +1,155 @@
+"""One federation from settings to results: wait for nodes, run the rounds, write the results."""
+
+import logging
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from hafl_app.config.schema import Settings
+from hafl_app.lowrank.factors import Adapter, initial_adapter
+from hafl_app.run import build
+from hafl_app.run.device_gains import lone_clients
+from hafl_app.run.evaluation import CentralEvaluation
+from hafl_app.run.logs import show_log
+from hafl_app.run.reporting import RunReport
+from hafl_app.run.resuming import (
+    RunCheckpoints,
+    agreed_before,
+    check_settings,
+    load_checkpoint,
+    resume,
+)
+from hafl_app.run.run_lock import run_lock
+from hafl_app.run.setup import known_label_names, wait_for_nodes
+from hafl_app.server.central_privacy import check_federation
+from hafl_app.server.checkpoint_store import Checkpoint
+from hafl_app.server.held_out_clients import evaluate_unseen
+from hafl_app.server.local_baseline import AloneResult, train_alone
+from hafl_app.server.numbering import Numbering
+from hafl_app.server.rounds import run_rounds
+from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.training.lora_model import adapter_shapes
+
+
+def run(
+    grid: Grid,
+    settings: Settings,
+    *,
+    overrides: Sequence[str] = (),
+    on_round: Callable[[int, Adapter], None] | None = None,
+) -> None:
+    """Run a federation over the grid's nodes and write its results.
+
+    Parameters
+    ----------
+    overrides
+        From which the settings were composed; a checkpoint keeps them.
+    on_round
+        Called with the round and the global adapter, before the first round (0) and after each.
+
+    Raises
+    ------
+    hafl_app.privacy.mechanism.PrivacyError
+        If the reported privacy would not hold under these settings.
+    hafl_app.server.method.StrategyError
+        If the method cannot serve these nodes.
+    hafl_app.server.rounds.RoundFailedError
+        If a round failed, however often it was repeated.
+    hafl_app.run.resuming.ResumeError
+        If the run cannot be resumed, or not with these settings.
+    hafl_app.run.run_lock.RunLockedError
+        If another process is still writing the folder.
+    """
+    show_log()
+    # Flower logs a dozen lines a round; the trackers report rounds here.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    folder = output_folder(settings)
+    print(f"Output folder: {folder}", flush=True)  # noqa: T201  the log must name it
+    with run_lock(folder):
+        _run(grid, settings, folder, overrides, on_round)
+
+
+def _run(
+    grid: Grid,
+    settings: Settings,
+    folder: Path,
+    overrides: Sequence[str],
+    on_round: Callable[[int, Adapter], None] | None,
+) -> None:
+    strategy = build.strategy(settings)
+    report = RunReport(settings, strategy, folder)
+    checkpoints = RunCheckpoints(folder, settings, tuple(overrides))
+
+    def after_round(server_round: int) -> None:
+        report.evaluate(server_round)
+        if on_round is not None:
+            on_round(server_round, strategy.global_adapter)
+        checkpoints.save(strategy, report, grid, server_round)
+
+    try:
+        check_federation(settings.privacy.kind, settings.federation)
+        checkpoint = load_checkpoint(Path(settings.resume)) if settings.resume else None
+        if checkpoint is not None:
+            check_settings(checkpoint, settings)
+        report.start()
+        initial = _prepare(grid, settings, strategy, report, checkpoint)
+        if checkpoint is None:
+            checkpoints.forget()
+            after_round(0)
+        else:
+            resume(checkpoint, strategy, report, grid)
+        run_rounds(strategy, grid, checkpoint.server_round + 1 if checkpoint else 1, after_round)
+        unseen = evaluate_unseen(strategy, grid, report.rounds[-1].server_round)
+        alone = _alone(grid, settings, strategy, initial) if report.has_test else []
+        report.finish(alone, unseen)
+    except BaseException as error:
+        report.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _prepare(
+    grid: Grid,
+    settings: Settings,
+    strategy: HeterogeneousLora,
+    report: RunReport,
+    checkpoint: Checkpoint | None,
+) -> Adapter:
+    """Wait for the nodes, agree on the classes, and return the adapter of round 0.
+
+    The base model's weights are loaded when the first adapter is scored, if any is.
+    """
+    label_names, numbering = known_label_names(settings), Numbering()
+    if checkpoint is not None:
+        label_names, numbering = agreed_before(checkpoint, label_names)
+    text = wait_for_nodes(grid, settings, strategy, label_names, numbering)
+    spec = build.model_spec(settings, len(text.label_names))
+    head = spec.initial_head()
+    initial = initial_adapter(adapter_shapes(spec), strategy.max_rank, settings.seed).with_head(
+        {} if settings.model.head == "local" else head
+    )
+    evaluation = CentralEvaluation(settings, text, head)
+    report.evaluate_with(evaluation)
+    strategy.coordinator.prepare(initial, report.on_reply)
+    return initial
+
+
+def _alone(
+    grid: Grid, settings: Settings, strategy: HeterogeneousLora, initial: Adapter
+) -> list[AloneResult]:
+    """Train some clients without the federation, for comparison."""
+    lone = lone_clients(settings, strategy.coordinator.participation.trainable())
+    alone = train_alone(strategy, grid, initial, lone) if lone else []
+    if lone and settings.federation.alone_at_max_rank:
+        alone += train_alone(strategy, grid, initial, lone, strategy.max_rank)
+    return alone
+
+
+def output_folder(settings: Settings) -> Path:
+    """Return the absolute folder of the run: `output_dir`, else one named by time and method."""
+    if settings.output_dir is not None:
+        return Path(settings.output_dir).expanduser().absolute()
+    method = type(settings.strategy).__module__.rpartition(".")[2]
+    now = datetime.now().astimezone()
+    return Path("outputs").absolute() / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{method}"

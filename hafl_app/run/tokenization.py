@@ -1,0 +1,81 @@
+"""Tokenization of a run's texts: lazy tokenizers, their cache keys and the cache's folder."""
+
+import os
+from pathlib import Path
+from typing import TypedDict
+
+from hafl_app.data.text import Tokenize, TokenizePairs
+from hafl_app.training.base_model import CAUSAL_LM, BaseSpec, load_tokenizer
+from hafl_app.training.prompts import load_pair_tokenizer
+
+
+class Tokenizing(TypedDict):
+    """Keyword arguments of the classes that encode text.
+
+    Parameters
+    ----------
+    tokenize
+        Texts to token ids.
+    tokenizer_key
+        Identifies the tokenizer and its cut in the cache.
+    cache
+        Folder of tokenized data; None for no cache.
+    """
+
+    tokenize: Tokenize
+    tokenizer_key: str
+    cache: Path | None
+
+
+def tokenizing(spec: BaseSpec, max_length: int) -> Tokenizing:
+    """Return the tokenization of a base model; the tokenizer is loaded with the first text.
+
+    Parameters
+    ----------
+    max_length
+        Of a text in tokens, at least 1.
+    """
+    return Tokenizing(
+        tokenize=_LazyTokenizer(spec, max_length),
+        tokenizer_key=_tokenizer_key(spec, max_length),
+        cache=cache_folder(),
+    )
+
+
+def pair_tokenizer(spec: BaseSpec, max_length: int) -> TokenizePairs | None:
+    """Return the tokenizer of prompts with answers; None if the task has none."""
+    return _LazyPairTokenizer(spec, max_length) if spec.task == CAUSAL_LM else None
+
+
+def cache_folder() -> Path:
+    """Return the folder of tokenized data: `$HAFL_CACHE`, else `hafl` in the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HAFL_CACHE") or Path(root) / "hafl")
+
+
+class _LazyTokenizer:
+    """Loads the tokenizer with the first text, so that counting rows needs none."""
+
+    def __init__(self, spec: BaseSpec, max_length: int) -> None:
+        self._spec = spec
+        self._max_length = max_length
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        return load_tokenizer(self._spec, self._max_length)(texts)
+
+
+class _LazyPairTokenizer:
+    """The same for prompts with answers."""
+
+    def __init__(self, spec: BaseSpec, max_length: int) -> None:
+        self._spec = spec
+        self._max_length = max_length
+
+    def __call__(self, prompts: list[str], answers: list[str]) -> tuple[list[list[int]], list[int]]:
+        return load_pair_tokenizer(self._spec, self._max_length)(prompts, answers)
+
+
+def _tokenizer_key(spec: BaseSpec, max_length: int) -> str:
+    # A tokenizer of the model's own code may cut texts otherwise.
+    code = "/own code" if spec.trust_remote_code else ""
+    return f"{spec.path}@{spec.revision}/{max_length}{code}"

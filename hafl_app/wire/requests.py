@@ -1,0 +1,125 @@
+"""Requests of the server, read from a message once and validated once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, ConfigRecordValues, Message
+
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.training.adapter_arrays import from_arrays
+from hafl_app.wire.arrays import RecordError
+from hafl_app.wire.records import (
+    CONFIG,
+    LABEL_NAMES,
+    PARTITION_ID,
+    SERVER_ROUND,
+    config_of,
+    read_adapter,
+    read_plan,
+)
+
+
+@dataclass(frozen=True)
+class QueryRequest:
+    """Request for a node's profile.
+
+    Parameters
+    ----------
+    label_names
+        The run's classes; None if a node with its own data is to name the classes in them.
+    """
+
+    label_names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Request to train a plan's components, or to evaluate the adapter under that plan.
+
+    Parameters
+    ----------
+    server_round
+        At least 0.
+    plan
+        What to train.
+    adapter
+        The components that the plan holds, and the head; float32. The tensors share the message's
+        memory, so they must not be written to.
+    label_names
+        The run's classes; None if the node knows them.
+    partition_id
+        Number of the node in the run, at least 0; None if the node has its own.
+    """
+
+    server_round: int
+    plan: TrainPlan
+    adapter: Adapter
+    label_names: tuple[str, ...] | None
+    partition_id: int | None
+
+
+def read_query(message: Message) -> QueryRequest:
+    """Read a query.
+
+    Raises
+    ------
+    RecordError
+        If the class names are not a list of text.
+    """
+    return QueryRequest(_label_names(config_of(message.content, CONFIG)))
+
+
+def read_request(message: Message) -> TrainRequest:
+    """Read a request to train or to evaluate.
+
+    Raises
+    ------
+    RecordError
+        If a part is missing or malformed, or plan and adapter do not hold the same components.
+    """
+    content = message.content
+    config = config_of(content, CONFIG)
+    given = config.get(PARTITION_ID)
+    request = TrainRequest(
+        server_round=_number(SERVER_ROUND, config.get(SERVER_ROUND)),
+        plan=read_plan(content),
+        adapter=_adapter(message),
+        label_names=_label_names(config),
+        partition_id=None if given is None else _number(PARTITION_ID, given),
+    )
+    _check_held(request.plan.modules, request.adapter)
+    return request
+
+
+def _adapter(message: Message) -> Adapter:
+    arrays = read_adapter(message.content)
+    if arrays.numbers != "fp32":  # only uploads are rounded
+        raise RecordError(f"the adapter's numbers are {arrays.numbers}, expected fp32")
+    return from_arrays(arrays.modules, arrays.head)
+
+
+def _check_held(modules: Mapping[str, ModulePlan], adapter: Adapter) -> None:
+    held = {name: len(module.held) for name, module in modules.items()}
+    sent = {name: factors.rank for name, factors in adapter.modules.items()}
+    for name in sorted({*held, *sent}):
+        if held.get(name) != sent.get(name):
+            raise RecordError(
+                f"module {name!r}: the adapter has {sent.get(name, 'no')} components, the plan "
+                f"{held.get(name, 'no')}"
+            )
+
+
+def _label_names(config: ConfigRecord) -> tuple[str, ...] | None:
+    names = config.get(LABEL_NAMES)
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecordError(f"config: {LABEL_NAMES!r} is not a list of text")
+    return tuple(str(name) for name in names)
+
+
+def _number(key: str, value: ConfigRecordValues | None) -> int:
+    if type(value) is not int or value < 0:
+        raise RecordError(f"config: {key!r} is {value!r}, expected a whole number from 0")
+    return value
