@@ -5,7 +5,7 @@ Standard library only.
 
 import unicodedata
 
-_LONGEST = 300
+_LONGEST, _CUT = 300, "..."
 # Controls, what changes the direction of a line, ends of lines, and what no file can hold.
 _UNSAFE = {"Cc", "Cf", "Zl", "Zp", "Cs"}
 
@@ -20,14 +20,14 @@ def printable(text: object, longest: int = _LONGEST) -> str:
     Parameters
     ----------
     longest
-        Characters at which it is cut, at least 1; what follows is replaced by ``...``.
+        Most characters of the result, at least 3; text that is cut ends in ``...``.
     """
     # Nothing behind what is shown is looked at: a foreign text may be megabytes long.
     start = str(text)[: 4 * longest]
     words = " ".join(start.split())
     safe = "".join(_escaped(character) for character in words)
     if len(safe) > longest or len(str(text)) > len(start):
-        return f"{safe[:longest]}..."
+        return f"{safe[: longest - len(_CUT)]}{_CUT}"
     return safe
 
 

@@ -63,9 +63,9 @@ def test_everyday_settings_take_effect():
     )
     assert settings.strategy.max_rank == 16
     assert list(settings.lora.target_modules) == ["query", "value"]
-    options = build.federation_options(settings)
-    assert (options.num_rounds, options.fraction_train, options.local_epochs) == (3, 0.5, 2)
-    assert (options.seed, settings.client.learning_rate) == (5, 0.01)
+    assert (settings.federation.num_rounds, settings.federation.fraction_train) == (3, 0.5)
+    assert (settings.client.local_epochs, settings.client.learning_rate) == (2, 0.01)
+    assert settings.seed == 5
 
 
 @pytest.mark.parametrize(
