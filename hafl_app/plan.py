@@ -18,13 +18,14 @@ from typing import Any, Literal, get_args
 HeadPolicy = Literal["averaged", "frozen", "local"]
 ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
 NumberFormat = Literal["fp32", "bf16", "int8", "mixed"]
+TrainedFactors = Literal["A", "B", "both"]
 
 NUMBER_BYTES: Mapping[NumberFormat, int] = {"fp32": 4, "bf16": 2, "int8": 1, "mixed": 2}
 """Bytes of a number in each format; of ``mixed``, where every component has its own, at most."""
 
 BIT_LEVELS = (0, 2, 4, 8, 16)
 """Bits that a number of a component may have with ``mixed``; with 0 it is not uploaded."""
-_SCALES_BYTES = 4  # of a component: one in bfloat16 for its row of lora_A, one for its column
+_SCALE_BYTES = 2  # bfloat16; a component has one for its row of lora_A, and one for its column
 
 # "0-99999999999" is short to write and long to expand; no adapter has that many components.
 _MAX_COMPONENTS = 2**16
@@ -99,13 +100,17 @@ def largest_code(bits: int) -> int:
 
 
 def component_bytes(bits: int, out_features: int, in_features: int) -> int:
-    """Return the bytes of one component in an upload: its two vectors of codes, and their scales.
+    """Return the bytes of one component in an upload: its vectors of codes, a scale for each.
 
-    ``ceil(b m / 8) + ceil(b n / 8) + 4`` for a weight of m x n; 0 for 0 bits.
+    ``ceil(b m / 8) + 2 + ceil(b n / 8) + 2`` for a weight of m x n; 0 for 0 bits.
+
+    Parameters
+    ----------
+    out_features, in_features
+        Of the weight; 0 for the factor that is not uploaded, see `ModulePlan.uploaded_sides`.
     """
-    if not bits:
-        return 0
-    return -(-bits * out_features // 8) + -(-bits * in_features // 8) + _SCALES_BYTES
+    lengths = (length for length in (out_features, in_features) if length and bits)
+    return sum(-(-bits * length // 8) + _SCALE_BYTES for length in lengths)
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:
@@ -140,12 +145,16 @@ class ModulePlan:
         With ``upload=mixed``, how many bits each trainable component's numbers are uploaded in,
         of `BIT_LEVELS` and never rising: those with 0 come last and are trained but not uploaded.
         Else empty.
+    factors
+        Which factors of the trainable components the client trains and uploads: ``A``, ``B`` or
+        ``both``. The other one stays in the forward pass as it was sent.
     """
 
     held: tuple[int, ...]
     trainable: tuple[int, ...]
     scaling: float = 1.0
     bits: tuple[int, ...] = ()
+    factors: TrainedFactors = "both"
 
     def __post_init__(self) -> None:
         if len(set(self.held)) != len(self.held) or any(i < 0 for i in self.held):
@@ -159,6 +168,8 @@ class ModulePlan:
             )
         valid = _is_finite(self.scaling) and self.scaling > 0
         _require(valid, "scaling", "above 0 and finite", self.scaling)
+        known = get_args(TrainedFactors)
+        _require(self.factors in known, "factors", f"one of {', '.join(known)}", self.factors)
         self._check_bits()
 
     def _check_bits(self) -> None:
@@ -183,6 +194,24 @@ class ModulePlan:
         """Positions of the frozen components among the held ones."""
         trainable = set(self.trainable)
         return tuple(p for p, component in enumerate(self.held) if component not in trainable)
+
+    @property
+    def trains_A(self) -> bool:
+        """Whether lora_A of the trainable components is trained."""
+        return self.factors != "B"
+
+    @property
+    def trains_B(self) -> bool:
+        """Whether lora_B of the trainable components is trained."""
+        return self.factors != "A"
+
+    def uploaded_sides(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return ``(out_features, in_features)`` of a weight, 0 for a factor not uploaded.
+
+        A component's column of lora_B has out_features numbers, its row of lora_A in_features.
+        """
+        out_features, in_features = shape
+        return out_features * self.trains_B, in_features * self.trains_A
 
     @property
     def num_uploaded(self) -> int:
@@ -312,6 +341,11 @@ class TrainPlan:
                 f"with upload={self.upload}"
             )
 
+    @property
+    def trained_factors(self) -> dict[str, TrainedFactors]:
+        """Module name to the factors that are trained."""
+        return {name: module.factors for name, module in self.modules.items()}
+
     def training_everything(self) -> "TrainPlan":
         """Return the plan with every held component trainable; nothing of it is uploaded."""
         modules = {n: replace(m, trainable=m.held, bits=()) for n, m in self.modules.items()}
@@ -325,24 +359,26 @@ class TrainPlan:
         shapes
             Module name to ``(out_features, in_features)``.
         """
+        sides = {name: m.uploaded_sides(shapes[name]) for name, m in self.modules.items()}
         if self.upload == "mixed":
-            each = (component_bytes(b, *shapes[n]) for n, m in self.modules.items() for b in m.bits)
+            each = (component_bytes(b, *sides[n]) for n, m in self.modules.items() for b in m.bits)
             return sum(each)
-        numbers = sum(len(m.trainable) * sum(shapes[n]) for n, m in self.modules.items())
+        numbers = sum(len(m.trainable) * sum(sides[n]) for n, m in self.modules.items())
         return NUMBER_BYTES[self.upload] * numbers
 
     def to_json(self) -> str:
         """Write the plan for the wire; modules with equal plans share one entry."""
-        groups: dict[tuple[str, str, float, str], list[str]] = {}
+        groups: dict[tuple[str, str, float, str, TrainedFactors], list[str]] = {}
         for name, module in self.modules.items():
             held, trainable = format_indices(module.held), format_indices(module.trainable)
-            key = (held, trainable, module.scaling, format_bits(module.bits))
+            bits = format_bits(module.bits)
+            key = (held, trainable, module.scaling, bits, module.factors)
             groups.setdefault(key, []).append(name)
         values = {k: v for k, v in asdict(self).items() if k != "modules"}
-        # Bits only where there are any: no other plan grows by them.
+        # What most plans do not have is left out: they do not grow by it.
         values["modules"] = [
-            [held, trainable, scaling, names, *([bits] if bits else [])]
-            for (held, trainable, scaling, bits), names in groups.items()
+            [*three, names, *([bits] if bits else []), *([factors] if factors != "both" else [])]
+            for (*three, bits, factors), names in groups.items()
         ]
         return json.dumps(values, separators=(",", ":"))
 
@@ -378,8 +414,8 @@ def _with_keys_of(kind: type[Any], values: Any) -> dict[str, Any]:
 def _read_modules(entries: Any) -> dict[str, ModulePlan]:
     modules: dict[str, ModulePlan] = {}
     for held, trainable, scaling, names, *rest in entries:
-        bits = _read_bits(rest)
-        plan = ModulePlan(parse_indices(held), parse_indices(trainable), scaling, bits)
+        bits, factors = _read_rest(rest)
+        plan = ModulePlan(parse_indices(held), parse_indices(trainable), scaling, bits, factors)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"module names {names!r}, expected a list of text")
         for name in names:
@@ -389,10 +425,15 @@ def _read_modules(entries: Any) -> dict[str, ModulePlan]:
     return modules
 
 
-def _read_bits(rest: list[Any]) -> tuple[int, ...]:
-    """Read the optional bits behind a module's names; given bits are not empty."""
+def _read_rest(rest: list[Any]) -> tuple[tuple[int, ...], TrainedFactors]:
+    """Read what is optional behind a module's names: bits, which are not empty, and a factor."""
+    factors: TrainedFactors = "both"
+    if rest and rest[-1] in ("A", "B"):
+        *rest, factors = rest
     if not rest:
-        return ()
+        return (), factors
     if len(rest) > 1 or not isinstance(rest[0], str) or not rest[0]:
-        raise TypeError(f"behind module names {shorten(repr(rest), 80)}, expected bits or nothing")
-    return parse_bits(rest[0])
+        raise TypeError(
+            f"behind module names {shorten(repr(rest), 80)}, expected bits, then A or B, or nothing"
+        )
+    return parse_bits(rest[0]), factors

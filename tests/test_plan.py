@@ -25,7 +25,8 @@ def module_plans(draw):
     held = draw(st.lists(st.integers(0, 40), unique=True, max_size=9).map(tuple))
     trainable = draw(st.lists(st.sampled_from(held), unique=True)) if held else []
     scaling = draw(st.floats(1e-3, 1e3) | st.sampled_from([16 / 30, 1.0]))
-    return ModulePlan(held, tuple(trainable), scaling)
+    factors = draw(st.sampled_from(["A", "B", "both"]))
+    return ModulePlan(held, tuple(trainable), scaling, factors=factors)
 
 
 @st.composite
@@ -205,6 +206,47 @@ class TestTailPruning:
         assert replace(tail, prune=False).uploads(10) == {10}
 
 
+class TestFactors:
+    @pytest.mark.parametrize(("factors", "sides"), [("A", (0, 5)), ("B", (7, 0)), ("both", (7, 5))])
+    def test_only_what_is_trained_is_uploaded(self, factors, sides):
+        module = ModulePlan((0, 1, 2), (2, 0), factors=factors)
+        assert module.uploaded_sides((7, 5)) == sides
+        assert (module.trains_B, module.trains_A) == tuple(side > 0 for side in sides)
+        for upload, number in (("fp32", 4), ("bf16", 2), ("int8", 1)):
+            plan = TrainPlan({"q": module}, upload=upload)
+            assert plan.upload_bytes({"q": (7, 5)}) == 2 * number * sum(sides)
+
+    # Of 8 bits 5 and 7 bytes, of 2 bits 2 and 2; each with 2 bytes of scale.
+    @pytest.mark.parametrize(("factors", "expected"), [("A", 11), ("B", 13), ("both", 24)])
+    def test_a_component_has_a_scale_for_each_uploaded_factor(self, factors, expected):
+        module = ModulePlan((0, 1, 2), (2, 0), bits=(8, 2), factors=factors)
+        plan = TrainPlan({"q": module}, upload="mixed")
+        assert plan.upload_bytes({"q": (7, 5)}) == expected
+
+    @pytest.mark.parametrize("factors", ["a", "AB", "", None, ["A"]])
+    def test_another_word_is_refused(self, factors):
+        with pytest.raises(ValueError, match="factors must be one of A, B, both, got"):
+            ModulePlan((0, 1), (1,), factors=factors)
+
+    def test_a_plan_of_both_is_written_as_before(self):
+        text = TrainPlan({"q": ModulePlan((0, 1), (1,))}).to_json()
+        assert json.loads(text)["modules"] == [["0-1", "1", 1.0, ["q"]]]
+
+    def test_one_factor_stands_behind_the_bits(self):
+        one = ModulePlan((0, 1), (1,), factors="B")
+        text = TrainPlan({"q": one, "v": replace(one, factors="A"), "o": one}).to_json()
+        assert [entry[3:] for entry in json.loads(text)["modules"]] == [
+            [["q", "o"], "B"],
+            [["v"], "A"],
+        ]
+        mixed = TrainPlan({"q": replace(one, bits=(4,))}, upload="mixed")
+        assert json.loads(mixed.to_json())["modules"][0][3:] == [["q"], "4", "B"]
+
+    def test_training_everything_is_of_the_same_factors(self):
+        plan = TrainPlan({"q": ModulePlan((0, 1), (1,), factors="B")})
+        assert plan.training_everything().modules["q"] == ModulePlan((0, 1), (0, 1), factors="B")
+
+
 class TestTrainPlan:
     @given(train_plans())
     def test_survives_the_wire(self, plan):
@@ -242,6 +284,11 @@ class TestTrainPlan:
             ({"modules": [["0-1", "0", 1.0, ["q"], 8]]}, "behind module names"),
             ({"modules": [["0-1", "0", 1.0, ["q"], "8", "8"]]}, "behind module names"),
             ({"modules": [["0-1", "0", 1.0, ["q"], "9"]]}, "bits: '9' is not like"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], "both"]]}, "bits: 'both' is not like"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], "C"]]}, "bits: 'C' is not like"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], "A", "B"]]}, "bits: 'A' is not like"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], "B", "8"]]}, "behind module names"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], ["A"]]]}, "behind module names"),
             ({"modules": [[[0, 1], "0", 1.0, ["q"]]]}, "not a train plan"),
         ],
     )

@@ -33,8 +33,9 @@ def equal_mean_bytes_rank(settings: Settings) -> int:
 def mean_bytes(strategy: HeterogeneousLora, ranks: Sequence[int], head_parameters: int) -> float:
     """Return the mean bytes of a client's first round, down and up, as the method plans it.
 
-    ``4 (sum_m (held_m + trained_m) (out_m + in_m) + 2 head)``, averaged over the clients. Message
-    headers, importance scores and what a client prunes later are left out.
+    ``4 (sum_m (held_m + trained_m) (out_m + in_m) + 2 head)``, averaged over the clients; up only
+    the factors that are trained. Message headers, importance scores and what a client prunes later
+    are left out.
 
     Parameters
     ----------
@@ -49,9 +50,9 @@ def mean_bytes(strategy: HeterogeneousLora, ranks: Sequence[int], head_parameter
     for partition_id, rank in enumerate(ranks):
         plan = strategy.plan(NodeProfile(partition_id, len(ranks), rank, 1, "cpu"), 1)
         for name, factors in strategy.global_adapter.modules.items():
-            module = plan.modules[name]
-            components = len(module.held) + len(module.trainable)
-            numbers += components * (factors.out_features + factors.in_features)
+            module, shape = plan.modules[name], (factors.out_features, factors.in_features)
+            numbers += len(module.held) * sum(shape)
+            numbers += len(module.trainable) * sum(module.uploaded_sides(shape))
     return BYTES_PER_NUMBER * (numbers / len(ranks) + 2 * head_parameters)
 
 

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hafl_app.plan import TrainedFactors
+
 # PEFT draws lora_A from U(-1/sqrt(in), 1/sqrt(in)): a row's expected norm is 1/sqrt(3).
 INITIAL_ROW_NORM = 3**-0.5
 
@@ -81,6 +83,26 @@ class LoraFactors:
         lora_B[:, index] = factors.lora_B
         return LoraFactors(lora_A, lora_B)
 
+    def only(self, trained: TrainedFactors) -> "LoraFactors":
+        """Return the trained factors; one that is not trained has no features left.
+
+        It keeps the rank: lora_A of shape ``(rank, 0)``, or lora_B of shape ``(0, rank)``.
+        """
+        if trained == "both":
+            return self
+        if trained == "A":
+            return LoraFactors(self.lora_A, self.lora_B[:0])
+        return LoraFactors(self.lora_A[:, :0], self.lora_B)
+
+    def filled(self, other: "LoraFactors") -> "LoraFactors":
+        """Return both factors, the one that `only` has left out being the other's."""
+        if self.in_features and self.out_features:
+            return self
+        return LoraFactors(
+            self.lora_A if self.in_features else other.lora_A,
+            self.lora_B if self.out_features else other.lora_B,
+        )
+
     def scale(self, factor: float) -> "LoraFactors":
         """Return factors whose ``delta_weight`` is ``factor`` times this one's."""
         return LoraFactors(self.lora_A, self.lora_B * factor)
@@ -116,6 +138,16 @@ class Adapter:
     def map(self, function: Callable[[LoraFactors], LoraFactors]) -> "Adapter":
         """Return the adapter with ``function`` applied to the factors of every module."""
         return Adapter({name: function(f) for name, f in self.modules.items()}, self.head)
+
+    def only(self, trained: Mapping[str, TrainedFactors]) -> "Adapter":
+        """Return the adapter with the trained factors of each module, see `LoraFactors.only`."""
+        modules = {name: f.only(trained[name]) for name, f in self.modules.items()}
+        return Adapter(modules, self.head)
+
+    def filled(self, other: "Adapter") -> "Adapter":
+        """Return the adapter with both factors of each module, see `LoraFactors.filled`."""
+        modules = {name: f.filled(other.modules[name]) for name, f in self.modules.items()}
+        return Adapter(modules, self.head)
 
     def with_head(self, head: Mapping[str, Tensor]) -> "Adapter":
         """Return the adapter with another head."""

@@ -181,7 +181,8 @@ def component_scores(
 ) -> Float[Tensor, " rank"]:
     """Return one importance per component: the mean over its column plus that over its row.
 
-    ``Imp(i) = mean_j s(lora_B[j, i]) + mean_j s(lora_A[i, j])``.
+    ``Imp(i) = mean_j s(lora_B[j, i]) + mean_j s(lora_A[i, j])``. A factor without features, see
+    `LoraFactors.only`, adds nothing.
 
     Parameters
     ----------
@@ -339,7 +340,13 @@ def _elementwise(function: Callable[..., Tensor], *values: LoraFactors) -> LoraF
 
 def _component_means(values: LoraFactors) -> Float[Tensor, " rank"]:
     """Return the mean over each column of lora_B plus the mean over each row of lora_A."""
-    return values.lora_B.double().mean(dim=0) + values.lora_A.double().mean(dim=1)
+    return _mean(values.lora_B, dim=0) + _mean(values.lora_A, dim=1)
+
+
+def _mean(vectors: Tensor, dim: int) -> Float[Tensor, " rank"]:
+    """Return the means along ``dim`` in float64; 0 of a factor without features."""
+    values = vectors.double()
+    return values.mean(dim) if values.shape[dim] else values.sum(dim)
 
 
 def _norms(vectors: Tensor, dim: int) -> Float[Tensor, " rank"]:

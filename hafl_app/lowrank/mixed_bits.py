@@ -15,7 +15,7 @@ from jaxtyping import BFloat16, Float, Int16
 from torch import Tensor
 
 from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.lowrank.quantize import dequantize, rounded_up
+from hafl_app.lowrank.quantize import dequantize, largest_of, rounded_up
 from hafl_app.plan import largest_code
 
 STOCHASTIC_BITS = 4
@@ -103,7 +103,7 @@ def quantize_to(
     Parameters
     ----------
     vectors
-        Shape (count, n), n at least 1 unless count is 0.
+        Shape (count, n).
     bits
         From 2 to 16.
     contract
@@ -118,8 +118,7 @@ def quantize_to(
         zeros, not finite for one that is not.
     """
     values, most = vectors.float(), largest_code(bits)
-    largest = values.abs().amax(1) if len(values) else values.new_zeros(0)
-    scales = rounded_up(largest / most)
+    scales = rounded_up(largest_of(values) / most)
     # 0 / 0 where all is zero; what is not finite shows in the scale.
     steps = (values / scales.float()[:, None]).nan_to_num(0.0)
     if bits > STOCHASTIC_BITS:

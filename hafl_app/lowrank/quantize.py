@@ -61,7 +61,7 @@ def quantize(
     Parameters
     ----------
     vectors
-        Shape (count, n), n at least 1 unless count is 0.
+        Shape (count, n).
 
     Returns
     -------
@@ -69,8 +69,7 @@ def quantize(
         Codes from -127 to 127, shape (count, n), and scales, shape (count,).
     """
     values = vectors.float()
-    largest = values.abs().amax(1) if len(values) else values.new_zeros(0)
-    scales = rounded_up(largest / _LARGEST_CODE)
+    scales = rounded_up(largest_of(values) / _LARGEST_CODE)
     steps = values / scales.float()[:, None]
     # 0 / 0 where all is zero; what is not finite shows in the scale.
     codes = steps.nan_to_num(0.0).round().clamp(-_LARGEST_CODE, _LARGEST_CODE)
@@ -82,6 +81,11 @@ def dequantize(
 ) -> Float[Tensor, "count n"]:
     """Return ``scale * code`` of each vector, float32."""
     return codes.float() * scales.float()[:, None]
+
+
+def largest_of(vectors: Float[Tensor, "count n"]) -> Float[Tensor, " count"]:
+    """Return ``max |v|`` of each vector; 0 of one without numbers."""
+    return vectors.abs().amax(1) if vectors.numel() else vectors.new_zeros(len(vectors))
 
 
 def rounded_up(values: Float[Tensor, " count"]) -> BFloat16[Tensor, " count"]:

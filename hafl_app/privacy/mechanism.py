@@ -140,10 +140,12 @@ class NoiseSource:
 def trained_part(adapter: Adapter, plan: TrainPlan) -> Adapter:
     """Return what a client trains of the adapter that it received, and later uploads.
 
-    The trainable components in the plan's order, and the head if it travels.
+    The trainable components in the plan's order, the trained factors alone, and the head if it
+    travels. So nothing else counts in the norm of its change, or gets noise.
     """
     modules = {n: f.select(plan.modules[n].trainable_slots) for n, f in adapter.modules.items()}
-    return Adapter(modules, adapter.head if plan.head == "averaged" else {})
+    trained = Adapter(modules, adapter.head if plan.head == "averaged" else {})
+    return trained.only(plan.trained_factors)
 
 
 def clipped_change(after: Adapter, before: Adapter, clip_norm: float) -> Adapter:

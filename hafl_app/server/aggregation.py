@@ -18,6 +18,7 @@ from hafl_app.server.compatibility import private_division
 from hafl_app.server.heads import HeadMean, RobustHeads
 from hafl_app.server.method import Method
 from hafl_app.server.options import RunOptions
+from hafl_app.server.untrained_factors import UntrainedFactors
 from hafl_app.server.update import ClientUpdate
 from hafl_app.wire.node_profile import NodeProfile
 
@@ -52,16 +53,21 @@ def merge(
     Returns
     -------
     Adapter
-        The next global adapter; components that nobody trained, and a head that does not travel,
-        as they were.
+        The next global adapter; components and factors that nobody trained, and a head that does
+        not travel, as they were.
     """
     if method.options.privacy.kind == "central_dp":
         return _merge_privately(method, previous, updates, nodes, server_round)
     state, heads = method.begin(previous), _empty_heads(previous, method.options)
+    untrained = UntrainedFactors()
     for update in updates:
         state = method.accumulate(state, update)
         heads.add(update.adapter.head, update.num_examples)
-    return Adapter(method.finish(state, previous), heads.mean(previous.head))
+        untrained.note(update.plan)
+    merged = method.finish(state, previous)
+    if method.traits.keeps_components:
+        merged = untrained.kept(merged, previous.modules)
+    return Adapter(merged, heads.mean(previous.head))
 
 
 def _merge_privately(

@@ -68,7 +68,7 @@ def check_federation(kind: str, federation: FederationSettings) -> None:
 
 
 def trainable_counts(plans: Iterable[TrainPlan], adapter: Adapter) -> dict[str, Tensor]:
-    """Count for each component how many of these plans train it.
+    """Count for each component how many of these plans train its lora_A, and how many its lora_B.
 
     Parameters
     ----------
@@ -80,19 +80,18 @@ def trainable_counts(plans: Iterable[TrainPlan], adapter: Adapter) -> dict[str, 
     Returns
     -------
     dict
-        Module name to counts, shape ``(rank,)``, float64.
+        Module name to counts of lora_A and of lora_B, shape ``(2, rank)``, float64.
     """
-    trained: dict[str, list[int]] = {name: [] for name in adapter.modules}
-    for plan in plans:
-        for name, indices in trained.items():
-            module = plan.modules[name]
-            indices.extend(module.trainable[: module.num_uploaded])
-    return {
-        name: torch.bincount(
-            torch.tensor(trained[name], dtype=torch.long), minlength=factors.rank
-        ).double()
+    counts = {
+        name: torch.zeros(2, factors.rank, dtype=torch.float64)
         for name, factors in adapter.modules.items()
     }
+    for plan in plans:
+        for name, of_module in counts.items():
+            module = plan.modules[name]
+            trained = torch.tensor([module.trains_A, module.trains_B], dtype=torch.float64)
+            of_module[:, list(module.trainable[: module.num_uploaded])] += trained[:, None]
+    return counts
 
 
 def next_adapter(
@@ -109,16 +108,17 @@ def next_adapter(
     """Return the next global adapter from clipped changes and noise.
 
     With ``s_i = sum_k clip(change_k)_i + N(0, (z C)^2)`` over the round's updates, each client
-    counting 1, ``n_i`` nodes whose plan trains component i, N nodes in all and sampling rate q:
+    counting 1, ``n_i`` nodes whose plan trains this factor of component i, N nodes in all and
+    sampling rate q:
 
     - ``contributors``: ``previous_i + s_i / (q n_i)``
     - ``everybody``: ``previous_i n_i / N + s_i / (q N)``, zero padding in expectation
     - head: ``previous + s / (q N)``
 
     The denominators are what sampling makes expected, not who came: the sum then changes by at
-    most C with one client, and nothing else does. A component that no node trains keeps its
-    value, also lora_B under ``everybody``, where plain zero padding clears it. No updates still
-    make a release, of noise alone.
+    most C with one client, and nothing else does. What no node trains, a component or a factor of
+    it, keeps its value and gets no noise, also lora_B under ``everybody``, where plain zero padding
+    clears it. No updates still make a release, of noise alone.
 
     Parameters
     ----------
@@ -195,19 +195,21 @@ def _next_factors(
     else:
         kept = counts / num_nodes
         divisor = torch.full_like(counts, sampling_rate * num_nodes)
-    lora_A = previous.lora_A * kept[:, None] + noisy.lora_A / divisor[:, None]
-    lora_B = previous.lora_B * kept + noisy.lora_B / divisor
-    trained = counts > 0
+    lora_A = previous.lora_A * kept[0, :, None] + noisy.lora_A / divisor[0, :, None]
+    lora_B = previous.lora_B * kept[1] + noisy.lora_B / divisor[1]
+    trains_A, trains_B = counts > 0
     return LoraFactors(
-        lora_A.to(previous.lora_A.dtype).where(trained[:, None], previous.lora_A),
-        lora_B.to(previous.lora_B.dtype).where(trained, previous.lora_B),
+        lora_A.to(previous.lora_A.dtype).where(trains_A[:, None], previous.lora_A),
+        lora_B.to(previous.lora_B.dtype).where(trains_B, previous.lora_B),
     )
 
 
 def _checked(update: ClientUpdate, counts: Mapping[str, Tensor]) -> ClientUpdate:
     """Return an update; refuse one of components that would be dropped: the plans are others'."""
     for name, n in counts.items():
-        odd = [i for i in update.components(name) if n[i] == 0]
+        module = update.plan.modules[name]
+        trained = torch.tensor([module.trains_A, module.trains_B])
+        odd = [i for i in update.components(name) if (n[trained, i] == 0).any()]
         if odd:
             raise PrivacyError(
                 f"partition {update.partition_id}, {name}: component {odd[0]} was trained, "

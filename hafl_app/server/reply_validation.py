@@ -95,6 +95,7 @@ def read_update(
     """Return the adapter of a reply that does what its plan asked for.
 
     With ``plan.upload`` other than ``fp32`` its factors are their change, in float32 all the same.
+    A factor that the plan does not train has no features, see `completed`.
     Whether the numbers of factors and head are finite is left to `check_finite`.
 
     Parameters
@@ -118,7 +119,8 @@ def read_update(
     if update.numbers != plan.upload:
         raise ReplyError(f"factors in {update.numbers}, expected {plan.upload}")
     _check_names("modules", update.modules, plan.modules)
-    check_shapes(update, shapes)
+    _check_factors(update, plan)
+    check_shapes(update, {n: plan.modules[n].uploaded_sides(shapes[n]) for n in update.modules})
     _check_ranks(update, plan)
     _check_bits(update, plan)
     update = decode_upload(update)
@@ -142,6 +144,22 @@ def check_finite(adapter: Adapter) -> None:
         _check_finite(f"head {name}", tensor.numpy(force=True))
 
 
+def completed(upload: Adapter, before: Adapter, plan: TrainPlan) -> Adapter:
+    """Return the adapter that a client meant by its upload, both factors of every module.
+
+    Parameters
+    ----------
+    upload
+        Its factors are changes unless ``plan.upload`` is ``fp32``; one that the plan does not
+        train has no features, and becomes what was sent. Its head is no change.
+    before
+        What the same components were when they were sent.
+    """
+    if plan.upload != "fp32":
+        upload = restored(upload, before.only(plan.trained_factors))
+    return upload.filled(before)
+
+
 def restored(change: Adapter, before: Adapter) -> Adapter:
     """Return the adapter that a client meant by this change of its factors.
 
@@ -150,7 +168,7 @@ def restored(change: Adapter, before: Adapter) -> Adapter:
     change
         Its factors are changes, its head is not.
     before
-        What the same components were when they were sent.
+        What the same components and factors were when they were sent.
     """
     modules = {}
     for name, factors in change.modules.items():
@@ -187,6 +205,15 @@ def _check_names(kind: str, got: Mapping[str, Any], expected: Mapping[str, Any])
             f"{kind}: {len(missing)} missing {_quote(missing[:3])}, "
             f"{len(unasked)} not asked for {_quote(unasked[:3])}"
         )
+
+
+def _check_factors(update: AdapterArrays, plan: TrainPlan) -> None:
+    for name, (lora_A, lora_B) in update.modules.items():
+        module = plan.modules[name]
+        if lora_A.shape[1] and not module.trains_A:
+            raise ReplyError(f"{name}: lora_A is uploaded, the plan trains lora_B alone")
+        if lora_B.shape[0] and not module.trains_B:
+            raise ReplyError(f"{name}: lora_B is uploaded, the plan trains lora_A alone")
 
 
 def _check_ranks(update: AdapterArrays, plan: TrainPlan) -> None:

@@ -15,9 +15,9 @@ from hafl_app.server.reply_validation import (
     ReplyError,
     check_finite,
     check_size,
+    completed,
     read_metrics,
     read_update,
-    restored,
 )
 from hafl_app.server.traffic import Ledger, Traffic
 from hafl_app.server.update import ClientUpdate
@@ -345,8 +345,7 @@ class RoundMessages:
             adapter=from_arrays(arrays.modules, arrays.head),
             importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
         )
-        if request.plan.upload != "fp32":  # then the factors are changes
-            update = replace(update, adapter=restored(update.adapter, update.before))
+        update = replace(update, adapter=completed(update.adapter, update.before, request.plan))
         if not math.isfinite(update.size):
             check_finite(update.adapter)
         return metrics, update

@@ -24,7 +24,8 @@ class ClientUpdate:
     plan, sent
         What it was asked to do, and the adapter that it received.
     adapter
-        Its trained components: the first ``rank`` of ``plan.modules[name].trainable``.
+        Its trained components: the first ``rank`` of ``plan.modules[name].trainable``. A factor
+        that the plan does not train is what was sent.
     importance
         Module name to component scores, if the plan asked for them.
     """
@@ -54,7 +55,8 @@ class ClientUpdate:
         Found when the reply is judged: its numbers are then looked through once.
         """
         scaling = {name: module.scaling for name, module in self.plan.modules.items()}
-        return change_size(self.adapter, self.before, scaling)
+        trained = self.plan.trained_factors
+        return change_size(self.adapter.only(trained), self.before.only(trained), scaling)
 
     def components(self, module: str) -> tuple[int, ...]:
         """Global indices of the components that this update holds for a module."""

@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 
 from hafl_app.fields import number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import NUMBER_BYTES, ModulePlan, TrainPlan
+from hafl_app.plan import NUMBER_BYTES, ModulePlan, TrainedFactors, TrainPlan
 from hafl_app.server.aggregation import head_that_travels
 from hafl_app.server.compatibility import check_method, no_error_feedback
 from hafl_app.server.coordinator import Coordinator
@@ -162,17 +162,26 @@ class HeterogeneousLora(Strategy, ABC):
         limit = limits.get(profile.partition_id, self.max_rank)
         return {name: min(profile.rank_of(name), limit) for name in self.global_adapter.modules}
 
-    def prefix_plan(self, rank: int | Mapping[str, int], **changes: Any) -> TrainPlan:
+    def prefix_plan(
+        self,
+        rank: int | Mapping[str, int],
+        factors: TrainedFactors = "both",
+        **changes: Any,
+    ) -> TrainPlan:
         """Plan for a client that holds and trains the first components of every module.
 
         Parameters
         ----------
         rank
             How many of them: one number, or by module. Also decides the scaling.
+        factors
+            Which factors are trained.
         """
         names = self.global_adapter.modules
         ranks = dict.fromkeys(names, rank) if isinstance(rank, int) else rank
-        modules = {name: _prefix(ranks[name], self.scaling_of(ranks[name])) for name in names}
+        modules = {
+            name: _prefix(ranks[name], self.scaling_of(ranks[name]), factors) for name in names
+        }
         return self.train_plan(modules, **changes)
 
     def train_plan(self, modules: Mapping[str, ModulePlan], **changes: Any) -> TrainPlan:
@@ -208,6 +217,6 @@ class HeterogeneousLora(Strategy, ABC):
 
 
 @lru_cache(maxsize=1024)
-def _prefix(rank: int, scaling: float) -> ModulePlan:
+def _prefix(rank: int, scaling: float, factors: TrainedFactors) -> ModulePlan:
     """Return a plan for the first components; the same object for the same arguments."""
-    return ModulePlan(tuple(range(rank)), tuple(range(rank)), scaling)
+    return ModulePlan(tuple(range(rank)), tuple(range(rank)), scaling, factors=factors)

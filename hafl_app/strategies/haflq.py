@@ -104,7 +104,8 @@ class Haflq(Hafl):
         scores, shapes = self.selection_scores(), self.layer_shapes()
         importance = torch.stack([scores[name][i].double().cpu() for name, i in places])
         costs = {
-            name: [component_bytes(b, *shapes[name]) for b in BIT_LEVELS[1:]] for name in chosen
+            name: [component_bytes(b, *module.uploaded_sides(shapes[name])) for b in BIT_LEVELS[1:]]
+            for name, module in chosen.items()
         }
         levels = allocate_bits(
             importance,

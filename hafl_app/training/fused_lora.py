@@ -2,10 +2,12 @@
 
 PEFT adds ``scaling * (x A^T) B^T`` for one adapter after another, each with a product, a scaled
 copy and a sum as large as the layer's output. Here the adapters' factors are stacked, their
-product is added to the output in place, and only the components that are trained get gradients:
+product is added to the output in place, and only what is trained gets gradients:
 
 ``y = x W^T + b + (x A^T) (s B)^T``, with ``A`` and ``s B`` all active components,
 ``dx = dy W + (dy s B) A``, ``dA = (dy s B)^T x``, ``d(s B) = dy^T (x A^T)`` of the trained ones.
+For dA the inputs x are kept until then, for d(s B) the inner products x A^T; neither is kept, nor a
+product made, for a factor that is not trained.
 """
 
 from collections.abc import Sequence
@@ -44,7 +46,7 @@ class FusedLoraLinear(Linear):
             return result
         base: Any = self.base_layer
         dtype = computing_type(x)
-        trained = [name for name in names if self._lora_A(name).requires_grad]
+        trained = [name for name in names if self._is_trained(name)]
         frozen = [name for name in names if name not in trained]
         output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
             x.to(dtype),
@@ -69,6 +71,10 @@ class FusedLoraLinear(Linear):
     def _lora_A(self, name: str) -> Tensor:
         factor: Any = self.lora_A[name].weight
         return cast(Tensor, factor)
+
+    def _is_trained(self, name: str) -> bool:
+        lora_B: Any = self.lora_B[name].weight
+        return bool(self._lora_A(name).requires_grad or lora_B.requires_grad)
 
     def _stacked(
         self, names: Sequence[str], dtype: torch.dtype
@@ -111,8 +117,12 @@ class _LoraLinear(torch.autograd.Function):
         output = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         output.addmm_(inner, B.T)
         ctx.rank = 0 if trained_A is None else trained_A.shape[0]
-        # Rows and inner products are needed for the trained components' gradients alone.
-        kept = (rows, inner[:, : ctx.rank].contiguous()) if ctx.rank else (None, None)
+        # Rows are needed for dA of the trained components alone, inner products for their d(s B).
+        needs_dA, needs_dB = ctx.needs_input_grad[3:5]
+        kept = (
+            rows if needs_dA else None,
+            inner[:, : ctx.rank].contiguous() if needs_dB else None,
+        )
         ctx.layer = layer
         # Of a quantized weight the dense one is made twice, so that not all live at once.
         ctx.save_for_backward(None if _is_quantized(layer) else weight, A, B, *kept)
@@ -123,16 +133,16 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, A, B, rows, inner = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])  # (n, out)
-        dx = dA = dB = None
+        dx = dA = dB = through = None
         if ctx.needs_input_grad[0]:
             if weight is None:
                 weight = _dense_weight(ctx.layer, flat.dtype)
             through = flat @ B  # (n, R)
             dx = (flat @ weight).addmm_(through, A).view(*gradient.shape[:-1], A.shape[1])
-        else:
-            through = flat @ B[:, : ctx.rank]
-        if ctx.rank:
-            dA = through[:, : ctx.rank].T @ rows
+        if rows is not None:
+            into_A = flat @ B[:, : ctx.rank] if through is None else through[:, : ctx.rank]
+            dA = into_A.T @ rows
+        if inner is not None:
             dB = flat.T @ inner
         return dx, None, None, dA, dB, None, None
 

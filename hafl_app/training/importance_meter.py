@@ -12,6 +12,8 @@ from hafl_app.training.lora_model import LoraModel
 class ImportanceMeter:
     """Running sensitivities of the trainable components over local steps.
 
+    Of the trained factors: one that is not trained has no gradient, and adds nothing to a score.
+
     Parameters
     ----------
     measure
@@ -32,10 +34,17 @@ class ImportanceMeter:
         if self._measure == "none":
             return
         for name, (lora_A, lora_B) in model.trainable_factors().items():
-            if lora_A.grad is None or lora_B.grad is None:
+            grad_A = lora_A.grad if lora_A.requires_grad else lora_A[:, :0]
+            grad_B = lora_B.grad if lora_B.requires_grad else lora_B[:0]
+            if grad_A is None or grad_B is None:
                 continue
-            factors = LoraFactors(lora_A.detach(), lora_B.detach())
-            step = sensitivity(factors, LoraFactors(lora_A.grad, lora_B.grad))
+            gradients = LoraFactors(grad_A, grad_B)
+            # As wide as the gradients: a factor that has none has no features here.
+            factors = LoraFactors(
+                lora_A.detach()[:, : gradients.in_features],
+                lora_B.detach()[: gradients.out_features],
+            )
+            step = sensitivity(factors, gradients)
             before = self._averages.get(name) or SensitivityAverages.zeros(
                 factors, self._smoothing, self._smoothing
             )

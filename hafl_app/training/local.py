@@ -59,7 +59,7 @@ class TrainOptions:
     optimizer
         ``adamw`` or ``sgd``.
     weight_decay
-        Decoupled weight decay, at least 0. Never applied to frozen components.
+        Decoupled weight decay, at least 0. Never applied to what is not trained.
     max_grad_norm
         Clip the gradient's norm to this; 0 leaves it.
     precision
@@ -99,7 +99,8 @@ class TrainResult:
     ----------
     adapter
         Trained components (`ModulePlan.trainable`, in that order) and head. A pruned module holds
-        only the first of them.
+        only the first of them. A factor that is not trained is left out, see
+        `hafl_app.lowrank.factors.LoraFactors.only`.
     num_examples
         Texts that the client trains on: its share of the data, which is its weight in averages.
         Steps or time may have ended before all of them took part.
@@ -331,8 +332,11 @@ def build_optimizer(
     pairs = list(model.trainable_factors().values())
     head = [] if plan.head == "frozen" else list(model.head_module.parameters())
     groups = [
-        {"params": [a for a, _ in pairs] + head, "lr": options.learning_rate},
-        {"params": [b for _, b in pairs], "lr": options.learning_rate * options.lora_B_lr_ratio},
+        {"params": [a for a, _ in pairs if a.requires_grad] + head, "lr": options.learning_rate},
+        {
+            "params": [b for _, b in pairs if b.requires_grad],
+            "lr": options.learning_rate * options.lora_B_lr_ratio,
+        },
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:

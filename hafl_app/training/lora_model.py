@@ -160,7 +160,7 @@ class LoraModel(nn.Module, ABC):
         }
 
     def load(self, adapter: Adapter, plan: TrainPlan) -> None:
-        """Put an adapter into the model: trainable components with gradients, frozen without.
+        """Put an adapter into the model: what the plan trains with gradients, all else without.
 
         Parameters
         ----------
@@ -168,7 +168,8 @@ class LoraModel(nn.Module, ABC):
             Its modules hold exactly the components that ``plan`` says are held. An empty head
             restores the initial one.
         plan
-            Says which components are trainable, and the scaling to unfold from ``lora_B``.
+            Says which components are trainable, which factors of them, and the scaling to unfold
+            from ``lora_B``.
 
         Raises
         ------
@@ -193,12 +194,11 @@ class LoraModel(nn.Module, ABC):
                 if part.rank:
                     active.append(adapter_name)
             layer.set_adapter(active)
-            # set_adapter makes every active adapter trainable; only one of them is.
-            for parameter in _parameters(layer, FROZEN):
-                parameter.requires_grad_(False)
+            _freeze_untrained(layer, module)
         self.head_module.load_state_dict(dict(adapter.head) or self.initial_head)
         self.head_module.requires_grad_(plan.head != "frozen")
-        trained = [p for pair in self.trainable_factors().values() for p in pair]
+        pairs = self.trainable_factors().values()
+        trained = [p for pair in pairs for p in pair if p.requires_grad]
         self._with_gradients = [*trained, *self.head_module.parameters()]
 
     def load_whole(self, adapter: Adapter) -> None:
@@ -210,11 +210,19 @@ class LoraModel(nn.Module, ABC):
         self.load(adapter, TrainPlan(modules))
 
     def trained(self, plan: TrainPlan) -> Adapter:
-        """Return copies of the trainable components, scaling folded in, and of the head."""
+        """Return copies of the trained factors, scaling folded in, and of the head.
+
+        A factor that the plan does not train is left out, see `LoraFactors.only`: folding the
+        scaling in again would change its last bits.
+        """
         modules = {}
         for name, layer in self.layers.items():
-            lora_A, lora_B = (p.detach().cpu().clone() for p in _parameters(layer, TRAINABLE))
-            modules[name] = LoraFactors(lora_A, lora_B * plan.modules[name].scaling)
+            lora_A, lora_B = (p.detach() for p in _parameters(layer, TRAINABLE))
+            module = plan.modules[name]
+            part = LoraFactors(lora_A, lora_B).only(module.factors)
+            modules[name] = LoraFactors(
+                part.lora_A.cpu().clone(), part.lora_B.cpu().clone() * module.scaling
+            )
         return Adapter(modules, self.head_state())
 
     def head_state(self) -> dict[str, Tensor]:
@@ -222,7 +230,10 @@ class LoraModel(nn.Module, ABC):
         return {k: v.detach().cpu().clone() for k, v in self.head_module.state_dict().items()}
 
     def trainable_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Return ``(lora_A, lora_B)`` of every module that has trainable components."""
+        """Return ``(lora_A, lora_B)`` of every module that has trainable components.
+
+        Of the two, one that the plan does not train requires no gradient.
+        """
         factors = {name: _parameters(layer, TRAINABLE) for name, layer in self.layers.items()}
         return {name: pair for name, pair in factors.items() if pair[0].numel()}
 
@@ -294,6 +305,17 @@ def _put(
     linear_B.weight = nn.Parameter((factors.lora_B / scaling).to(device, torch.float32, copy=True))
     linear_A.out_features = linear_B.in_features = layer.r[name] = factors.rank
     layer.scaling[name] = scaling
+
+
+def _freeze_untrained(layer: LoraLayer, module: ModulePlan) -> None:
+    # PEFT makes every active adapter trainable, and both its factors.
+    for parameter in _parameters(layer, FROZEN):
+        parameter.requires_grad_(False)
+    lora_A, lora_B = _parameters(layer, TRAINABLE)
+    if not module.trains_A:
+        lora_A.requires_grad_(False)
+    if not module.trains_B:
+        lora_B.requires_grad_(False)
 
 
 def _check_fit(name: str, layer: LoraLayer, factors: LoraFactors, module: ModulePlan) -> None:

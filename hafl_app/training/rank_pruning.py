@@ -1,6 +1,8 @@
 """HetLoRA's self-pruning on the client: the tail's norm, its penalty, and what pruning leaves.
 
-The equations and their source are in `hafl_app/strategies/hetlora.py`.
+The equations and their source are in `hafl_app/strategies/hetlora.py`. Where one factor alone is
+trained, the norm of the other one's tail is a constant: the penalty acts on the trained factor, and
+a tail is dropped if that factor's has shrunk.
 """
 
 from collections.abc import Mapping

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import ModulePlan, TrainedFactors, TrainPlan
 from hafl_app.training.batches import Batch
 from hafl_app.training.device import autocast
 from hafl_app.training.importance_meter import ImportanceMeter
@@ -98,7 +98,7 @@ def step_memory(
     ----------
     max_rank
         Of the adapter. A client that trains fewer components is counted with the rest of them
-        frozen beside, as much as any method sends it.
+        frozen beside, as much as any method sends it, and with both factors trained.
     options, length
         Texts at once, optimizer, precision and checkpointing, and the tokens of a text.
     folder
@@ -168,6 +168,7 @@ def count_step(
     options: TrainOptions,
     length: int,
     device: torch.device,
+    factors: TrainedFactors = "both",
 ) -> StepBytes:
     """Count the tensors of two training steps; the second has the optimizer's moments.
 
@@ -177,25 +178,32 @@ def count_step(
         Components that are trained, and those that are there: 1 <= rank <= held.
     options, length, device
         As in `step_memory`. The device must be there, because it decides which kernels run.
+    factors
+        Which of the components' are trained, as in a `ModulePlan`.
     """
-    model, plan = _weightless(spec, rank, held)
+    module = ModulePlan(tuple(range(held)), tuple(range(rank)), factors=factors)
+    model, plan = _weightless(spec, module)
     model.checkpoint_gradients(options.gradient_checkpointing)
     longest = getattr(model.base.config, "max_position_embeddings", length)
     shape = (options.texts_at_once, min(length, longest))
     with FakeTensorMode(), LiveBytes() as live:
         _replace_tensors(model, device)
-        frozen = [p for p in model.base.parameters() if not p.requires_grad]
+        frozen = [
+            parameter
+            for name, parameter in model.base.named_parameters()
+            if not parameter.requires_grad and ".lora_" not in name
+        ]
         weights = sum(p.numel() * p.element_size() for p in frozen)
         optimizer = build_optimizer(model, plan, options)
         meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
         for _ in range(2):
             _step(model, options, shape, optimizer, meter)
-    adapters = sum(s.in_features + s.out_features for s in model.shapes().values())
-    return StepBytes(weights - 4 * (held - rank) * adapters, live.peak)
+    return StepBytes(weights, live.peak)
 
 
-def _weightless(spec: LoraSpec, rank: int, held: int) -> tuple[LoraModel, TrainPlan]:
-    """Return the model on the meta device, with an adapter of that size, and its plan."""
+def _weightless(spec: LoraSpec, module: ModulePlan) -> tuple[LoraModel, TrainPlan]:
+    """Return the model on the meta device, every adapted module planned alike, and its plan."""
+    held = len(module.held)
     base = replace(spec.base, random_weights=True)
     random: LoraSpec = replace(spec, base=base)  # type: ignore[type-var]
     with torch.device("meta"):
@@ -204,7 +212,6 @@ def _weightless(spec: LoraSpec, rank: int, held: int) -> tuple[LoraModel, TrainP
             name: LoraFactors(torch.empty(held, s.in_features), torch.empty(s.out_features, held))
             for name, s in model.shapes().items()
         }
-        module = ModulePlan(tuple(range(held)), tuple(range(rank)))
         # The costliest importance: a plan that asks for none needs less.
         plan = TrainPlan(dict.fromkeys(modules, module), importance="smoothed")
         model.load(Adapter(modules), plan)

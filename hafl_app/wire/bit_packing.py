@@ -81,7 +81,7 @@ def pack_pairs(pairs: Mapping[str, Pair], bits: Mapping[str, tuple[int, ...]]) -
     ----------
     pairs
         Module name to codes of ``lora_A (rank, in_features)`` and ``lora_B (out_features, rank)``,
-        within `largest_code` of their component's bits.
+        within `largest_code` of their component's bits. A factor without features adds nothing.
     bits
         Module name to the bits of its components: 2, 4, 8 or 16.
     """

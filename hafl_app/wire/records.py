@@ -56,7 +56,8 @@ class AdapterArrays:
     modules
         Module name to ``(lora_A (rank, in_features), lora_B (out_features, rank))``: float32;
         with ``bf16`` the bits of bfloat16 as uint16, which NumPy does not have; int8; or with
-        ``mixed`` codes as int16.
+        ``mixed`` codes as int16. A factor that does not travel has no features: that is how a
+        layout says so.
     head
         Parameter name to array, float32.
     importance
@@ -66,7 +67,8 @@ class AdapterArrays:
         The factors' format.
     scales
         With ``int8`` and ``mixed``, module name to ``(rank,)`` bits of bfloat16 for the rows of
-        lora_A and the columns of lora_B: factors of their numbers.
+        lora_A and the columns of lora_B: factors of their numbers. Those of a factor without
+        features do not travel, and are read as 0.
     bits
         With ``mixed``, module name to the bits of each component's codes: 2, 4, 8 or 16.
     """
@@ -100,7 +102,12 @@ def pack(adapter: AdapterArrays) -> tuple[ArrayRecord, ConfigRecord]:
         scores = joined(adapter.importance.values(), _score_dtype(adapter.numbers))
         record[SCORES] = scores.tobytes()
     if adapter.numbers in ("int8", "mixed"):
-        scales = (part for name in adapter.modules for part in adapter.scales[name])
+        scales = (
+            of_factor
+            for name, pair in adapter.modules.items()
+            for factor, of_factor in zip(pair, adapter.scales[name], strict=True)
+            if factor.size
+        )
         record[SCALES] = joined(scales, DTYPES["bf16"]).tobytes()
     return ArrayRecord(arrays), record
 
@@ -169,9 +176,21 @@ def _scores(
 
 def _scales(record: ConfigRecord, layout: Mapping[str, Any]) -> dict[str, tuple[Numbers, Numbers]]:
     names = read_names(layout, "modules")
-    ranks = read_sizes(layout, "ranks", len(names))
-    counts = [rank for rank in ranks for _ in ("lora_A", "lora_B")]
+    ranks, widths, heights = (
+        read_sizes(layout, key, len(names)) for key in ("ranks", "in-features", "out-features")
+    )
+    for name, rank, width, height in zip(names, ranks, widths, heights, strict=True):
+        if rank and not (width or height):  # or no bytes would bound the rank
+            raise RecordError(f"layout: {name!r} has rank {rank} and neither factor")
+    sides = [side for pair in zip(widths, heights, strict=True) for side in pair]
+    each = [rank for rank in ranks for _ in ("lora_A", "lora_B")]
+    counts = [rank if side else 0 for rank, side in zip(each, sides, strict=True)]
     parts = read_parts(record, SCALES, DTYPES["bf16"], counts)
+    # Of a factor that does not travel as well, so that there is one for every component.
+    parts = [
+        part if side else np.zeros(rank, part.dtype)
+        for part, side, rank in zip(parts, sides, each, strict=True)
+    ]
     return dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
 

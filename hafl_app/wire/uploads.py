@@ -1,8 +1,8 @@
 """Uploads under a plan: a client's factors, or their change in fewer bits; and back.
 
 A rounded upload carries the change against the received adapter, which both sides know, so that
-the error is relative to the change and not to the state, which grows. The head always travels in
-float32.
+the error is relative to the change and not to the state, which grows. A factor that the plan does
+not train is not uploaded. The head always travels in float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,8 @@ def encode_upload(
     Parameters
     ----------
     upload, received
-        The trained adapter, reduced to its upload; and the adapter that the client received.
+        The trained adapter, reduced to its upload; and the adapter that the client received. A
+        factor that the plan does not train may be left out, and is not uploaded in any case.
     importance
         Module name to component scores.
     errors
@@ -43,7 +44,7 @@ def encode_upload(
     seed
         Of stochastic rounding, with ``mixed``; a new one for every upload.
     """
-    modules, head = to_arrays(upload)
+    modules, head = to_arrays(upload.only(plan.trained_factors))
     if plan.upload == "fp32":
         return AdapterArrays(modules, head, importance), dict(errors)
     pairs, scales, kept, bits = {}, {}, dict(errors), {}
@@ -55,12 +56,13 @@ def encode_upload(
         before = kept.get(name) or RoundingErrors.none(wanted)
         if plan.error_feedback:
             wanted = before.added_to(wanted, components)
+        sent = wanted.only(plan.modules[name].factors)
         of_module: Pair | None
         if plan.upload == "mixed":
-            bits[name] = tuple(b for b in plan.modules[name].bits[: wanted.rank] if b)
-            pairs[name], of_module = _mixed(wanted, bits[name], plan.error_feedback, generator)
+            bits[name] = tuple(b for b in plan.modules[name].bits[: sent.rank] if b)
+            pairs[name], of_module = _mixed(sent, bits[name], plan.error_feedback, generator)
         else:
-            pairs[name], of_module = _rounded(wanted, plan.upload)
+            pairs[name], of_module = _rounded(sent, plan.upload)
         if of_module is not None:
             scales[name] = of_module
         if plan.error_feedback:
@@ -83,10 +85,15 @@ def decode_upload(arrays: AdapterArrays) -> AdapterArrays:
 
 
 def _change(factors: LoraFactors, received: Adapter, plan: TrainPlan, name: str) -> LoraFactors:
-    slots = plan.modules[name].trainable_slots[: factors.rank]
-    before = received.modules[name].select(slots)
+    """Return how both factors have changed; one that is not trained has not, and keeps its errors.
+
+    A method may train one factor in one round and the other in the next.
+    """
+    module = plan.modules[name]
+    before = received.modules[name].select(module.trainable_slots[: factors.rank])
+    after = factors.only(module.factors).filled(before)
     return LoraFactors(
-        factors.lora_A.cpu().float() - before.lora_A, factors.lora_B.cpu().float() - before.lora_B
+        after.lora_A.cpu().float() - before.lora_A, after.lora_B.cpu().float() - before.lora_B
     )
 
 
@@ -110,9 +117,10 @@ def _mixed(
 
 
 def _padded(read: LoraFactors, wanted: LoraFactors) -> LoraFactors:
-    """Return the change that the server reads: zero where a component is not uploaded."""
+    """Return the change that the server reads: zero where a number is not uploaded."""
     nothing = LoraFactors(torch.zeros_like(wanted.lora_A), torch.zeros_like(wanted.lora_B))
-    return nothing.replace(range(read.rank), read)
+    there = range(read.rank)
+    return nothing.replace(there, read.filled(nothing.select(there)))
 
 
 def _decoded(pair: Pair, scales: Pair | None, numbers: NumberFormat) -> LoraFactors:

@@ -228,7 +228,9 @@ def _answer(request: Message) -> tuple[Message, Adapter]:
     scores = _scores(trained, generator) if plan.importance != "none" else {}
     upload, _ = encode_upload(trained, received, plan, scores, {})
     content = adapter_content(upload, **{METRICS: MetricRecord(dict(_METRICS))})
-    return Message(content, reply_to=request), trained
+    slots = {name: module.trainable_slots for name, module in plan.modules.items()}
+    sent = Adapter({n: f.select(slots[n]) for n, f in received.modules.items()})
+    return Message(content, reply_to=request), trained.filled(sent)
 
 
 def _scores(trained: Adapter, generator: torch.Generator) -> dict[str, Float32]:

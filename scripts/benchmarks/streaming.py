@@ -143,10 +143,12 @@ def _clients(rank: int, num_clients: int) -> ClientApp:
         rng, plan = np.random.default_rng(number), read_plan(message.content)
         modules: dict[str, tuple[Float32, Float32]] = {}
         for name, (lora_A, lora_B) in read_adapter(message.content).modules.items():
-            trained = len(plan.modules[name].trainable)
+            module = plan.modules[name]
+            trained = len(module.trainable)
+            height, width = module.uploaded_sides((lora_B.shape[0], lora_A.shape[1]))
             modules[name] = (
-                rng.standard_normal((trained, lora_A.shape[1]), np.float32),
-                rng.standard_normal((lora_B.shape[0], trained), np.float32),
+                rng.standard_normal((trained, width), np.float32),
+                rng.standard_normal((height, trained), np.float32),
             )
         scores = {} if plan.importance == "none" else _scores(modules)
         metrics = MetricRecord({NUM_EXAMPLES: _examples(number), "loss": 1.0})

@@ -167,10 +167,12 @@ def _before(request: Message, upload: AdapterArrays) -> AdapterArrays:
     """Return what the uploaded components and the head were when they were sent."""
     sent, plan = read_adapter(request.content), read_plan(request.content)
     modules = {}
-    for name, (lora_A, _) in upload.modules.items():
+    for name, (lora_A, lora_B) in upload.modules.items():
         slots = list(plan.modules[name].trainable_slots[: lora_A.shape[0]])
         sent_A, sent_B = sent.modules[name]
-        modules[name] = (sent_A[slots], sent_B[:, slots])
+        # A factor that is not uploaded has no features.
+        width, height = lora_A.shape[1], lora_B.shape[0]
+        modules[name] = (sent_A[slots, :width], sent_B[:height, slots])
     return AdapterArrays(modules, {name: sent.head[name] for name in upload.head})
 
 

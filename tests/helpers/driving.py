@@ -81,7 +81,7 @@ def noise(factors: LoraFactors, generator: torch.Generator) -> LoraFactors:
 def update_of(
     strategy: HeterogeneousLora, client: Client, change: Change, server_round: int = 1
 ) -> ClientUpdate:
-    """Let a client do what the plan says: its trainable components change, and come back."""
+    """Let a client do what the plan says: the factors it trains change, and come back."""
     plan = strategy.plan(client.profile, server_round)
     sent = strategy.dispatch(plan)
     seed = client.partition_id if client.noise_seed is None else client.noise_seed
@@ -89,7 +89,9 @@ def update_of(
     for name, factors in sent.modules.items():
         # The same noise for the same module whatever the order of modules.
         generator = torch.Generator().manual_seed(seed * 1000 + zlib.crc32(name.encode()) % 997)
-        modules[name] = change(factors.select(plan.modules[name].trainable_slots), generator)
+        before = factors.select(plan.modules[name].trainable_slots)
+        after = change(before, generator).only(plan.modules[name].factors)
+        modules[name] = after.filled(before)
     scores = {n: torch.rand(len(plan.modules[n].trainable)) for n in modules}
     return ClientUpdate(
         client.partition_id,

@@ -233,6 +233,25 @@ class TestLocalPrivacy:
         assert part.head == received.head
         assert not trained_part(received, replace(plan, head="local")).head
 
+    def test_a_factor_that_is_not_trained_gets_no_noise_and_counts_nothing_in_the_norm(self):
+        modules = {
+            n: ModulePlan(tuple(range(f.rank)), (1,), factors=factors)
+            for (n, f), factors in zip(adapter(1).modules.items(), ("A", "B"), strict=True)
+        }
+        plan = TrainPlan(modules, head="frozen")
+        before, after = (trained_part(adapter(seed), plan) for seed in (1, 2))
+        (of_A, of_B) = (before.modules[name] for name in modules)
+        quiet = replace(self.OPTIONS, noise_multiplier=1e-9, clip_norm=0.25)
+
+        upload = privatize_upload(after, before, quiet, NOISE)
+
+        assert (of_A.out_features, of_B.in_features) == (0, 0)
+        assert {n: t.shape for n, t in upload.tensors().items()} == {
+            n: t.shape for n, t in before.tensors().items()
+        }
+        # All of the bound is left to the trained numbers.
+        assert float((flat(upload) - flat(before)).norm()) == pytest.approx(0.25, rel=1e-4)
+
 
 class TestLocalPlans:
     PLAN = TrainPlan({"query": ModulePlan((0, 1), (0, 1))})

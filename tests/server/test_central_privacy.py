@@ -67,7 +67,7 @@ class Round:
 class TestStep:
     def test_counts_are_of_the_registered_and_not_of_those_who_came(self):
         for counts in Round().counts.values():
-            assert torch.equal(counts, COUNTS)
+            assert torch.equal(counts, COUNTS.expand(2, -1))
 
     def test_contributors_divide_by_the_expected_number_of_them(self):
         happened = Round()
@@ -167,9 +167,55 @@ class TestStep:
 
     def test_counts_of_other_plans_are_refused(self):
         happened = Round()
-        happened.counts = {n: torch.tensor([5.0, 3.0, 0.0, 0.0]) for n in happened.counts}
+        happened.counts = {n: torch.tensor([[5.0, 3, 0, 0]] * 2) for n in happened.counts}
 
         with pytest.raises(PrivacyError, match="partition 2, query: component 2 was trained"):
+            happened.step("contributors")
+
+
+class TestOneFactor:
+    """FFA-LoRA trains lora_B alone."""
+
+    LOUD = PrivacyOptions("central_dp", clip_norm=0.5, noise_multiplier=4.0)
+
+    def test_counts_are_of_the_factor_that_is_trained(self):
+        for of_A, of_B in Round("ffa_lora").counts.values():
+            assert torch.equal(of_B, COUNTS)
+            assert not of_A.any()
+
+    @pytest.mark.parametrize("division", ["contributors", "everybody"])
+    def test_the_other_one_gets_no_noise_and_stays_to_the_bit(self, division):
+        happened = Round("ffa_lora")
+        after = happened.step(division, self.LOUD)
+
+        for name, before in happened.previous.modules.items():
+            assert torch.equal(after.modules[name].lora_A, before.lora_A)
+            changed = (after.modules[name].lora_B != before.lora_B).any(0)
+            assert changed.tolist() == [True, True, True, False]
+
+    def test_the_other_one_counts_nothing_in_the_norm(self):
+        happened = Round("ffa_lora", came=(2,))
+        (update,) = happened.updates
+        moved = [
+            update.adapter.modules[n].lora_B.double() - before.lora_B.double()
+            for n, before in update.before.modules.items()
+        ]
+        moved += [
+            t.double() - update.before.head[n].double() for n, t in update.adapter.head.items()
+        ]
+        norm = float(sum(t.square().sum() for t in moved).sqrt())
+
+        total = sum_of_changes(happened.previous, [update], 2 * norm)
+
+        assert float(flat(total).norm()) == pytest.approx(norm, rel=1e-9)
+        assert not any(f.lora_A.any() for f in total.modules.values())
+
+    def test_an_update_of_a_factor_that_no_plan_trains_is_refused(self):
+        happened = Round("zero_padding")
+        for counts in happened.counts.values():
+            counts[0] = 0
+
+        with pytest.raises(PrivacyError, match="partition 0, query: component 0 was trained"):
             happened.step("contributors")
 
 

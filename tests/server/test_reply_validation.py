@@ -1,6 +1,7 @@
 """Each check of a reply: the honest one passes, and one thing wrong is refused by name."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,13 +48,11 @@ METRIC_VALUES = {"num-examples": 31, "loss": 0.7, "steps": 2, "seconds": 1.5}
 def arrays(plan=PLAN, shapes=SHAPES, head=HEAD, ranks=None, scores=None):
     """Return an adapter as the plan wants it, all ones where not said otherwise."""
     modules, importance = {}, {}
-    for name, (out_features, in_features) in shapes.items():
+    for name, shape in shapes.items():
         trained = len(plan.modules[name].trainable) if name in plan.modules else 1
         rank = (ranks or {}).get(name, trained)
-        modules[name] = (
-            np.ones((rank, in_features), np.float32),
-            np.ones((out_features, rank), np.float32),
-        )
+        height, width = plan.modules[name].uploaded_sides(shape) if name in plan.modules else shape
+        modules[name] = (np.ones((rank, width), np.float32), np.ones((height, rank), np.float32))
         if plan.importance != "none":
             importance[name] = np.ones(trained, np.float32)
     return AdapterArrays(
@@ -110,6 +109,23 @@ class TestUpdate:
             arrays(shapes={"query": (5, 7), "dense": (6, 9)}),
             r"query: factors of a \(5, 7\) weight, expected \(7, 5\)",
         )
+
+    @pytest.mark.parametrize(("factors", "untrained"), [("A", "lora_B"), ("B", "lora_A")])
+    def test_a_factor_that_is_not_trained_is_refused_by_name(self, factors, untrained):
+        module = replace(PLAN.modules["dense"], factors=factors)
+        plan = replace(PLAN, modules={**PLAN.modules, "dense": module})
+
+        read_update(reply(arrays(plan)), plan, HEAD, SHAPES)
+        refused(
+            arrays(),
+            f"dense: {untrained} is uploaded, the plan trains lora_{factors} alone",
+            plan=plan,
+        )
+
+    def test_a_trained_factor_that_is_missing_is_refused(self):
+        module = replace(PLAN.modules["dense"], factors="B")
+        alone = replace(PLAN, modules={**PLAN.modules, "dense": module})
+        refused(arrays(alone), r"dense: factors of a \(6, 0\) weight, expected \(6, 9\)")
 
     def test_layer_sizes_can_be_checked_alone(self):
         with pytest.raises(ReplyError, match=r"dense: .*\(9, 6\) weight, expected \(6, 9\)"):

@@ -96,7 +96,8 @@ def test_a_method_sees_factors_and_not_changes(name, upload):
         )
         request.metadata.__dict__["_message_id"] = "1"
         asked = update_of(strategy, CLIENT, nothing)
-        trained = moved(asked.before)
+        only = moved(asked.before).only(asked.plan.trained_factors)
+        trained = only.filled(asked.before)
         arrays, _ = encode_upload(trained, asked.sent, asked.plan, scores_of(asked.plan), {})
         metrics = MetricRecord({NUM_EXAMPLES: 30, "loss": 0.5})
         reply = Message(adapter_content(arrays, **{METRICS: metrics}), reply_to=request)

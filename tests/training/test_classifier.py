@@ -96,8 +96,11 @@ class TestForward:
             ModulePlan((0, 1), ()),
             ModulePlan((), ()),
             ModulePlan((2, 0, 7, 4), (2, 0, 7, 4), 2.0),
+            ModulePlan((0, 1, 2), (2, 0), 2.0, factors="A"),
+            ModulePlan((4, 1), (1,), 0.5, factors="B"),
+            ModulePlan((), (), factors="B"),
         ]
-        modules = {name: kinds[i % 4] for i, name in enumerate(classifier.layers)}
+        modules = {name: kinds[i % 7] for i, name in enumerate(classifier.layers)}
         adapter = random_adapter(classifier, lambda name: len(modules[name].held))
 
         logits = logits_of(classifier, adapter, TrainPlan(modules))
@@ -105,9 +108,12 @@ class TestForward:
         torch.testing.assert_close(logits, merged_logits(base, adapter), rtol=0, atol=1e-4)
         trained = classifier.trained(TrainPlan(modules)).modules
         for name, module in modules.items():
-            chosen = adapter.modules[name].select(module.trainable_slots)
+            chosen = adapter.modules[name].select(module.trainable_slots).only(module.factors)
             assert torch.equal(trained[name].lora_A, chosen.lora_A)
             assert torch.equal(trained[name].lora_B, chosen.lora_B)
+        for name, (lora_A, lora_B) in classifier.trainable_factors().items():
+            assert lora_A.requires_grad == modules[name].trains_A
+            assert lora_B.requires_grad == modules[name].trains_B
         assert set(classifier.trainable_factors()) == {n for n, m in modules.items() if m.trainable}
 
     def test_padding_does_not_count(self, classifier):

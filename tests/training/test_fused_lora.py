@@ -87,6 +87,19 @@ class TestResult:
         assert gradients["x"] is None
         assert gradients["lora_B.trained.weight"] is not None
 
+    @pytest.mark.parametrize("active", [["trained"], ["trained", "frozen"]])
+    @pytest.mark.parametrize("stays", ["lora_A", "lora_B"])
+    @pytest.mark.parametrize("needs_grad", [True, False])
+    def test_a_factor_alone_is_trained_as_by_peft(self, active, stays, needs_grad):
+        layer = lora_layer(active)
+        getattr(layer, stays)["trained"].weight.requires_grad_(False)
+
+        _, gradients = assert_same(layer, inputs(2, ROWS, needs_grad=needs_grad))
+
+        got = [name for name, gradient in gradients.items() if gradient is not None]
+        moves = {"lora_A": "lora_B", "lora_B": "lora_A"}[stays]
+        assert got == [f"{moves}.trained.weight"] + ["x"] * needs_grad
+
     def test_scaling_counts(self):
         layer, x = lora_layer(["trained", "frozen"], scaling=1.0), inputs(ROWS)
         before = layer(x)
@@ -178,6 +191,36 @@ class TestWork:
         backward = ROWS * TRAINED * (OUT + IN + OUT)  # dy B and with it dA, and dB; no dx
 
         assert products(layer, x) == ROWS * (TRAINED + FROZEN) * (IN + OUT) + backward
+
+    @pytest.mark.parametrize(("stays", "left"), [("lora_A", OUT), ("lora_B", OUT + IN)])
+    def test_a_factor_that_is_not_trained_costs_no_product_of_its_own(self, stays, left):
+        layer, x = lora_layer(["trained", "frozen"]), inputs(ROWS, needs_grad=False)
+        getattr(layer, stays)["trained"].weight.requires_grad_(False)
+
+        # d(s B) alone, or dy B and with it dA.
+        forward = ROWS * (TRAINED + FROZEN) * (IN + OUT)
+        assert products(layer, x) == forward + ROWS * TRAINED * left
+
+    @pytest.mark.parametrize(
+        ("stays", "kept"),
+        # The inputs for dA, the trained components' inner products for d(s B).
+        [
+            (None, [(ROWS, IN), (ROWS, TRAINED)]),
+            ("lora_A", [(ROWS, TRAINED)]),
+            ("lora_B", [(ROWS, IN)]),
+        ],
+    )
+    def test_activations_are_kept_for_what_is_trained_alone(self, stays, kept):
+        layer, x = lora_layer(["trained", "frozen"]), inputs(ROWS)
+        if stays:
+            getattr(layer, stays)["trained"].weight.requires_grad_(False)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(tuple(t.shape)) or t, lambda t: t
+        ):
+            layer(x)
+
+        assert sorted(shape for shape in saved if shape[:1] == (ROWS,)) == sorted(kept)
 
     def test_every_adapted_layer_of_a_model_is_fused(self):
         classifier = LoraClassifier(SPEC)

@@ -360,6 +360,32 @@ class TestImportance:
 
         assert_same_adapter(results[0].adapter, results[1].adapter)
 
+    @pytest.mark.parametrize("factors", ["A", "B"])
+    @pytest.mark.parametrize("measure", ["sensitivity", "smoothed", "adalora"])
+    def test_of_one_factor_is_that_factors_share(self, classifier, adapter, measure, factors):
+        both = plan_for(adapter, (4, 1, 2))
+        modules = {name: replace(m, factors=factors) for name, m in both.modules.items()}
+        scores = []
+        for plan in (both, replace(both, modules=modules)):
+            classifier.load(adapter, plan)
+            meter = ImportanceMeter(measure, 0.6)
+            for number in (1.0, 3.0):
+                for lora_A, lora_B in classifier.trainable_factors().values():
+                    # The other factor's sensitivity is 0, whether it is measured or not.
+                    lora_A.grad = torch.full_like(lora_A, number * (factors == "A"))
+                    lora_B.grad = torch.full_like(lora_B, number * (factors == "B"))
+                    if not lora_A.requires_grad:
+                        lora_A.grad = None
+                    if not lora_B.requires_grad:
+                        lora_B.grad = None
+                meter.update(classifier)
+            scores.append(meter.scores())
+
+        assert scores[0].keys() == scores[1].keys() == adapter.modules.keys()
+        for name, expected in scores[0].items():
+            assert expected.min() > 0
+            torch.testing.assert_close(scores[1][name], expected)
+
 
 class TestProbe:
     def test_measures_all_that_is_held(self, classifier, adapter):
@@ -455,6 +481,24 @@ class TestTail:
         result = train(classifier, start, plan_for(start, tail=tail), ROWS, OPTIONS, seed=1)
 
         assert {f.rank for f in result.adapter.modules.values()} == {5}
+
+    @pytest.mark.parametrize("factors", ["A", "B"])
+    def test_of_one_factor_shrinks_that_one_and_is_pruned(self, classifier, adapter, factors):
+        tail = TailPruning(decay=0.7, weight=20.0, min_rank=1)
+        plan = plan_for(adapter, tail=tail)
+        modules = {name: replace(m, factors=factors) for name, m in plan.modules.items()}
+
+        pruned = train(
+            classifier, adapter, replace(plan, modules=modules), ROWS, OPTIONS, seed=1
+        ).adapter
+
+        for name, pair in classifier.trainable_factors().items():
+            sent, moved = adapter.modules[name], "AB".index(factors)
+            tails = pair[0][3:], pair[1][:, 3:]
+            before = sent.lora_A[3:], sent.lora_B[:, 3:]
+            assert tails[moved].norm() < 0.95 * before[moved].norm()
+            assert torch.equal(tails[1 - moved], before[1 - moved])
+            assert pruned.modules[name].rank == 3
 
     @pytest.mark.parametrize(("min_rank", "left"), [(2, 2), (4, 4), (5, 5), (9, 5)])
     def test_never_below_the_minimum_rank(self, classifier, adapter, min_rank, left):

@@ -45,6 +45,22 @@ def test_adamw_steps_as_torchs_plain_loop_does(model):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("factors", ["A", "B"])
+def test_a_factor_that_is_not_trained_is_neither_stepped_nor_decayed(model, optimizer, factors):
+    adapter, rows = random_adapter(model, 3), random_rows(22)
+    options = replace(OPTIONS, optimizer=optimizer, weight_decay=0.5)
+    plan = plan_for(adapter, (2, 0), max_steps=STEPS)
+    modules = {name: replace(m, factors=factors) for name, m in plan.modules.items()}
+
+    train(model, adapter, replace(plan, modules=modules), rows, options, seed=1)
+
+    for name, pair in model.trainable_factors().items():
+        sent = adapter.modules[name].select((2, 0))
+        stays = [torch.equal(*two) for two in zip(pair, (sent.lora_A, sent.lora_B), strict=True)]
+        assert stays == [factors == "B", factors == "A"], name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_same_training_gives_the_same_bits(model, optimizer):
     adapter = random_adapter(model, 3)
     options = replace(OPTIONS, optimizer=optimizer)

@@ -64,6 +64,17 @@ class TestCount:
 
         assert peaks[0] - peaks[1] >= 2 * 4 * numbers
 
+    @pytest.mark.parametrize("factors", ["A", "B"])
+    def test_a_factor_alone_takes_neither_gradients_nor_moments_for_the_other(self, factors):
+        shapes = LoraClassifier(SPEC).shapes().values()
+        stays = sum(s.out_features if factors == "A" else s.in_features for s in shapes)
+
+        both = count_step(SPEC, HELD, HELD, OPTIONS, LENGTH, CPU)
+        one = count_step(SPEC, HELD, HELD, OPTIONS, LENGTH, CPU, factors)
+
+        assert one.weights == both.weights
+        assert both.peak - one.peak >= 3 * 4 * HELD * stays
+
     def test_texts_and_their_length_count(self):
         one, wider, longer = (
             count_step(SPEC, 2, HELD, TrainOptions(batch_size=batch), length, CPU)
@@ -162,7 +173,7 @@ class TestStepMemory:
 
 _TRAIN = """
 import sys
-sys.path[:0] = ["tests/training", "."]
+sys.path[:0] = ["tests/helpers", "."]
 import hafl_app.client.handlers
 from training_factories import plan_for, random_adapter, rows_of
 from hafl_app.training.base_model import BaseSpec

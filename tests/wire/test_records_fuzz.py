@@ -98,6 +98,13 @@ MIXED_PLAN = replace(
     },
     upload="mixed",
 )
+ONE_FACTOR_PLAN = replace(
+    MIXED_PLAN,
+    modules={
+        "q": replace(MIXED_PLAN.modules["q"], factors="A"),
+        "v": replace(MIXED_PLAN.modules["v"], factors="B"),
+    },
+)
 NODE = NodeProfile(3, 8, 4, 120, "cuda", rank_pattern={"output.dense": 2}, bandwidth_kbps=900)
 
 integers = st.integers(-3, 12) | st.sampled_from([-(2**63), 2**31, 2**62, 2**63 - 1, 10**30])
@@ -347,14 +354,19 @@ class TestAdapters:
         with pytest.raises(RecordError, match=r"'scales' is missing|expected uint8 as 'raw'"):
             read_adapter(content)
 
-    def test_few_characters_cannot_mean_many_components(self):
+    @pytest.mark.parametrize(
+        ("height", "message"),
+        [(0, "'0' has rank 60000 and neither factor"), (1, "'scales' has .* bytes, expected")],
+    )
+    def test_few_characters_cannot_mean_many_components(self, height, message):
         content = adapter_content(ADAPTERS[3])
         names = [str(i) for i in range(5000)]
-        many = {k: [0] * 5000 for k in ("in-features", "out-features")} | {"ranks": [60_000] * 5000}
+        many = {"in-features": [0] * 5000, "out-features": [height] * 5000}
+        many["ranks"] = [60_000] * 5000
         change_layout(content, modules=names, bits=["2x60000"] * 5000, **many)
         tracemalloc.start()
         try:
-            with pytest.raises(RecordError, match=r"'scales' has .* bytes, expected"):
+            with pytest.raises(RecordError, match=message):
                 read_adapter(content)
             assert tracemalloc.get_traced_memory()[1] < 10_000_000
         finally:
@@ -561,7 +573,7 @@ def places(value, path=()):
 
 @st.composite
 def damaged_plans(draw):
-    values = json.loads(draw(st.sampled_from([PLAN, MIXED_PLAN])).to_json())
+    values = json.loads(draw(st.sampled_from([PLAN, MIXED_PLAN, ONE_FACTOR_PLAN])).to_json())
     for _ in range(draw(st.integers(1, 2))):
         *path, last = draw(st.sampled_from(places(values)))
         parent = values
@@ -579,6 +591,12 @@ def damaged_plans(draw):
     return text
 
 
+def rest_of(module):
+    """Return what stands behind the names of a module that is planned so."""
+    factors = [] if module.factors == "both" else [module.factors]
+    return [format_bits(module.bits)] * bool(module.bits) + factors
+
+
 def check_plan(text):
     """Only a refusal in one line, or a plan with the very values of the text."""
     try:
@@ -592,14 +610,11 @@ def check_plan(text):
     again.pop("modules")
     assert {k: repr(v) for k, v in again.items()} == {k: repr(v) for k, v in values.items()}
     said = {
-        name: (parse_indices(held), parse_indices(trained), repr(scaling), ",".join(bits))
-        for held, trained, scaling, names, *bits in entries
+        name: (parse_indices(held), parse_indices(trained), repr(scaling), rest)
+        for held, trained, scaling, names, *rest in entries
         for name in names
     }
-    got = {
-        n: (m.held, m.trainable, repr(m.scaling), format_bits(m.bits))
-        for n, m in plan.modules.items()
-    }
+    got = {n: (m.held, m.trainable, repr(m.scaling), rest_of(m)) for n, m in plan.modules.items()}
     assert got == said
     trained = [m for m in plan.modules.values() if m.trainable]
     assert all(bool(m.bits) == (plan.upload == "mixed") for m in trained)
@@ -612,6 +627,7 @@ class TestPlans:
     def test_what_is_not_damaged_passes_the_check(self):
         check_plan(PLAN.to_json())
         check_plan(MIXED_PLAN.to_json())
+        check_plan(ONE_FACTOR_PLAN.to_json())
 
     @settings(max_examples=400)
     @given(damaged_plans())

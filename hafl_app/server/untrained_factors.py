@@ -1,0 +1,38 @@
+"""Factors that no client of a round trains: they stay as they were, whatever the method's mean."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from hafl_app.lowrank.factors import LoraFactors
+from hafl_app.plan import TrainPlan
+
+
+class UntrainedFactors:
+    """What a round's plans leave untrained, found while its updates are folded.
+
+    An update holds an untrained factor as it was sent, so that every method can fold it. A mean
+    over those who hold a component then gives it back, but zero padding would shrink it.
+    """
+
+    def __init__(self) -> None:
+        self._trained: defaultdict[str, set[str]] = defaultdict(set)
+
+    def note(self, plan: TrainPlan) -> None:
+        """Take in what a client of the round trained."""
+        for name, module in plan.modules.items():
+            self._trained[name].update("AB" if module.factors == "both" else module.factors)
+
+    def kept(
+        self, merged: Mapping[str, LoraFactors], previous: Mapping[str, LoraFactors]
+    ) -> dict[str, LoraFactors]:
+        """Return the merged modules, each factor that nobody trained as it was before."""
+        return {name: self._kept(name, after, previous[name]) for name, after in merged.items()}
+
+    def _kept(self, name: str, after: LoraFactors, before: LoraFactors) -> LoraFactors:
+        trained = self._trained[name]
+        if len(trained) == 2:
+            return after
+        return LoraFactors(
+            after.lora_A if "A" in trained else before.lora_A,
+            after.lora_B if "B" in trained else before.lora_B,
+        )
