@@ -21,7 +21,7 @@ WIDTH: Final = 80
 
 _MOST_CLIENTS = 20  # with a line each
 _MOST_CLASSES = 5  # with a column each
-_LONGEST_NAME = 12  # of a class
+_LONGEST_NAME = 10  # of a class
 
 
 def report_data(
@@ -65,6 +65,7 @@ def report_data(
 def data_lines(account: DataAccount) -> list[str]:
     """Return the account as lines of at most `WIDTH` characters, but for notes with long names."""
     lines = ["Data"]
+    empty = sum(count == 0 for count in account.labels.values())
     if account.clients:
         trained = sum(client.train for client in account.clients)
         held = sum(client.holdout for client in account.clients)
@@ -76,6 +77,7 @@ def data_lines(account: DataAccount) -> list[str]:
         f"  test       {account.test:>9,} rows",
         *(f"  dropped    {count:>9,} rows: {reason}" for reason, count in account.dropped.items()),
         f"  classes    {len(account.label_names):>9,}{_spread(account.labels)}",
+        *([f"  unused     {empty:>9,} classes without a training row"] if empty else []),
         *(f"  note: {note}" for note in account.notes),
     ]
     if account.clients and account.label_names:
@@ -84,13 +86,12 @@ def data_lines(account: DataAccount) -> list[str]:
 
 
 def _spread(labels: Mapping[str, int]) -> str:
-    """Say how many training rows the smallest and the largest class have, and how many none."""
-    if not labels:
+    """Say how many training rows the smallest and the largest class have that have any."""
+    found = {name: count for name, count in labels.items() if count}
+    if not found:
         return ""
-    least, most = (chosen(labels, key=lambda name: labels[name]) for chosen in (min, max))
-    said = f": {labels[least]:,} ({_shown(least)}) to {labels[most]:,} ({_shown(most)}) rows"
-    empty = sum(count == 0 for count in labels.values())
-    return f"{said}, {empty:,} without any" if empty else said
+    least, most = (chosen(found, key=lambda name: found[name]) for chosen in (min, max))
+    return f": {found[least]:,} ({_shown(least)}) to {found[most]:,} ({_shown(most)}) rows"
 
 
 def _clients(account: DataAccount) -> list[str]:

@@ -177,7 +177,7 @@ class TestEncodings:
         refused(
             read,
             as_csv(ROWS).encode(encoding),
-            rf"is {name}, expected UTF-8; convert it: iconv -f {name} -t utf-8 my.csv > my-utf8.csv",
+            rf"is {name}, expected UTF-8; convert it: iconv -f {name} -t utf-8 my.csv > my-utf8",
         )
 
     @pytest.mark.parametrize(

@@ -92,7 +92,9 @@ class TestKinds:
 
 class TestClasses:
     def test_measurements_are_refused(self, tmp_path):
-        with pytest.raises(DataError, match="dataset.label_column: 30 different numbers with frac"):
+        with pytest.raises(
+            DataError, match=r"dataset\.label_column: 30 different numbers with frac"
+        ):
             load(tmp_path, [i / 7 for i in range(30)] * 2)
         assert len(load(tmp_path, [i / 2 for i in range(10)] * 2).label_names) == 10
 
@@ -117,7 +119,9 @@ class TestClasses:
             load(tmp_path, ["a", "b"], label_names=names)
 
     def test_text_and_label_of_one_column_are_refused(self, tmp_path):
-        with pytest.raises(DataError, match="text_column and dataset.label_column are both 'label"):
+        with pytest.raises(
+            DataError, match=r"text_column and dataset\.label_column are both 'label"
+        ):
             load(tmp_path, ["a", "b"], text_column="label")
 
     def test_half_a_surrogate_pair_is_refused(self, tmp_path):
