@@ -95,7 +95,7 @@ def read_lines(text: str, origin: str) -> pd.DataFrame:
     DataError
         If a line has no tab or several.
     """
-    rows = []
+    rows: list[list[str | None]] = []
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         cells = line.removesuffix("\n").split("\t")
         if not line.strip() or (not rows and tuple(cells) == TXT_COLUMNS):

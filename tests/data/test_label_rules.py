@@ -7,6 +7,7 @@ import pytest
 
 from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.data.label_rules import MOST_FRACTIONS, class_fault, normal_labels
+from hafl_app.data.labels import union_of_labels
 from hafl_app.data.own_file import OwnFile, OwnText
 from hafl_app.data.sources import TextSource, load_text
 
@@ -157,3 +158,7 @@ class TestNodes:
     def test_run_names_are_brought_to_the_same_spelling(self, tmp_path):
         share = self.own(tmp_path, ["1", "0"]).share(("0.0", "1.0"))
         assert sorted(share.train().labels.tolist()) == [0, 1]
+
+    def test_that_write_a_class_otherwise_are_reported(self, caplog):
+        assert union_of_labels([("a", "b"), ("A",)]) == ("A", "a", "b")
+        assert "labels 'A' and 'a' of different nodes look like one class" in caplog.text
