@@ -52,7 +52,9 @@ def report_data(
         If the file cannot be written.
     """
     if settings.dataset.source != ON_DEVICE and profiles:
-        text = build.federated_text(settings, profiles[0].num_partitions)
+        # What most say: one node's claim decides nothing.
+        number = statistics.mode(profile.num_partitions for profile in profiles)
+        text = build.federated_text(settings, number)
     # Prompts with answers must be tokenized, which a server that scores nothing may be unable to.
     account = text.account(by_tokens=settings.federation.central_evaluation)
     path = folder / DATA_FILE
