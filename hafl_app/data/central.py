@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from hafl_app.data.account import DataAccount
+from hafl_app.data.combinations import check_choices
 from hafl_app.data.errors import DataError
 from hafl_app.data.files import read_table
 from hafl_app.data.folders import resolve
 from hafl_app.data.labels import checked_label_names
 from hafl_app.data.sources import TextSource
-from hafl_app.data.tables import index_labels, shuffled, sorted_label_names, standardize
+from hafl_app.data.tables import NOTES, index_labels, shuffled, sorted_label_names, standardize
 from hafl_app.data.text import EncodedText, Tokenize, encode
 
 
@@ -49,6 +51,13 @@ class CentralFile:
         self._tokenizer_key = tokenizer_key
         self._cache = cache
 
+    def account(self, *, by_tokens: bool = False) -> DataAccount:
+        """Count the test rows; what the nodes have is theirs to know."""
+        del by_tokens  # there are no answers
+        rows = len(self._rows)
+        notes = tuple(self._rows.attrs.get(NOTES, ()))
+        return DataAccount(self.label_names, {"test": rows}, {}, 0, rows, notes=notes)
+
     @cached_property
     def validation(self) -> EncodedText:
         """No rows."""
@@ -78,7 +87,9 @@ def central_rows(source: TextSource) -> pd.DataFrame:
         return pd.DataFrame({"text": [], "label": []}, dtype=object)
     path = resolve(source.test_path, "dataset.test_path")
     columns = (source.text_column, source.label_column)
-    rows = standardize(read_table(path, columns), *columns, str(path))
+    check_choices(source)
+    table = read_table(path, columns, source.label_column)
+    rows = standardize(table, *columns, str(path), listed=source.label_names or ())
     return shuffled(rows, source.max_test_examples, (source.data_seed, 1))
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from datasets import Dataset
 
+from hafl_app.data.account import ClientRows, DataAccount
+from hafl_app.data.combinations import check_choices, check_sharing
 from hafl_app.data.errors import DataError
 from hafl_app.data.images import encode_images
 from hafl_app.data.partition import Partitioning, Rows, partition, split_off
@@ -54,6 +57,11 @@ class FederatedText:
         Folder for token ids; None to keep none.
     tokenize_pairs
         As ``tokenize``, for prompts with answers.
+
+    Raises
+    ------
+    DataError
+        If the settings do not go together.
     """
 
     def __init__(
@@ -68,6 +76,8 @@ class FederatedText:
         cache: Path | None,
         tokenize_pairs: TokenizePairs | None = None,
     ) -> None:
+        check_choices(source)
+        check_sharing(source, partitioning.kind)
         self._source = source
         self._partitioning = partitioning
         self._validation_fraction = validation_fraction
@@ -142,6 +152,88 @@ class FederatedText:
             functools.partial(self.holdout, partition_id),
         )
 
+    def require_answers(self) -> None:
+        """Tokenize prompts with answers, and see that every part keeps rows; text has no need.
+
+        Raises
+        ------
+        DataError
+            If no answer is left of any row of a client, of the validation or of the test data.
+        """
+        if not self._source.answer_column:
+            return
+        for partition_id in range(self.num_partitions):
+            self.train(partition_id)
+        validation = self._kept_and_validation[1]
+        for name, raw, kept in (
+            ("validation", len(validation), len(self.validation)),
+            ("test", len(self._text.test), len(self.test)),
+        ):
+            if raw and not kept:
+                raise DataError(
+                    f"none of the {raw} {name} rows keeps a token of its answer; raise "
+                    "dataset.max_length"
+                )
+
+    def account(self, *, by_tokens: bool = True) -> DataAccount:
+        """Count rows kept and dropped, and each client's classes.
+
+        Parameters
+        ----------
+        by_tokens
+            Whether to tokenize prompts with answers, to know which rows have no room for one.
+
+        Raises
+        ------
+        DataError
+            If the data cannot be loaded or shared out.
+        """
+        text, by_tokens = self._text, by_tokens and bool(self._source.answer_column)
+        labels = np.asarray(text.train.with_format(None)["label"][:], dtype=np.int64)
+        has_room = self._encoded_train.has_answer if by_tokens else np.ones(len(labels), bool)
+        parts = [_Part(*(rows[has_room[rows]] for rows in part)) for part in self._parts]
+        validation = self._kept_and_validation[1]
+        used = np.concatenate([validation, *(rows for part in self._parts for rows in part)])
+        test = len(self.test) if by_tokens else len(text.test)
+        without = int((~has_room[used]).sum()) + len(text.test) - test
+        dropped = {
+            "dataset.max_examples": text.num_read[0] - len(text.train),
+            "dataset.max_test_examples": text.num_read[1] - len(text.test),
+            "in no partition": len(text.train) - len(used),
+            "no room for an answer within dataset.max_length": without,
+        }
+        names = text.label_names
+        trained = np.concatenate([part.train for part in parts])
+        return DataAccount(
+            names,
+            {"train": text.num_read[0], "test": text.num_read[1]},
+            {reason: count for reason, count in dropped.items() if count},
+            int(has_room[validation].sum()),
+            test,
+            dict.fromkeys(names, 0) | _by_name(labels[trained], names),
+            tuple(
+                ClientRows(len(part.train), len(part.holdout), _by_name(labels[part.train], names))
+                for part in parts
+            ),
+            (*text.notes, *self._repeats()),
+        )
+
+    def _repeats(self) -> list[str]:
+        """Count texts that occur twice, which are no fault, but make scores look better."""
+        if self._source.source in IMAGES:
+            return []
+        columns = ("text", "answer") if self._source.answer_column else ("text",)
+        train, test = (
+            list(zip(*(rows.with_format(None)[name][:] for name in columns), strict=True))
+            for rows in (self._text.train, self._text.test)
+        )
+        known = set(train)
+        counts = {
+            "training rows repeat an earlier one's text": len(train) - len(known),
+            "test rows have a text that is in the training data": sum(t in known for t in test),
+        }
+        return [f"{count} {what}" for what, count in counts.items() if count]
+
     def _part(self, partition_id: int) -> _Part:
         if not 0 <= partition_id < self.num_partitions:
             raise DataError(f"partition {partition_id}: expected 0 to {self.num_partitions - 1}")
@@ -200,3 +292,8 @@ class FederatedText:
             _Part(*split_off(kept[rows], self._holdout_fraction, (seed, partition_id)))
             for partition_id, rows in enumerate(partitions)
         ]
+
+
+def _by_name(labels: npt.NDArray[np.int64], names: tuple[str, ...]) -> dict[str, int]:
+    counts = np.bincount(labels, minlength=len(names))
+    return {name: int(count) for name, count in zip(names, counts, strict=True) if count}

@@ -1,107 +1,86 @@
-"""Tables from csv, tsv, jsonl, json and parquet files, compressed or not.
+"""Tables from csv, tsv, txt, jsonl, json and parquet files, compressed or not.
 
 Files are read straight into memory: `datasets.load_dataset` would write a copy into a cache and
 lock it, which is slower and gets in the way when many clients start at once.
 """
 
-import bz2
-import gzip
-import json
-import lzma
-import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Final
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from hafl_app.data.decoding import OPEN_COMPRESSED, READ_ERRORS, read_text
+from hafl_app.data.delimited import read_delimited, read_lines
 from hafl_app.data.errors import DataError
+from hafl_app.data.json_rows import parse, read_json_rows
 
-FORMATS: Final = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-
-_OPEN_COMPRESSED: Final[dict[str, Callable[..., Any]]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-}
+FORMATS: Final = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
 
 
 def format_of(path: Path) -> str:
     """Return the suffix of a file's format, looking through a compression suffix."""
-    inner = path.with_suffix("") if path.suffix.lower() in _OPEN_COMPRESSED else path
+    inner = path.with_suffix("") if path.suffix.lower() in OPEN_COMPRESSED else path
     return inner.suffix.lower()
 
 
-def read_table(path: Path, string_columns: Collection[str]) -> pd.DataFrame:
+def read_table(path: Path, string_columns: Collection[str], label_column: str = "") -> pd.DataFrame:
     """Read one file, one row per example.
+
+    A csv or tsv file has a header. A txt file has none: each line is ``label<TAB>text``.
 
     Parameters
     ----------
     path
         A file in one of `FORMATS`; any but parquet may end in .gz, .bz2 or .xz as well.
     string_columns
-        Columns of a csv file to take as they are written; the types of others are inferred.
+        Columns of a csv or tsv file to take as they are written, see
+        `hafl_app.data.delimited.read_delimited`.
+    label_column
+        Where the label stands, if the rows have one.
 
     Raises
     ------
     DataError
-        If the format is not known or the file cannot be read as such.
+        If the format is not known, the file cannot be read as such, or rows would be lost or
+        shifted.
     """
     kind = format_of(path)
     if kind not in FORMATS:
         raise DataError(f"{path} is of no known format; expected one of {', '.join(FORMATS)}")
     try:
         if kind == ".parquet":
-            return pd.read_parquet(path)
-        with _open_text(path) as file:
-            if kind in (".csv", ".tsv"):
-                return _read_csv(file, "\t" if kind == ".tsv" else ",", string_columns)
-            return pd.DataFrame(_read_json(file, path))
+            return _read_parquet(path)
+        text = read_text(path)
+        if kind in (".csv", ".tsv"):
+            separator = "\t" if kind == ".tsv" else ","
+            return read_delimited(text, separator, str(path), string_columns, label_column)
+        if kind == ".txt":
+            return read_lines(text, str(path))
+        # As objects: with a null among them pandas would make floats of ints, and two ids one.
+        return pd.DataFrame(read_json_rows(text, str(path)), dtype=object)
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"cannot read {path} as {kind[1:]}: {error}".replace("\n", " ")) from error
+    except (*READ_ERRORS, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path} as {kind[1:]}: {_one_line(error)}") from error
 
 
-def _open_text(path: Path) -> IO[str]:
-    opener = _OPEN_COMPRESSED.get(path.suffix.lower(), open)
-    file: IO[str] = opener(path, "rt", encoding="utf-8-sig", newline="")
-    return file
+def _read_parquet(path: Path) -> pd.DataFrame:
+    # Not through a dataset, which would take columns from the names of folders.
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{path}: {names.count(twice)} columns are named {twice[:30]!r}")
+        table = file.read()
+    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+    return frame
 
 
-def _read_csv(file: IO[str], separator: str, string_columns: Collection[str]) -> pd.DataFrame:
-    try:
-        return pd.read_csv(
-            file,
-            sep=separator,
-            dtype=dict.fromkeys(string_columns, str),
-            # Only an empty field is null: "None" and "NA" are words that a text may consist of.
-            keep_default_na=False,
-            na_values=[""],
-            low_memory=False,
-        )
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-
-
-def _read_json(file: IO[str], path: Path) -> list[dict[str, Any]]:
-    """Read a list of objects, or one object per line; .json files come as either."""
-    text = file.read()
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-        rows = [_parse_line(line, number, path) for number, line in lines]
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: expected a list of objects or one object per line")
-    return rows  # type: ignore[no-any-return]
-
-
-def _parse_line(line: str, number: int, path: Path) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, line {number}: not a JSON object ({error})") from error
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def read_names(path: Path) -> tuple[str, ...]:
@@ -115,8 +94,8 @@ def read_names(path: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        names = parse(read_text(path), str(path))
+    except OSError as error:
         raise DataError(f"cannot read {path} as json: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path}: expected a list of label names")

@@ -6,6 +6,8 @@ from pathlib import Path
 from hafl_app.data.errors import DataError, nearest
 from hafl_app.data.files import FORMATS, format_of
 
+_MOST_NAMED = 5  # files in a message
+
 
 def resolve(path: str, setting: str) -> Path:
     """Find the file or folder that a setting names.
@@ -22,6 +24,16 @@ def resolve(path: str, setting: str) -> Path:
             f"{setting}: no file or folder {str(found)!r}{nearest(found.name, siblings)}"
         )
     return found
+
+
+def _none_found(folder: Path, split: str) -> DataError:
+    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    seen = ", ".join(names[:_MOST_NAMED]) + more if names else "nothing"
+    return DataError(
+        f"dataset.path: no {split} file in {folder}, which holds {seen}; expected a name with "
+        f"the word {split!r} that ends in {', '.join(FORMATS)}, packed (.gz, .bz2, .xz) or not"
+    )
 
 
 def find_split(folder: Path, split: str) -> Path | None:
@@ -61,7 +73,7 @@ def train_file(folder: Path) -> Path:
     """
     found = find_split(folder, "train")
     if found is None:
-        raise DataError(f"dataset.path: no train file ({', '.join(FORMATS)}) in {folder}")
+        raise _none_found(folder, "train")
     return found
 
 
@@ -77,5 +89,5 @@ def both_files(folder: Path) -> tuple[Path, Path]:
         raise DataError(f"dataset.path: expected a folder with train and test files, got {folder}")
     test = find_split(folder, "test")
     if test is None:
-        raise DataError(f"dataset.path: no test file ({', '.join(FORMATS)}) in {folder}")
+        raise _none_found(folder, "test")
     return train_file(folder), test

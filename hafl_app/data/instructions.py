@@ -1,28 +1,36 @@
 """Instruction data: tables of prompts and answers, from the folders that they come in."""
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
 
+from hafl_app.data.decoding import read_text
 from hafl_app.data.errors import DataError
 from hafl_app.data.files import read_table
+from hafl_app.data.json_rows import parse
 from hafl_app.data.tables import standardize
-from hafl_app.data.template import columns_of, prompts
+from hafl_app.data.template import prompts, refuse_answer_in
 
 CLIENT: Final = "client"
 TASK: Final = "task"
 """Columns that say whose a row is, for ``partition=natural``."""
 
 _ONE_CLASS: Final = "all"
+_ITS_COLUMN: Final = " category"  # a name that no column of a file has
+_MOST_NAMED = 5
 _CLIENT_FILE = re.compile(r"local_training_(\d+)\.json")
 
 
 def with_pairs(
-    table: pd.DataFrame, template: str | None, answer_column: str, label_column: str, origin: str
+    table: pd.DataFrame,
+    template: str | None,
+    answer_column: str,
+    label_column: str,
+    origin: str,
+    listed: Collection[str] = (),
 ) -> pd.DataFrame:
     """Add the columns ``text`` (the prompt), ``answer`` and ``label``, and keep the others.
 
@@ -38,22 +46,25 @@ def with_pairs(
         The row's category; empty for one category of all.
     origin
         File or folder, for messages.
+    listed
+        Names of categories that may differ as little as they like.
 
     Raises
     ------
     DataError
-        If there is no template, a column is missing, or an answer is null, blank or no text.
+        If there is no template, it names the answer, a column is missing, or an answer is null,
+        blank or no text.
     """
     if not template:
         raise DataError(
             f"dataset.template must be given for {origin}, e.g. '{{instruction}}\\n\\n'"
         )
-    columns_of(template)
-    label = label_column or "label"
-    rows = table if label_column else table.assign(label=_ONE_CLASS)
-    answers = standardize(rows, answer_column, label, origin)
+    refuse_answer_in(template, answer_column)
+    rows = table if label_column else table.assign(**{_ITS_COLUMN: _ONE_CLASS})
+    answers = standardize(rows, answer_column, label_column or _ITS_COLUMN, origin, listed=listed)
     made = prompts(table, template, origin)
-    return answers.assign(answer=answers["text"]).assign(text=made)
+    whole = answers.assign(answer=answers["text"]).assign(text=made)
+    return whole.drop(columns=_ITS_COLUMN, errors="ignore")
 
 
 def read_dolly(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -67,14 +78,25 @@ def read_dolly(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises
     ------
     DataError
-        If there are no such files, or one cannot be read.
+        If there are no such files, a number below the greatest is missing or occurs twice, or a
+        file cannot be read.
     """
-    found = {int(m[1]): file for file in _files(folder) if (m := _CLIENT_FILE.fullmatch(file.name))}
+    matches = [m for file in _files(folder) if (m := _CLIENT_FILE.fullmatch(file.name))]
+    found = {int(m[1]): folder / m[0] for m in matches}
     test = folder / "global_test.json"
     if not found or not test.is_file():
         raise DataError(
             f"dataset.path: expected local_training_0.json to ..._9.json and global_test.json in "
             f"{folder}"
+        )
+    if len(found) < len(matches):
+        raise DataError(f"dataset.path: a client's number occurs twice in {folder}, as 1 and 01")
+    missing = [n for n in range(min(max(found) + 1, len(found) + _MOST_NAMED)) if n not in found]
+    if missing:
+        names = ", ".join(f"local_training_{n}.json" for n in missing[:_MOST_NAMED])
+        more = "" if len(missing) <= _MOST_NAMED else " and more"
+        raise DataError(
+            f"dataset.path: {names}{more} missing in {folder}, which has client {max(found)}"
         )
     parts = [read_table(file, ()).assign(**{CLIENT: number}) for number, file in found.items()]
     return pd.concat(parts, ignore_index=True), read_table(test, ())
@@ -109,18 +131,39 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def _instances(file: Path) -> Iterator[dict[str, Any]]:
+def _instances(file: Path) -> list[dict[str, Any]]:
     try:
-        task = json.loads(file.read_text(encoding="utf-8"))
-        definition = "\n".join(task["Definition"])
-        for instance in task["Instances"]:
-            yield {
+        task = parse(read_text(file), str(file))
+        definition = "\n".join(_listed(task["Definition"]))
+        instances = [
+            {
                 TASK: file.stem,
                 "definition": definition,
-                "input": instance["input"],
-                "output": instance["output"][0],
+                "input": _is_text(instance["input"]),
+                "output": _is_text(_listed(instance["output"])[0]),
             }
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            for instance in task["Instances"]
+        ]
+    except DataError:
+        raise
+    except (OSError, LookupError, TypeError) as error:
         raise DataError(
             f"{file}: no task of Natural Instructions ({type(error).__name__})"
         ) from error
+    if not instances:
+        # Else a task, and with partition=natural a client, would be missing.
+        raise DataError(f"{file}: a task without instances")
+    return instances
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return a list, or a text that stands for a list of itself; its letters are no list."""
+    if isinstance(value, list):
+        return value
+    return [_is_text(value)]
+
+
+def _is_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value

@@ -1,12 +1,17 @@
 """Names of classes: which are allowed, and which of a node are not among the run's."""
 
+import logging
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 from hafl_app.data.errors import DataError
+from hafl_app.data.label_rules import alike
 from hafl_app.data.tables import sorted_label_names
 
+logger = logging.getLogger(__name__)
+
+_LONGEST_SHOWN = 30
 MOST_LABELS: Final = 10_000
 LONGEST_LABEL: Final = 200
 """Limits of a label set, in names and in characters of each.
@@ -53,12 +58,18 @@ def checked_label_names(names: Sequence[Any], origin: str) -> tuple[str, ...]:
 def union_of_labels(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
     """Return every name that occurs, sorted; the order of the lists does not matter.
 
+    Names that differ only in how they are written are two classes, with a warning.
+
     Raises
     ------
     DataError
         If there are fewer than two, or more than `MOST_LABELS`.
     """
     names = sorted_label_names({name for names in lists for name in names})
+    if pair := alike(names):
+        # One node's spelling must not stop the others, so it is no error here.
+        first, second = (repr(name[:_LONGEST_SHOWN]) for name in pair)
+        logger.warning("labels %s and %s of different nodes look like one class", first, second)
     return checked_label_names(names, "dataset.label_names=null, so all that the nodes have")
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.data.files import read_table
 from hafl_app.data.folders import resolve
+from hafl_app.data.label_rules import class_fault, normal_name
 from hafl_app.data.labels import label_fault
 from hafl_app.data.shares import Share
 from hafl_app.data.splits import Rows, split_off
@@ -119,7 +120,7 @@ class OwnText:
         """Every row, in a random order: text and label name."""
         file, columns = self._file, (self._file.text_column, self._file.label_column)
         path = resolve(file.path, "data-path")
-        table = read_table(path, columns)
+        table = read_table(path, columns, self._file.label_column)
         if table.empty:
             raise DataError(f"{path} has no rows")
         self._require_columns(table)
@@ -133,7 +134,7 @@ class OwnText:
     def _own_names(self) -> tuple[str, ...]:
         # Of all rows: which of them a run takes must not decide what the classes are.
         names = sorted_label_names(self._table["label"])
-        if fault := label_fault(names):
+        if fault := label_fault(names) or class_fault(self._table["label"]):
             column = self._file.label_column
             raise UnfitDataError(
                 f"column {column!r} of this node's file: {fault}; is it the label column?",
@@ -164,7 +165,7 @@ class OwnText:
                 )
 
     def _refuse_unknown(self, names: tuple[str, ...]) -> None:
-        unknown = sorted(set(self._own_names) - set(names))
+        unknown = sorted(set(self._own_names) - set(map(normal_name, names)))
         if unknown:
             raise UnfitDataError(
                 f"dataset.label_names: {len(unknown)} of the {len(self._own_names)} labels in "

@@ -17,6 +17,7 @@ from flwr_datasets.partitioner import (
     PathologicalPartitioner,
 )
 
+from hafl_app.data.combinations import BY_CLASS
 from hafl_app.data.errors import DataError, nearest
 from hafl_app.data.splits import Rows, split_off
 from hafl_app.data.tables import require_column
@@ -94,6 +95,11 @@ def partition(train: Dataset, partitioning: Partitioning) -> list[Rows]:
         raise DataError(
             f"federation.num_clients: {partitioning.num_partitions} clients cannot share "
             f"{len(train)} training examples; expected 1 to {len(train)}"
+        )
+    if partitioning.kind in BY_CLASS and len(set(_values(train, "label"))) < 2:
+        raise DataError(
+            f"partition.kind={partitioning.kind} shares out by class, but all {len(train)} rows "
+            "are of one; see dataset.label_column, or take partition=iid"
         )
     partitions = _SHARERS[partitioning.kind](train, partitioning)
     _check_sizes(partitions, partitioning)

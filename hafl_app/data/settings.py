@@ -17,10 +17,11 @@ class DatasetSettings:
     `validation_fraction` of the training data never reaches a client and serves for choosing
     rounds and learning rates; each client keeps `holdout_fraction` of its own data for evaluation.
 
-    `label_names` are the classes in their order (null: those of the data). With `on_device` each
-    node has a file of its own, named by its operator: `max_examples` then limits each node's rows,
-    there is no validation split, `test_path` is a file on the server (null: it scores nothing), and
-    null `label_names` are all that the nodes have before round 1.
+    docs/data.md has the formats of files and the rules of labels. `label_names` are the classes in
+    their order (null: those of the data). With `on_device` each node has a file of its own, named
+    by its operator: `max_examples` then limits each node's rows, there is no validation split,
+    `test_path` is a file on the server (null: it scores nothing), and null `label_names` are all
+    that the nodes have before round 1.
     """
 
     source: str = choice(

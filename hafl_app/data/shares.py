@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from hafl_app.data.account import DataAccount
 from hafl_app.data.text import EncodedText
 
 
@@ -34,6 +35,15 @@ class CentralText(Protocol):
     @property
     def label_names(self) -> tuple[str, ...]:
         """Name of each class."""
+
+    def account(self, *, by_tokens: bool) -> DataAccount:
+        """Count rows kept and dropped, and the classes of each client that is known.
+
+        Parameters
+        ----------
+        by_tokens
+            Whether to tokenize prompts, to know which rows have no room for an answer.
+        """
 
     @property
     def validation(self) -> EncodedText:

@@ -10,14 +10,18 @@ import datasets
 import numpy as np
 import pandas as pd
 
+from hafl_app.data.combinations import check_choices
 from hafl_app.data.errors import DataError, nearest
 from hafl_app.data.files import read_names, read_table
 from hafl_app.data.folders import both_files, find_split, resolve, train_file
 from hafl_app.data.hub import read_hub
 from hafl_app.data.hub_tasks import read_hub_tasks
 from hafl_app.data.instructions import read_dolly, read_tasks, with_pairs
+from hafl_app.data.label_rules import class_fault, normal_name
+from hafl_app.data.labels import label_fault
 from hafl_app.data.splits import split_off
 from hafl_app.data.tables import (
+    NOTES,
     index_labels,
     shuffled,
     sorted_label_names,
@@ -119,11 +123,18 @@ class LabeledText:
         place of ``text`` images have ``pixels``, nested lists (channels, height, width).
     label_names
         Name of each class, or of each category of prompts.
+    num_read
+        Rows of the training and of the test data before ``max_examples`` and
+        ``max_test_examples``.
+    notes
+        What was changed in the files' labels, in words.
     """
 
     train: datasets.Dataset
     test: datasets.Dataset
     label_names: tuple[str, ...]
+    num_read: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = ()
 
 
 class _Tables(NamedTuple):
@@ -140,8 +151,9 @@ def load_text(source: TextSource) -> LabeledText:
     Raises
     ------
     DataError
-        If the source is unknown, a file or column is missing, a file cannot be read, a text or
-        label is null, or a test label does not occur in the training data.
+        If the source is unknown or its settings do not go together, a file or column is missing, a
+        file cannot be read, a text or label is null, the labels are no classes or only one, or a
+        test label does not occur in the training data.
     """
     if source.source == ON_DEVICE:
         raise DataError(
@@ -153,18 +165,38 @@ def load_text(source: TextSource) -> LabeledText:
             f"dataset.source: {source.source!r} is none of {', '.join(get_args(SourceName))}"
             f"{nearest(source.source, _READERS)}"
         )
+    check_choices(source)
     train, test, names = _READERS[source.source](source)
     if source.answer_column and "answer" not in train:
         raise DataError(
             f"dataset.answer_column={source.answer_column}: {source.source!r} has no answers"
         )
-    names = source.label_names or names or sorted_label_names(train["label"])
+    notes = tuple(dict.fromkeys((*train.attrs.get(NOTES, ()), *test.attrs.get(NOTES, ()))))
+    names = _class_names(train, source, names)
     train, test = index_labels(train, names, "train"), index_labels(test, names, "test")
-    return LabeledText(
-        to_dataset(shuffled(train, source.max_examples, (source.data_seed, 0)), "train"),
-        to_dataset(shuffled(test, source.max_test_examples, (source.data_seed, 1)), "test"),
-        names,
-    )
+    num_read = (len(train), len(test))
+    train = shuffled(train, source.max_examples, (source.data_seed, 0))
+    if not source.answer_column and train["label"].nunique() < 2:
+        raise DataError(
+            f"dataset.label_column: all {len(train)} training rows are of one class; expected at "
+            "least 2 classes"
+        )
+    test = shuffled(test, source.max_test_examples, (source.data_seed, 1))
+    return LabeledText(to_dataset(train, "train"), to_dataset(test, "test"), names, num_read, notes)
+
+
+def _class_names(
+    train: pd.DataFrame, source: TextSource, listed: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """Return the classes that the settings or a file list, else those of the training data."""
+    names = source.label_names or listed or sorted_label_names(train["label"])
+    fault = label_fault([normal_name(name) for name in names])
+    if not (fault or source.answer_column or source.label_names):
+        fault = class_fault(train["label"])
+    if fault:
+        where = "label_names" if source.label_names else "label_column"
+        raise DataError(f"dataset.{where}: {fault}")
+    return names
 
 
 def _read_banking77(source: TextSource) -> _Tables:
@@ -246,14 +278,18 @@ def _folder(source: TextSource) -> Path:
 def _with_pairs(table: pd.DataFrame, source: TextSource, origin: str) -> pd.DataFrame:
     if not source.answer_column:
         raise DataError(f"dataset.answer_column must be given for {origin}")
-    return with_pairs(table, source.template, source.answer_column, source.label_column, origin)
+    listed = source.label_names or ()
+    return with_pairs(
+        table, source.template, source.answer_column, source.label_column, origin, listed
+    )
 
 
 def _read_file(file: Path, source: TextSource) -> pd.DataFrame:
     if source.answer_column:
-        return _with_pairs(read_table(file, ()), source, str(file))
+        return _with_pairs(read_table(file, (), source.label_column), source, str(file))
     columns = (source.text_column, source.label_column)
-    return standardize(read_table(file, columns), *columns, str(file))
+    table = read_table(file, columns, source.label_column)
+    return standardize(table, *columns, str(file), listed=source.label_names or ())
 
 
 def _split_test_off(table: pd.DataFrame, seed: int, fraction: float = TEST_FRACTION) -> _Tables:

@@ -1,6 +1,6 @@
 """From any table to one with a text and a label, checked row by row."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -8,6 +8,10 @@ import numpy as np
 import pandas as pd
 
 from hafl_app.data.errors import DataError, nearest
+from hafl_app.data.label_rules import likeness, normal_labels, normal_name
+
+NOTES = "notes"
+"""Attribute of a table: in words, what was changed in it."""
 
 _LONGEST_NAME = 30  # of a column, in a message
 
@@ -19,8 +23,11 @@ def standardize(
     origin: str,
     *,
     allow_blank: bool = False,
+    listed: Collection[str] = (),
 ) -> pd.DataFrame:
     """Add the columns ``text`` and ``label``, both strings, and keep the others.
+
+    What was changed in the labels is in the table's ``attrs``, under `NOTES`.
 
     Parameters
     ----------
@@ -32,13 +39,18 @@ def standardize(
         File or hub name, for messages.
     allow_blank
         Whether a text may be empty; never null.
+    listed
+        Label names that may differ as little as they like.
 
     Raises
     ------
     DataError
-        If the table is empty, a column is missing, a text or label is null, a text is not a
-        string, or blank without leave.
+        If the table is empty, a column is missing, text and label are one column, a text or label
+        is null, a text is not a string, or blank without leave, or `normal_labels` refuses the
+        labels.
     """
+    if text_column == label_column:
+        raise DataError(f"{origin}: column {text_column!r} cannot be both the text and the label")
     if table.empty:
         raise DataError(f"{origin} has no rows")
     require_column(table.columns, text_column, "dataset.text_column", origin)
@@ -51,8 +63,13 @@ def standardize(
     if not allow_blank:
         blank = text.map(lambda value: not value.strip())
         _refuse(blank, f"{origin}: column {text_column!r} is blank", "expected text")
-    label = table[label_column].astype(object).map(_label_name)
-    return table.assign(text=text, label=label)
+    broken = text.map(_has_surrogate)
+    _refuse(broken, f"{origin}: column {text_column!r} has half a surrogate pair", "expected text")
+    what = f"{origin}: column {label_column!r}"
+    label, notes = normal_labels(table[label_column], what, listed)
+    result = table.assign(text=text, label=label)
+    result.attrs[NOTES] = tuple(notes)
+    return result
 
 
 def require_column(columns: Iterable[Any], name: str, setting: str, origin: str) -> None:
@@ -88,15 +105,17 @@ def index_labels(table: pd.DataFrame, names: Sequence[str], origin: str) -> pd.D
     DataError
         If a label is not among ``names``.
     """
-    unknown = ~table["label"].isin(list(names))
+    index = {normal_name(name): i for i, name in enumerate(names)}
+    unknown = ~table["label"].isin(list(index))
     if unknown.any():
+        first = int(unknown.to_numpy().argmax())
+        near = likeness(table["label"].iloc[first]) in {likeness(name) for name in index}
         # The label is not told: under a wrong label_column it is somebody's text.
         raise DataError(
-            f"{origin} data: {int(unknown.sum())} rows, the first is row "
-            f"{int(unknown.to_numpy().argmax()) + 1}, have a label that is not among the "
-            f"{len(names)} label names"
+            f"{origin} data: {int(unknown.sum())} rows, the first is row {first + 1}, have a label "
+            f"that is not among the {len(names)} label names"
+            + ("; it differs from one only in how it is written" if near else "")
         )
-    index = {name: i for i, name in enumerate(names)}
     return table.assign(label=table["label"].map(index).astype("int64"))
 
 
@@ -118,7 +137,11 @@ def to_dataset(table: pd.DataFrame, origin: str) -> datasets.Dataset:
     """
     try:
         return datasets.Dataset.from_pandas(table, preserve_index=False)
-    except (ValueError, TypeError) as error:
+    except OverflowError:
+        raise DataError(f"{origin} data: a column has a number of more than 64 bits") from None
+    except UnicodeError:
+        raise DataError(f"{origin} data: a column has half a surrogate pair") from None
+    except (ValueError, TypeError, NotImplementedError) as error:
         # pyarrow's last word names the column; the ones before quote a cell, as the cause would.
         raise DataError(f"{origin} data: a column mixes types ({error.args[-1]})") from None
 
@@ -136,6 +159,9 @@ def _refuse(bad: "pd.Series[Any]", what: str, expected: str) -> None:
         raise DataError(f"{what} in row {rows[0] + 1}{more}; {expected}")
 
 
-def _label_name(value: Any) -> str:
-    # A column of integers turns into floats on its way through pandas when a value was missing.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -28,6 +28,21 @@ def columns_of(template: str) -> list[str]:
     return names
 
 
+def refuse_answer_in(template: str, answer_column: str) -> None:
+    """Refuse a template whose prompt would hold what is to be learned.
+
+    Raises
+    ------
+    DataError
+        If it names the answer's column, or none at all.
+    """
+    if answer_column in columns_of(template):
+        raise DataError(
+            f"dataset.template names {{{answer_column}}}, the answer column: the prompt would hold "
+            "what is to be learned"
+        )
+
+
 def render(template: str, row: Mapping[str, Any]) -> str:
     """Put a row's values into a template.
 
@@ -59,9 +74,16 @@ def prompts(table: pd.DataFrame, template: str, origin: str) -> list[str]:
     Raises
     ------
     DataError
-        If the table has no column that the template names.
+        If the table has no column that the template names, or the template has one in braces that
+        is no word, such as ``{my column}``.
     """
     names = columns_of(template)
+    for name in map(str, table.columns):
+        if name not in names and f"{{{name}}}" in template:
+            raise DataError(
+                f"dataset.template: {{{name}}} is not put in; rename the column of {origin} to "
+                "letters, digits and underscores"
+            )
     for name in names:
         require_column(table.columns, name, "dataset.template", origin)
     values = zip(*(table[name] for name in names), strict=True)

@@ -95,14 +95,19 @@ class EncodedText:
         starts = None if self.answer_starts is None else self.answer_starts[rows]
         return EncodedText(self.tokens[source], offsets, self.labels[rows], starts)
 
+    @property
+    def has_answer(self) -> npt.NDArray[np.bool_]:
+        """Whether each row has a token of its answer left, shape (rows,); all of plain text do."""
+        if self.answer_starts is None:
+            return np.ones(len(self), dtype=bool)
+        return self.lengths > np.maximum(self.answer_starts, 1)
+
     def with_answers(self) -> "EncodedText":
         """Return the rows that have a token of their answer to predict; all rows of plain text.
 
         The first token of a row does not count: it follows nothing.
         """
-        if self.answer_starts is None:
-            return self
-        answered = self.lengths > np.maximum(self.answer_starts, 1)
+        answered = self.has_answer
         return self if answered.all() else self.select(np.flatnonzero(answered))
 
 

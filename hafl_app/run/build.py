@@ -371,6 +371,11 @@ def unseen_partitions(settings: Settings) -> frozenset[int]:
         raise SettingsError(f"{asked}: expected below federation.num_clients={clients}")
     if unseen and settings.model.head == "local":
         raise SettingsError(f"{asked}: with model.head=local they would have an untrained head")
+    if unseen and not settings.dataset.holdout_fraction:
+        raise SettingsError(
+            f"{asked}: they are scored on rows that they hold out; expected "
+            "dataset.holdout_fraction above 0"
+        )
     if unseen and settings.privacy.kind != "none":
         raise SettingsError(
             f"{asked}: refused under privacy={settings.privacy.kind}, whose guarantee and "

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 from hafl_app.config.schema import Settings
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.run import build
+from hafl_app.run.data_report import report_data
 from hafl_app.run.device_gains import lone_clients
 from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.run.logs import show_log
@@ -94,7 +95,7 @@ def _run(
         if checkpoint is not None:
             check_settings(checkpoint, settings)
         report.start()
-        initial = _prepare(grid, settings, strategy, report, checkpoint)
+        initial = _prepare(grid, settings, strategy, report, checkpoint, folder)
         if checkpoint is None:
             checkpoints.forget()
             after_round(0)
@@ -115,6 +116,7 @@ def _prepare(
     strategy: HeterogeneousLora,
     report: RunReport,
     checkpoint: Checkpoint | None,
+    folder: Path,
 ) -> Adapter:
     """Wait for the nodes, agree on the classes, and return the adapter of round 0.
 
@@ -124,6 +126,7 @@ def _prepare(
     if checkpoint is not None:
         label_names, numbering = agreed_before(checkpoint, label_names)
     text = wait_for_nodes(grid, settings, strategy, label_names, numbering)
+    report_data(settings, text, strategy.coordinator.directory.in_order(), folder)
     spec = build.model_spec(settings, len(text.label_names))
     head = spec.initial_head()
     initial = initial_adapter(adapter_shapes(spec), strategy.max_rank, settings.seed).with_head(

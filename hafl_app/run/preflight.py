@@ -31,3 +31,4 @@ def check(settings: Settings) -> None:
     text = build.federated_text(settings, num_clients)
     adapter_shapes(build.model_spec(settings, len(text.label_names)))
     text.sizes()
+    text.require_answers()

@@ -10,6 +10,7 @@ import pytest
 
 from hafl_app.data.errors import DataError
 from hafl_app.data.federated import FederatedText
+from hafl_app.data.instructions import read_tasks
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.sources import TextSource, load_text
 from hafl_app.data.template import columns_of, prompts, render
@@ -62,6 +63,68 @@ def federated(source: TextSource, partitioning: Partitioning, **changes) -> Fede
         "tokenize_pairs": words,
     }
     return FederatedText(source, partitioning, **{**options, **changes})
+
+
+class TestFolders:
+    """A file that is missing, or of another form, must not make a client less."""
+
+    @pytest.mark.parametrize(
+        ("removed", "named"),
+        [
+            ((3,), "local_training_3.json missing"),
+            ((0, 7), "local_training_0.json, local_training_7"),
+        ],
+    )
+    def test_a_missing_client_is_named(self, dolly, removed, named):
+        for client in removed:
+            (dolly / f"local_training_{client}.json").unlink()
+        with pytest.raises(DataError, match=f"{named}.*which has client 10"):
+            load_text(TextSource("dolly", path=str(dolly), **PAIRS))
+
+    def test_a_client_twice_is_refused(self, dolly):
+        (dolly / "local_training_01.json").write_text(json.dumps([row(1)]))
+        with pytest.raises(DataError, match="a client's number occurs twice"):
+            load_text(TextSource("dolly", path=str(dolly), **PAIRS))
+
+    @pytest.mark.parametrize(
+        ("instances", "match"),
+        [
+            ([], "a task without instances"),
+            ([{"input": "x", "output": []}], "no task of Natural Instructions .IndexError"),
+            ([{"input": 5, "output": ["y"]}], "no task of Natural Instructions .TypeError"),
+            ([{"input": "x", "output": [["y"]]}], "no task of Natural Instructions .TypeError"),
+        ],
+    )
+    def test_a_task_of_another_form_is_refused(self, tmp_path, instances, match):
+        task = {"Definition": ["Do."], "Instances": instances}
+        (tmp_path / "task1.json").write_text(json.dumps(task))
+        with pytest.raises(DataError, match=match):
+            read_tasks(tmp_path)
+
+    def test_a_text_in_place_of_a_list_is_not_its_letters(self, tmp_path):
+        task = {"Definition": "Do it.", "Instances": [{"input": "x", "output": "yes"}]}
+        (tmp_path / "task1.json").write_text(json.dumps(task))
+        assert read_tasks(tmp_path).to_dict("records") == [
+            {"task": "task1", "definition": "Do it.", "input": "x", "output": "yes"}
+        ]
+
+
+def test_answers_without_categories_may_stand_in_a_column_named_label(tmp_path):
+    rows = [{"instruction": f"say {i}", "label": f"word {i}"} for i in range(20)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    source = TextSource(
+        "local", path=str(tmp_path), template="{instruction}", answer_column="label",
+        label_column="",
+    )  # fmt: skip
+    train = load_text(source).train
+    assert {r["answer"].split()[1] for r in train} == {r["text"].split()[1] for r in train}
+    assert " category" not in train.column_names
+
+
+def test_a_column_that_no_template_can_name_is_refused():
+    table = pd.DataFrame({"my text": ["x"], "other": ["y"]})
+    with pytest.raises(DataError, match=r"\{my text\} is not put in; rename the column of f"):
+        prompts(table, "{my text} {other}", "f")
 
 
 class TestTemplate:
