@@ -147,6 +147,11 @@ def check_resumable(checkpoint: Checkpoint, settings: Settings) -> None:
     free = resumable_settings()
     for name in sorted({*then, *now}):
         if name not in free and then.get(name) != now.get(name):
+            if name not in then:
+                raise ResumeError(
+                    f"{name}={now[name]}: the run to resume is of a version without this setting; "
+                    "go on with that version, or start a new run"
+                )
             raise ResumeError(
                 f"{name}={now.get(name)}: the run to resume has {then.get(name)}; only how long, "
                 "where and how fast it runs may change"

@@ -12,9 +12,10 @@ import torch
 from running import TINY, records, run_tiny
 from safetensors.torch import load_file
 
+from hafl_app.config.compose import compose
 from hafl_app.config.schema import resumable_settings
 from hafl_app.engines.in_process import InProcessGrid
-from hafl_app.run.resuming import ResumeError, load_checkpoint
+from hafl_app.run.resuming import ResumeError, check_resumable, load_checkpoint
 from hafl_app.server.checkpoint_store import CheckpointStore
 
 STRATEGIES = ["zero_padding", "hafl", "hetlora", "flexlora", "flexlora_change"]
@@ -212,6 +213,13 @@ class TestOldNames:
 
         more = (*self.OVERRIDES, "federation.num_rounds=3", f"resume={of_an_older_version}")
         assert run_tiny(of_an_older_version, *more)["status"] == "finished"
+
+    def test_a_setting_that_the_run_never_had_is_refused(self, stopped):
+        checkpoint = load_checkpoint(stopped)
+        del checkpoint.state["settings"]["client"]["optimizer"]
+
+        with pytest.raises(ResumeError, match=r"client.optimizer=adamw: .* version without this"):
+            check_resumable(checkpoint, compose(list(TINY)))
 
     def test_a_changed_value_is_still_refused(self, of_an_older_version):
         changed = ("strategy=hetlora", "model.quantization=bf16", f"resume={of_an_older_version}")
