@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT))
 
 from hafl_app.config.compose import SettingsError, compose  # noqa: E402
 from hafl_app.data.sources import DataError, load_text  # noqa: E402
-from hafl_app.run import build  # noqa: E402
 
 _FEATURES = {
     "words, 1-2-grams": {"analyzer": "word", "ngram_range": (1, 2)},
@@ -31,7 +30,7 @@ def main() -> int:
     """Fit, choose and print."""
     try:
         settings = compose(sys.argv[1:])
-        text = load_text(build.text_source(settings))
+        text = load_text(settings.dataset)
     except (SettingsError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _REFUSED

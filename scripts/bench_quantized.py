@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT))
 from hafl_app.cli import run_script  # noqa: E402
 from hafl_app.lowrank.factors import initial_adapter  # noqa: E402
 from hafl_app.plan import ModulePlan, TrainPlan  # noqa: E402
-from hafl_app.training.base_model import BaseSpec  # noqa: E402
 from hafl_app.training.batches import Batch  # noqa: E402
 from hafl_app.training.causal import CausalSpec  # noqa: E402
 from hafl_app.training.classifier import ClassifierSpec  # noqa: E402
@@ -37,6 +36,7 @@ from hafl_app.training.lora_model import LoraModel, LoraSpec, with_quantization 
 from hafl_app.training.quantization.block_precision import BLOCKWISE, allocate, salience  # noqa: E402
 from hafl_app.training.quantization.blocks import NOT_QUANTIZED, block_bytes  # noqa: E402
 from hafl_app.training.quantization.linear import PRECISIONS  # noqa: E402
+from hafl_app.training.settings import BaseSpec  # noqa: E402
 
 ROWS = ("nothing", NOT_QUANTIZED, *reversed(PRECISIONS), BLOCKWISE)
 RANK, STEPS = 8, 3

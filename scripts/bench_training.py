@@ -96,7 +96,7 @@ def _measure(options: argparse.Namespace) -> int:
 def _client(options: argparse.Namespace) -> "Client":
     from benchmarks.training import make_client
 
-    from hafl_app.training.local import TrainOptions
+    from hafl_app.training.settings import TrainOptions
 
     train = TrainOptions(batch_size=options.batch_size, precision=options.precision)
     return make_client(_folder(options.model), options.steps, train, options.device)

@@ -27,10 +27,10 @@ sys.path.insert(0, str(ROOT))
 from hafl_app.cli import run_script  # noqa: E402
 from hafl_app.lowrank.factors import initial_adapter  # noqa: E402
 from hafl_app.plan import ModulePlan, TrainPlan  # noqa: E402
-from hafl_app.training.base_model import BaseSpec  # noqa: E402
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier  # noqa: E402
 from hafl_app.training.device import peak_memory_mb  # noqa: E402
-from hafl_app.training.local import TrainOptions, train  # noqa: E402
+from hafl_app.training.local import train  # noqa: E402
+from hafl_app.training.settings import BaseSpec, TrainOptions  # noqa: E402
 from hafl_app.training.step_memory import StepMemory, step_memory  # noqa: E402
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)

@@ -62,7 +62,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
     if not given:
         return list(arguments)
-    from hafl_app.run.resuming import ResumeError, check_settings, latest_run, load_checkpoint
+    from hafl_app.run.resuming import ResumeError, check_resumable, latest_run, load_checkpoint
 
     if {"-m", "--multirun"} & set(arguments):
         raise ResumeError("resume= goes on with one run: leave out -m")
@@ -73,7 +73,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     own = ("resume=", "output_dir=")
     overrides = [o for o in checkpoint.state["overrides"] if not o.startswith(own)]
     overrides += [o for o in arguments if not o.startswith(own)]
-    check_settings(checkpoint, compose([o for o in overrides if not o.startswith("hydra.")]))
+    check_resumable(checkpoint, compose([o for o in overrides if not o.startswith("hydra.")]))
     return [*overrides, f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}"]
 
 
@@ -115,8 +115,6 @@ def run_job(overrides: Sequence[str], folder: Path) -> None:
     overrides = [*with_absolute_paths(overrides, settings), f"output_dir={quoted(folder)}"]
     folder.mkdir(parents=True, exist_ok=True)
     if settings.engine == "inprocess":
-        if settings.federation.ray_address:
-            raise SettingsError("federation.ray_address: engine=inprocess uses no Ray; drop either")
         from hafl_app.engines.in_process import run_federation
 
         run_federation(overrides)

@@ -23,8 +23,8 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.training import answers
 from hafl_app.training.adapter_files import SavedAdapterError
 from hafl_app.training.answers import MissingPackageError
-from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.causal import CausalSpec
+from hafl_app.training.settings import BaseSpec
 
 pytestmark = pytest.mark.slow
 

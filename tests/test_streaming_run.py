@@ -6,8 +6,7 @@ from flwr.app import Error, Message
 from running import ReorderedGrid, records, run_tiny, tampering
 from safetensors.torch import load_file
 
-from hafl_app.config.compose import CONF
-from hafl_app.server.method import StrategyError
+from hafl_app.config.compose import CONF, SettingsError
 from hafl_app.server.rounds import RoundFailedError
 from hafl_app.strategies.hafl import Hafl
 
@@ -126,5 +125,5 @@ def test_a_round_with_too_few_replies_changes_nothing(method, tmp_path):
     ],
 )
 def test_what_needs_a_whole_round_is_refused(setting, off, tmp_path):
-    with pytest.raises(StrategyError, match=f"streaming=true needs federation.{off}, not "):
+    with pytest.raises(SettingsError, match=f"streaming=true needs federation.{off}, not "):
         run_tiny(tmp_path / "s", *STREAMING, f"federation.{setting}")

@@ -110,7 +110,7 @@ class TestSettings:
 
     def test_the_node_refuses_it_as_well(self):
         with pytest.raises(SettingsError, match="ranks=from_memory"):
-            build.federated_text(compose(["experiment=digits", "ranks=from_memory"]), 5)
+            build.settings_of_run({"overrides": "experiment=digits ranks=from_memory"})
 
     def test_a_node_with_text_of_its_own_refuses_to_train_on_it(self, tmp_path):
         file = tmp_path / "mine.csv"

@@ -22,9 +22,9 @@ from hafl_app.plan import TrainPlan
 from hafl_app.run import build
 from hafl_app.seeds import client_seed
 from hafl_app.training.base_model import ModelError
-from hafl_app.training.local import TrainOptions
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.quantization.block_precision import BLOCKWISE
+from hafl_app.training.settings import TrainOptions
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.node_profile import UNNUMBERED
 from hafl_app.wire.requests import TrainRequest

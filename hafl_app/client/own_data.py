@@ -10,7 +10,7 @@ from hafl_app.data.own_file import OwnFile, OwnText
 from hafl_app.data.shares import Share
 from hafl_app.run import build
 from hafl_app.run.tokenization import tokenizing
-from hafl_app.training.base_model import BaseSpec
+from hafl_app.training.settings import BaseSpec
 
 DATA_PATH, TEXT_COLUMN, LABEL_COLUMN = "data-path", "text-column", "label-column"
 

@@ -10,7 +10,8 @@ from hafl_app.config.schema import RankTier, Settings
 from hafl_app.plan import TrainPlan
 from hafl_app.run import build
 from hafl_app.training.device import describe_device, resolve_device, usable_memory_mb
-from hafl_app.training.local import DeviceMemoryError, TrainOptions
+from hafl_app.training.local import DeviceMemoryError
+from hafl_app.training.settings import TrainOptions
 
 RANK, MEMORY_MB, MAX_STEPS, MAX_SECONDS = "rank", "memory-mb", "max-steps", "max-seconds"
 

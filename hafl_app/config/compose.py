@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hafl_app.config.schema import Settings
 from hafl_app.config.untrusted import bad_overrides, bad_values, method_class
+from hafl_app.fields import LIMIT_WORDS
+from hafl_app.renames import refusal
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
-_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "at_least": ("at least", lambda value, limit: value >= limit),
-    "above": ("above", lambda value, limit: value > limit),
-    "at_most": ("at most", lambda value, limit: value <= limit),
-    "below": ("below", lambda value, limit: value < limit),
+_HOLDS: dict[str, Callable[[Any, Any], bool]] = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
 }
 
 
@@ -36,26 +39,51 @@ class SettingsError(ValueError):
 
 def register_schema() -> None:
     """Make the schema known to Hydra; `conf/config.yaml` names it first in its defaults."""
-    ConfigStore.instance().store(name="schema", node=Settings)
+    schema = OmegaConf.structured(Settings)
+    _make_writable(schema)
+    ConfigStore.instance().store(name="schema", node=schema)
+
+
+def _make_writable(node: DictConfig) -> None:
+    """Let files be merged into frozen groups too, which OmegaConf takes for read-only."""
+    node._set_flag("readonly", None)
+    for key in node:
+        if isinstance(child := node._get_node(key), DictConfig):
+            _make_writable(child)
 
 
 def compose(overrides: Sequence[str]) -> Settings:
     """Compose and check the settings for a list of Hydra overrides.
+
+    Nodes compose for every message, so what was composed before is kept. Each call gets a copy of
+    its own, which it may change.
 
     Raises
     ------
     SettingsError
         In one line: the value, what was expected, and the nearest right name.
     """
-    return _compose(tuple(overrides))
+    own: Settings = _own_copy(_compose(tuple(overrides)))
+    return own
+
+
+def _own_copy(value: Any) -> Any:
+    """Copy dataclasses from their fields alone, and the lists and dictionaries in them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        declared = [f.name for f in dataclasses.fields(value) if f.init]
+        return type(value)(**{name: _own_copy(getattr(value, name)) for name in declared})
+    if isinstance(value, list):
+        return [_own_copy(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _own_copy(item) for key, item in value.items()}
+    return value
 
 
 @functools.lru_cache(maxsize=16)
 def _compose(overrides: tuple[str, ...]) -> Settings:
-    register_schema()
     try:
         _check_overrides(overrides)
-        return to_settings(_merge(overrides))
+        return to_settings(merge_files(overrides))
     except SettingsError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -79,8 +107,12 @@ def _groups() -> dict[str, list[str]]:
     return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folders}
 
 
-def _merge(overrides: Sequence[str]) -> DictConfig:
-    """Let Hydra merge the files; also inside a Hydra job, whose own state comes back after."""
+def merge_files(overrides: Sequence[str]) -> DictConfig:
+    """Let Hydra merge the files of `conf/`, unchecked.
+
+    Also inside a Hydra job, whose own state comes back after.
+    """
+    register_schema()
     singleton: Any = GlobalHydra.instance()
     running, singleton.hydra = singleton.hydra, None
     try:
@@ -98,7 +130,7 @@ def to_settings(composed: DictConfig) -> Settings:
     SettingsError
         See `compose`.
     """
-    for problem in bad_values(composed):
+    for problem in (*bad_values(composed), *_unknown(composed, "")):
         raise SettingsError(problem)
     composed = composed.copy()
     composed.strategy = _typed_strategy(composed.strategy)
@@ -109,6 +141,21 @@ def to_settings(composed: DictConfig) -> Settings:
     for problem in _out_of_range(settings, ""):
         raise SettingsError(problem)
     return settings
+
+
+def _unknown(node: DictConfig, prefix: str) -> Iterator[str]:
+    """Find settings that the schema does not have: an override with + adds anything."""
+    declared = OmegaConf.get_type(node)
+    if not dataclasses.is_dataclass(declared):
+        return
+    known = [f.name for f in dataclasses.fields(declared)]
+    for key in map(str, node):
+        name, child = f"{prefix}{key}", node._get_node(key)
+        if key not in known:
+            hint = _nearest(name, [f"{prefix}{other}" for other in known])
+            yield refusal(name) or f"{name}: no such setting{hint}"
+        elif isinstance(child, DictConfig):
+            yield from _unknown(child, f"{name}.")
 
 
 def strategy_arguments(settings: Settings) -> dict[str, Any]:
@@ -127,7 +174,8 @@ def _typed_strategy(strategy: DictConfig) -> DictConfig:
     try:
         typed: Any = OmegaConf.merge(OmegaConf.structured(method), values)
     except OmegaConfBaseException as error:
-        raise SettingsError(f"strategy.{error.full_key}: {_first_line(error)}") from error
+        name = f"strategy.{error.full_key}"
+        raise SettingsError(refusal(name) or f"{name}: {_first_line(error)}") from error
     merged: DictConfig = typed
     return merged
 
@@ -143,9 +191,8 @@ def _out_of_range(settings: Any, prefix: str) -> Iterator[str]:
         if choices and value not in choices:
             yield f"{name}={value}: expected {_or_list(choices)}{_nearest(str(value), choices)}"
         for kind, limit in setting.metadata.get("limits", {}).items():
-            words, holds = _LIMITS[kind]
-            if not holds(value, limit):
-                yield f"{name}={value}: must be {words} {limit}"
+            if not _HOLDS[kind](value, limit):
+                yield f"{name}={value}: must be {LIMIT_WORDS[kind]} {limit}"
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -158,9 +205,13 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     known = _known_keys(tuple(o for o in overrides if o.partition("=")[0] in groups))
     for override in parsed:
         if known and override.key_or_group not in (*groups, *known):
+            if old := refusal(override.key_or_group):
+                return old
             hint = _nearest(override.key_or_group, known)
             return f"{override.input_line}: no such setting{hint}"
     name = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
+    if old := refusal(name or ""):
+        return old
     text = _first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
     return f"{name}: {text}" if name and name not in text else text
 
@@ -168,7 +219,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 def _known_keys(group_overrides: tuple[str, ...]) -> list[str]:
     """List every setting that exists under these group choices, leaves and branches."""
     try:
-        composed = _merge(group_overrides)
+        composed = merge_files(group_overrides)
     except (HydraException, OmegaConfBaseException):
         return []
 

@@ -1,15 +1,19 @@
-"""Schema of `conf/`: every setting with its type, default, unit and range.
+"""Schema of `conf/`: the settings of every room put together, and the groups that no room owns.
 
 Hydra merges the files of `conf/` into these dataclasses, so a wrong key or type fails when the
-settings are composed. Ranges stand in the fields' metadata and are checked by
-`hafl_app.config.compose`.
+settings are composed. Ranges and choices stand in the fields' metadata and are checked by
+`hafl_app.config.compose`. Groups that are keys of caches are frozen; each call of `compose`
+returns settings of its own.
 """
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple, get_type_hints
 
 from hafl_app.data.settings import DatasetSettings, PartitionSettings
-from hafl_app.fields import REQUIRED, choice, number
+from hafl_app.fields import REQUIRED, choice, is_resumable, number, setting
 from hafl_app.privacy.settings import PrivacySettings
 from hafl_app.server.settings import FederationSettings
 from hafl_app.tracking.settings import TrackingSettings
@@ -20,8 +24,15 @@ from hafl_app.training.settings import ClientSettings, LoraSettings, ModelSettin
 class RankTier:
     """A class of devices: its rank budget and its share of the clients.
 
-    `rank_pattern` gives layer types their own rank, like PEFT's setting of that name: a regular
-    expression for the module's name, or for an end of it after a dot, to the rank.
+    Parameters
+    ----------
+    rank
+        Rank budget of each client, at least 1.
+    share
+        Weight of the tier in the number of clients, above 0.
+    rank_pattern
+        Ranks of layer types, like PEFT's setting of that name: a regular expression for the
+        module's name, or for an end of it after a dot, to the rank.
     """
 
     rank: int = REQUIRED
@@ -33,14 +44,21 @@ class RankTier:
 class RanksSettings:
     """Rank budgets of nodes whose `--node-config` has no `rank`.
 
-    `tiers` are scaled to the number of clients; `order` is `ascending` (the first partitions are
-    the weakest) or `shuffled` by the seed.
-
-    With `source` `memory` each node takes the largest rank up to its tier's whose training step
-    fits into its memory, of which the share `memory_margin` stays free. `memory_limit_mb` (MB of
-    10^6 bytes; `memory-mb` in a node's config goes before it) limits the whole process on a CPU
-    and the tensors on a GPU; null is what is free when the node is asked, so that the ranks of two
-    runs may differ.
+    Parameters
+    ----------
+    tiers
+        Classes of devices, whose shares are scaled to the number of clients.
+    order
+        ``ascending``: the first partitions are the weakest; ``shuffled`` by the seed.
+    source
+        ``tiers``: each node has its tier's rank. ``memory``: the largest rank up to it whose
+        training step fits into the node's memory.
+    memory_margin
+        ``source: memory``: share of the memory that stays free.
+    memory_limit_mb
+        ``source: memory``: MB (10^6 bytes) of the whole process on a CPU, of the tensors on a GPU;
+        ``memory-mb`` in a node's config goes before it. Null: what is free when the node is asked,
+        so that the ranks of two runs may differ.
     """
 
     tiers: list[RankTier] = REQUIRED
@@ -54,9 +72,15 @@ class RanksSettings:
 class MethodSettings:
     """One line of a comparison: overrides on top of the experiment's.
 
-    `learning_rate` is used when the grid is not searched (null: `client.learning_rate`).
-    `equal_mean_bytes` names another method: this one then trains at the one rank whose mean bytes
-    per client, up and down, head included, come closest to that method's from below.
+    Parameters
+    ----------
+    overrides
+        Overrides of this method.
+    learning_rate
+        Learning rate when none is searched for; null: ``client.learning_rate``.
+    equal_mean_bytes
+        Another method: this one then trains at the one rank whose mean bytes per client, up and
+        down, head included, come closest to that method's from below. Null: at its own ranks.
     """
 
     overrides: list[str] = field(default_factory=list)
@@ -68,8 +92,16 @@ class MethodSettings:
 class TuningSettings:
     """Search for each method's learning rate, on a seed that the comparison does not use.
 
-    The highest validation accuracy after `num_rounds` rounds (null: as many as the comparison)
-    wins. `per_cell` searches in every cell; otherwise only in the first, for all.
+    Parameters
+    ----------
+    learning_rates
+        Rates to try; the one with the highest validation accuracy wins. Empty: no search.
+    seed
+        Seed of the search.
+    num_rounds
+        Rounds of each try; null: as many as the comparison.
+    per_cell
+        Whether every cell searches; otherwise the first one does, for all.
     """
 
     learning_rates: list[float] = field(default_factory=list)
@@ -82,9 +114,16 @@ class TuningSettings:
 class CompareSettings:
     """What `scripts/compare.py` runs; a single federation does not look at it.
 
-    `methods` and `cells` have names without spaces; a cell is a list of overrides, and every
-    method runs in every cell. `baseline` is the method whose final accuracy the others are timed
-    to.
+    Parameters
+    ----------
+    baseline
+        Method whose final accuracy the others are timed to.
+    methods
+        What is compared, by name.
+    cells
+        Cells by name, each a list of overrides; every method runs in every cell.
+    tuning
+        Search for learning rates.
     """
 
     baseline: str = ""
@@ -95,9 +134,41 @@ class CompareSettings:
 
 @dataclass
 class Settings:
-    """All settings of a run. `output_dir` null means `outputs/<date>/<time>-<strategy>`.
+    """All settings of a run: its groups, and what belongs to none.
 
-    `resume` is the folder of an earlier run, whose last checkpoint this one goes on from.
+    Parameters
+    ----------
+    strategy
+        Aggregation method and its hyper-parameters.
+    model
+        Base model.
+    lora
+        Adapter.
+    dataset
+        Data.
+    partition
+        How the data are shared out.
+    ranks
+        Rank budgets.
+    client
+        Local training.
+    federation
+        Rounds.
+    privacy
+        Differential privacy.
+    tracking
+        Where metrics go.
+    compare
+        Comparison of methods.
+    seed
+        Seed of every draw of the run but the data's.
+    engine
+        ``ray``: `flwr run` with virtual clients; ``inprocess``: the same app in one process.
+    output_dir
+        Folder of the run; null: ``outputs/<date>/<time>-<strategy>``.
+    resume
+        Folder of an earlier run, whose last checkpoint this one goes on from; null: a new run.
+        `scripts/simulate.py` also takes ``latest``.
     """
 
     strategy: Any = REQUIRED
@@ -112,6 +183,31 @@ class Settings:
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     compare: CompareSettings = field(default_factory=CompareSettings)
     seed: int = number(0, at_least=0)
-    engine: str = choice("ray", "ray", "inprocess")
-    output_dir: str | None = None
-    resume: str | None = None
+    engine: str = choice("ray", "ray", "inprocess", resumable=True)
+    output_dir: str | None = setting(None, resumable=True)
+    resume: str | None = setting(None, resumable=True)
+
+
+class Declared(NamedTuple):
+    """A setting as it is declared: its full name, its type, and its field with the metadata."""
+
+    name: str
+    type: Any
+    field: "dataclasses.Field[Any]"
+
+
+def declared_settings(group: type = Settings, prefix: str = "") -> Iterator[Declared]:
+    """Yield every setting of a dataclass and of the dataclasses in it, in their order."""
+    types = get_type_hints(group)
+    for declared in dataclasses.fields(group):
+        name, kind = f"{prefix}{declared.name}", types[declared.name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from declared_settings(kind, f"{name}.")
+        elif declared.init:
+            yield Declared(name, kind, declared)
+
+
+@cache
+def resumable_settings() -> frozenset[str]:
+    """Return the names of the settings that a run which goes on may change."""
+    return frozenset(found.name for found in declared_settings() if is_resumable(found.field))

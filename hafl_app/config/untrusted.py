@@ -15,6 +15,8 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from hafl_app.renames import renamed_target
+
 STRATEGY_PACKAGES = "HAFL_STRATEGY_PACKAGES"
 """Environment variable: further packages, separated by commas, whose methods may be named."""
 
@@ -88,6 +90,8 @@ def method_class(target: Any) -> type:
     ValueError
         In one line, if it names anything else.
     """
+    if (new := renamed_target(str(target))) != str(target):
+        raise ValueError(f"strategy._target_: {target} is now {new}")
     module, _, name = str(target).rpartition(".")
     listed = os.environ.get(STRATEGY_PACKAGES, "").split(",")
     packages = [_OWN_PACKAGE, *(package.strip() for package in listed if package.strip())]

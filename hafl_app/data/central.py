@@ -12,7 +12,7 @@ from hafl_app.data.errors import DataError
 from hafl_app.data.files import read_table
 from hafl_app.data.folders import resolve
 from hafl_app.data.labels import checked_label_names
-from hafl_app.data.sources import TextSource
+from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.tables import NOTES, index_labels, shuffled, sorted_label_names, standardize
 from hafl_app.data.text import EncodedText, Tokenize, encode
 
@@ -38,7 +38,7 @@ class CentralFile:
 
     def __init__(
         self,
-        source: TextSource,
+        source: DatasetSettings,
         label_names: Sequence[str],
         *,
         tokenize: Tokenize,
@@ -70,7 +70,7 @@ class CentralFile:
         return encode(texts, labels, self._tokenize, self._cache, self._tokenizer_key)
 
 
-def central_rows(source: TextSource) -> pd.DataFrame:
+def central_rows(source: DatasetSettings) -> pd.DataFrame:
     """Return text and label name of the server's test rows; no rows without a test file.
 
     Raises
@@ -93,7 +93,7 @@ def central_rows(source: TextSource) -> pd.DataFrame:
     return shuffled(rows, source.max_test_examples, (source.data_seed, 1))
 
 
-def central_label_names(source: TextSource) -> tuple[str, ...]:
+def central_label_names(source: DatasetSettings) -> tuple[str, ...]:
     """Return the names of the classes in the server's test file, none without one.
 
     Raises

@@ -1,12 +1,10 @@
 """Settings of the data that cannot go together, refused before any file is read."""
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from hafl_app.data.errors import DataError
+from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.template import refuse_answer_in
-
-if TYPE_CHECKING:
-    from hafl_app.data.sources import TextSource
 
 BY_CLASS: Final = frozenset({"dirichlet", "pathological"})
 """Kinds of partition that share out each class by itself."""
@@ -17,7 +15,7 @@ _MADE: Final = frozenset({"synthetic", "digits"})
 _READ_TEST_PATH: Final = frozenset({"local", "on_device"})
 
 
-def check_choices(choices: "TextSource") -> None:
+def check_choices(choices: DatasetSettings) -> None:
     """Refuse settings that would be ignored, or give the answer away.
 
     Raises
@@ -51,7 +49,7 @@ def check_choices(choices: "TextSource") -> None:
         )
 
 
-def check_sharing(choices: "TextSource", kind: str) -> None:
+def check_sharing(choices: DatasetSettings, kind: str) -> None:
     """Refuse to share out by class what has none.
 
     Raises

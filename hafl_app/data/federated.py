@@ -15,8 +15,9 @@ from hafl_app.data.combinations import check_choices, check_sharing
 from hafl_app.data.errors import DataError
 from hafl_app.data.images import encode_images
 from hafl_app.data.partition import Partitioning, Rows, partition, split_off
+from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.shares import Share
-from hafl_app.data.sources import IMAGES, LabeledText, TextSource, load_text
+from hafl_app.data.sources import IMAGES, LabeledText, load_text
 from hafl_app.data.text import EncodedText, Tokenize, TokenizePairs, encode, encode_pairs
 
 logger = logging.getLogger(__name__)
@@ -42,13 +43,9 @@ class FederatedText:
     Parameters
     ----------
     source
-        Where the text comes from.
+        Where the text comes from, and the shares of it that are held out.
     partitioning
         How it is shared out; its seed also rules the splits.
-    validation_fraction
-        Share of the training data in [0, 1) that no client gets.
-    holdout_fraction
-        Share of each client's data in [0, 1) that it does not train on.
     tokenize
         From a list of texts to their token ids.
     tokenizer_key
@@ -66,22 +63,18 @@ class FederatedText:
 
     def __init__(
         self,
-        source: TextSource,
+        source: DatasetSettings,
         partitioning: Partitioning,
         *,
-        validation_fraction: float,
-        holdout_fraction: float,
         tokenize: Tokenize,
         tokenizer_key: str,
         cache: Path | None,
         tokenize_pairs: TokenizePairs | None = None,
     ) -> None:
         check_choices(source)
-        check_sharing(source, partitioning.kind)
+        check_sharing(source, partitioning.settings.kind)
         self._source = source
         self._partitioning = partitioning
-        self._validation_fraction = validation_fraction
-        self._holdout_fraction = holdout_fraction
         self._tokenize = tokenize
         self._tokenize_pairs = tokenize_pairs
         self._tokenizer_key = tokenizer_key
@@ -280,7 +273,7 @@ class FederatedText:
     def _kept_and_validation(self) -> tuple[Rows, Rows]:
         labels = np.asarray(self._text.train.with_format(None)["label"][:])
         rows = np.arange(len(labels))
-        return split_off(rows, self._validation_fraction, self._partitioning.seed, labels)
+        return split_off(rows, self._source.validation_fraction, self._partitioning.seed, labels)
 
     @cached_property
     def _parts(self) -> list[_Part]:
@@ -289,7 +282,7 @@ class FederatedText:
         seed = self._partitioning.seed
         return [
             # Not stratified: where most classes have a row or two, that would leave them out.
-            _Part(*split_off(kept[rows], self._holdout_fraction, (seed, partition_id)))
+            _Part(*split_off(kept[rows], self._source.holdout_fraction, (seed, partition_id)))
             for partition_id, rows in enumerate(partitions)
         ]
 

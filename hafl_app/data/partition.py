@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import numpy as np
 from datasets import Dataset
@@ -19,47 +19,32 @@ from flwr_datasets.partitioner import (
 
 from hafl_app.data.combinations import BY_CLASS
 from hafl_app.data.errors import DataError, nearest
+from hafl_app.data.settings import PartitionSettings
 from hafl_app.data.splits import Rows, split_off
 from hafl_app.data.tables import require_column
 
-__all__ = ["PartitionKind", "Partitioning", "Rows", "partition", "split_off"]
+__all__ = ["Partitioning", "Rows", "partition", "split_off"]
 
 logger = logging.getLogger(__name__)
-
-PartitionKind = Literal["iid", "dirichlet", "pathological", "natural"]
 
 
 @dataclass(frozen=True)
 class Partitioning:
-    """How training rows are shared out.
+    """How the training rows of one run are shared out.
 
     Parameters
     ----------
-    kind
-        ``iid``: equal random shares. ``dirichlet``: the rows of each class in shares drawn from
-        a symmetric Dirichlet distribution. ``pathological``: each partition has rows of a few
-        classes only. ``natural``: one partition per value of a column.
+    settings
+        The rule.
     num_partitions
         At least 1.
     seed
-        Not negative.
-    dirichlet_alpha
-        ``dirichlet``: concentration, above 0; the smaller, the more partitions differ.
-    classes_per_partition
-        ``pathological``: from 1 to the number of classes.
-    column
-        ``natural``: column of the training data that names the owner of a row.
-    min_examples
-        Fewest rows a partition may have.
+        Of all draws, not negative.
     """
 
-    kind: PartitionKind
+    settings: PartitionSettings
     num_partitions: int
     seed: int
-    dirichlet_alpha: float = 0.5
-    classes_per_partition: int = 5
-    column: str | None = None
-    min_examples: int = 4
 
 
 def partition(train: Dataset, partitioning: Partitioning) -> list[Rows]:
@@ -86,22 +71,23 @@ def partition(train: Dataset, partitioning: Partitioning) -> list[Rows]:
         If there are more partitions than rows, a partition would have fewer than
         ``min_examples`` rows, or the data does not have the classes or the column asked for.
     """
-    if partitioning.kind not in _SHARERS:
+    rule = partitioning.settings
+    if rule.kind not in _SHARERS:
         raise DataError(
-            f"partition.kind: {partitioning.kind!r} is none of {', '.join(get_args(PartitionKind))}"
-            f"{nearest(partitioning.kind, _SHARERS)}"
+            f"partition.kind: {rule.kind!r} is none of {', '.join(_SHARERS)}"
+            f"{nearest(rule.kind, _SHARERS)}"
         )
     if not 1 <= partitioning.num_partitions <= len(train):
         raise DataError(
             f"federation.num_clients: {partitioning.num_partitions} clients cannot share "
             f"{len(train)} training examples; expected 1 to {len(train)}"
         )
-    if partitioning.kind in BY_CLASS and len(set(_values(train, "label"))) < 2:
+    if rule.kind in BY_CLASS and len(set(_values(train, "label"))) < 2:
         raise DataError(
-            f"partition.kind={partitioning.kind} shares out by class, but all {len(train)} rows "
+            f"partition.kind={rule.kind} shares out by class, but all {len(train)} rows "
             "are of one; see dataset.label_column, or take partition=iid"
         )
-    partitions = _SHARERS[partitioning.kind](train, partitioning)
+    partitions = _SHARERS[rule.kind](train, partitioning)
     _check_sizes(partitions, partitioning)
     unused = len(train) - sum(map(len, partitions))
     if unused:
@@ -110,11 +96,12 @@ def partition(train: Dataset, partitioning: Partitioning) -> list[Rows]:
 
 
 def _check_sizes(partitions: Sequence[Rows], partitioning: Partitioning) -> None:
-    fewest = max(1, partitioning.min_examples)
+    rule = partitioning.settings
+    fewest = max(1, rule.min_examples)
     for partition_id, rows in enumerate(partitions):
         if len(rows) < fewest:
             raise DataError(
-                f"partition {partition_id} of {len(partitions)} ({partitioning.kind}) has "
+                f"partition {partition_id} of {len(partitions)} ({rule.kind}) has "
                 f"{len(rows)} examples, fewer than partition.min_examples={fewest}; "
                 "lower that or federation.num_clients"
             )
@@ -128,18 +115,19 @@ def _iid(train: Dataset, partitioning: Partitioning) -> list[Rows]:
 
 
 def _dirichlet(train: Dataset, partitioning: Partitioning) -> list[Rows]:
+    rule = partitioning.settings
     partitioner = DirichletPartitioner(
         num_partitions=partitioning.num_partitions,
         partition_by="label",
-        alpha=float(partitioning.dirichlet_alpha),
-        min_partition_size=partitioning.min_examples,
+        alpha=float(rule.dirichlet_alpha),
+        min_partition_size=rule.min_examples,
         self_balancing=False,
         seed=partitioning.seed,
     )
     remedy = (
-        f"no draw with partition.dirichlet_alpha={partitioning.dirichlet_alpha} gave each of "
+        f"no draw with partition.dirichlet_alpha={rule.dirichlet_alpha} gave each of "
         f"{partitioning.num_partitions} clients partition.min_examples="
-        f"{partitioning.min_examples} of {len(train)} examples; raise dirichlet_alpha, or lower "
+        f"{rule.min_examples} of {len(train)} examples; raise dirichlet_alpha, or lower "
         "min_examples or federation.num_clients"
     )
     with _as_data_error(remedy):
@@ -147,22 +135,23 @@ def _dirichlet(train: Dataset, partitioning: Partitioning) -> list[Rows]:
 
 
 def _pathological(train: Dataset, partitioning: Partitioning) -> list[Rows]:
+    rule = partitioning.settings
     partitioner = PathologicalPartitioner(
         num_partitions=partitioning.num_partitions,
         partition_by="label",
-        num_classes_per_partition=partitioning.classes_per_partition,
+        num_classes_per_partition=rule.classes_per_partition,
         # As in the paper it comes from: with enough clients every class is used.
         class_assignment_mode="first-deterministic",
         seed=partitioning.seed,
     )
     classes = len(set(_values(train, "label")))
-    if not 1 <= partitioning.classes_per_partition <= classes:
+    if not 1 <= rule.classes_per_partition <= classes:
         raise DataError(
-            f"partition.classes_per_partition: {partitioning.classes_per_partition} is not "
+            f"partition.classes_per_partition: {rule.classes_per_partition} is not "
             f"between 1 and the {classes} classes of the training data"
         )
     remedy = (
-        f"{partitioning.num_partitions} clients with {partitioning.classes_per_partition} of "
+        f"{partitioning.num_partitions} clients with {rule.classes_per_partition} of "
         f"{classes} classes each need a class more often than it has examples; lower "
         "partition.classes_per_partition or federation.num_clients"
     )
@@ -171,7 +160,8 @@ def _pathological(train: Dataset, partitioning: Partitioning) -> list[Rows]:
 
 
 def _natural(train: Dataset, partitioning: Partitioning) -> list[Rows]:
-    column = partitioning.column
+    rule = partitioning.settings
+    column = rule.column
     names = train.column_names
     if column is None:
         raise DataError(

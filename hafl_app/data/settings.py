@@ -2,26 +2,64 @@
 
 from dataclasses import dataclass
 
-from hafl_app.fields import REQUIRED, choice, number
+from hafl_app.fields import REQUIRED, choice, number, setting
 
 
-@dataclass
+@dataclass(frozen=True)
 class DatasetSettings:
-    """Labeled text or images. `max_examples` limits the training set, for quick runs (null: all).
+    """Labeled text, prompts with answers, or labeled images: where they come from.
 
-    With an `answer_column` the data are prompts and answers, for `model.task=causal_lm`: `template`
-    makes the prompt of the other columns, each in braces, and leaves out a paragraph whose columns
-    are all blank. `label_column` is then the category (empty: none). A row is cut to `max_length`
-    tokens; where that leaves nothing of the answer it is left out.
-
-    `validation_fraction` of the training data never reaches a client and serves for choosing
-    rounds and learning rates; each client keeps `holdout_fraction` of its own data for evaluation.
-
-    docs/data.md has the formats of files and the rules of labels. `label_names` are the classes in
-    their order (null: those of the data). With `on_device` each node has a file of its own, named
-    by its operator: `max_examples` then limits each node's rows, there is no validation split,
-    `test_path` is a file on the server (null: it scores nothing), and null `label_names` are all
-    that the nodes have before round 1.
+    Parameters
+    ----------
+    source
+        Labeled text: ``banking77``, ``newsgroups``, ``local`` (your own files), ``synthetic``, or
+        ``on_device``: each node has a file of its own, named by its operator. Prompts with
+        answers, for ``model.task=causal_lm``: ``dolly``, ``gsm8k``, ``natural_instructions``, and
+        ``local`` with an ``answer_column``. Labeled images: ``digits``.
+    path
+        ``banking77``: folder with train.csv and test.csv, and categories.json if need be.
+        ``newsgroups``: folder with a train and a test file with the columns label, subject and
+        text, and labels.json. ``dolly``: folder with local_training_0.json and so on, and
+        global_test.json. ``gsm8k``: folder with a train and a test file.
+        ``natural_instructions``: folder of tasks, of which a tenth of the rows becomes the test
+        set. ``local``: the training file, or a folder with a train and optionally a test file.
+        Null: from the hub.
+    test_path
+        ``local``: the test file; null: a tenth of the training data is split off. ``on_device``:
+        a test file on the server; null: the server scores nothing.
+    hub
+        Hub id of ``banking77``, ``newsgroups`` and ``natural_instructions``, used without ``path``.
+    revision
+        Commit of the hub's repository; null: its newest.
+    text_column
+        Column of the text in the files of ``banking77``, ``local`` and ``on_device``.
+    label_column
+        Column of the label in these files; with answers that of the category, empty: none.
+    answer_column
+        Column of the answers; null: text without any.
+    template
+        What makes the prompt of the other columns, each in braces; a paragraph whose columns are
+        all blank is left out. Required with an ``answer_column``.
+    label_names
+        Names of the classes, in their order; null: those of the data. ``on_device``: null is all
+        that the nodes have before round 1.
+    max_length
+        Tokens that a row is cut to; a row of which nothing of the answer is left is left out.
+    max_examples
+        Rows of the training set, drawn at random; null: all. ``on_device``: rows of each node.
+    max_test_examples
+        Rows of the test set, drawn at random; null: all.
+    validation_fraction
+        Share of the training data that no client gets, for choosing rounds and learning rates.
+        ``on_device`` has none.
+    holdout_fraction
+        Share of each client's data that it does not train on, for its own evaluation.
+    num_train
+        ``synthetic``: number of training texts.
+    num_test
+        ``synthetic``: number of test texts.
+    data_seed
+        Seed of the order, the subsets, the test split and the synthetic texts.
     """
 
     source: str = choice(
@@ -44,7 +82,7 @@ class DatasetSettings:
     label_column: str = "label"
     answer_column: str | None = None
     template: str | None = None
-    label_names: list[str] | None = None
+    label_names: list[str] | None = setting(None, hashed=False)
     max_length: int = number(64, at_least=4)
     max_examples: int | None = number(None, at_least=1)
     max_test_examples: int | None = number(None, at_least=1)
@@ -55,9 +93,25 @@ class DatasetSettings:
     data_seed: int = number(0, at_least=0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PartitionSettings:
-    """How the training data is shared out: flwr-datasets' partitioners."""
+    """How the training data are shared out: flwr-datasets' partitioners.
+
+    Parameters
+    ----------
+    kind
+        ``iid``: equal random shares. ``dirichlet``: the rows of each class in shares drawn from
+        a symmetric Dirichlet distribution. ``pathological``: each client has rows of a few
+        classes only. ``natural``: one client per value of a column.
+    dirichlet_alpha
+        ``dirichlet``: concentration; the smaller, the more clients differ.
+    classes_per_partition
+        ``pathological``: classes of each client, at most those of the data.
+    column
+        ``natural``: column of the training data that names the owner of a row.
+    min_examples
+        Fewest rows that a client may have.
+    """
 
     kind: str = choice("iid", "iid", "dirichlet", "pathological", "natural")
     dirichlet_alpha: float = number(0.5, above=0)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, NamedTuple
 
 import datasets
 import numpy as np
@@ -19,6 +19,7 @@ from hafl_app.data.hub_tasks import read_hub_tasks
 from hafl_app.data.instructions import read_dolly, read_tasks, with_pairs
 from hafl_app.data.label_rules import class_fault, normal_name
 from hafl_app.data.labels import label_fault
+from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.splits import split_off
 from hafl_app.data.tables import (
     NOTES,
@@ -28,20 +29,9 @@ from hafl_app.data.tables import (
     standardize,
     to_dataset,
 )
+from hafl_app.fields import choices_of
 
-__all__ = ["DataError", "LabeledText", "SourceName", "TextSource", "load_text"]
-
-SourceName = Literal[
-    "banking77",
-    "newsgroups",
-    "dolly",
-    "gsm8k",
-    "natural_instructions",
-    "local",
-    "synthetic",
-    "digits",
-    "on_device",
-]
+__all__ = ["DataError", "LabeledText", "load_text"]
 
 IMAGES: Final = frozenset({"digits"})
 ON_DEVICE: Final = "on_device"
@@ -52,63 +42,6 @@ TEST_FRACTION: Final = 0.1
 
 IMAGE_TEST_FRACTION: Final = 0.2
 """The same of a set of images that comes without a test set."""
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Where labeled text comes from, or images.
-
-    Parameters
-    ----------
-    source
-        Labeled text: ``banking77``, ``newsgroups``, ``local``, ``synthetic``, or ``on_device``:
-        every node has a file of its own, see `hafl_app.data.own_file`, and there is nothing to load
-        here. Prompts with answers: ``dolly``, ``gsm8k``, ``natural_instructions``, and ``local``
-        with an ``answer_column``. Labeled images: ``digits``.
-    path
-        ``banking77``: folder with train.csv and test.csv, and categories.json if need be.
-        ``newsgroups``: folder with a train and a test file with the columns label, subject and
-        text, and labels.json. ``dolly``: see `hafl_app.data.instructions.read_dolly`.
-        ``gsm8k``: folder with a train and a test file. ``natural_instructions``: folder of tasks,
-        of which a tenth becomes the test set. ``local``: the training file, or a folder with a
-        train and optionally a test file. None: from the hub.
-    test_path
-        ``local``: the test file; else a tenth of the training data is split off. ``on_device``:
-        the server's test file; without one it has none.
-    hub, revision
-        Hub id and commit of ``banking77``, ``newsgroups`` and ``natural_instructions``, used
-        without ``path``.
-    text_column, label_column
-        Columns of the files of ``banking77``, ``local`` and ``on_device``.
-    label_names
-        Names of the classes, in their order; None for those of the data.
-    max_examples, max_test_examples
-        Size of a random subset, at least 1; None for all.
-    num_train, num_test
-        ``synthetic``: number of texts, at least 1.
-    data_seed
-        Seed, not negative, of the order, the subsets, the test split and the synthetic texts.
-    answer_column
-        Column of the answers; None for text without any.
-    template
-        What makes the prompt of the other columns, see `hafl_app.data.template.render`.
-    """
-
-    source: SourceName
-    path: str | None = None
-    test_path: str | None = None
-    hub: str | None = None
-    revision: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    label_names: tuple[str, ...] | None = None
-    max_examples: int | None = None
-    max_test_examples: int | None = None
-    num_train: int = 4000
-    num_test: int = 1000
-    data_seed: int = 0
-    answer_column: str | None = None
-    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +78,7 @@ class _Tables(NamedTuple):
     label_names: tuple[str, ...] | None
 
 
-def load_text(source: TextSource) -> LabeledText:
+def load_text(source: DatasetSettings) -> LabeledText:
     """Load a data set, in a random order that follows from ``data_seed``.
 
     Raises
@@ -161,8 +94,9 @@ def load_text(source: TextSource) -> LabeledText:
             "its --node-config; simulated nodes have none"
         )
     if source.source not in _READERS:
+        known = ", ".join(choices_of(DatasetSettings, "source"))
         raise DataError(
-            f"dataset.source: {source.source!r} is none of {', '.join(get_args(SourceName))}"
+            f"dataset.source: {source.source!r} is none of {known}"
             f"{nearest(source.source, _READERS)}"
         )
     check_choices(source)
@@ -186,10 +120,10 @@ def load_text(source: TextSource) -> LabeledText:
 
 
 def _class_names(
-    train: pd.DataFrame, source: TextSource, listed: tuple[str, ...] | None
+    train: pd.DataFrame, source: DatasetSettings, listed: tuple[str, ...] | None
 ) -> tuple[str, ...]:
     """Return the classes that the settings or a file list, else those of the training data."""
-    names = source.label_names or listed or sorted_label_names(train["label"])
+    names = tuple(source.label_names or listed or sorted_label_names(train["label"]))
     fault = label_fault([normal_name(name) for name in names])
     if not (fault or source.answer_column or source.label_names):
         fault = class_fault(train["label"])
@@ -199,7 +133,7 @@ def _class_names(
     return names
 
 
-def _read_banking77(source: TextSource) -> _Tables:
+def _read_banking77(source: DatasetSettings) -> _Tables:
     if not source.path:
         return _from_hub(source)
     folder = resolve(source.path, "dataset.path")
@@ -208,7 +142,7 @@ def _read_banking77(source: TextSource) -> _Tables:
     return _Tables(train, test, tuple(sorted(read_names(folder / "categories.json"))) or None)
 
 
-def _read_newsgroups(source: TextSource) -> _Tables:
+def _read_newsgroups(source: DatasetSettings) -> _Tables:
     if not source.path:
         return _from_hub(source)
     folder = resolve(source.path, "dataset.path")
@@ -231,7 +165,7 @@ def _read_posts(file: Path, names: tuple[str, ...]) -> pd.DataFrame:
     )
 
 
-def _read_local(source: TextSource) -> _Tables:
+def _read_local(source: DatasetSettings) -> _Tables:
     if not source.path:
         raise DataError("dataset.path: the source 'local' needs a file or folder, got none")
     path = resolve(source.path, "dataset.path")
@@ -244,20 +178,20 @@ def _read_local(source: TextSource) -> _Tables:
     return _Tables(train, _read_file(test_file, source), None)
 
 
-def _read_gsm8k(source: TextSource) -> _Tables:
+def _read_gsm8k(source: DatasetSettings) -> _Tables:
     train, test = (
         _with_pairs(read_table(file, ()), source, str(file)) for file in both_files(_folder(source))
     )
     return _Tables(train, test, None)
 
 
-def _read_dolly(source: TextSource) -> _Tables:
+def _read_dolly(source: DatasetSettings) -> _Tables:
     folder = _folder(source)
     train, test = (_with_pairs(table, source, str(folder)) for table in read_dolly(folder))
     return _Tables(train, test, None)
 
 
-def _read_natural_instructions(source: TextSource) -> _Tables:
+def _read_natural_instructions(source: DatasetSettings) -> _Tables:
     if not source.path and source.hub:
         most = source.max_examples
         # So many that as many are left for training once the test set is split off.
@@ -269,13 +203,13 @@ def _read_natural_instructions(source: TextSource) -> _Tables:
     return _split_test_off(_with_pairs(tasks, source, origin), source.data_seed)
 
 
-def _folder(source: TextSource) -> Path:
+def _folder(source: DatasetSettings) -> Path:
     if not source.path:
         raise DataError(f"dataset.path: the source {source.source!r} needs a folder, got none")
     return resolve(source.path, "dataset.path")
 
 
-def _with_pairs(table: pd.DataFrame, source: TextSource, origin: str) -> pd.DataFrame:
+def _with_pairs(table: pd.DataFrame, source: DatasetSettings, origin: str) -> pd.DataFrame:
     if not source.answer_column:
         raise DataError(f"dataset.answer_column must be given for {origin}")
     listed = source.label_names or ()
@@ -284,7 +218,7 @@ def _with_pairs(table: pd.DataFrame, source: TextSource, origin: str) -> pd.Data
     )
 
 
-def _read_file(file: Path, source: TextSource) -> pd.DataFrame:
+def _read_file(file: Path, source: DatasetSettings) -> pd.DataFrame:
     if source.answer_column:
         return _with_pairs(read_table(file, (), source.label_column), source, str(file))
     columns = (source.text_column, source.label_column)
@@ -300,7 +234,7 @@ def _split_test_off(table: pd.DataFrame, seed: int, fraction: float = TEST_FRACT
     return _Tables(table.iloc[kept], table.iloc[test], sorted_label_names(table["label"]))
 
 
-def _read_synthetic(source: TextSource) -> _Tables:
+def _read_synthetic(source: DatasetSettings) -> _Tables:
     # Here, because its word tables concern nobody who brings other data.
     from hafl_app.data.synthetic import generate  # noqa: PLC0415
 
@@ -314,21 +248,21 @@ def _read_synthetic(source: TextSource) -> _Tables:
     return _Tables(train, test, names)
 
 
-def _read_digits(source: TextSource) -> _Tables:
+def _read_digits(source: DatasetSettings) -> _Tables:
     # Here, because the import takes its time and concerns few.
     from hafl_app.data.digits import read_digits  # noqa: PLC0415
 
     return _split_test_off(read_digits(), source.data_seed, IMAGE_TEST_FRACTION)
 
 
-def _from_hub(source: TextSource) -> _Tables:
+def _from_hub(source: DatasetSettings) -> _Tables:
     if not source.hub:
         raise DataError(f"dataset.path: {source.source!r} needs a folder (or dataset.hub)")
     train, test = read_hub(source.hub, source.revision)
     return _Tables(train, test, None)
 
 
-_READERS: Final[dict[str, Callable[[TextSource], _Tables]]] = {
+_READERS: Final[dict[str, Callable[[DatasetSettings], _Tables]]] = {
     "banking77": _read_banking77,
     "newsgroups": _read_newsgroups,
     "dolly": _read_dolly,

@@ -12,6 +12,7 @@ from hafl_app.experiments.budget import equal_mean_bytes_rank
 from hafl_app.experiments.command import Command, choose
 from hafl_app.metrics import ACCURACY, Metric
 from hafl_app.run import build
+from hafl_app.run.checks import check_comparison
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _LEARNING_RATE = "client.learning_rate"
@@ -167,14 +168,11 @@ class Comparison:
                     f"compare.methods.{name}.equal_mean_bytes={reference}: no "
                     "method with ranks of its own"
                 )
-        if settings.model.head == "local":
-            raise SettingsError("model.head=local: there is no global model to compare")
+        check_comparison(settings, self.searches)
         if self.searches and tuning.seed in self.command.seeds:
             raise SettingsError(
                 f"seeds: {tuning.seed} is the seed of the tuning, see compare.tuning.seed"
             )
-        if self.searches and not settings.dataset.validation_fraction:
-            raise SettingsError("dataset.validation_fraction=0: nothing to tune on; add tune=false")
         for key, owner in self._owned():
             if key in map(key_of, self.command.overrides):
                 raise SettingsError(f"{key}: set by {owner}, so it cannot be given for all runs")

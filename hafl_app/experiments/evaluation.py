@@ -23,14 +23,15 @@ from hafl_app.metrics import (
     TOKEN_ACCURACY,
 )
 from hafl_app.run import build
+from hafl_app.run.checks import check_base_alone
 from hafl_app.training.adapter_files import load_adapter, read_adapter
-from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec, load_tokenizer
+from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, load_tokenizer
 from hafl_app.training.device import resolve_device, threads
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.generate import GenerationOptions, score_generation
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.prompts import load_pair_tokenizer
-from hafl_app.training.quantization.block_precision import BLOCKWISE
+from hafl_app.training.settings import BaseSpec
 
 _NEEDED = {
     CAUSAL_LM: "prompts with answers",
@@ -123,16 +124,7 @@ def _adapted(request: EvaluationRequest) -> _Subject:
 
 
 def _base_alone(settings: Settings) -> _Subject:
-    if settings.model.task != CAUSAL_LM:
-        raise SettingsError(
-            f"adapter=none: only a model.task={CAUSAL_LM} can be scored alone, the head of a "
-            f"{settings.model.task} model is trained with its adapter"
-        )
-    if settings.model.quantization == BLOCKWISE:
-        raise SettingsError(
-            f"model.quantization={BLOCKWISE}: that is each client's own choice; expected none, "
-            "int8 or nf4"
-        )
+    check_base_alone(settings)
     # Fresh factors change nothing: lora_B is 0.
     spec = build.model_spec(settings, 0)
     return _Subject(spec.build(), spec.base, settings.dataset.max_length, (), None)
@@ -153,11 +145,11 @@ def _check_task(request: EvaluationRequest, subject: _Subject) -> None:
 
 
 def _text(request: EvaluationRequest, subject: _Subject) -> LabeledText:
-    source = build.text_source(request.settings)
+    source = request.settings.dataset
     if request.max_examples is not None:
         source = replace(source, max_test_examples=request.max_examples)
     if subject.base.task != CAUSAL_LM:
-        source = replace(source, label_names=subject.label_names)
+        source = replace(source, label_names=list(subject.label_names))
     return load_text(source)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import nearest
-from hafl_app.training.base_model import BaseSpec, hub_tokenizer
+from hafl_app.training.base_model import hub_tokenizer
 from hafl_app.training.lora_model import LoraModel
+from hafl_app.training.settings import BaseSpec
 
 
 def check_tasks(tasks: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from hafl_app.config.schema import Settings
 from hafl_app.engines.in_process import run_federation
 from hafl_app.experiments.comparison import Job
 from hafl_app.lowrank.factors import Adapter
+from hafl_app.renames import renamed_settings
 from hafl_app.run.logs import output_to
 from hafl_app.run.reporting import plain_settings
 
@@ -35,7 +36,8 @@ def is_finished(folder: Path, settings: Settings) -> bool:
     """Return whether a folder holds the results of a finished run of exactly these settings."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
-        saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        saved = renamed_settings(saved)
     except (OSError, ValueError):
         return False
     wanted = OmegaConf.to_container(OmegaConf.create(plain_settings(settings)))

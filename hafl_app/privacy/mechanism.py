@@ -9,7 +9,6 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ from torch import Tensor
 from hafl_app.lowrank.change import change_of, total_norm
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
-
-PrivacyKind = Literal["none", "central_dp", "local_dp"]
+from hafl_app.privacy.settings import PrivacySettings
 
 
 class PrivacyError(ValueError):
@@ -27,32 +25,16 @@ class PrivacyError(ValueError):
 
 
 @dataclass(frozen=True)
-class PrivacyOptions:
-    """How private a run is.
+class PrivacyOptions(PrivacySettings):
+    """The privacy settings of a run with the key of its noise.
 
     Parameters
     ----------
-    kind
-        ``none``; ``central_dp``: the server clips each client's change and adds noise to their
-        sum; ``local_dp``: each client clips and adds noise before it uploads.
-    clip_norm
-        ``C``, L2 norm that no client's whole change exceeds, above 0.
-    noise_multiplier
-        ``z``: the noise's standard deviation over ``clip_norm``, above 0.
-    delta
-        In (0, 1).
-    max_epsilon
-        Where the run stops, above 0; None: nowhere.
     noise_key
         The secret from which `NoiseSource` and `sample_poisson` draw. Who has it can take the
         noise off again. It belongs in the checkpoint, and in no log.
     """
 
-    kind: PrivacyKind = "none"
-    clip_norm: float = 1.0
-    noise_multiplier: float = 1.0
-    delta: float = 1e-5
-    max_epsilon: float | None = None
     noise_key: str = field(default="", repr=False)
 
     @property

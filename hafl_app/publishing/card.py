@@ -13,7 +13,7 @@ from hafl_app.publishing.license import base_license
 from hafl_app.publishing.run_facts import read_run
 from hafl_app.publishing.sections import body
 from hafl_app.training.adapter_files import read_adapter
-from hafl_app.training.base_model import BaseSpec
+from hafl_app.training.settings import BaseSpec
 
 CARD_FILE: Final = "README.md"
 _PIPELINES: Final = {

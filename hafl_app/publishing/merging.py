@@ -9,8 +9,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from hafl_app.training.adapter_files import SavedAdapterError, StoredAdapter, task_type
-from hafl_app.training.base_model import BaseSpec, hub_tokenizer, load_base, locate
+from hafl_app.training.base_model import hub_tokenizer, load_base, locate
 from hafl_app.training.quantization.blocks import dequantize
+from hafl_app.training.settings import BaseSpec
 
 HEAD_FILE: Final = "head.safetensors"
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

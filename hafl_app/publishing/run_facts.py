@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hafl_app.renames import renamed_settings
+
 _SEED_FOLDER: Final = re.compile(r"seed\d+")
 
 
@@ -82,8 +84,15 @@ def _settings(file: Path) -> Mapping[str, Any]:
         return {}
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(file))
-        return dict(settings)
-    except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
+        return renamed_settings(settings)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        YAMLError,
+        OmegaConfBaseException,
+    ) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file}: not the settings of a run: {reason}") from error
 

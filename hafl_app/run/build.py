@@ -1,20 +1,21 @@
 """Objects of a run, built from checked settings."""
 
 import functools
-import json
 import random
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
-from hafl_app.config.compose import SettingsError, compose
+from hafl_app.config.compose import compose, strategy_arguments
 from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
-from hafl_app.data.sources import IMAGES, TextSource, load_text
+from hafl_app.data.settings import DatasetSettings
+from hafl_app.data.sources import load_text
 from hafl_app.metrics import TASKS, Task
 from hafl_app.privacy.mechanism import PrivacyOptions, new_noise_key
+from hafl_app.run.checks import check_settings
 from hafl_app.run.tokenization import cache_folder, pair_tokenizer, tokenizing
 from hafl_app.server.held_out_clients import draw_unseen
 from hafl_app.server.node_directory import NodeDirectory
@@ -22,14 +23,13 @@ from hafl_app.server.numbering import Numbering
 from hafl_app.server.options import RunOptions
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.training.answers import require_rouge
-from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.device import resolve_device
-from hafl_app.training.local import TrainOptions
 from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model, with_quantization
 from hafl_app.training.quantization.block_precision import BLOCKWISE
 from hafl_app.training.quantization.blocks import NOT_QUANTIZED
 from hafl_app.training.quantization.linear import PRECISIONS
+from hafl_app.training.settings import BaseSpec, TrainOptions
 from hafl_app.training.specs import lora_spec
 from hafl_app.training.step_memory import StepMemory
 from hafl_app.training.step_memory import step_memory as count_step_memory
@@ -66,9 +66,11 @@ def settings_of_run(run_config: Mapping[str, Any]) -> Settings:
     Raises
     ------
     hafl_app.config.compose.SettingsError
-        In one line, if they are wrong.
+        In one line, if they are wrong or do not go together.
     """
-    return compose(overrides_of_run(run_config))
+    settings = compose(overrides_of_run(run_config))
+    check_settings(settings)
+    return settings
 
 
 def base_spec(settings: Settings) -> BaseSpec:
@@ -77,113 +79,37 @@ def base_spec(settings: Settings) -> BaseSpec:
     With ``model.quantization=blockwise`` a node chooses by its data; the server, which has none,
     takes the model as it is.
     """
-    model = settings.model
-    blockwise = model.quantization == BLOCKWISE
-    return BaseSpec(
-        path=model.path,
-        revision=model.revision,
-        sha256=model.sha256,
-        package_path=model.package_path,
-        num_layers=model.num_layers,
-        random_weights=model.random_weights,
-        pooling=model.pooling,
-        trust_remote_code=model.trust_remote_code,
-        task=model.task,
-        shape=json.dumps(model.shape, sort_keys=True) if model.shape else "",
-        quantization=NOT_QUANTIZED if blockwise else model.quantization,
-    )
+    spec = BaseSpec(**{f.name: getattr(settings.model, f.name) for f in fields(BaseSpec)})
+    return replace(spec, quantization=NOT_QUANTIZED) if spec.quantization == BLOCKWISE else spec
 
 
 def task(settings: Settings) -> Task:
-    """Return what is learned and by what it is scored.
-
-    Raises
-    ------
-    hafl_app.config.compose.SettingsError
-        If model and data do not have the same task.
-    """
-    _check_images(settings)
-    answers, causal = settings.dataset.answer_column, settings.model.task == CAUSAL_LM
-    if causal and not answers:
-        raise SettingsError(
-            "model.task=causal_lm needs prompts with answers: dataset=dolly, or another with "
-            "dataset.answer_column and dataset.template"
-        )
-    if answers and not causal:
-        raise SettingsError(
-            f"dataset.answer_column={answers}: answers are learned by a model=causal, "
-            f"model.task is {settings.model.task}"
-        )
-    if causal and settings.model.head == "local":
-        raise SettingsError("model.head=local: a causal language model has no head")
+    """Return what is learned and by what it is scored."""
     return TASKS[settings.model.task]
-
-
-def _check_images(settings: Settings) -> None:
-    """Refuse images for a model of text, text for one of images, and what images do not have."""
-    images, task_name = settings.dataset.source in IMAGES, settings.model.task
-    if images != (task_name == IMAGE_CLASSIFICATION):
-        raise SettingsError(
-            f"model.task={task_name} with dataset.source={settings.dataset.source}: "
-            f"image_classification (model=vit_digits) needs images, "
-            f"dataset={' or '.join(sorted(IMAGES))}, and images need it"
-        )
-    if images and settings.model.pooling != "cls":
-        raise SettingsError(
-            f"model.pooling={settings.model.pooling}: an image classifier has a head of its own, "
-            "expected cls"
-        )
-    if images and settings.ranks.source == "memory":
-        raise SettingsError(
-            "ranks=from_memory: the memory of a training step is not counted for images; take "
-            "ranks with tiers"
-        )
-
-
-def text_source(settings: Settings) -> TextSource:
-    """Return the source of the text or the images."""
-    values = {f.name: getattr(settings.dataset, f.name) for f in fields(TextSource)}
-    if values["label_names"] is not None:
-        values["label_names"] = tuple(values["label_names"])
-    return TextSource(**values)
 
 
 def test_pairs(settings: Settings) -> tuple[list[str], list[str]]:
     """Return the prompts and the expected answers of the test set, in full length."""
-    rows = load_text(text_source(settings)).test.with_format(None)
+    rows = load_text(settings.dataset).test.with_format(None)
     return rows["text"][:], rows["answer"][:]
 
 
 def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
     """Return the data of a federation, loaded at the first use."""
-    task(settings)
-    dataset, partition = settings.dataset, settings.partition
-    partitioning = Partitioning(
-        num_partitions=num_partitions, seed=settings.seed, **asdict(partition)
-    )
-    shares = (dataset.validation_fraction, dataset.holdout_fraction)
+    partitioning = Partitioning(settings.partition, num_partitions, settings.seed)
     # The same object for every message of a process, so that data stay loaded.
-    return _federated_text(
-        text_source(settings), partitioning, shares, base_spec(settings), dataset.max_length
-    )
+    return _federated_text(settings.dataset, partitioning, base_spec(settings))
 
 
 @functools.lru_cache(maxsize=2)
 def _federated_text(
-    source: TextSource,
-    partitioning: Partitioning,
-    shares: tuple[float, float],
-    spec: BaseSpec,
-    max_length: int,
+    dataset: DatasetSettings, partitioning: Partitioning, spec: BaseSpec
 ) -> FederatedText:
-    validation_fraction, holdout_fraction = shares
     return FederatedText(
-        source,
+        dataset,
         partitioning,
-        validation_fraction=validation_fraction,
-        holdout_fraction=holdout_fraction,
-        tokenize_pairs=pair_tokenizer(spec, max_length),
-        **tokenizing(spec, max_length),
+        tokenize_pairs=pair_tokenizer(spec, dataset.max_length),
+        **tokenizing(spec, dataset.max_length),
     )
 
 
@@ -261,8 +187,8 @@ def train_options(settings: Settings) -> TrainOptions:
 
 def privacy_options(settings: Settings) -> PrivacyOptions:
     """Return the privacy options of the run, with a key for its noise."""
-    values = {k: v for k, v in asdict(settings.privacy).items() if k != "noise_seed"}
-    return PrivacyOptions(**values, noise_key=new_noise_key(settings.privacy.noise_seed))
+    key = new_noise_key(settings.privacy.noise_seed)
+    return PrivacyOptions(**asdict(settings.privacy), noise_key=key)
 
 
 def run_options(settings: Settings) -> RunOptions:
@@ -332,65 +258,19 @@ def strategy(settings: Settings) -> HeterogeneousLora:
 
     Raises
     ------
-    hafl_app.config.compose.SettingsError
-        See `task` and `unseen_partitions`; or if answers are to be generated that cannot be, or
-        uploads to have bits that this method does not allocate.
     hafl_app.training.answers.MissingPackageError
-        If they cannot be scored.
+        If answers are to be scored that cannot be.
     """
-    method: HeterogeneousLora = settings.strategy
-    made = type(method)(**{f.name: getattr(method, f.name) for f in fields(method) if f.init})
+    if settings.federation.generate_examples:
+        require_rouge()
+    made: HeterogeneousLora = type(settings.strategy)(**strategy_arguments(settings))
     made.options = run_options(settings)
     made.coordinator.task = task(settings)
     made.coordinator.participation.held_out = unseen_partitions(settings)
-    _check_generation(settings)
-    _check_upload(settings)
     return made
 
 
-def _check_upload(settings: Settings) -> None:
-    if settings.federation.upload == "mixed" and not settings.strategy.traits.allocates_bits:
-        raise SettingsError(
-            "federation.upload=mixed: only strategy=haflq gives every component its bits; expected "
-            "fp32, bf16 or int8"
-        )
-
-
 def unseen_partitions(settings: Settings) -> frozenset[int]:
-    """Return the partitions that never train.
-
-    Raises
-    ------
-    hafl_app.config.compose.SettingsError
-        If nobody is left to train, or scores of unseen clients have no meaning.
-    """
+    """Return the partitions that never train."""
     federation = settings.federation
-    unseen, clients = federation.unseen_clients, federation.num_clients
-    asked = f"federation.unseen_clients={unseen}"
-    if unseen >= clients:
-        raise SettingsError(f"{asked}: expected below federation.num_clients={clients}")
-    if unseen and settings.model.head == "local":
-        raise SettingsError(f"{asked}: with model.head=local they would have an untrained head")
-    if unseen and not settings.dataset.holdout_fraction:
-        raise SettingsError(
-            f"{asked}: they are scored on rows that they hold out; expected "
-            "dataset.holdout_fraction above 0"
-        )
-    if unseen and settings.privacy.kind != "none":
-        raise SettingsError(
-            f"{asked}: refused under privacy={settings.privacy.kind}, whose guarantee and "
-            "denominators count every client"
-        )
-    return draw_unseen(clients, unseen, settings.seed)
-
-
-def _check_generation(settings: Settings) -> None:
-    federation = settings.federation
-    if not federation.generate_examples:
-        return
-    asked = f"federation.generate_examples={federation.generate_examples}"
-    if settings.model.task != CAUSAL_LM:
-        raise SettingsError(f"{asked}: answers are generated by a model.task={CAUSAL_LM} only")
-    if not federation.central_evaluation:
-        raise SettingsError(f"{asked} needs federation.central_evaluation=true")
-    require_rouge()
+    return draw_unseen(federation.num_clients, federation.unseen_clients, settings.seed)

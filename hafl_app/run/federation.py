@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 from hafl_app.config.schema import Settings
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.run import build
+from hafl_app.run.checks import check_settings
 from hafl_app.run.data_report import report_data
 from hafl_app.run.device_gains import lone_clients
 from hafl_app.run.evaluation import CentralEvaluation
@@ -18,13 +19,12 @@ from hafl_app.run.reporting import RunReport
 from hafl_app.run.resuming import (
     RunCheckpoints,
     agreed_before,
-    check_settings,
+    check_resumable,
     load_checkpoint,
     resume,
 )
 from hafl_app.run.run_lock import run_lock
 from hafl_app.run.setup import known_label_names, wait_for_nodes
-from hafl_app.server.central_privacy import check_federation
 from hafl_app.server.checkpoint_store import Checkpoint
 from hafl_app.server.held_out_clients import evaluate_unseen
 from hafl_app.server.local_baseline import AloneResult, train_alone
@@ -52,8 +52,8 @@ def run(
 
     Raises
     ------
-    hafl_app.privacy.mechanism.PrivacyError
-        If the reported privacy would not hold under these settings.
+    hafl_app.config.compose.SettingsError
+        If the settings do not go together; nothing is written then.
     hafl_app.server.method.StrategyError
         If the method cannot serve these nodes.
     hafl_app.server.rounds.RoundFailedError
@@ -63,6 +63,7 @@ def run(
     hafl_app.run.run_lock.RunLockedError
         If another process is still writing the folder.
     """
+    check_settings(settings)
     show_log()
     # Flower logs a dozen lines a round; the trackers report rounds here.
     logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -90,10 +91,9 @@ def _run(
         checkpoints.save(strategy, report, grid, server_round)
 
     try:
-        check_federation(settings.privacy.kind, settings.federation)
         checkpoint = load_checkpoint(Path(settings.resume)) if settings.resume else None
         if checkpoint is not None:
-            check_settings(checkpoint, settings)
+            check_resumable(checkpoint, settings)
         report.start()
         initial = _prepare(grid, settings, strategy, report, checkpoint, folder)
         if checkpoint is None:

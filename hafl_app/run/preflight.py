@@ -2,7 +2,7 @@
 
 from hafl_app.config.schema import Settings
 from hafl_app.run import build
-from hafl_app.server.central_privacy import check_federation
+from hafl_app.run.checks import check_settings
 from hafl_app.server.compatibility import private_division
 from hafl_app.training.base_model import locate
 from hafl_app.training.device import resolve_device
@@ -17,7 +17,7 @@ def check(settings: Settings) -> None:
     ValueError
         In one line: the value, the expected one, and the setting.
     """
-    check_federation(settings.privacy.kind, settings.federation)
+    check_settings(settings)
     strategy = build.strategy(settings)
     if settings.privacy.kind == "central_dp":
         private_division(strategy)

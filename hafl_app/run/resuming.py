@@ -15,7 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 from flwr.app import ArrayRecord, RecordDict
 from flwr.serverapp import Grid
 
-from hafl_app.config.schema import Settings
+from hafl_app.config.schema import Settings, resumable_settings
+from hafl_app.renames import renamed_overrides, renamed_settings
 from hafl_app.run.reporting import RunReport, plain_settings
 from hafl_app.server.checkpoint_store import Checkpoint, CheckpointStore
 from hafl_app.server.method import Method
@@ -23,33 +24,6 @@ from hafl_app.server.numbering import Numbering
 from hafl_app.server.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
 
 _LOGGER = logging.getLogger(__name__)
-# May change when a run is resumed: they decide how long, where and how fast it runs.
-_FREE = (
-    "output_dir",
-    "resume",
-    "engine",
-    "tracking",
-    "client.device",
-    "client.gradient_checkpointing",
-    "privacy.max_epsilon",
-    "federation.num_rounds",
-    "federation.checkpoint_every",
-    "federation.round_timeout_s",
-    "federation.start_timeout_s",
-    "federation.min_replies",
-    "federation.max_retries",
-    "federation.server_threads",
-    "federation.client_cpus",
-    "federation.client_gpus",
-    "federation.ray_address",
-    "federation.central_evaluation",
-    "federation.evaluate_every",
-    "federation.generate_examples",
-    "federation.generate_tokens",
-    "federation.fraction_evaluate",
-    "federation.alone_clients_per_rank",
-    "federation.alone_at_max_rank",
-)
 
 
 class ResumeError(ValueError):
@@ -141,7 +115,7 @@ def _modified(path: Path) -> float:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Return the last whole checkpoint of a run.
+    """Return the last whole checkpoint of a run, its settings under today's names.
 
     Raises
     ------
@@ -154,10 +128,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise ResumeError(str(error)) from error
     if checkpoint is None:
         raise ResumeError(f"resume={folder}: no checkpoint there; expected the folder of a run")
-    return checkpoint
+    settings = renamed_settings(checkpoint.state["settings"])
+    overrides = renamed_overrides(checkpoint.state["overrides"])
+    state = {**checkpoint.state, "settings": settings, "overrides": overrides}
+    return replace(checkpoint, state=state)
 
 
-def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
+def check_resumable(checkpoint: Checkpoint, settings: Settings) -> None:
     """Reject settings that may not change when a run is resumed.
 
     Raises
@@ -167,9 +144,14 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
     """
     then = flatten(checkpoint.state["settings"], ".")
     now = flatten(plain_settings(settings), ".")
+    free = resumable_settings()
     for name in sorted({*then, *now}):
-        free = any(name == f or name.startswith(f"{f}.") for f in _FREE)
-        if not free and then.get(name) != now.get(name):
+        if name not in free and then.get(name) != now.get(name):
+            if name not in then:
+                raise ResumeError(
+                    f"{name}={now[name]}: the run to resume is of a version without this setting; "
+                    "go on with that version, or start a new run"
+                )
             raise ResumeError(
                 f"{name}={now.get(name)}: the run to resume has {then.get(name)}; only how long, "
                 "where and how fast it runs may change"

@@ -29,7 +29,7 @@ def central_text(settings: Settings, label_names: Sequence[str]) -> CentralText:
         # The central splits are the same whatever the number of clients.
         return build.federated_text(settings, settings.federation.num_clients)
     how = tokenizing(build.base_spec(settings), settings.dataset.max_length)
-    return CentralFile(build.text_source(settings), label_names, **how)
+    return CentralFile(settings.dataset, label_names, **how)
 
 
 def wait_for_nodes(
@@ -75,7 +75,7 @@ def known_label_names(settings: Settings) -> tuple[str, ...] | None:
     """
     if settings.dataset.source != ON_DEVICE:
         return build.federated_text(settings, settings.federation.num_clients).label_names
-    names = build.text_source(settings).label_names
+    names = settings.dataset.label_names
     return None if names is None else checked_label_names(names, "dataset.label_names")
 
 
@@ -92,7 +92,7 @@ def label_names_of_all(
     hafl_app.data.errors.DataError
         If there are fewer than two, or too many, or the test file cannot be read.
     """
-    central = central_label_names(build.text_source(settings))
+    central = central_label_names(settings.dataset)
     names = set(central)
     for profile in sorted(profiles, key=lambda p: (len(p.label_names), p.partition_id)):
         if len(more := names | set(profile.label_names)) > MOST_LABELS:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from hafl_app.data.text import Tokenize, TokenizePairs
-from hafl_app.training.base_model import CAUSAL_LM, BaseSpec, load_tokenizer
+from hafl_app.training.base_model import CAUSAL_LM, load_tokenizer
 from hafl_app.training.prompts import load_pair_tokenizer
+from hafl_app.training.settings import BaseSpec
 
 
 class Tokenizing(TypedDict):

@@ -20,51 +20,9 @@ from hafl_app.privacy.mechanism import (
     add_noise,
     clipped_change,
 )
-from hafl_app.server.settings import FederationSettings
 from hafl_app.server.update import ClientUpdate
 
 Division = Literal["contributors", "everybody"]
-
-# What a setting of `federation` must be, and why nothing else can be covered.
-_CROSS_CLIENT = "one client's upload would change how the others count"
-_ONE_RELEASE = "a repeated round is one more release than epsilon counts"
-_NEEDS: Mapping[str, Mapping[str, tuple[object, str]]] = {
-    "none": {},
-    "central_dp": {
-        "robust": ("none", _CROSS_CLIENT),
-        "clip_ratio": (None, f"{_CROSS_CLIENT}; privacy.clip_norm clips"),
-        "max_norm_ratio": (None, _CROSS_CLIENT),
-        "min_replies": (1, "whether a round counts would tell how many took part"),
-        "max_retries": (0, _ONE_RELEASE),
-    },
-    "local_dp": {
-        "fraction_evaluate": (0.0, "scores on private data would be uploaded without noise"),
-        "alone_clients_per_rank": (0, "training alone is one more upload than epsilon counts"),
-        "max_retries": (0, _ONE_RELEASE),
-    },
-}
-
-
-def check_federation(kind: str, federation: FederationSettings) -> None:
-    """Refuse settings under which the privacy that is reported would not hold.
-
-    Parameters
-    ----------
-    kind
-        A `hafl_app.privacy.mechanism.PrivacyKind`.
-
-    Raises
-    ------
-    PrivacyError
-        Naming the first such setting, its value, what it must be, and why.
-    """
-    for name, (expected, reason) in _NEEDS[kind].items():
-        value = getattr(federation, name)
-        if value != expected:
-            raise PrivacyError(
-                f"federation.{name}={_word(value)}: privacy={kind} needs {_word(expected)}, "
-                f"because {reason}"
-            )
 
 
 def trainable_counts(plans: Iterable[TrainPlan], adapter: Adapter) -> dict[str, Tensor]:
@@ -216,8 +174,3 @@ def _checked(update: ClientUpdate, counts: Mapping[str, Tensor]) -> ClientUpdate
                 "but no registered node's plan trains it"
             )
     return update
-
-
-def _word(value: object) -> str:
-    """Write a value as on the command line."""
-    return "null" if value is None else str(value)

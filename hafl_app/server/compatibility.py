@@ -1,18 +1,10 @@
 """What a method can be combined with: its declared traits against the run's settings."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from hafl_app.privacy.mechanism import PrivacyError, check_local_plan
 from hafl_app.server.method import Division, Method, StrategyError
 from hafl_app.wire.node_profile import NodeProfile, matches
-
-_NEEDS_WHOLE_ROUND: Mapping[str, Any] = {
-    "robust": "none",
-    "max_norm_ratio": None,
-    "clip_ratio": None,
-}
-"""Settings that compare the replies of a round with each other, and what switches them off."""
 
 
 def check_method(method: Method, ranks: Sequence[int]) -> None:
@@ -34,12 +26,6 @@ def check_method(method: Method, ranks: Sequence[int]) -> None:
             "use ranks=homogeneous, or a strategy for mixed ranks"
         )
     federation = method.options.federation
-    for setting, off in _NEEDS_WHOLE_ROUND.items() if federation.streaming else ():
-        if (value := getattr(federation, setting)) != off:
-            raise StrategyError(
-                f"federation.streaming=true needs federation.{setting}={off or 'null'}, not "
-                f"{value}: it compares all replies of a round, and streaming drops each at once"
-            )
     if federation.robust != "none" and (reason := method.traits.not_robust):
         raise StrategyError(
             f"federation.robust={federation.robust} is refused for strategy={name}: {reason}"

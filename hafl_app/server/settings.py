@@ -2,14 +2,20 @@
 
 from dataclasses import dataclass, field
 
-from hafl_app.fields import choice, number
+from hafl_app.fields import choice, number, setting
 
 
 @dataclass
 class QuarantineSettings:
-    """Leave a node out for `rounds` rounds once `after` replies in a row were refused (0: never).
+    """How long a node is left out whose replies were refused.
 
-    No reply in time, or an error instead of one, counts as well.
+    Parameters
+    ----------
+    after
+        Refused replies in a row after which a node is left out; no reply in time, or an error
+        instead of one, counts as well. 0: never.
+    rounds
+        Rounds for which it is left out.
     """
 
     after: int = number(3, at_least=0)
@@ -18,76 +24,113 @@ class QuarantineSettings:
 
 @dataclass
 class FederationSettings:
-    """Rounds, sampling, evaluation, and what happens when replies are bad or missing.
+    """Rounds, selection, evaluation, and what happens when replies are bad or missing.
 
-    A round with fewer than `min_replies` replies that count is repeated with other nodes, up to
-    `max_retries` times; then the run stops, with its last checkpoint. `checkpoint_every` rounds
-    the run's state is written (0: never).
-
-    From five replies on, an update whose norm exceeds the round's median by more than
-    `max_norm_ratio` robust deviations is refused (null: none is). `robust` replaces the mean of a
-    component over its contributors by their coordinate-wise `median`, or by the mean of what is
-    left when `trim_fraction` is cut off at either end. `clip_ratio` scales every update down to
-    that multiple of the round's median norm (null: not).
-
-    A client's weight in averages is its number of training examples, as it states it, but at most
-    `max_examples_per_node` (null: no limit of yours) and, from five nodes on, `max_examples_ratio`
-    times the median of all nodes (null: no such bound): what a node claims cannot be checked. With
-    `weighting` `uniform` every client weighs the same.
-
-    With `streaming` replies are folded in as they arrive, in partition order, and dropped: the
-    server then holds `stream_buffer` of them and not a whole round. What must see all of a round at
-    once (`robust`, `max_norm_ratio`, `clip_ratio`) must be off.
-
-    `upload` is what numbers the factors are uploaded in: `fp32`; or their change against what was
-    sent in `bf16`, in `int8` with a scale for every component, or in `mixed` with bits of its own
-    for every component, which only `strategy=haflq` allocates. With `error_feedback` a client
-    keeps what rounding lost of a component and adds it to that component's next change (null:
-    wherever that has a meaning; true: the run is refused where it has none). The head stays fp32.
-
-    A partition is trained by one node. With `partition_owner` `connected` a node that went offline
-    frees its partition for another, so that one that restarts comes back; with `node` the first
-    node keeps it for the whole run, which is right where nodes are authenticated: Flower gives a
-    registered key the same id each time it connects, and a stranger cannot take its place.
-
-    Round 1 begins when all nodes are there, at the latest after `start_timeout_s`; later ones join.
-    Nodes with data of their own do not know how many they are: all means `num_clients` then.
-
-    `client_cpus` and `client_gpus` are the share of one simulated client; null means found by
-    looking at the machine. `ray_address` is a Ray cluster to simulate on, host:port (null: that of
-    the environment's RAY_ADDRESS, else a Ray of the run's own). `server_threads` score the global
-    adapter (null: one per CPU).
-
-    Without `central_evaluation` the server scores nothing itself and needs no weights of the base
-    model; rounds are then chosen by the clients' scores.
-
-    `unseen_clients` partitions, drawn by the seed, never train and do not count in the clients'
-    scores; after the last round they score what they would receive (0: there are none).
-
-    With `generate_examples` above 0 a causal language model answers that many prompts of the test
-    set after the last round, in `generate_tokens` tokens at most, for Rouge-L and exact match.
-
-    `alone_clients_per_rank` clients of every rank are also trained alone, to measure what the
-    federation gains them (0: none); with `alone_at_max_rank` once more at `lora.max_rank`, to
-    tell what the rank costs them from what the little data costs.
+    Parameters
+    ----------
+    num_clients
+        Clients of a simulation; nodes to wait for where they have data of their own.
+    num_rounds
+        Rounds, those of the run to resume included.
+    fraction_train
+        Share of the nodes that are selected for training in a round.
+    fraction_evaluate
+        Share of the nodes that evaluate the global adapter on their own data.
+    evaluate_every
+        Rounds between evaluations on the nodes; the last round always counts.
+    central_evaluation
+        Whether the server scores the global adapter. Without it the server needs no weights of
+        the base model, and rounds are chosen by the clients' scores.
+    unseen_clients
+        Partitions, drawn by the seed, that never train and do not count in the clients' scores;
+        after the last round they score what they would receive. 0: none.
+    generate_examples
+        Prompts of the test set that a causal language model answers after the last round, for
+        Rouge-L and exact match. 0: none.
+    generate_tokens
+        Most tokens of a generated answer.
+    alone_clients_per_rank
+        Clients of every rank that are also trained alone, to measure what the federation gains
+        them. 0: none.
+    alone_at_max_rank
+        Whether they train alone once more at ``lora.max_rank``, to tell what the rank costs them
+        from what the little data costs.
+    partition_owner
+        Who may train a partition, which one node at a time does. ``connected``: a node that went
+        offline frees its partition for another, so that one that restarts comes back. ``node``:
+        the first node keeps it for the whole run, which is right where nodes are authenticated:
+        Flower gives a registered key the same id each time it connects, and a stranger cannot
+        take its place.
+    round_timeout_s
+        Seconds that a round waits for replies.
+    start_timeout_s
+        Seconds until round 1 begins without the nodes that are missing; later ones join.
+    min_replies
+        A round with fewer replies that count is repeated with other nodes.
+    max_retries
+        How often a round is repeated; then the run stops, with its last checkpoint.
+    max_norm_ratio
+        From five replies on, an update is refused whose norm exceeds the round's median by more
+        robust deviations than this; null: none is.
+    quarantine
+        How long a node is left out whose replies were refused.
+    robust
+        What replaces the mean of a component over its contributors: their coordinate-wise
+        ``median``, or their ``trimmed_mean``. ``none``: the mean.
+    trim_fraction
+        ``robust: trimmed_mean``: share of the contributors that is cut off at either end.
+    clip_ratio
+        Updates are scaled down to this multiple of the round's median norm; null: not.
+    weighting
+        What a client weighs in averages: ``examples``, its number of training examples as it
+        states it, or ``uniform``: every client the same.
+    max_examples_per_node
+        Most examples that a node may count for; null: no limit. What it claims cannot be checked.
+    max_examples_ratio
+        From five nodes on, most examples that a node may count for, over the median of all nodes;
+        null: no limit.
+    streaming
+        Whether replies are folded in as they arrive, in partition order, and dropped, instead of
+        held until the round is complete. ``robust``, ``max_norm_ratio`` and ``clip_ratio`` see a
+        whole round at once and must be off.
+    stream_buffer
+        ``streaming``: most replies that the server holds at once.
+    upload
+        Numbers that the factors are uploaded in: ``fp32``; or their change against what was sent
+        in ``bf16``, in ``int8`` with a scale for every component, or in ``mixed`` with bits of its
+        own for every component, which only ``strategy=haflq`` allocates. The head stays fp32.
+    error_feedback
+        Whether a client keeps what rounding lost of a component and adds it to that component's
+        next change. Null: wherever that has a meaning; true is refused where it has none.
+    checkpoint_every
+        Rounds between checkpoints; 0: none is written.
+    server_threads
+        Threads that score the global adapter; null: one per CPU.
+    client_cpus
+        CPUs of one simulated client; null: ``client.num_threads``.
+    client_gpus
+        GPUs of one simulated client, in shares of one; null: found by looking at the machine.
+    ray_address
+        Ray cluster to simulate on, host:port; null: that of the environment's RAY_ADDRESS, else a
+        Ray of the run's own.
     """
 
     num_clients: int = number(10, at_least=1)
-    num_rounds: int = number(10, at_least=1)
+    num_rounds: int = number(10, at_least=1, resumable=True)
     fraction_train: float = number(1.0, above=0, at_most=1)
-    fraction_evaluate: float = number(1.0, at_least=0, at_most=1)
-    evaluate_every: int = number(1, at_least=1)
-    central_evaluation: bool = True
+    fraction_evaluate: float = number(1.0, at_least=0, at_most=1, resumable=True)
+    evaluate_every: int = number(1, at_least=1, resumable=True)
+    central_evaluation: bool = setting(True, resumable=True)
     unseen_clients: int = number(0, at_least=0)
-    generate_examples: int = number(0, at_least=0)
-    generate_tokens: int = number(64, at_least=1)
-    alone_clients_per_rank: int = number(1, at_least=0)
-    alone_at_max_rank: bool = False
+    generate_examples: int = number(0, at_least=0, resumable=True)
+    generate_tokens: int = number(64, at_least=1, resumable=True)
+    alone_clients_per_rank: int = number(1, at_least=0, resumable=True)
+    alone_at_max_rank: bool = setting(False, resumable=True)
     partition_owner: str = choice("connected", "connected", "node")
-    round_timeout_s: float = number(3600.0, above=0)
-    start_timeout_s: float = number(600.0, above=0)
-    min_replies: int = number(1, at_least=1)
-    max_retries: int = number(2, at_least=0)
+    round_timeout_s: float = number(3600.0, above=0, resumable=True)
+    start_timeout_s: float = number(600.0, above=0, resumable=True)
+    min_replies: int = number(1, at_least=1, resumable=True)
+    max_retries: int = number(2, at_least=0, resumable=True)
     max_norm_ratio: float | None = number(10.0, above=0)
     quarantine: QuarantineSettings = field(default_factory=QuarantineSettings)
     robust: str = choice("none", "none", "median", "trimmed_mean")
@@ -100,8 +143,8 @@ class FederationSettings:
     stream_buffer: int = number(16, at_least=1)
     upload: str = choice("fp32", "fp32", "bf16", "int8", "mixed")
     error_feedback: bool | None = None
-    checkpoint_every: int = number(1, at_least=0)
-    server_threads: int | None = number(None, at_least=1)
-    client_cpus: int | None = number(None, at_least=1)
-    client_gpus: float | None = number(None, at_least=0)
-    ray_address: str | None = None
+    checkpoint_every: int = number(1, at_least=0, resumable=True)
+    server_threads: int | None = number(None, at_least=1, resumable=True)
+    client_cpus: int | None = number(None, at_least=1, resumable=True)
+    client_gpus: float | None = number(None, at_least=0, resumable=True)
+    ray_address: str | None = setting(None, resumable=True)

@@ -2,14 +2,26 @@
 
 from dataclasses import dataclass
 
-from hafl_app.fields import choice
+from hafl_app.fields import choice, setting
 
 
 @dataclass
 class TrackingSettings:
-    """Where metrics go beside `metrics.jsonl` and the terminal."""
+    """Where metrics go beside `metrics.jsonl` and the terminal.
 
-    kind: str = choice("jsonl", "jsonl", "wandb", "none")
-    project: str = "hafl"
-    entity: str | None = None
-    mode: str = choice("online", "online", "offline")
+    Parameters
+    ----------
+    kind
+        ``wandb``: Weights & Biases too; ``jsonl`` and ``none``: nothing more.
+    project
+        Project at Weights & Biases.
+    entity
+        User or team at Weights & Biases; null: the account's default.
+    mode
+        ``online``, or ``offline``: Weights & Biases writes to the output folder alone.
+    """
+
+    kind: str = choice("jsonl", "jsonl", "wandb", "none", resumable=True)
+    project: str = setting("hafl", resumable=True)
+    entity: str | None = setting(None, resumable=True)
+    mode: str = choice("online", "online", "offline", resumable=True)

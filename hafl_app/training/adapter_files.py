@@ -14,21 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.training.base_model import (
-    CAUSAL_LM,
-    IMAGE_CLASSIFICATION,
-    BaseSpec,
-    Tokenize,
-    load_tokenizer,
-)
+from hafl_app.renames import FACTS
+from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, Tokenize, load_tokenizer
 from hafl_app.training.lora_model import LoraModel, LoraSpec
+from hafl_app.training.settings import BaseSpec
 from hafl_app.training.specs import lora_spec
 
 _WEIGHTS, _HEAD, _CARD = "adapter_model.safetensors", "head.safetensors", "hafl.json"
 _PREFIX = "base_model.model."
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
 _CLS_HEAD = "classifier"  # what models with a classification head call it
-_RENAMED = {"quantisation": "quantization", "centralised": "centralized"}  # in older files
 
 
 class SavedAdapterError(ValueError):
@@ -118,7 +113,7 @@ def save_adapter(
         _write(scratch, adapter, spec)
         card = {
             "format": 1,
-            "base": asdict(spec.base),
+            "base": _base_facts(spec.base),
             "seed": spec.seed,
             "target_modules": spec.target_modules,
             "label_names": list(label_names),
@@ -197,7 +192,7 @@ def read_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Stored
     folder = Path(path)
     try:
         card = json.loads((folder / _CARD).read_text())
-        base = BaseSpec(**{**_renamed(card["base"]), "trust_remote_code": trust_remote_code})
+        base = _base_of(card["base"], trust_remote_code)
         targets, labels = card["target_modules"], tuple(card["label_names"])
         seed, max_length = int(card["seed"]), int(card["max_length"])
         facts = _renamed(card["facts"])
@@ -215,9 +210,21 @@ def read_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Stored
     return StoredAdapter(Adapter(_factors(folder, tensors), head), spec, labels, max_length, facts)
 
 
+def _base_facts(base: BaseSpec) -> dict[str, Any]:
+    # The shape is JSON within JSON in the files of this format.
+    shape = json.dumps(base.shape, sort_keys=True) if base.shape else ""
+    return {**asdict(base), "shape": shape}
+
+
+def _base_of(facts: Mapping[str, Any], trust_remote_code: bool) -> BaseSpec:
+    values = _renamed(facts)
+    shape = json.loads(values["shape"]) if values.get("shape") else None
+    return BaseSpec(**{**values, "shape": shape, "trust_remote_code": trust_remote_code})
+
+
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values under today's names, whatever they were called when they were saved."""
-    return {_RENAMED.get(name, name): value for name, value in values.items()}
+    return {FACTS.get(name, name): value for name, value in values.items()}
 
 
 def load_adapter(path: str | Path, *, trust_remote_code: bool = False) -> LoadedAdapter:

@@ -1,14 +1,13 @@
 """Where a frozen base model's files are, and loading them: once per process."""
 
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
-import json
 import logging
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from hafl_app.training.quantization.blocks import NOT_QUANTIZED, quantize
 from hafl_app.training.quantization.linear import QuantizationError
+from hafl_app.training.settings import BaseSpec
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -44,58 +44,6 @@ _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 class ModelError(ValueError):
     """A base model that is not there, or not the one that was asked for."""
-
-
-@dataclass(frozen=True)
-class BaseSpec:
-    """Identity of a base model.
-
-    Parameters
-    ----------
-    path
-        Hub name or local folder. Empty together with ``random_weights`` is the model of ``shape``,
-        or without that a built-in two-layer one for tests.
-    revision
-        Commit of the hub's repository.
-    sha256
-        What ``model.safetensors`` must hash to; `None` leaves it unchecked.
-    package_path
-        ``package/folder`` of an installed package that carries the same files, used where the hub
-        has them not in its cache.
-    num_layers
-        Keep only the first layers; `None` keeps all.
-    random_weights
-        Random weights in the shape of ``path``'s config.
-    pooling
-        ``mean`` over tokens with a linear head, or ``cls``: the model's own classification head,
-        as ``image_classification`` needs it. Without meaning for ``causal_lm``.
-    trust_remote_code
-        Run Python code that the model brings along; without it such a model is refused.
-    task
-        ``classification`` (of text), ``causal_lm`` or ``image_classification``.
-    shape
-        Configuration of a model with random weights and without files, as JSON with its
-        ``model_type``; empty for none.
-    quantization
-        ``none``, or as in `hafl_app.training.quantization.blocks.precisions_of`.
-    """
-
-    path: str
-    revision: str | None = None
-    sha256: str | None = None
-    package_path: str | None = None
-    num_layers: int | None = None
-    random_weights: bool = False
-    pooling: str = "mean"
-    trust_remote_code: bool = False
-    task: str = "classification"
-    shape: str = ""
-    quantization: str = NOT_QUANTIZED
-
-    @property
-    def is_without_files(self) -> bool:
-        """Whether there is neither a folder nor a hub name: random weights and hashed words."""
-        return self.random_weights and not self.path
 
 
 def locate(spec: BaseSpec) -> Path:
@@ -243,7 +191,7 @@ def _shape(spec: BaseSpec) -> Any:
             raise ModelError("model.shape must be given for image_classification without a path")
         return _tiny_llama() if spec.task == CAUSAL_LM else _tiny_bert()
     try:
-        return AutoConfig.for_model(**json.loads(spec.shape))
+        return AutoConfig.for_model(**copy.deepcopy(spec.shape))
     except (ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise ModelError(f"model.shape: no configuration of a model ({reason})") from error

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.batches import Batch, Examples, make_batch
 from hafl_app.training.lora_model import LoraModel, LoraSpec
+from hafl_app.training.settings import BaseSpec
 
 IGNORED: Final = -100
 """Label of a token that is no target: cross entropy leaves it out."""

@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hafl_app.training.answers import GenerationScores, score_answers
-from hafl_app.training.base_model import CAUSAL_LM, BaseSpec, hub_tokenizer
+from hafl_app.training.base_model import CAUSAL_LM, hub_tokenizer
 from hafl_app.training.causal import LoraCausalLM
 from hafl_app.training.device import autocast
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.prompts import load_pair_tokenizer
+from hafl_app.training.settings import BaseSpec
 
 _TINY_END: Final = 0  # of an answer, for models without files
 _PAD: Final = 0  # what stands there is masked

@@ -28,6 +28,7 @@ from hafl_app.training.device import (
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.rank_pruning import prune_tail, tail_norms, tail_penalty
+from hafl_app.training.settings import TrainOptions
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -42,53 +43,6 @@ class LossNotFiniteError(TrainingError):
 
 class DeviceMemoryError(TrainingError):
     """The device's memory does not suffice, not even for the least that could be asked of it."""
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How a client trains, whatever the method.
-
-    Parameters
-    ----------
-    batch_size
-        Texts per step, at least 1.
-    learning_rate
-        Of ``lora_A`` and the head, above 0.
-    lora_B_lr_ratio
-        Learning rate of ``lora_B`` over that of ``lora_A``, above 0.
-    optimizer
-        ``adamw`` or ``sgd``.
-    weight_decay
-        Decoupled weight decay, at least 0. Never applied to what is not trained.
-    max_grad_norm
-        Clip the gradient's norm to this; 0 leaves it.
-    precision
-        ``auto``, ``fp32`` or ``bf16``.
-    max_seconds
-        Wall time after which training ends, behind the step in which it is over; 0 for no limit.
-        What is learned then depends on the clock.
-    micro_batch_size
-        Texts that go through the model at once, at least 1; their gradients add up to the batch's.
-        None for the whole batch.
-    gradient_checkpointing
-        Compute activations again on the way back instead of keeping them.
-    """
-
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    lora_B_lr_ratio: float = 1.0
-    optimizer: str = "adamw"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    precision: str = "auto"
-    max_seconds: float = 0.0
-    micro_batch_size: int | None = None
-    gradient_checkpointing: bool = False
-
-    @property
-    def texts_at_once(self) -> int:
-        """Texts that go through the model at once, as long as memory suffices."""
-        return min(self.micro_batch_size or self.batch_size, self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from hafl_app.training.base_model import BaseSpec, hash_word, hub_tokenizer
+from hafl_app.training.base_model import hash_word, hub_tokenizer
+from hafl_app.training.settings import BaseSpec
 
 TokenizePairs = Callable[[list[str], list[str]], tuple[list[list[int]], list[int]]]
 

@@ -3,53 +3,105 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hafl_app.fields import REQUIRED, choice, number
+from hafl_app.fields import REQUIRED, choice, number, setting
 
 
-@dataclass
-class ModelSettings:
-    """The frozen base model, and the classification head if `task` is `classification`.
+@dataclass(frozen=True)
+class BaseSpec:
+    """Identity of a frozen base model: what decides its weights, and how texts become tokens.
 
-    With `causal_lm` it learns the answers to prompts; it has no head, and `pooling` and `head` mean
-    nothing. With `image_classification` it reads images instead of text, and its own classifier is
-    the head (`pooling: cls`).
-
-    `trust_remote_code` lets a hub repository's own Python code run on every node: only for a
-    repository whose code you have read, and only on nodes that allow it too.
-
-    `path` is a hub name or a local folder; `package_path` a folder inside an installed package
-    that carries the same files, used when the hub is not reachable. `random_weights` without a path
-    are those of a model of `shape`, the values of a Transformers configuration with its
-    `model_type`; null is a tiny model for tests. Its tokenizer hashes words.
-
-    `quantization` is what the weights of the transformer blocks are kept in: `bf16`, `int8` or
-    `nf4` (4 bits), see docs/quantized.md. With `blockwise` every node chooses for every block, by
-    its own data, so that the base model takes up to `memory_budget_mb` (MB of 10^6 bytes) on it;
-    `memory-mb` in a node's config, a limit of everything in training, goes before that.
+    Parameters
+    ----------
+    path
+        Hub name or local folder. Empty, with ``random_weights``: the model of ``shape``, or
+        without that a built-in one of two layers for tests.
+    revision
+        Commit of the hub's repository; null: its newest.
+    sha256
+        What ``model.safetensors`` must hash to; null: unchecked.
+    package_path
+        ``package/folder`` of an installed package that carries the same files, used where the
+        hub's cache has none; null: no such package.
+    num_layers
+        Keep only so many layers, from the first; null: all.
+    random_weights
+        Random weights in the shape of ``path``'s configuration.
+    pooling
+        ``mean`` over tokens with a linear head, or ``cls``: the model's own classification head,
+        as ``image_classification`` needs it. No meaning for ``causal_lm``.
+    trust_remote_code
+        Run Python code that the model's repository brings along: only for a repository whose code
+        you have read, and only on nodes that allow it too. Without it such a model is refused.
+    task
+        ``classification`` of text, ``causal_lm``: answers to prompts, without a head, or
+        ``image_classification``: images, and the model's own classifier is the head.
+    shape
+        Transformers configuration, with its ``model_type``, of a model with random weights and no
+        ``path``. Its tokenizer hashes words. Null: the built-in model for tests.
+    quantization
+        What the weights of the transformer blocks are kept in: ``bf16``, ``int8`` or ``nf4`` (4
+        bits), or ``none``, see docs/quantized.md. ``blockwise``: every node chooses for every
+        block, by its own data, within ``memory_budget_mb``.
     """
 
-    name: str = REQUIRED
-    task: str = choice("classification", "classification", "causal_lm", "image_classification")
     path: str = ""
     revision: str | None = None
     sha256: str | None = None
     package_path: str | None = None
     num_layers: int | None = number(None, at_least=1)
-    pooling: str = choice("mean", "mean", "cls")
-    head: str = choice("averaged", "averaged", "frozen", "local")
     random_weights: bool = False
-    shape: dict[str, Any] | None = None
+    pooling: str = choice("mean", "mean", "cls")
     trust_remote_code: bool = False
+    task: str = choice("classification", "classification", "causal_lm", "image_classification")
+    shape: dict[str, Any] | None = setting(None, hashed=False)
     quantization: str = choice("none", "none", "bf16", "int8", "nf4", "blockwise")
+
+    @property
+    def is_without_files(self) -> bool:
+        """Whether there is neither a folder nor a hub name: random weights and hashed words."""
+        return self.random_weights and not self.path
+
+
+@dataclass(frozen=True)
+class ModelSettings(BaseSpec):
+    """The frozen base model, and the head of a classifier.
+
+    Parameters
+    ----------
+    name
+        Name of the model in tables and files.
+    head
+        What happens to the classification head: ``averaged`` over the clients, ``frozen`` as it
+        was initialized, or ``local``: each client trains and keeps its own. No meaning for
+        ``causal_lm``.
+    memory_budget_mb
+        MB (10^6 bytes) that the base model may take on a node under ``quantization: blockwise``;
+        ``memory-mb`` in a node's config, a limit of everything in training, goes before it. Null:
+        every node must state its own.
+    """
+
+    name: str = REQUIRED
+    head: str = choice("averaged", "averaged", "frozen", "local")
     memory_budget_mb: float | None = number(None, above=0)
 
 
 @dataclass
 class LoraSettings:
-    """The adapter: `max_rank` is the rank of the global one, which no client exceeds.
+    """The adapter.
 
-    `scaling` is `constant` (lora_alpha / max_rank for every client), `per_rank`
-    (lora_alpha / rank) or `rslora` (lora_alpha / sqrt(rank)).
+    Parameters
+    ----------
+    max_rank
+        Rank of the global adapter, which no client exceeds.
+    lora_alpha
+        PEFT's ``lora_alpha``: the scaling before it is divided, see ``scaling``.
+    scaling
+        ``constant``: lora_alpha / max_rank for every client; ``per_rank``: lora_alpha / rank;
+        ``rslora``: lora_alpha / sqrt(rank).
+    target_modules
+        Modules that are adapted: a list of ends of names, or ``all-linear``.
+    lora_dropout
+        Share of the inputs of lora_A that is dropped in training.
     """
 
     max_rank: int = number(8, at_least=1)
@@ -59,33 +111,74 @@ class LoraSettings:
     lora_dropout: float = number(0.0, at_least=0, below=1)
 
 
-@dataclass
-class ClientSettings:
-    """Local training. `precision` `auto` is bf16 on CUDA and fp32 on the CPU.
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a client trains what a plan says, whatever the method.
 
-    `lora_B_lr_ratio` multiplies the learning rate for lora_B; `max_steps` 0 means no limit.
-    `max_seconds` (0: no limit) ends training behind the step in which they are over, so that a
-    slow device trains less instead of being late; a node may set `max-steps` and `max-seconds` in
-    its `--node-config`, and the smaller wins. A client that stopped early keeps the weight of all
-    its data. What is learned then depends on the clock: runs that must be repeatable leave both
-    at 0. Privacy accounting is per round and does not see them.
-
-    `micro_batch_size` texts go through the model at once (null: the whole batch), and their
-    gradients add up to the batch's. `gradient_checkpointing` computes activations twice instead of
-    keeping them.
+    Parameters
+    ----------
+    batch_size
+        Examples per step.
+    micro_batch_size
+        Examples that go through the model at once; their gradients add up to the batch's. Null:
+        the whole batch.
+    gradient_checkpointing
+        Compute activations again in the backward pass instead of keeping them: less memory, more
+        time.
+    learning_rate
+        Learning rate of ``lora_A`` and the head.
+    lora_B_lr_ratio
+        Learning rate of ``lora_B`` over that of ``lora_A``.
+    optimizer
+        ``adamw`` or ``sgd``.
+    weight_decay
+        Decoupled weight decay. Never applied to frozen components.
+    max_grad_norm
+        The gradient's L2 norm is clipped to this; 0: never.
+    max_seconds
+        Seconds after which training ends, behind the step in which they are over, so that a slow
+        device trains less instead of being late; 0: no limit. ``max-seconds`` in a node's config
+        wins where it is smaller. A client that stopped early keeps the weight of all its data.
+        What is learned then depends on the clock.
+    precision
+        ``fp32``, ``bf16``, or ``auto``: bf16 on CUDA and fp32 on the CPU.
     """
 
-    local_epochs: int = number(1, at_least=1)
     batch_size: int = number(32, at_least=1)
     micro_batch_size: int | None = number(None, at_least=1)
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = setting(False, resumable=True)
     learning_rate: float = number(3e-3, above=0)
     lora_B_lr_ratio: float = number(1.0, above=0)
     optimizer: str = choice("adamw", "adamw", "sgd")
     weight_decay: float = number(0.0, at_least=0)
     max_grad_norm: float = number(1.0, at_least=0)
-    max_steps: int = number(0, at_least=0)
     max_seconds: float = number(0.0, at_least=0)
-    num_threads: int = number(1, at_least=1)
-    device: str = choice("auto", "auto", "cpu", "cuda")
     precision: str = choice("auto", "auto", "fp32", "bf16")
+
+    @property
+    def texts_at_once(self) -> int:
+        """Texts that go through the model at once, as long as memory suffices."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
+
+@dataclass(frozen=True)
+class ClientSettings(TrainOptions):
+    """Local training: its length, its options, and the device that it runs on.
+
+    Parameters
+    ----------
+    local_epochs
+        Passes over a client's data in a round.
+    max_steps
+        Most steps of a client in a round; 0: no limit. ``max-steps`` in a node's config wins
+        where it is smaller. Privacy accounting is per round and does not see it.
+    num_threads
+        CPU threads of one client.
+    device
+        ``cpu``, ``cuda``, or ``auto``: CUDA where there is any.
+    """
+
+    local_epochs: int = number(1, at_least=1)
+    max_steps: int = number(0, at_least=0)
+    num_threads: int = number(1, at_least=1)
+    device: str = choice("auto", "auto", "cpu", "cuda", resumable=True)

@@ -1,9 +1,10 @@
 """The kind of model that a task needs."""
 
-from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, BaseSpec
+from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION
 from hafl_app.training.causal import CausalSpec
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.lora_model import LoraSpec
+from hafl_app.training.settings import BaseSpec
 from hafl_app.training.vision import ImageSpec
 
 

@@ -27,8 +27,9 @@ from hafl_app.plan import ModulePlan, TrainedFactors, TrainPlan
 from hafl_app.training.batches import Batch
 from hafl_app.training.device import autocast
 from hafl_app.training.importance_meter import ImportanceMeter
-from hafl_app.training.local import TrainOptions, build_optimizer
+from hafl_app.training.local import build_optimizer
 from hafl_app.training.lora_model import LoraModel, LoraSpec
+from hafl_app.training.settings import TrainOptions
 
 _MEGABYTE = 1e6
 # What a device takes beside the tensors: MB of its own, and how much its allocator takes for what

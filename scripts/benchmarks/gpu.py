@@ -4,7 +4,6 @@ Needs torch, transformers and peft, and of this package `lowrank`, `plan` and `t
 """
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -27,11 +26,12 @@ from benchmarks.training import (
     job,
     memory_mb,
 )
-from hafl_app.training.base_model import CAUSAL_LM, BaseSpec
+from hafl_app.training.base_model import CAUSAL_LM
 from hafl_app.training.batches import is_out_of_memory
 from hafl_app.training.causal import CausalSpec
 from hafl_app.training.device import peak_memory_mb, reset_peak_memory
-from hafl_app.training.local import DeviceMemoryError, TrainOptions
+from hafl_app.training.local import DeviceMemoryError
+from hafl_app.training.settings import BaseSpec, TrainOptions
 
 NOT_MEASURED = "not measured"
 OUT_OF_MEMORY = "out of memory"
@@ -102,7 +102,7 @@ def random_answers(rows: int, length: int, vocabulary: int) -> Answers:
 
 def make_client(shape: Mapping[str, Any], device: torch.device) -> Client:
     """Return a model of random weights, made on the device, with nothing to train on yet."""
-    base = BaseSpec("", random_weights=True, task=CAUSAL_LM, shape=json.dumps(dict(shape)))
+    base = BaseSpec("", random_weights=True, task=CAUSAL_LM, shape=dict(shape))
     spec = CausalSpec(base)
     with device:
         model = spec.build()

@@ -17,8 +17,8 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import TrainPlan
 from hafl_app.training.batches import Examples
 from hafl_app.training.causal import IGNORED
-from hafl_app.training.local import TrainOptions
 from hafl_app.training.lora_model import LoraModel
+from hafl_app.training.settings import TrainOptions
 
 _TRAINED, _FROZEN = "default", "frozen"
 Row = dict[str, Tensor]

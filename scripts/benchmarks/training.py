@@ -16,11 +16,12 @@ from benchmarks.timing import DisagreementError, Timing, time_in_turn
 from benchmarks.trainer import PlainPeft, is_installed, padded, rows_of, trainer_job
 from hafl_app.lowrank.factors import Adapter, LoraFactors, initial_adapter
 from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training.base_model import BaseSpec, load_base
+from hafl_app.training.base_model import load_base
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.device import peak_memory_mb, reset_peak_memory
-from hafl_app.training.local import TrainOptions, train
+from hafl_app.training.local import train
 from hafl_app.training.lora_model import LoraModel, LoraSpec
+from hafl_app.training.settings import BaseSpec, TrainOptions
 
 TOLERANCE = 1e-5  # of the norm, in float32
 NUM_LABELS = 77  # BANKING77

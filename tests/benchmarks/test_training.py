@@ -17,7 +17,7 @@ from benchmarks.training import (
     plain_peft,
 )
 
-from hafl_app.training.local import TrainOptions
+from hafl_app.training.settings import TrainOptions
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,5 @@
-from dataclasses import fields
+from copy import deepcopy
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 from omegaconf import OmegaConf
@@ -94,6 +95,9 @@ class TestRefusals:
             ("strategy.scheme=freeze", ["strategy.scheme=freeze", "did you mean freezing?"]),
             ("strategy.schema=freezing", ["strategy.schema", "did you mean strategy.scheme?"]),
             ("engine=inproces", ["engine=inproces", "did you mean inprocess?"]),
+            ("+model.nam=x", ["model.nam", "no such setting", "did you mean model.name?"]),
+            ("+federation.num_round=1", ["no such setting", "did you mean federation.num_rounds?"]),
+            ("+sed=1", ["sed: no such setting", "did you mean seed?"]),
             ("seed=", ["seed"]),
             ("=3", ["=3"]),
         ],
@@ -138,3 +142,42 @@ def test_hyper_parameters_have_a_type_and_a_place_in_their_file():
         written = set(file.get("strategy", file)) - {"_target_"}  # some set more than the strategy
         method = type(compose([f"strategy={path.stem}"]).strategy)
         assert written <= {f.name for f in fields(method) if f.init}
+
+
+class TestWhatIsHandedOut:
+    OVERRIDES = ("strategy=haflq", "dataset.label_names=[a,b]", "lora.target_modules=[query]")
+
+    def test_nobody_elses_settings_change(self):
+        settings = compose(self.OVERRIDES)
+        before = deepcopy(plain_settings(settings))
+
+        settings.federation.num_rounds = 99
+        settings.federation.quarantine.after = 99
+        settings.seed = 99
+        settings.strategy.exploration = 0.99
+        settings.strategy.distances_m.append(99.0)
+        settings.dataset.label_names.append("c")
+        settings.lora.target_modules.append("value")
+        settings.ranks.tiers[0].rank = 99
+        settings.ranks.tiers.pop()
+        settings.compare.methods["new"] = None
+
+        again = compose(self.OVERRIDES)
+        assert plain_settings(again) == before == plain_settings(compose([*self.OVERRIDES]))
+        assert again.compare.methods == {}
+
+    def test_what_is_a_key_cannot_be_changed(self):
+        settings = compose(self.OVERRIDES)
+        for group in ("model", "dataset", "partition", "client", "privacy"):
+            value = getattr(settings, group)
+            with pytest.raises(FrozenInstanceError):
+                setattr(value, fields(value)[0].name, "other")
+            assert hash(value) == hash(getattr(compose(self.OVERRIDES), group))
+
+    def test_groups_that_are_frozen_take_files_and_overrides(self):
+        partition = ["partition=dirichlet", "partition.min_examples=7"]
+        model = ["model=llama_1b", "model.shape.hidden_size=96", "client=sgd"]
+        settings = compose([*partition, *model])
+        assert (settings.partition.kind, settings.partition.min_examples) == ("dirichlet", 7)
+        assert settings.model.shape["hidden_size"] == 96
+        assert settings.client.optimizer == "sgd"

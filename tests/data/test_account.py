@@ -8,7 +8,7 @@ from hafl_app.data.central import CentralFile
 from hafl_app.data.errors import DataError
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
-from hafl_app.data.sources import TextSource
+from hafl_app.data.settings import DatasetSettings, PartitionSettings
 
 LABELS = ["a"] * 31 + ["b"] * 22 + ["c"] * 17
 
@@ -24,10 +24,14 @@ def pairs(prompts, answers, most=6):
 
 def federated(path, kind="iid", clients=3, *, validation=0.1, most=6, partition=None, **settings):
     return FederatedText(
-        TextSource("local", path=str(path), **settings),
-        Partitioning(kind, clients, 5, **(partition or {})),
-        validation_fraction=validation,
-        holdout_fraction=0.2,
+        DatasetSettings(
+            "local",
+            path=str(path),
+            validation_fraction=validation,
+            holdout_fraction=0.2,
+            **settings,
+        ),
+        Partitioning(PartitionSettings(kind, **(partition or {})), clients, 5),
         tokenize=words,
         tokenizer_key="words",
         cache=None,
@@ -121,7 +125,7 @@ class TestAnswers:
 
 def test_a_server_without_training_data_counts_its_test_rows(labeled):
     text = CentralFile(
-        TextSource("on_device", test_path=str(labeled / "test.csv")), ("a", "b", "c"),
+        DatasetSettings("on_device", test_path=str(labeled / "test.csv")), ("a", "b", "c"),
         tokenize=words, tokenizer_key="k", cache=None,
     )  # fmt: skip
     account = text.account()

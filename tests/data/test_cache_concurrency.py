@@ -15,7 +15,8 @@ import pytest
 
 from hafl_app.data import text
 from hafl_app.data.text import encode
-from hafl_app.training.base_model import BaseSpec, locate
+from hafl_app.training.base_model import locate
+from hafl_app.training.settings import BaseSpec
 
 pytestmark = pytest.mark.slow
 

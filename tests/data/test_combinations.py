@@ -6,13 +6,14 @@ from hafl_app.data.combinations import check_choices
 from hafl_app.data.errors import DataError
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
-from hafl_app.data.sources import TextSource, load_text
+from hafl_app.data.settings import DatasetSettings, PartitionSettings
+from hafl_app.data.sources import load_text
 
 ASKED = {"answer_column": "output", "template": "{instruction}\n", "label_column": ""}
 
 
 def source(name="local", **changes):
-    return TextSource(name, **{"path": "/absent/file.csv", **changes})
+    return DatasetSettings(name, **{"path": "/absent/file.csv", **changes})
 
 
 @pytest.mark.parametrize(
@@ -43,8 +44,8 @@ def test_that_go_together_are_let_through(changes):
 
 def federated(where, kind):
     return FederatedText(
-        where, Partitioning(kind, 3, 0, classes_per_partition=2),
-        validation_fraction=0.1, holdout_fraction=0.1, tokenizer_key="k", cache=None,
+        where, Partitioning(PartitionSettings(kind, classes_per_partition=2), 3, 0),
+        tokenizer_key="k", cache=None,
         tokenize=lambda texts: [[1] for _ in texts],
     )  # fmt: skip
 

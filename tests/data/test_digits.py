@@ -9,7 +9,7 @@ from hafl_app.data.errors import DataError
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.images import encode_images
 from hafl_app.data.partition import Partitioning
-from hafl_app.data.sources import TextSource
+from hafl_app.data.settings import DatasetSettings, PartitionSettings
 
 NUM_TEST = 359  # a fifth of 1,797
 
@@ -19,10 +19,10 @@ def make(kind="iid", *, data_seed=0, seed=3, max_examples=None, **partitioning):
         raise AssertionError("there is no text")
 
     return FederatedText(
-        TextSource("digits", data_seed=data_seed, max_examples=max_examples),
-        Partitioning(kind, 6, seed, **partitioning),
-        validation_fraction=0.1,
-        holdout_fraction=0.2,
+        DatasetSettings(
+            "digits", data_seed=data_seed, max_examples=max_examples, holdout_fraction=0.2
+        ),
+        Partitioning(PartitionSettings(kind, **partitioning), 6, seed),
         tokenize=tokenize,
         tokenizer_key="k",
         cache=None,

@@ -7,7 +7,7 @@ from hafl_app.data import federated
 from hafl_app.data.errors import DataError
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
-from hafl_app.data.sources import TextSource
+from hafl_app.data.settings import DatasetSettings, PartitionSettings
 
 NUM_TRAIN, NUM_TEST = 203, 31
 
@@ -31,18 +31,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def make(folder, kind="dirichlet", *, seed=3, cache=None, **changes):
-    arguments = {
-        "validation_fraction": 0.1,
-        "holdout_fraction": 0.2,
-        "tokenize": Tokenizer(),
-        "tokenizer_key": "k",
-        "cache": cache,
-    }
-    partitioning = Partitioning(kind, 6, seed, column="user", classes_per_partition=2)
-    return FederatedText(
-        TextSource("local", path=str(folder)), partitioning, **(arguments | changes)
+def make(
+    folder,
+    kind="dirichlet",
+    *,
+    seed=3,
+    cache=None,
+    validation_fraction=0.1,
+    holdout_fraction=0.2,
+    **changes,
+):
+    arguments = {"tokenize": Tokenizer(), "tokenizer_key": "k", "cache": cache}
+    dataset = DatasetSettings(
+        "local",
+        path=str(folder),
+        validation_fraction=validation_fraction,
+        holdout_fraction=holdout_fraction,
     )
+    rule = PartitionSettings(kind, column="user", classes_per_partition=2)
+    return FederatedText(dataset, Partitioning(rule, 6, seed), **(arguments | changes))
 
 
 def numbers(encoded):

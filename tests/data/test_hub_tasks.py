@@ -9,9 +9,10 @@ import pytest
 from hafl_app.data import hub_tasks
 from hafl_app.data.errors import DataError
 from hafl_app.data.hub_tasks import read_hub_tasks
-from hafl_app.data.sources import TextSource, load_text
+from hafl_app.data.settings import DatasetSettings
+from hafl_app.data.sources import load_text
 
-SOURCE = TextSource(
+SOURCE = DatasetSettings(
     "natural_instructions",
     hub="who/tasks",
     revision="abc",

@@ -12,12 +12,14 @@ from hafl_app.data.errors import DataError
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.instructions import read_tasks
 from hafl_app.data.partition import Partitioning
-from hafl_app.data.sources import TextSource, load_text
+from hafl_app.data.settings import DatasetSettings, PartitionSettings
+from hafl_app.data.sources import load_text
 from hafl_app.data.template import columns_of, prompts, render
 from hafl_app.data.text import encode_pairs
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TEMPLATE = "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+BY_CLIENT = PartitionSettings("natural", column="client")
 PAIRS = {"template": TEMPLATE, "answer_column": "response", "label_column": "category"}
 CATEGORIES = ("qa", "poem", "list")
 
@@ -53,10 +55,8 @@ def dolly(tmp_path) -> Path:
     return tmp_path
 
 
-def federated(source: TextSource, partitioning: Partitioning, **changes) -> FederatedText:
+def federated(source: DatasetSettings, partitioning: Partitioning, **changes) -> FederatedText:
     options = {
-        "validation_fraction": 0.1,
-        "holdout_fraction": 0.1,
         "tokenize": lambda texts: [[1] for _ in texts],
         "tokenizer_key": "words",
         "cache": None,
@@ -79,12 +79,12 @@ class TestFolders:
         for client in removed:
             (dolly / f"local_training_{client}.json").unlink()
         with pytest.raises(DataError, match=f"{named}.*which has client 10"):
-            load_text(TextSource("dolly", path=str(dolly), **PAIRS))
+            load_text(DatasetSettings("dolly", path=str(dolly), **PAIRS))
 
     def test_a_client_twice_is_refused(self, dolly):
         (dolly / "local_training_01.json").write_text(json.dumps([row(1)]))
         with pytest.raises(DataError, match="a client's number occurs twice"):
-            load_text(TextSource("dolly", path=str(dolly), **PAIRS))
+            load_text(DatasetSettings("dolly", path=str(dolly), **PAIRS))
 
     @pytest.mark.parametrize(
         ("instances", "match"),
@@ -112,7 +112,7 @@ class TestFolders:
 def test_answers_without_categories_may_stand_in_a_column_named_label(tmp_path):
     rows = [{"instruction": f"say {i}", "label": f"word {i}"} for i in range(20)]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    source = TextSource(
+    source = DatasetSettings(
         "local", path=str(tmp_path), template="{instruction}", answer_column="label",
         label_column="",
     )  # fmt: skip
@@ -160,7 +160,7 @@ class TestTemplate:
 
 class TestSources:
     def test_dolly_keeps_its_clients_and_categories(self, dolly):
-        text = load_text(TextSource("dolly", str(dolly), **PAIRS))
+        text = load_text(DatasetSettings("dolly", str(dolly), **PAIRS))
 
         train = text.train.to_pandas()
         assert sorted(train["client"].value_counts().items()) == [(i, 20 + i) for i in range(11)]
@@ -175,11 +175,11 @@ class TestSources:
     def test_an_answer_that_is_blank_is_refused(self, dolly):
         (dolly / "local_training_4.json").write_text(json.dumps([row(1, response=" ")]))
         with pytest.raises(DataError, match="'response' is blank"):
-            load_text(TextSource("dolly", str(dolly), **PAIRS))
+            load_text(DatasetSettings("dolly", str(dolly), **PAIRS))
 
     def test_another_folder_is_refused(self, tmp_path):
         with pytest.raises(DataError, match="local_training_0"):
-            load_text(TextSource("dolly", str(tmp_path), **PAIRS))
+            load_text(DatasetSettings("dolly", str(tmp_path), **PAIRS))
 
     def test_gsm8k_has_one_category(self, tmp_path):
         for split, number in (("train", 5), ("test", 3)):
@@ -187,7 +187,7 @@ class TestSources:
                 json.dumps({"question": f"{i}?", "answer": f"#### {i}"}) for i in range(number)
             ]
             (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-        source = TextSource(
+        source = DatasetSettings(
             "gsm8k",
             str(tmp_path),
             template="Q: {question}\nA: ",
@@ -204,7 +204,7 @@ class TestSources:
         file = tmp_path / "mine.jsonl"
         file.write_text("\n".join(json.dumps(row(i)) for i in range(30)))
 
-        text = load_text(TextSource("local", str(file), **PAIRS))
+        text = load_text(DatasetSettings("local", str(file), **PAIRS))
 
         assert (len(text.train), len(text.test)) == (27, 3)
         assert set(text.train.column_names) >= {"text", "answer", "label", "category"}
@@ -214,7 +214,7 @@ class TestSources:
             instances = [{"input": f"{i}", "output": [f"yes {i}", "no"]} for i in range(number)]
             task = {"Definition": [f"Do {name}."], "Instances": instances}
             (tmp_path / f"{name}.json").write_text(json.dumps(task))
-        source = TextSource(
+        source = DatasetSettings(
             "natural_instructions",
             str(tmp_path),
             template="{definition}\n\n{input}\n",
@@ -231,19 +231,21 @@ class TestSources:
 
     def test_a_file_that_is_no_task_is_refused(self, tmp_path):
         (tmp_path / "task.json").write_text('{"Instances": [{"input": "a"}]}')
-        source = TextSource("natural_instructions", str(tmp_path), **PAIRS)
+        source = DatasetSettings("natural_instructions", str(tmp_path), **PAIRS)
         with pytest.raises(DataError, match=r"task\.json: no task of Natural Instructions"):
             load_text(source)
 
     def test_a_source_of_labels_has_no_answers(self):
         with pytest.raises(DataError, match="'synthetic' has no answers"):
-            load_text(TextSource("synthetic", answer_column="response", num_train=40, num_test=20))
+            load_text(
+                DatasetSettings("synthetic", answer_column="response", num_train=40, num_test=20)
+            )
 
 
 class TestFederation:
     def test_a_client_has_its_own_file(self, dolly):
-        partitioning = Partitioning("natural", 11, seed=0, column="client")
-        data = federated(TextSource("dolly", str(dolly), **PAIRS), partitioning)
+        partitioning = Partitioning(BY_CLIENT, 11, seed=0)
+        data = federated(DatasetSettings("dolly", str(dolly), **PAIRS), partitioning)
 
         owners = data._text.train.select(data._kept_and_validation[0])["client"]
         sizes = [sum(owner == client for owner in owners) for client in range(11)]
@@ -252,8 +254,8 @@ class TestFederation:
         assert len(data.validation) == round(0.1 * sum(range(20, 31)))
 
     def test_categories_can_be_skewed(self, dolly):
-        source = TextSource("dolly", str(dolly), **PAIRS)
-        partitioning = Partitioning("dirichlet", 4, seed=1, dirichlet_alpha=0.1)
+        source = DatasetSettings("dolly", str(dolly), **PAIRS)
+        partitioning = Partitioning(PartitionSettings("dirichlet", 0.1), 4, seed=1)
 
         data = federated(source, partitioning)
 
@@ -263,10 +265,10 @@ class TestFederation:
 
     def test_rows_without_room_for_an_answer_are_left_out_and_counted(self, dolly, caplog):
         # A prompt has 6 words, with an input 9: at 8 a third of the rows has no answer left.
-        source = TextSource("dolly", str(dolly), **PAIRS)
+        source = DatasetSettings("dolly", str(dolly), **PAIRS)
         data = federated(
             source,
-            Partitioning("natural", 11, seed=0, column="client"),
+            Partitioning(BY_CLIENT, 11, seed=0),
             tokenize_pairs=lambda p, a: words(p, a, 8),
         )
 
@@ -281,8 +283,8 @@ class TestFederation:
 
     def test_a_client_of_which_nothing_is_left_is_told(self, dolly):
         data = federated(
-            TextSource("dolly", str(dolly), **PAIRS),
-            Partitioning("natural", 11, seed=0, column="client"),
+            DatasetSettings("dolly", str(dolly), **PAIRS),
+            Partitioning(BY_CLIENT, 11, seed=0),
             tokenize_pairs=lambda p, a: words(p, a, 5),
         )
         with pytest.raises(DataError, match=r"partition 2.*dataset\.max_length"):
@@ -327,14 +329,14 @@ class TestEncoding:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 class TestRealData:
     def test_dollys_ten_clients(self):
-        text = load_text(TextSource("dolly", str(SHARED / "dolly15k_10clients"), **PAIRS))
+        text = load_text(DatasetSettings("dolly", str(SHARED / "dolly15k_10clients"), **PAIRS))
 
         clients = text.train.to_pandas()["client"]
         assert (len(text.train), len(text.test), len(text.label_names)) == (14931, 80, 8)
         assert (clients.nunique(), clients.value_counts().min()) == (10, 443)
 
     def test_gsm8k(self):
-        source = TextSource(
+        source = DatasetSettings(
             "gsm8k",
             str(SHARED / "gsm8k"),
             template="{question}\n",

@@ -9,7 +9,8 @@ from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.data.label_rules import MOST_FRACTIONS, class_fault, normal_labels
 from hafl_app.data.labels import union_of_labels
 from hafl_app.data.own_file import OwnFile, OwnText
-from hafl_app.data.sources import TextSource, load_text
+from hafl_app.data.settings import DatasetSettings
+from hafl_app.data.sources import load_text
 
 
 def names_of(values, **options):
@@ -21,7 +22,7 @@ def load(tmp_path, labels, test=None, **settings):
     for split, values in (("train", labels), ("test", labels if test is None else test)):
         rows = [{"text": f"{split} {i}", "label": label} for i, label in enumerate(values)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return load_text(TextSource("local", path=str(tmp_path), **settings))
+    return load_text(DatasetSettings("local", path=str(tmp_path), **settings))
 
 
 class TestSpelling:
@@ -128,13 +129,13 @@ class TestClasses:
     def test_half_a_surrogate_pair_is_refused(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"text": "\\ud800", "label": 1}\n')
         with pytest.raises(DataError, match="'text' has half a surrogate pair in row 1"):
-            load_text(TextSource("local", path=str(tmp_path / "a.jsonl")))
+            load_text(DatasetSettings("local", path=str(tmp_path / "a.jsonl")))
 
     def test_numbers_of_more_than_64_bits_are_refused(self, tmp_path):
         row = '{"text": "x", "label": %d, "id": 99999999999999999999999}\n'
         (tmp_path / "a.jsonl").write_text("".join(row % (i % 2) for i in range(9)))
         with pytest.raises(DataError, match="more than 64 bits"):
-            load_text(TextSource("local", path=str(tmp_path / "a.jsonl")))
+            load_text(DatasetSettings("local", path=str(tmp_path / "a.jsonl")))
 
 
 class TestNodes:

@@ -10,7 +10,8 @@ from hafl_app.data.central import CentralFile, central_label_names
 from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.data.labels import LONGEST_LABEL, MOST_LABELS, label_fault, union_of_labels
 from hafl_app.data.own_file import OwnFile, OwnText
-from hafl_app.data.sources import TextSource, load_text
+from hafl_app.data.settings import DatasetSettings
+from hafl_app.data.sources import load_text
 
 # The number in the text is its token.
 ROWS = [{"text": f"text {i}", "label": "aabab"[i % 5] if i % 4 else "c"} for i in range(23)]
@@ -251,14 +252,14 @@ class TestLabelNames:
 
 class TestCentralFile:
     def central(self, label_names=CLASSES, **settings):
-        source = TextSource("on_device", **settings)
+        source = DatasetSettings("on_device", **settings)
         return CentralFile(source, label_names, tokenize=Tokenizer(), tokenizer_key="k", cache=None)
 
     def test_without_a_file_neither_split_has_rows(self):
         central = self.central()
 
         assert len(central.test) == len(central.validation) == 0
-        assert central_label_names(TextSource("on_device")) == ()
+        assert central_label_names(DatasetSettings("on_device")) == ()
 
     def test_a_test_file_is_read_under_the_runs_classes(self, tmp_path):
         path = write(tmp_path, ROWS)
@@ -268,7 +269,11 @@ class TestCentralFile:
         names = [CLASSES[label] for label in central.test.labels]
         assert names == [ROWS[number]["label"] for number in numbers(central.test)]
         assert (len(central.test), len(central.validation)) == (23, 0)
-        assert central_label_names(TextSource("on_device", test_path=str(path))) == ("a", "b", "c")
+        assert central_label_names(DatasetSettings("on_device", test_path=str(path))) == (
+            "a",
+            "b",
+            "c",
+        )
 
     def test_its_size_can_be_limited(self, tmp_path):
         central = self.central(test_path=str(write(tmp_path, ROWS)), max_test_examples=6)
@@ -288,11 +293,11 @@ class TestLabelNamesOfOtherSources:
     def test_the_setting_decides_the_order(self, tmp_path):
         path = write(tmp_path, ROWS)
 
-        data = load_text(TextSource("local", path=str(path), label_names=CLASSES))
+        data = load_text(DatasetSettings("local", path=str(path), label_names=CLASSES))
 
         assert data.label_names == CLASSES
         assert {CLASSES[label] for label in data.train["label"][:]} == {"a", "b", "c"}
 
     def test_there_is_nothing_to_load_on_device(self):
         with pytest.raises(DataError, match="the data stay on the nodes"):
-            load_text(TextSource("on_device"))
+            load_text(DatasetSettings("on_device"))

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hafl_app.data.partition import Partitioning, partition, split_off
+from hafl_app.data.settings import PartitionSettings
 from hafl_app.data.sources import DataError
 
 LABELS = np.repeat(np.arange(6), [30, 50, 40, 60, 20, 50])  # unequal, 250 in all
@@ -13,7 +14,8 @@ TRAIN = Dataset.from_dict({"text": ["x"] * len(LABELS), "label": LABELS, "user":
 
 
 def share(kind, num_partitions=7, seed=0, **settings):
-    return partition(TRAIN, Partitioning(kind, num_partitions, seed, column="user", **settings))
+    rule = PartitionSettings(kind, column="user", **settings)
+    return partition(TRAIN, Partitioning(rule, num_partitions, seed))
 
 
 KINDS = ["iid", "dirichlet", "pathological", "natural"]
@@ -105,17 +107,19 @@ class TestPartition:
 
     def test_natural_column(self):
         with pytest.raises(DataError, match="'usr', only text, label, user; did you mean 'user'"):
-            partition(TRAIN, Partitioning("natural", 7, 0, column="usr"))
+            partition(TRAIN, Partitioning(PartitionSettings("natural", column="usr"), 7, 0))
         with pytest.raises(DataError, match="needs the column of owners, one of text, label, user"):
-            partition(TRAIN, Partitioning("natural", 7, 0))
+            partition(TRAIN, Partitioning(PartitionSettings("natural"), 7, 0))
         holes = Dataset.from_dict({"label": [0, 1, 0], "user": ["a", None, None]})
         with pytest.raises(DataError, match="'user' is empty in 2 rows"):
-            partition(holes, Partitioning("natural", 2, 0, column="user"))
+            partition(holes, Partitioning(PartitionSettings("natural", column="user"), 2, 0))
 
     def test_natural_ids_may_be_integers(self):
         train = Dataset.from_dict({"label": [0] * 12, "user": [10, 9, 2] * 4})
 
-        partitions = partition(train, Partitioning("natural", 3, 0, column="user"))
+        partitions = partition(
+            train, Partitioning(PartitionSettings("natural", column="user"), 3, 0)
+        )
 
         assert [row.tolist() for row in partitions] == [[2, 5, 8, 11], [1, 4, 7, 10], [0, 3, 6, 9]]
 

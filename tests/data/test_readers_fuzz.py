@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hafl_app.data.decoding import OPEN_COMPRESSED
 from hafl_app.data.errors import DataError
 from hafl_app.data.files import FORMATS, read_table
-from hafl_app.data.sources import TextSource, load_text
+from hafl_app.data.settings import DatasetSettings
+from hafl_app.data.sources import load_text
 from hafl_app.data.tables import standardize
 
 COMMON = {"suppress_health_check": list(HealthCheck), "deadline": None}
@@ -189,7 +190,7 @@ def check_load(folder, kind, data):
     path = folder / f"whole{kind}"
     path.write_bytes(data)
     try:
-        loaded = load_text(TextSource("local", path=str(path)))
+        loaded = load_text(DatasetSettings("local", path=str(path)))
     except DataError as error:
         assert "\n" not in str(error)
         return

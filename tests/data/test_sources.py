@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from hafl_app.data import hub
-from hafl_app.data.sources import DataError, TextSource, load_text
+from hafl_app.data.settings import DatasetSettings
+from hafl_app.data.sources import DataError, load_text
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 3 == 0], "user": i % 4} for i in range(30)]
@@ -34,7 +35,7 @@ def as_csv(rows):
 
 
 def local(path, **settings):
-    return TextSource("local", path=str(path), **settings)
+    return DatasetSettings("local", path=str(path), **settings)
 
 
 def pairs(dataset, names):
@@ -252,12 +253,12 @@ class TestMistakes:
 
     def test_source(self):
         with pytest.raises(DataError, match=r"'bankin77' is none of.*did you mean 'banking77'"):
-            load_text(TextSource("bankin77"))  # type: ignore[arg-type]
+            load_text(DatasetSettings("bankin77"))  # type: ignore[arg-type]
 
     def test_nothing_to_load(self):
         for source in ("local", "banking77", "newsgroups"):
             with pytest.raises(DataError, match=r"dataset\.path"):
-                load_text(TextSource(source))
+                load_text(DatasetSettings(source))
 
 
 class TestBanking77:
@@ -266,7 +267,7 @@ class TestBanking77:
         (tmp_path / "test.csv").write_text("text,category\nwhen,c\n")
         (tmp_path / "categories.json").write_text('["c", "b", "a"]')
 
-        data = load_text(TextSource("banking77", path=str(tmp_path), label_column="category"))
+        data = load_text(DatasetSettings("banking77", path=str(tmp_path), label_column="category"))
 
         assert data.label_names == ("a", "b", "c")
         assert data.test[0]["label"] == 2
@@ -274,7 +275,7 @@ class TestBanking77:
     def test_original_release(self):
         path = real("banking77")
 
-        data = load_text(TextSource("banking77", path=path, label_column="category"))
+        data = load_text(DatasetSettings("banking77", path=path, label_column="category"))
 
         assert (len(data.train), len(data.test), len(data.label_names)) == (10003, 3080, 77)
         assert data.label_names == tuple(sorted(set(data.train["category"][:])))
@@ -292,7 +293,7 @@ class TestNewsgroups:
             (tmp_path / f"news_{split}_v1.jsonl.gz").write_bytes(packed)
         (tmp_path / "labels.json").write_text('["sci.med", "rec.autos"]')
 
-        data = load_text(TextSource("newsgroups", path=str(tmp_path)))
+        data = load_text(DatasetSettings("newsgroups", path=str(tmp_path)))
 
         assert data.label_names == ("sci.med", "rec.autos")
         assert {row["id"]: row["text"] for row in data.train} == {
@@ -304,7 +305,7 @@ class TestNewsgroups:
     def test_original_files(self):
         path = real("20newsgroups")
 
-        data = load_text(TextSource("newsgroups", path=path, max_examples=2000))
+        data = load_text(DatasetSettings("newsgroups", path=path, max_examples=2000))
 
         assert (len(data.train), len(data.test), len(data.label_names)) == (2000, 7532, 20)
         assert data.label_names == tuple(sorted(data.label_names))
@@ -327,7 +328,7 @@ class TestHub:
 
         monkeypatch.setattr(hub.datasets, "load_dataset", load)
 
-        data = load_text(TextSource("newsgroups", hub="who/what", revision="abc"))
+        data = load_text(DatasetSettings("newsgroups", hub="who/what", revision="abc"))
 
         assert asked == [("who/what", "abc")]
         assert pairs(data.test, data.label_names) == {("x", "b"): 1, ("", "a"): 1}
@@ -339,7 +340,7 @@ class TestHub:
         splits = self.splits({"text": ["x", "y"], "label": [0, 1]}, features)
         monkeypatch.setattr(hub.datasets, "load_dataset", lambda *_, **__: splits)
 
-        data = load_text(TextSource("banking77", hub="who/what"))
+        data = load_text(DatasetSettings("banking77", hub="who/what"))
 
         assert pairs(data.train, data.label_names) == {("x", "q"): 1, ("y", "p"): 1}
 
@@ -349,12 +350,13 @@ class TestHub:
         monkeypatch.setattr(hub.datasets, "load_dataset", lambda *_, **__: splits)
 
         with pytest.raises(DataError, match="'who/what' has no split test"):
-            load_text(TextSource("banking77", hub="who/what"))
+            load_text(DatasetSettings("banking77", hub="who/what"))
 
     def test_offline_names_the_way_out(self, tmp_path):
         script = (
-            "from hafl_app.data.sources import *\n"
-            "try: load_text(TextSource('banking77', hub='mteb/banking77'))\n"
+            "from hafl_app.data.settings import DatasetSettings\n"
+            "from hafl_app.data.sources import DataError, load_text\n"
+            "try: load_text(DatasetSettings('banking77', hub='mteb/banking77'))\n"
             "except DataError as error: print(error)"
         )
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -381,7 +383,7 @@ def test_local_files_are_loaded_without_writing(tmp_path, monkeypatch):
 
 
 def test_synthetic():
-    data = load_text(TextSource("synthetic", num_train=60, num_test=40, max_examples=50))
+    data = load_text(DatasetSettings("synthetic", num_train=60, num_test=40, max_examples=50))
 
     assert (len(data.train), len(data.test)) == (50, 40)
     assert set(data.test["label"][:]) == set(range(len(data.label_names)))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.causal import CausalSpec
+from hafl_app.training.settings import BaseSpec
 
 TINY_CAUSAL = BaseSpec("", random_weights=True, task="causal_lm")
 CAUSAL = CausalSpec(TINY_CAUSAL, seed=7)

@@ -16,10 +16,10 @@ from transformers import (
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.training.adapter_files import save_adapter
-from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.causal import CausalSpec
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.lora_model import LoraModel, LoraSpec
+from hafl_app.training.settings import BaseSpec
 
 LABELS = ("sport", "world", "science")
 RANK = 6

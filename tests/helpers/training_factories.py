@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
+from hafl_app.training.settings import BaseSpec
 
 LABELS = 3
 TINY = BaseSpec("", random_weights=True)  # layers 32 and 48 wide

@@ -8,8 +8,8 @@ from publishing_factories import LABELS, RANK, adapter_for, bert_base, save_run,
 
 from hafl_app.publishing.card import add_card
 from hafl_app.publishing.export import ExportRequest, export_adapter
-from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.causal import CausalSpec
+from hafl_app.training.settings import BaseSpec
 
 
 @pytest.fixture(scope="module")

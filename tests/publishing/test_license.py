@@ -5,7 +5,7 @@ import pytest
 
 from hafl_app.publishing import license as license_module
 from hafl_app.publishing.license import base_license
-from hafl_app.training.base_model import BaseSpec
+from hafl_app.training.settings import BaseSpec
 
 
 @pytest.fixture

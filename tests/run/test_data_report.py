@@ -7,7 +7,6 @@ from running import TINY, run_tiny
 
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.data.account import ClientRows, DataAccount
-from hafl_app.data.errors import DataError
 from hafl_app.run.data_report import WIDTH, data_lines
 from hafl_app.run.preflight import check
 
@@ -81,5 +80,5 @@ class TestRefusals:
             check(compose([*asked, "dataset.holdout_fraction=0"]))
 
     def test_settings_of_the_data(self):
-        with pytest.raises(DataError, match=r"no dataset\.answer_column to learn"):
+        with pytest.raises(SettingsError, match=r"no dataset\.answer_column to learn"):
             check(compose([*TINY, "dataset.template='{text}'"]))

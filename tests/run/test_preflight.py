@@ -1,13 +1,15 @@
 """Settings that cannot work are refused before a client is asked for anything."""
 
-import json
+import shlex
 
 import pytest
-from running import TINY, run_tiny
+from running import TINY
 
-from hafl_app.config.compose import compose
+from hafl_app.client_app import app as client_app
+from hafl_app.config.compose import SettingsError, compose
 from hafl_app.engines.in_process import InProcessGrid
-from hafl_app.privacy.mechanism import PrivacyError
+from hafl_app.run.build import settings_of_run
+from hafl_app.run.federation import run
 from hafl_app.run.preflight import check
 from hafl_app.server.method import StrategyError
 
@@ -25,16 +27,20 @@ class TestPrivacyThatWouldNotHold:
     REFUSED = r"federation\.max_norm_ratio=10.0: privacy=central_dp needs null, because"
 
     def test_is_refused_by_the_check(self):
-        with pytest.raises(PrivacyError, match=self.REFUSED):
+        with pytest.raises(SettingsError, match=self.REFUSED):
             check(compose([*TINY, *KIND_ALONE]))
 
     def test_is_refused_by_a_run_that_was_not_checked(self, tmp_path):
-        with pytest.raises(PrivacyError, match=self.REFUSED):
-            run_tiny(tmp_path / "out", *KIND_ALONE, grid_type=UnusedGrid)
+        settings = compose([*TINY, *KIND_ALONE, f"output_dir={tmp_path / 'out'}"])
 
-        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-        assert summary["status"] == "failed"
-        assert "max_norm_ratio=10.0" in summary["reason"]
+        with pytest.raises(SettingsError, match=self.REFUSED):
+            run(UnusedGrid(client_app, 5, {}), settings)
+
+        assert not (tmp_path / "out").exists()
+
+    def test_is_refused_by_a_node(self):
+        with pytest.raises(SettingsError, match=self.REFUSED):
+            settings_of_run({"overrides": shlex.join(KIND_ALONE)})
 
 
 @pytest.mark.parametrize("method", ["zero_padding", "hetlora", "flexlora"])

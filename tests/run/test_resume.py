@@ -12,8 +12,11 @@ import torch
 from running import TINY, records, run_tiny
 from safetensors.torch import load_file
 
+from hafl_app.config.compose import compose
+from hafl_app.config.schema import resumable_settings
 from hafl_app.engines.in_process import InProcessGrid
-from hafl_app.run.resuming import ResumeError, load_checkpoint
+from hafl_app.run.resuming import ResumeError, check_resumable, load_checkpoint
+from hafl_app.server.checkpoint_store import CheckpointStore
 
 STRATEGIES = ["zero_padding", "hafl", "hetlora", "flexlora", "flexlora_change"]
 VARIANTS = {
@@ -181,3 +184,76 @@ def test_goes_on_after_kill_9(phase, tmp_path):
     run_tiny(killed, "federation.num_rounds=3", f"resume={killed}")
 
     assert_same_run(whole, killed)
+
+
+class TestOldNames:
+    """Runs of a version in which settings had other names."""
+
+    @pytest.fixture
+    def of_an_older_version(self, tmp_path):
+        folder = tmp_path / "old"
+        run_tiny(folder, *self.OVERRIDES)
+        checkpoint = load_checkpoint(folder)
+        settings = checkpoint.state["settings"]
+        settings["model"]["quantisation"] = settings["model"].pop("quantization")
+        settings["strategy"]["regulariser"] = settings["strategy"].pop("regularizer")
+        overrides = ["model.quantisation=bf16", "strategy.regulariser=false"]
+        state = {**checkpoint.state, "settings": settings, "overrides": overrides}
+        CheckpointStore(folder / "checkpoints").save(
+            checkpoint.server_round, checkpoint.tensors, state
+        )
+        return folder
+
+    OVERRIDES = ("strategy=hetlora", "strategy.regularizer=false", "model.quantization=bf16")
+
+    def test_are_read_as_the_new_ones(self, of_an_older_version):
+        state = load_checkpoint(of_an_older_version).state
+        assert state["overrides"] == ["model.quantization=bf16", "strategy.regularizer=false"]
+        assert state["settings"]["model"]["quantization"] == "bf16"
+
+        more = (*self.OVERRIDES, "federation.num_rounds=3", f"resume={of_an_older_version}")
+        assert run_tiny(of_an_older_version, *more)["status"] == "finished"
+
+    def test_a_setting_that_the_run_never_had_is_refused(self, stopped):
+        checkpoint = load_checkpoint(stopped)
+        del checkpoint.state["settings"]["client"]["optimizer"]
+
+        with pytest.raises(ResumeError, match=r"client.optimizer=adamw: .* version without this"):
+            check_resumable(checkpoint, compose(list(TINY)))
+
+    def test_a_changed_value_is_still_refused(self, of_an_older_version):
+        changed = ("strategy=hetlora", "model.quantization=bf16", f"resume={of_an_older_version}")
+        with pytest.raises(ResumeError, match=r"strategy.regularizer=True: .* has False"):
+            run_tiny(of_an_older_version, *changed)
+
+
+def test_what_may_change_is_declared_by_the_fields():
+    assert {
+        "output_dir",
+        "resume",
+        "engine",
+        "tracking.kind",
+        "tracking.project",
+        "tracking.entity",
+        "tracking.mode",
+        "client.device",
+        "client.gradient_checkpointing",
+        "privacy.max_epsilon",
+        "federation.num_rounds",
+        "federation.checkpoint_every",
+        "federation.round_timeout_s",
+        "federation.start_timeout_s",
+        "federation.min_replies",
+        "federation.max_retries",
+        "federation.server_threads",
+        "federation.client_cpus",
+        "federation.client_gpus",
+        "federation.ray_address",
+        "federation.central_evaluation",
+        "federation.evaluate_every",
+        "federation.generate_examples",
+        "federation.generate_tokens",
+        "federation.fraction_evaluate",
+        "federation.alone_clients_per_rank",
+        "federation.alone_at_max_rank",
+    } == resumable_settings()

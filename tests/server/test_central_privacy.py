@@ -6,12 +6,10 @@ import pytest
 import torch
 from driving import MAX_RANK, Client, merge, noise, strategy_named, update_of
 
-from hafl_app.config.compose import compose
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.privacy.mechanism import NoiseSource, PrivacyError, PrivacyOptions
 from hafl_app.server.central_privacy import (
-    check_federation,
     next_adapter,
     sum_of_changes,
     trainable_counts,
@@ -380,36 +378,3 @@ class TestMethods:
 
         assert strategy.plan(profile, 1) != before
         assert before.importance == "none"
-
-
-class TestSettings:
-    @pytest.mark.parametrize(
-        ("kind", "setting", "needs"),
-        [
-            ("central_dp", "max_norm_ratio=10.0", "null"),
-            ("central_dp", "robust=median", "none"),
-            ("central_dp", "clip_ratio=2.0", "null"),
-            ("central_dp", "min_replies=3", "1"),
-            ("central_dp", "max_retries=2", "0"),
-            ("local_dp", "fraction_evaluate=1.0", "0.0"),
-            ("local_dp", "alone_clients_per_rank=2", "0"),
-            ("local_dp", "max_retries=1", "0"),
-        ],
-    )
-    def test_what_privacy_cannot_cover_is_refused_with_the_reason(self, kind, setting, needs):
-        federation = compose([*self.overrides(kind), f"federation.{setting}"]).federation
-
-        with pytest.raises(
-            PrivacyError, match=rf"federation\.{setting}: privacy={kind} needs {needs}, because"
-        ):
-            check_federation(kind, federation)
-        check_federation(kind, compose(self.overrides(kind)).federation)
-        check_federation("none", federation)
-
-    @staticmethod
-    def overrides(kind):
-        settings = {
-            "central_dp": ("max_norm_ratio=null", "max_retries=0"),
-            "local_dp": ("fraction_evaluate=0", "alone_clients_per_rank=0", "max_retries=0"),
-        }
-        return [f"federation.{setting}" for setting in settings[kind]]

@@ -13,7 +13,7 @@ from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import BIT_LEVELS, TrainPlan, component_bytes
 from hafl_app.privacy.mechanism import PrivacyOptions, trained_part
-from hafl_app.run import build
+from hafl_app.run.checks import check_settings
 from hafl_app.server.compatibility import private_division
 from hafl_app.server.method import StrategyError
 from hafl_app.server.round_messages import RoundMessages
@@ -165,7 +165,7 @@ class TestSettings:
     def test_other_methods_allocate_no_bits(self, strategy):
         settings = compose([f"strategy={strategy}", "federation.upload=mixed"])
         with pytest.raises(SettingsError, match="upload=mixed: only strategy=haflq"):
-            build.strategy(settings)
+            check_settings(settings)
 
     def test_a_channel_that_cannot_be_is_refused(self):
         with pytest.raises(SettingsError, match=r"bandwidth_hz=0\.0: expected 1 to 1e\+12"):

@@ -24,9 +24,9 @@ from hafl_app.server.reply_validation import ReplyError, read_update
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.hetlora import HetLora
 from hafl_app.training.adapter_arrays import to_arrays
-from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
-from hafl_app.training.local import TrainOptions, train
+from hafl_app.training.local import train
+from hafl_app.training.settings import BaseSpec, TrainOptions
 from hafl_app.wire.records import AdapterArrays, adapter_content
 
 CLIENTS = [Client(r, n, i) for i, (r, n) in enumerate([(1, 10), (2, 25), (4, 7), (3, 31)])]

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,11 +23,16 @@ from transformers import (
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.training import adapter_files as saved_module
-from hafl_app.training.adapter_files import SavedAdapterError, load_adapter, save_adapter
-from hafl_app.training.base_model import BaseSpec
+from hafl_app.training.adapter_files import (
+    SavedAdapterError,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
 from hafl_app.training.causal import CausalSpec, LoraCausalLM
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.evaluate import predict_logits
+from hafl_app.training.settings import BaseSpec
 
 NAMES = ("sport", "world", "science")
 ROWS = random_rows(12)
@@ -371,3 +377,49 @@ class TestCausal:
         assert not (tmp_path / "a" / "head.safetensors").exists()
         config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
         assert config["task_type"] == "CAUSAL_LM"
+
+
+class TestFilesOfOtherVersions:
+    SHAPE: ClassVar = {"model_type": "bert", "hidden_size": 40, "intermediate_size": 56} | {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 512,
+    }
+
+    def test_a_shape_is_json_within_json(self, tmp_path):
+        base = BaseSpec(random_weights=True, shape=self.SHAPE)
+        spec = ClassifierSpec(base, LABELS)
+        folder = save(tmp_path / "adapter", random_adapter(LoraClassifier(spec), 3), spec)
+
+        card = json.loads((folder / "hafl.json").read_text())
+
+        assert set(card["base"]) == {
+            "path",
+            "revision",
+            "sha256",
+            "package_path",
+            "num_layers",
+            "random_weights",
+            "pooling",
+            "trust_remote_code",
+            "task",
+            "shape",
+            "quantization",
+        }
+        assert json.loads(card["base"]["shape"]) == self.SHAPE
+        assert load_adapter(folder).model.layers.keys() == LoraClassifier(spec).layers.keys()
+        assert read_adapter(folder).spec.base == base
+
+    def test_keys_of_older_versions_are_read(self, tmp_path, adapter):
+        folder = save(tmp_path / "adapter", adapter, SPEC)
+        card = json.loads((folder / "hafl.json").read_text())
+        for newer in ("trust_remote_code", "task", "shape"):
+            del card["base"][newer]
+        card["base"]["quantisation"] = card["base"].pop("quantization")
+        card["facts"] = {"centralised": True}
+        (folder / "hafl.json").write_text(json.dumps(card))
+
+        loaded = load_adapter(folder)
+
+        assert loaded.facts == {"centralized": True}
+        assert read_adapter(folder).spec.base.quantization == "none"

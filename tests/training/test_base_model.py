@@ -13,7 +13,6 @@ from transformers import BertConfig, BertModel
 
 from hafl_app.training import base_model as base_module
 from hafl_app.training.base_model import (
-    BaseSpec,
     ModelError,
     base_without_weights,
     load_base,
@@ -21,6 +20,7 @@ from hafl_app.training.base_model import (
     locate,
 )
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
+from hafl_app.training.settings import BaseSpec
 
 MINILM = Path(__file__).parents[2] / "conf" / "model" / "minilm.yaml"
 

@@ -1,6 +1,5 @@
 """Causal language models: what the loss counts, and that parts of a batch add up to it."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -14,11 +13,12 @@ from transformers import BertConfig, LlamaForCausalLM
 
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.training import lora_model
-from hafl_app.training.base_model import BaseSpec, ModelError
+from hafl_app.training.base_model import ModelError
 from hafl_app.training.causal import CausalSpec, LoraCausalLM
 from hafl_app.training.evaluate import AnswerScores, adapter_evaluator, evaluate
-from hafl_app.training.local import TrainOptions, train
+from hafl_app.training.local import train
 from hafl_app.training.lora_model import adapter_shapes
+from hafl_app.training.settings import BaseSpec, TrainOptions
 from hafl_app.training.step_memory import count_step
 
 pytestmark = pytest.mark.slow
@@ -253,14 +253,14 @@ class TestShapes:
     def test_a_shape_makes_a_model_without_files(self):
         shape = {"model_type": "llama", "hidden_size": 40, "intermediate_size": 56}
         shape |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-        spec = CausalSpec(replace(TINY_CAUSAL, shape=json.dumps({**shape, "vocab_size": 600})))
+        spec = CausalSpec(replace(TINY_CAUSAL, shape={**shape, "vocab_size": 600}))
 
         up = adapter_shapes(spec)["model.layers.0.mlp.up_proj"]
 
         assert (up.out_features, up.in_features) == (56, 40)
         assert LoraCausalLM(spec).shapes() == adapter_shapes(spec)
 
-    @pytest.mark.parametrize("shape", ['{"hidden_size": 8}', '{"model_type": "no-such"}', "[1]"])
+    @pytest.mark.parametrize("shape", [{"hidden_size": 8}, {"model_type": "no-such"}, [1]])
     def test_a_shape_that_is_none_is_refused_in_one_line(self, shape):
         with pytest.raises(ModelError, match=r"model\.shape") as caught:
             adapter_shapes(CausalSpec(BaseSpec("", random_weights=True, shape=shape)))

@@ -19,7 +19,7 @@ from training_factories import (
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.training import lora_model
-from hafl_app.training.base_model import BaseSpec, ModelError, load_base
+from hafl_app.training.base_model import ModelError, load_base
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier, head_shapes
 from hafl_app.training.lora_model import (
     FROZEN,
@@ -28,6 +28,7 @@ from hafl_app.training.lora_model import (
     resident_model,
     resolve_targets,
 )
+from hafl_app.training.settings import BaseSpec
 
 IDS = torch.tensor([[5, 9, 2, 7], [3, 8, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])

@@ -7,9 +7,9 @@ import torch
 from training_factories import SPEC, plan_for, random_adapter, random_rows
 
 from hafl_app.plan import ModulePlan
-from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.classifier import ClassifierSpec
-from hafl_app.training.local import TrainOptions, train
+from hafl_app.training.local import train
+from hafl_app.training.settings import BaseSpec, TrainOptions
 
 OPTIONS = TrainOptions(batch_size=4)
 LOWER, UPPER = "encoder.layer.0.", "encoder.layer.1."

@@ -26,7 +26,8 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TailPruning
 from hafl_app.training.batches import MicroBatches, is_out_of_memory
 from hafl_app.training.classifier import LoraClassifier
-from hafl_app.training.local import DeviceMemoryError, TrainOptions, TrainResult, train
+from hafl_app.training.local import DeviceMemoryError, TrainResult, train
+from hafl_app.training.settings import TrainOptions
 
 pytestmark = pytest.mark.slow
 
@@ -252,7 +253,8 @@ import resource, sys
 import torch
 from training_factories import SPEC, plan_for, random_adapter, rows_of
 from hafl_app.training.classifier import LoraClassifier
-from hafl_app.training.local import TrainOptions, train
+from hafl_app.training.local import train
+from hafl_app.training.settings import TrainOptions
 
 torch.set_num_threads(1)
 classifier = LoraClassifier(SPEC)

@@ -10,8 +10,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.prompts import load_pair_tokenizer
+from hafl_app.training.settings import BaseSpec
 
 WORDS = ["<s>", "</s>", "<unk>", "name", "a", "color", "red", "blue"]
 

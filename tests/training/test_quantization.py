@@ -12,9 +12,9 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from training_factories import CPU, SPEC, plan_for, random_adapter, random_rows
 
-from hafl_app.training.base_model import BaseSpec, ModelError, load_base
+from hafl_app.training.base_model import ModelError, load_base
 from hafl_app.training.fused_lora import FusedLoraLinear
-from hafl_app.training.local import TrainOptions, train
+from hafl_app.training.local import train
 from hafl_app.training.lora_model import FROZEN, with_quantization
 from hafl_app.training.quantization import linear as quantized_linear
 from hafl_app.training.quantization.blocks import block_bytes, dequantize, precisions_of
@@ -25,6 +25,7 @@ from hafl_app.training.quantization.linear import (
     packed,
     packed_bytes,
 )
+from hafl_app.training.settings import BaseSpec, TrainOptions
 from hafl_app.training.step_memory import LiveBytes, count_step
 
 LIBRARY = importlib.util.find_spec("bitsandbytes") is not None

@@ -9,10 +9,10 @@ from training_factories import CPU, SPEC, plan_for, random_adapter, rows_of
 from transformers import BertConfig
 
 from hafl_app.training import step_memory as memory
-from hafl_app.training.base_model import BaseSpec
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.device import peak_memory_mb
-from hafl_app.training.local import TrainOptions, train
+from hafl_app.training.local import train
+from hafl_app.training.settings import BaseSpec, TrainOptions
 from hafl_app.training.step_memory import LiveBytes, StepBytes, StepMemory, count_step, step_memory
 
 pytestmark = pytest.mark.slow
@@ -176,10 +176,11 @@ import sys
 sys.path[:0] = ["tests/helpers", "."]
 import hafl_app.client.handlers
 from training_factories import plan_for, random_adapter, rows_of
-from hafl_app.training.base_model import BaseSpec
+from hafl_app.training.settings import BaseSpec
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.device import peak_memory_mb
-from hafl_app.training.local import TrainOptions, train
+from hafl_app.training.local import train
+from hafl_app.training.settings import TrainOptions
 classifier = LoraClassifier(ClassifierSpec(BaseSpec(sys.argv[1], random_weights=True), 5)).float()
 adapter = random_adapter(classifier, 8)
 rows = rows_of([[5] * (64 - (i % 3 == 0)) for i in range(64)], [0, 1] * 32)

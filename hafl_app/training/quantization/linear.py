@@ -160,7 +160,8 @@ def _empty(out_features: int, in_features: int, precision: str) -> tuple[Tensor,
 def _require_library(precision: str) -> None:
     if precision != "bf16" and importlib.util.find_spec("bitsandbytes") is None:
         raise QuantizationError(
-            f"model.quantization={precision} needs bitsandbytes: pip install 'hafl-app[quantized]'"
+            f"model.quantization={precision} needs bitsandbytes: pip install 'hafl-app[quantized]' "
+            "(the extra that was called quantised)"
         )
 
 

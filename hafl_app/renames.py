@@ -1,0 +1,62 @@
+"""Old names of settings, classes and facts in files, and what they are called now.
+
+A setting by its old name is refused with the new one. What an earlier version wrote, a run's
+``config.yaml``, its checkpoints and saved adapters, is read as if it had the new names. Standard
+library only.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+SETTINGS: Final[Mapping[str, str]] = {
+    "model.quantisation": "model.quantization",
+    "strategy.regulariser": "strategy.regularizer",
+}
+"""Settings by their full name."""
+
+MODULES: Final[Mapping[str, str]] = {
+    "hafl_app.strategies.averaging": "hafl_app.strategies.component_mean",
+}
+"""Modules that ``strategy._target_`` may name."""
+
+FACTS: Final[Mapping[str, str]] = {
+    **{old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in SETTINGS.items()},
+    "centralised": "centralized",
+}
+"""Keys in the file of a saved adapter."""
+
+
+def refusal(name: str) -> str:
+    """Return the line that refuses an old name of a setting; empty if it is none."""
+    return f"{name} is now {SETTINGS[name]}" if name in SETTINGS else ""
+
+
+def renamed_target(target: str) -> str:
+    """Return a ``_target_`` with today's module."""
+    module, dot, name = target.rpartition(".")
+    return f"{MODULES.get(module, module)}{dot}{name}"
+
+
+def renamed_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings that a run saved under today's names."""
+    renamed: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        new = SETTINGS.get(name, name).rpartition(".")[2]
+        if isinstance(value, Mapping):
+            renamed[new] = renamed_settings(value, f"{name}.")
+        else:
+            renamed[new] = renamed_target(value) if key == "_target_" else value
+    return renamed
+
+
+def renamed_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that a run saved under today's names."""
+    return [_renamed_override(override) for override in overrides]
+
+
+def _renamed_override(override: str) -> str:
+    key, equals, value = override.partition("=")
+    bare = key.lstrip("+~")
+    value = renamed_target(value) if bare == "strategy._target_" else value
+    return f"{key[: len(key) - len(bare)]}{SETTINGS.get(bare, bare)}{equals}{value}"

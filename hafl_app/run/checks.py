@@ -1,0 +1,218 @@
+"""Combinations of settings that are refused, each in one line.
+
+Here stands what two groups of settings cannot be together. What one value may be is metadata of
+its field; what a method cannot serve is judged by its traits, in `hafl_app.server.compatibility`;
+what the data or a node do not have is found where they are read.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from hafl_app.config.compose import SettingsError
+from hafl_app.config.schema import Settings
+from hafl_app.data.combinations import check_choices, check_sharing
+from hafl_app.data.errors import DataError
+from hafl_app.data.sources import IMAGES
+
+CAUSAL_LM, IMAGE_CLASSIFICATION = "causal_lm", "image_classification"
+
+_CROSS_CLIENT = "one client's upload would change how the others count"
+_ONE_RELEASE = "a repeated round is one more release than epsilon counts"
+PRIVACY_NEEDS: Final[Mapping[str, Mapping[str, tuple[object, str]]]] = {
+    "none": {},
+    "central_dp": {
+        "robust": ("none", _CROSS_CLIENT),
+        "clip_ratio": (None, f"{_CROSS_CLIENT}; privacy.clip_norm clips"),
+        "max_norm_ratio": (None, _CROSS_CLIENT),
+        "min_replies": (1, "whether a round counts would tell how many took part"),
+        "max_retries": (0, _ONE_RELEASE),
+    },
+    "local_dp": {
+        "fraction_evaluate": (0.0, "scores on private data would be uploaded without noise"),
+        "alone_clients_per_rank": (0, "training alone is one more upload than epsilon counts"),
+        "max_retries": (0, _ONE_RELEASE),
+    },
+}
+"""What settings of `federation` must be for the reported privacy to hold, and why."""
+
+STREAMING_NEEDS: Final[Mapping[str, object]] = {
+    "robust": "none",
+    "max_norm_ratio": None,
+    "clip_ratio": None,
+}
+"""Settings of `federation` that compare the replies of a round, and what switches them off."""
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse settings that do not go together.
+
+    Raises
+    ------
+    SettingsError
+        In one line: the first combination that is refused, and what would be accepted.
+    """
+    for refused in (refusal for check in _CHECKS for refusal in check(settings)):
+        raise SettingsError(refused)
+
+
+def check_comparison(settings: Settings, searches_rates: bool) -> None:
+    """Refuse settings under which methods cannot be compared.
+
+    Parameters
+    ----------
+    searches_rates
+        Whether learning rates are searched for.
+
+    Raises
+    ------
+    SettingsError
+        In one line.
+    """
+    if settings.model.head == "local":
+        raise SettingsError("model.head=local: there is no global model to compare")
+    if searches_rates and not settings.dataset.validation_fraction:
+        raise SettingsError("dataset.validation_fraction=0: nothing to tune on; add tune=false")
+
+
+def check_base_alone(settings: Settings) -> None:
+    """Refuse to score a base model alone that cannot be.
+
+    Raises
+    ------
+    SettingsError
+        In one line.
+    """
+    if settings.model.task != CAUSAL_LM:
+        raise SettingsError(
+            f"adapter=none: only a model.task={CAUSAL_LM} can be scored alone, the head of a "
+            f"{settings.model.task} model is trained with its adapter"
+        )
+    if settings.model.quantization == "blockwise":
+        raise SettingsError(
+            "model.quantization=blockwise: that is each client's own choice; expected none, "
+            "int8 or nf4"
+        )
+
+
+def _images(settings: Settings) -> Iterator[str]:
+    """Images for a model of text, text for one of images, and what images do not have."""
+    images, task = settings.dataset.source in IMAGES, settings.model.task
+    if images != (task == IMAGE_CLASSIFICATION):
+        yield (
+            f"model.task={task} with dataset.source={settings.dataset.source}: "
+            f"image_classification (model=vit_digits) needs images, "
+            f"dataset={' or '.join(sorted(IMAGES))}, and images need it"
+        )
+    if images and settings.model.pooling != "cls":
+        yield (
+            f"model.pooling={settings.model.pooling}: an image classifier has a head of its own, "
+            "expected cls"
+        )
+    if images and settings.ranks.source == "memory":
+        yield (
+            "ranks=from_memory: the memory of a training step is not counted for images; take "
+            "ranks with tiers"
+        )
+
+
+def _answers(settings: Settings) -> Iterator[str]:
+    """Answers without a model that learns them, and the other way round."""
+    answers, causal = settings.dataset.answer_column, settings.model.task == CAUSAL_LM
+    if causal and not answers:
+        yield (
+            "model.task=causal_lm needs prompts with answers: dataset=dolly, or another with "
+            "dataset.answer_column and dataset.template"
+        )
+    if answers and not causal:
+        yield (
+            f"dataset.answer_column={answers}: answers are learned by a model=causal, "
+            f"model.task is {settings.model.task}"
+        )
+    if causal and settings.model.head == "local":
+        yield "model.head=local: a causal language model has no head"
+
+
+def _unseen_clients(settings: Settings) -> Iterator[str]:
+    unseen, clients = settings.federation.unseen_clients, settings.federation.num_clients
+    asked = f"federation.unseen_clients={unseen}"
+    if unseen >= clients:
+        yield f"{asked}: expected below federation.num_clients={clients}"
+    if unseen and settings.model.head == "local":
+        yield f"{asked}: with model.head=local they would have an untrained head"
+    if unseen and not settings.dataset.holdout_fraction:
+        yield (
+            f"{asked}: they are scored on rows that they hold out; expected "
+            "dataset.holdout_fraction above 0"
+        )
+    if unseen and settings.privacy.kind != "none":
+        yield (
+            f"{asked}: refused under privacy={settings.privacy.kind}, whose guarantee and "
+            "denominators count every client"
+        )
+
+
+def _data(settings: Settings) -> Iterator[str]:
+    try:
+        check_choices(settings.dataset)
+        check_sharing(settings.dataset, settings.partition.kind)
+    except DataError as error:
+        yield str(error)
+
+
+def _generation(settings: Settings) -> Iterator[str]:
+    examples = settings.federation.generate_examples
+    asked = f"federation.generate_examples={examples}"
+    if examples and settings.model.task != CAUSAL_LM:
+        yield f"{asked}: answers are generated by a model.task={CAUSAL_LM} only"
+    if examples and not settings.federation.central_evaluation:
+        yield f"{asked} needs federation.central_evaluation=true"
+
+
+def _upload(settings: Settings) -> Iterator[str]:
+    if settings.federation.upload == "mixed" and not settings.strategy.traits.allocates_bits:
+        yield (
+            "federation.upload=mixed: only strategy=haflq gives every component its bits; expected "
+            "fp32, bf16 or int8"
+        )
+
+
+def _streaming(settings: Settings) -> Iterator[str]:
+    for name, off in STREAMING_NEEDS.items() if settings.federation.streaming else ():
+        if (value := getattr(settings.federation, name)) != off:
+            yield (
+                f"federation.streaming=true needs federation.{name}={_word(off)}, not {value}: "
+                "it compares all replies of a round, and streaming drops each at once"
+            )
+
+
+def _privacy(settings: Settings) -> Iterator[str]:
+    kind = settings.privacy.kind
+    for name, (expected, reason) in PRIVACY_NEEDS[kind].items():
+        if (value := getattr(settings.federation, name)) != expected:
+            yield (
+                f"federation.{name}={_word(value)}: privacy={kind} needs {_word(expected)}, "
+                f"because {reason}"
+            )
+
+
+def _engine(settings: Settings) -> Iterator[str]:
+    if settings.engine == "inprocess" and settings.federation.ray_address:
+        yield "federation.ray_address: engine=inprocess uses no Ray; drop either"
+
+
+def _word(value: object) -> str:
+    """Write a value as on the command line."""
+    return "null" if value is None else str(value)
+
+
+_CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
+    _privacy,
+    _images,
+    _answers,
+    _data,
+    _unseen_clients,
+    _generation,
+    _upload,
+    _streaming,
+    _engine,
+)

@@ -1,0 +1,83 @@
+"""Old names: refused on the command line, read as the new ones in what runs have written."""
+
+import pytest
+
+from hafl_app.config.compose import SettingsError, compose
+from hafl_app.config.schema import declared_settings
+from hafl_app.renames import (
+    FACTS,
+    MODULES,
+    SETTINGS,
+    renamed_overrides,
+    renamed_settings,
+    renamed_target,
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["model.quantisation=int8"], "model.quantisation is now model.quantization"),
+        (["+model.quantisation=int8"], "model.quantisation is now model.quantization"),
+        (["~model.quantisation"], "model.quantisation is now model.quantization"),
+        (
+            ["strategy=hetlora", "strategy.regulariser=false"],
+            "strategy.regulariser is now strategy.regularizer",
+        ),
+        (
+            ["strategy=hetlora", "+strategy.regulariser=false"],
+            "strategy.regulariser is now strategy.regularizer",
+        ),
+        (
+            ["strategy._target_=hafl_app.strategies.averaging.ComponentAveraging"],
+            "strategy._target_: hafl_app.strategies.averaging.ComponentAveraging is now "
+            "hafl_app.strategies.component_mean.ComponentAveraging",
+        ),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(overrides, line):
+    with pytest.raises(SettingsError) as caught:
+        compose(overrides)
+    assert str(caught.value) == line
+
+
+def test_the_new_names_exist_and_the_old_ones_do_not():
+    declared = {found.name for found in declared_settings()}
+    strategy = compose(["strategy=hetlora"]).strategy
+    declared |= {f"strategy.{name}" for name in strategy.__dataclass_fields__}
+    assert set(SETTINGS.values()) <= declared
+    assert not set(SETTINGS) & declared
+    for module in MODULES.values():
+        __import__(module)
+
+
+def test_saved_settings_are_read_under_todays_names():
+    saved = {
+        "strategy": {"_target_": "hafl_app.strategies.averaging.Mine", "regulariser": False},
+        "model": {"quantisation": "int8", "path": "quantisation"},
+        "dataset": {"quantisation": 3},
+        "seed": 1,
+    }
+    assert renamed_settings(saved) == {
+        "strategy": {"_target_": "hafl_app.strategies.component_mean.Mine", "regularizer": False},
+        "model": {"quantization": "int8", "path": "quantisation"},
+        "dataset": {"quantisation": 3},  # no setting that was ever called so
+        "seed": 1,
+    }
+
+
+def test_saved_overrides_are_read_under_todays_names():
+    saved = ["+model.quantisation=int8", "seed=1", "strategy.regulariser='a=b'", "~x", "model=y"]
+    assert renamed_overrides(saved) == [
+        "+model.quantization=int8",
+        "seed=1",
+        "strategy.regularizer='a=b'",
+        "~x",
+        "model=y",
+    ]
+
+
+def test_facts_and_targets():
+    assert FACTS["quantisation"] == "quantization"
+    assert FACTS["centralised"] == "centralized"
+    assert renamed_target("hafl_app.strategies.hafl.Hafl") == "hafl_app.strategies.hafl.Hafl"
