@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import TINY, records, run_tiny
+from running import LONE, TINY, records, run_tiny
 from safetensors.torch import load_file
 
 from hafl_app.engines.in_process import InProcessGrid
@@ -82,13 +82,13 @@ def test_goes_on_bit_for_bit(variant, tmp_path):
 @pytest.fixture(scope="module")
 def three_rounds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
-    run_tiny(folder, "federation.num_rounds=3")
+    run_tiny(folder, LONE, "federation.num_rounds=3")
     return folder
 
 
 @pytest.mark.slow
 def test_a_finished_run_goes_on_for_more_rounds(three_rounds, stopped):
-    run_tiny(stopped, "federation.num_rounds=3", f"resume={stopped}")
+    run_tiny(stopped, LONE, "federation.num_rounds=3", f"resume={stopped}")
 
     assert_same_run(three_rounds, stopped)
 
@@ -96,7 +96,7 @@ def test_a_finished_run_goes_on_for_more_rounds(three_rounds, stopped):
 @pytest.fixture(scope="module")
 def two_rounds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
-    run_tiny(folder)
+    run_tiny(folder, LONE)
     return folder
 
 
@@ -168,7 +168,7 @@ class TestWhatIsKept:
         data[len(data) // 2] ^= 1
         newest.write_bytes(data)
 
-        run_tiny(stopped, "federation.num_rounds=3", f"resume={stopped}")
+        run_tiny(stopped, LONE, "federation.num_rounds=3", f"resume={stopped}")
 
         assert_same_run(three_rounds, stopped)
 
@@ -190,7 +190,7 @@ def killed(tmp_path_factory):
     """Return the folder of federations that were killed in each phase, and how they ended."""
     folder = tmp_path_factory.mktemp("killed")
     script = Path(__file__).parents[1] / "helpers" / "killed_run.py"
-    command = [sys.executable, script, folder, *TINY, "federation.num_rounds=3"]
+    command = [sys.executable, script, folder, *TINY, LONE, "federation.num_rounds=3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
@@ -204,6 +204,6 @@ def test_goes_on_after_kill_9(phase, killed, three_rounds):
     assert ended[phase] == -signal.SIGKILL, log[-2000:]
 
     resume = f"resume={folder / phase}"
-    run_tiny(folder / phase, "federation.num_rounds=3", resume)
+    run_tiny(folder / phase, LONE, "federation.num_rounds=3", resume)
 
     assert_same_run(three_rounds, folder / phase)
