@@ -37,6 +37,12 @@ DEFAULTS = (
     *("dataset.max_length=16", "client.batch_size=16", "client.max_steps=4"),
 )
 
+# What the timing app has in its pyproject.toml for the app's own.
+_TIMING = {
+    "hafl_app.server_app:app": "benchmarks.deployed:app",
+    '"hafl_app/**/*.py", ': '"hafl_app/**/*.py", "benchmarks/**/*.py", ',
+}
+
 
 def main() -> int:
     """Measure, print and keep the figures; return the exit code."""
@@ -144,14 +150,18 @@ def _own_ray(folder: Path) -> Iterator[int]:
 
 
 def _timing_app(folder: Path) -> Path:
-    """Copy the app with another ServerApp in it."""
-    for name in ("hafl_app", "conf"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    """Copy the app with another ServerApp, and the package that it is in."""
+    for source in (ROOT / "hafl_app", ROOT / "conf", ROOT / "scripts" / "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, folder / source.name, ignore=ignored)
     for name in ("README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     project = (ROOT / "pyproject.toml").read_text()
-    own, timing = "hafl_app.server_app:app", "benchmarks.deployed:app"
-    (folder / "pyproject.toml").write_text(project.replace(own, timing))
+    for own, timing in _TIMING.items():
+        if own not in project:
+            raise RuntimeError(f"pyproject.toml: {own} is missing")
+        project = project.replace(own, timing)
+    (folder / "pyproject.toml").write_text(project)
     return folder
 
 

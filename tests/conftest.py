@@ -25,8 +25,20 @@ settings.register_profile("hafl", deadline=None)
 settings.load_profile("hafl")
 
 
+# Those that take longest, longest first: two workers end together if the long files start first.
+_LONGEST = (
+    *("tests/test_end_to_end.py", "tests/run/test_resume.py", "tests/test_chaos.py"),
+    *("tests/deployment/test_deploy_local.py", "tests/benchmarks/test_simulation.py"),
+    *("tests/test_compare.py", "tests/training/test_step_memory.py", "tests/test_simulate.py"),
+    *("tests/benchmarks/test_streaming_cost.py", "tests/server/test_rounds.py"),
+    *("tests/test_vision_run.py", "tests/training/test_micro_batches.py"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out with ``-m "not slow"`` what has a command of its own."""
+    """Put long files first, and let ``-m "not slow"`` leave out what has a command of its own."""
+    places = {file: place for place, file in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
     for item in items:
         if item.get_closest_marker("deploy") or item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.slow)

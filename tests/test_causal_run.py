@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from running import records, run_tiny
+from running import LONE, records, run_tiny
 
 from hafl_app.client import handlers
 from hafl_app.client.node import Node
@@ -64,7 +64,7 @@ def causal(tmp_path_factory) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, causal):
     folder = tmp_path_factory.mktemp("run") / "out"
-    return folder, run_tiny(folder, *causal)
+    return folder, run_tiny(folder, *causal, LONE)
 
 
 class TestRun:

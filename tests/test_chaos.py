@@ -1,17 +1,20 @@
 """Chaos runs: the schedule, what is noticed of it, kills, and the exit status."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from chaos_suite import suite
 from chaos_suite.faults import DRAWN, Kind, RandomFaults, SignFlippers, spoil
 from chaos_suite.grid import read_journal
 from chaos_suite.report import problems, tally
 from chaos_suite.runs import Part, run_part, run_with_kills
 from chaos_suite.suite import parse_command
 from flwr.app import Message, MessageType, MetricRecord
+from programs import run_program
 from safetensors.torch import load_file
 
 from hafl_app.config.compose import SettingsError
@@ -27,7 +30,6 @@ from hafl_app.wire.records import (
     plan_record,
     read_adapter,
 )
-from scripts import chaos
 
 pytestmark = pytest.mark.slow  # whole federations
 
@@ -121,12 +123,23 @@ class TestSpoil:
         )
 
 
+def main(folder, *arguments):
+    given = [*TINY, "kills=0", "flippers=0", "bad=0.25", *arguments, f"output_dir={folder}"]
+    return run_program("scripts/chaos.py", *given)
+
+
 @pytest.fixture(scope="module")
-def quarter_bad(tmp_path_factory):
-    """A run in which a quarter of the replies is bad: 15 faults, every kind at least once."""
-    part = Part(tmp_path_factory.mktemp("chaos") / "run", TINY, RandomFaults(0, 0.25, 12))
-    run_part(part)
-    return part
+def finished(tmp_path_factory):
+    """Return the folder of a whole chaos run, and what the program said."""
+    folder = tmp_path_factory.mktemp("chaos") / "out"
+    return folder, main(folder)
+
+
+@pytest.fixture(scope="module")
+def quarter_bad(finished):
+    """Return its run with a quarter of bad replies: 15 faults, every kind at least once."""
+    folder, _ = finished
+    return Part(folder / "faulty", (*TINY, "seed=0"), RandomFaults(0, 0.25, 12))
 
 
 class TestNoticed:
@@ -180,7 +193,11 @@ EXPECTED = {
 def test_kills_do_not_change_the_result(quarter_bad, tmp_path):
     """Killed and resumed, the run repeats the schedule and ends with the same adapter."""
     killed = Part(
-        tmp_path / "run", TINY, quarter_bad.schedule, kill_rounds=(2, 4), round_seconds=0.5
+        tmp_path / "run",
+        quarter_bad.overrides,
+        quarter_bad.schedule,
+        kill_rounds=(2, 4),
+        round_seconds=0.5,
     )
     kills = run_with_kills(killed)
 
@@ -191,32 +208,36 @@ def test_kills_do_not_change_the_result(quarter_bad, tmp_path):
         assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
 
-def main(monkeypatch, folder, *arguments):
-    given = [*TINY, "kills=0", "flippers=0", "bad=0.25", *arguments, f"output_dir={folder}"]
-    monkeypatch.setattr(chaos.sys, "argv", ["chaos.py", *given])
-    return chaos.main()
-
-
 class TestExitStatus:
-    def test_is_0_if_all_is_noticed(self, monkeypatch, tmp_path, capsys):
-        assert main(monkeypatch, tmp_path) == 0
+    def test_is_0_if_all_is_noticed(self, finished):
+        folder, done = finished
+        assert done.returncode == 0
 
-        found = json.loads((tmp_path / "chaos.json").read_text())
+        found = json.loads((folder / "chaos.json").read_text())
         assert found["problems"] == []
         assert sum(c["injected"] for c in found["kinds"] if c["kind"] != Kind.STRANGER) == 15
-        assert "| importance negative | 1 | 1 |" in capsys.readouterr().out
+        assert "| importance negative | 1 | 1 |" in done.stdout
 
-    def test_is_1_if_a_fault_goes_unnoticed(self, monkeypatch, tmp_path, capsys):
+    def test_is_1_if_a_fault_goes_unnoticed(self, finished, monkeypatch, tmp_path):
+        def run(part):
+            if part.folder.name == "fault-free":  # the same again
+                shutil.copytree(finished[0] / "fault-free", part.folder)
+            else:
+                run_part(part)
+
+        monkeypatch.setattr(suite, "run_part", run)
         monkeypatch.setattr(judge, "_check_scores", lambda update, plan: None)
 
-        assert main(monkeypatch, tmp_path) == 1
+        ended = main(tmp_path / "out")
 
-        unnoticed = json.loads((tmp_path / "chaos.json").read_text())["problems"]
+        assert ended.returncode == 1
+
+        unnoticed = json.loads((tmp_path / "out" / "chaos.json").read_text())["problems"]
         assert {line.partition(":")[0] for line in unnoticed} == {
             Kind.IMPORTANCE_INF,
             Kind.IMPORTANCE_NEGATIVE,
         }
-        assert "error: importance Inf: 1 of 1 unnoticed" in capsys.readouterr().err
+        assert "error: importance Inf: 1 of 1 unnoticed" in ended.stderr
 
     def test_rounds_lost_missing_kills_and_fallen_accuracy_are_problems(self):
         fine = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from running import TINY, records, run_tiny
+from running import LONE, TINY, records, run_tiny
 
 from hafl_app.engines import flower_run
 from hafl_app.run.run_lock import RunLockedError, run_lock
@@ -83,7 +83,7 @@ class TestRun:
 
     def test_same_numbers_as_in_process(self, on_ray, tmp_path):
         folder, _, _ = on_ray
-        run_tiny(tmp_path / "inprocess")
+        run_tiny(tmp_path / "inprocess", LONE)
         for kind in ("round", "client"):
             ray, inprocess = records(folder, kind), records(tmp_path / "inprocess", kind)
             for line in (*ray, *inprocess):

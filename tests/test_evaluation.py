@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from programs import run_program
 from running import TINY, records, run_tiny
 from transformers import AutoTokenizer
 
@@ -262,18 +262,10 @@ class TestHarness:
 
 def test_the_script(causal, data, tmp_path):
     moved = shutil.copytree(causal[0] / "adapter", tmp_path / "moved")
-    command = [sys.executable, "scripts/evaluate.py"]
-    done = subprocess.run(
-        [*command, f"adapter={moved}", *data], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = run_program("scripts/evaluate.py", f"adapter={moved}", *data)
+    assert done.returncode == 0
     assert "perplexity" in done.stdout
-    wrong = subprocess.run(
-        [*command, f"adapter={tmp_path}", *data],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    wrong = run_program("scripts/evaluate.py", f"adapter={tmp_path}", *data)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ")
     assert len(wrong.stderr.splitlines()) == 1

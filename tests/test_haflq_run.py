@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from running import records, run_tiny
+from running import LONE, records, run_tiny
 from safetensors.torch import load_file
 
 from hafl_app.engines.in_process import InProcessGrid
@@ -141,7 +141,7 @@ def test_rounding_is_post_processing_under_privacy(privacy, tmp_path):
 def test_clients_that_train_alone_upload_in_float32(tmp_path):
     sizes = {}
     for strategy in ("hafl", "haflq"):
-        summary = run_tiny(tmp_path / strategy, f"strategy={strategy}")
+        summary = run_tiny(tmp_path / strategy, LONE, f"strategy={strategy}")
         sizes[strategy] = summary["bytes"]["alone"]["up"]
 
     assert sizes["haflq"] == sizes["hafl"] > 0

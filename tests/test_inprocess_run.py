@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, Message, RecordDict
-from running import ReorderedGrid, records, run_tiny, tampering
+from running import LONE, ReorderedGrid, records, run_tiny, tampering
 from safetensors.torch import load_file
 
 from hafl_app.client import handlers
@@ -22,7 +22,7 @@ from hafl_app.wire.records import METRICS
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
-    return folder, run_tiny(folder)
+    return folder, run_tiny(folder, LONE, draws=True)
 
 
 class TestOutput:
@@ -79,7 +79,7 @@ class TestOutput:
 class TestDeterminism:
     def test_the_same_seed_gives_the_same_bits(self, finished, tmp_path):
         folder, _ = finished
-        run_tiny(tmp_path / "again")
+        run_tiny(tmp_path / "again", LONE)
         assert records(tmp_path / "again", "round") == records(folder, "round")
         assert records(tmp_path / "again", "client") == records(folder, "client")
         first, second = (
@@ -140,7 +140,7 @@ def test_the_base_model_is_loaded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(lora_model, "load_base", lambda *args: calls.append(args) or load(*args))
     lora_model.resident_model.cache_clear()
 
-    run_tiny(tmp_path / "a")
+    run_tiny(tmp_path / "a", LONE)
 
     assert len(calls) == 1  # for the server, 5 clients, 2 rounds and 3 lone clients
 
@@ -202,7 +202,9 @@ class TestFaults:
             run_tiny(tmp_path / "a", "strategy=fedit")
 
     def test_fedit_runs_with_one_rank(self, tmp_path):
-        summary = run_tiny(tmp_path / "a", "strategy=fedit", "ranks=homogeneous", "lora.max_rank=3")
+        summary = run_tiny(
+            tmp_path / "a", "strategy=fedit", "ranks=homogeneous", "lora.max_rank=3", LONE
+        )
         assert [row["rank"] for row in summary["device_ranks"]] == [3]
 
 
@@ -245,6 +247,6 @@ def test_devices_with_ranks_per_layer_type_are_a_class_of_their_own(tmp_path, ca
         "ranks.tiers=[{rank: 2, share: 1}, {rank: 2, share: 1, rank_pattern: {query: 4}}]",
         "strategy=zero_padding",
     )
-    rows = run_tiny(tmp_path / "a", *tiers)["device_ranks"]
+    rows = run_tiny(tmp_path / "a", *tiers, LONE)["device_ranks"]
     assert [(row["rank"], row.get("ranks")) for row in rows] == [(2, None), (2, [2, 4])]
     assert "2/4" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from running import run_tiny
+from running import LONE, run_tiny
 from safetensors.torch import load_file
 
 from hafl_app.engines.in_process import InProcessGrid
@@ -100,7 +100,7 @@ def test_feedback_changes_later_rounds_and_not_the_first(tmp_path):
 def test_clients_that_train_alone_are_scored_by_what_they_trained(tmp_path):
     sizes = {}
     for upload in ("fp32", "int8"):
-        summary = run_tiny(tmp_path / upload, f"federation.upload={upload}")
+        summary = run_tiny(tmp_path / upload, LONE, f"federation.upload={upload}")
         sizes[upload] = summary["bytes"]["alone"]["up"]
 
     assert sizes["int8"] == sizes["fp32"] > 0

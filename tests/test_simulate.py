@@ -11,6 +11,7 @@ import torch
 from running import TINY, records, run_tiny
 
 ROOT = Path(__file__).parents[1]
+ALONE = "federation.alone_clients_per_rank=0"
 
 
 def in_this_process(monkeypatch, capsys, *arguments):
@@ -80,41 +81,39 @@ def test_wrong_input_is_one_line_and_nothing_starts(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_a_missing_column_names_the_ones_there_are(tmp_path):
+def test_a_missing_column_names_the_ones_there_are(tmp_path, monkeypatch, capsys):
     (tmp_path / "data.csv").write_text("txt,label\nhello,a\nbye,b\n")
-    result = simulate("model=tiny_random", "dataset=local", f"dataset.path={tmp_path / 'data.csv'}")
-    assert result.returncode == 2
-    assert "txt" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    data = ("dataset=local", f"dataset.path={tmp_path / 'data.csv'}")
+    code, printed = in_this_process(monkeypatch, capsys, "model=tiny_random", *data)
+    assert code == 2
+    assert "txt" in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Return the folder of a sweep over methods and seeds, and what the command did."""
+    folder = tmp_path_factory.mktemp("sweep")
+    jobs = ("-m", *TINY, "engine=inprocess", ALONE, "strategy=hafl,hetlora", "seed=0,1")
+    return folder, simulate(*jobs, f"hydra.sweep.dir={folder}", before=["-c", TELLING_OF_LOADS])
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_every_job_in_a_folder_of_its_own(tmp_path):
-    result = simulate(
-        *("-m", *TINY, "engine=inprocess", "federation.alone_clients_per_rank=0"),
-        *("strategy=hafl,zero_padding", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
-    )
+def test_a_sweep_runs_every_job_in_a_folder_of_its_own(sweep):
+    folder, result = sweep
     assert result.returncode == 0, result.stderr
-    folders = sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir())
-    assert folders == ["0-hafl", "1-hafl", "2-zero_padding", "3-zero_padding"]
-    assert all((tmp_path / "sweep" / f / "summary.json").exists() for f in folders)
+    folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert folders == ["0-hafl", "1-hafl", "2-hetlora", "3-hetlora"]
+    assert all((folder / job / "summary.json").exists() for job in folders)
 
 
 @pytest.mark.slow
-def test_the_jobs_of_a_sweep_share_one_base_model_and_end_as_single_runs(tmp_path):
-    alone = "federation.alone_clients_per_rank=0"
-    jobs = ("-m", *TINY, "engine=inprocess", alone, "strategy=hafl,flexlora,hetlora")
-
-    sweep = f"hydra.sweep.dir={tmp_path / 'sweep'}"
-
-    result = simulate(*jobs, sweep, before=["-c", TELLING_OF_LOADS])
-
-    assert result.returncode == 0, result.stderr
+def test_the_jobs_of_a_sweep_share_one_base_model_and_end_as_single_runs(sweep, tmp_path):
+    folder, result = sweep
     assert result.stdout.count("a base model was loaded") == 1
     # The last one, which comes after what the others have left behind.
-    run_tiny(tmp_path / "single", alone, "strategy=hetlora")
-    last = records(tmp_path / "sweep" / "2-hetlora", "round")
+    run_tiny(tmp_path / "single", ALONE, "strategy=hetlora", "seed=1")
+    last = records(folder / "3-hetlora", "round")
     assert last == records(tmp_path / "single", "round")
 
 
@@ -122,7 +121,7 @@ def test_the_jobs_of_a_sweep_share_one_base_model_and_end_as_single_runs(tmp_pat
 def test_a_failed_job_fails_the_command_and_not_the_sweep(tmp_path):
     # Ten million is a loss that is not finite: the client refuses to go on.
     result = simulate(
-        *("-m", *TINY, "engine=inprocess", "federation.alone_clients_per_rank=0"),
+        *("-m", *TINY, "engine=inprocess", ALONE, "federation.num_rounds=1"),
         *("client.learning_rate=1e30,1e-3", "client.max_grad_norm=0"),
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     )

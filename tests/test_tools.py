@@ -1,14 +1,7 @@
 """Programs beside the runs themselves: a user's mistake is one line, never a traceback."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[1]
+from programs import run_program
 
 
 @pytest.mark.parametrize(
@@ -16,7 +9,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("scripts/node_worker.py", ["start", "--port", "99999"], "'99999': expected a number from"),
         ("scripts/node_worker.py", ["status", "--port", "6389"], "error: no Ray of this node on"),
-        ("-m", ["hafl_app.deployment.fence", "--credentials", "/nowhere"], "ca.crt is missing"),
+        ("hafl_app.deployment.fence", ["--credentials", "/nowhere"], "ca.crt is missing"),
         ("scripts/memory_table.py", ["--measure", "/nowhere"], "model.path=/nowhere: no such"),
         ("scripts/memory_table.py", ["--batch-size", "0"], "'0': expected a whole number from 1"),
         ("scripts/bench_aggregation.py", ["--clients", "5y16"], "'5y16': expected such as 5x16"),
@@ -26,9 +19,7 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_a_mistake_is_told_in_one_line(program, arguments, told):
-    done = subprocess.run(
-        [sys.executable, program, *arguments], check=False, cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_program(program, *arguments)
 
     assert done.returncode in (1, 2)
     assert told in done.stderr.splitlines()[-1]

@@ -5,7 +5,7 @@ import json
 import pytest
 from flwr.app import Message
 from flwr.clientapp import ClientApp
-from running import TINY, records, run_tiny
+from running import LONE, TINY, records, run_tiny
 
 from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import SettingsError, compose
@@ -39,7 +39,7 @@ def recording(asked: dict[str, list[int]], silent: tuple[int, ...] = ()) -> Clie
 def finished(tmp_path_factory):
     folder, asked = tmp_path_factory.mktemp("unseen") / "out", {}
     summary = run_tiny(
-        folder, "federation.unseen_clients=2", "dataset.num_train=300", app=recording(asked)
+        folder, LONE, "federation.unseen_clients=2", "dataset.num_train=300", app=recording(asked)
     )
     return folder, summary, asked, sorted(draw_unseen(5, 2, seed=0))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ LIMIT = "loop"
 _TOLERANCE = 1e-5
 _POLL_SECONDS = 0.05
 _COPIES = 4
-_ROOT = Path(__file__).resolve().parents[2]
+_SCRIPTS = Path(__file__).resolve().parents[1]
 _WORKER = "benchmarks.simulation_worker"
 
 
@@ -205,8 +206,7 @@ def run_apart(name: str, task: SimulationTask, watch: bool) -> Run:
                 [sys.executable, "-m", _WORKER, name, task.to_json(), str(result)],
                 stdout=output,
                 stderr=output,
-                env=run_environment(Path(folder), token) | {"OMP_NUM_THREADS": "1"},
-                cwd=_ROOT,
+                env=_environment(Path(folder), token),
             )
             try:
                 imports, peak = _watch(process, result) if watch else (0.0, 0.0)
@@ -218,6 +218,14 @@ def run_apart(name: str, task: SimulationTask, watch: bool) -> Run:
             raise RuntimeError(f"{name} failed: {log.read_text(encoding='utf-8')[-2000:]}")
         told = json.loads(times.read_text(encoding="utf-8"))
         return Run(load_file(result), told["first_round"], told["rounds"], imports, peak)
+
+
+def _environment(home: Path, token: str) -> dict[str, str]:
+    """Return a process's environment: one thread, and both packages, for Ray's workers as well."""
+    inherited = os.environ.get("PYTHONPATH")
+    paths = [str(_SCRIPTS.parent), str(_SCRIPTS), *([inherited] if inherited else [])]
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return run_environment(home, token) | own
 
 
 def _watch(process: "subprocess.Popen[bytes]", result: Path) -> tuple[float, float]:

@@ -1,14 +1,11 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from benchmarks import bytes as benchmark
 from benchmarks.bytes import METHODS, Sizes, measure, measure_all, minilm_shapes
 from benchmarks.timing import DisagreementError
+from programs import run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 ONE_LAYER = minilm_shapes(1)
 WIDTHS = 4 * 768 + 2 * 1920  # of MiniLM's six adapted weights of a layer, both sides together
 
@@ -68,12 +65,10 @@ def test_a_reply_that_is_refused_is_never_measured(monkeypatch):
         measure("zero_padding", 2, "fp32", ONE_LAYER, 4)
 
 
-@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_it(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "bench_bytes.py"), "--layers", "1"]
-    command += ["--ranks", "2", "--methods", "fedit", "--json", str(tmp_path / "bytes.json")]
+    arguments = ["--ranks", "2", "--methods", "fedit", "--json", tmp_path / "bytes.json"]
 
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    result = run_program("scripts/bench_bytes.py", "--layers", "1", *arguments)
 
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("| fedit | 2 |") == 3

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.gpu import (
     unmeasured,
 )
 from benchmarks.training import OURS, TRAINER, Case
+from programs import run_program
 from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = pytest.mark.slow
@@ -36,11 +38,6 @@ def client():
     return make_client(SMALL, CPU)
 
 
-def run(*command):
-    command = [sys.executable, *command]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-
 def test_needs_neither_flower_nor_ray_nor_hydra():
     names = ["flwr", "flwr_datasets", "ray", "hydra", "omegaconf", "wandb"]
     code = (
@@ -48,7 +45,9 @@ def test_needs_neither_flower_nor_ray_nor_hydra():
         f"print([name for name in {names} if name in sys.modules])"
     )
 
-    done = run("-c", code)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     # Transformers prints a line of its own where Weights & Biases is offline.
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -121,7 +120,7 @@ def test_without_a_device_every_line_says_so():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure the CUDA device")
 def test_the_script_says_where_there_is_no_device():
-    done = run("scripts/bench_gpu.py")
+    done = run_program("scripts/bench_gpu.py")
 
     assert done.returncode == 0, done.stderr
     assert "no CUDA device: nothing is measured" in done.stdout.splitlines()
@@ -132,7 +131,7 @@ def test_the_script_measures_in_small_on_the_cpu(tmp_path):
     file = tmp_path / "gpu.json"
     options = ["--device", "cpu", "--tiny", "--steps", "1", "--repeats", "1", "--json", str(file)]
 
-    done = run("scripts/bench_gpu.py", *options, "--loads", "3:2x7")
+    done = run_program("scripts/bench_gpu.py", *options, "--loads", "3:2x7")
 
     assert done.returncode == 0, done.stderr
     assert "| 3 | 2 x 7 | ours |" in done.stdout

@@ -1,13 +1,9 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
 from benchmarks.bytes import minilm_shapes
 from benchmarks.haflq import measure_clients, summary
+from programs import run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 ONE_LAYER = minilm_shapes(1)
 WIDTHS = 6912  # of MiniLM's six adapted weights of a layer, both sides together
 
@@ -36,12 +32,10 @@ def test_the_summary_adds_up():
     assert "-49%" in summary(clients)
 
 
-@pytest.mark.slow
 def test_the_command_prints_a_table_for_each_time_and_writes_them(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "bench_haflq.py"), "--layers", "1"]
-    command += ["--seconds", "0.1", "1", "--json", str(tmp_path / "haflq.json")]
+    arguments = ["--seconds", "0.1", "1", "--json", tmp_path / "haflq.json"]
 
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    result = run_program("scripts/bench_haflq.py", "--layers", "1", *arguments)
 
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("| 2000 | 8 |") == 2

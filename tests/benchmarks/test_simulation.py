@@ -1,9 +1,6 @@
 """All ways of simulating end with the same adapter, or nothing is timed."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from benchmarks.simulation_loop import has_pfl, run_loop, run_pfl
 from benchmarks.simulation_ours import run_inprocess
 from benchmarks.simulation_task import SimulationTask
 from benchmarks.timing import DisagreementError
+from programs import run_program
 
 NOTHING = SimulationTask(3, 2, 40_000)
 TRAINING = SimulationTask(
@@ -103,34 +101,37 @@ def test_only_what_is_installed_is_run(monkeypatch):
     assert ways(["pfl", "ours in process"]) == ["loop", "ours in process"]
 
 
-def bench(monkeypatch, *arguments):
-    path = Path(__file__).parents[2] / "scripts" / "bench_simulation.py"
-    spec = importlib.util.spec_from_file_location("bench_simulation", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["bench_simulation.py", *arguments])
-    return module.main()
-
-
 SMALLEST = ("--payloads", "0.04", "--clients", "2", "--rounds", "2", "--repeats", "1")
 
 
-@pytest.mark.slow
-def test_the_command_measures_each_way_in_a_process_of_its_own(monkeypatch, tmp_path, capsys):
+def test_the_command_measures_every_task(monkeypatch, tmp_path):
+    monkeypatch.setattr(simulation, "run_apart", here)
     arguments = ("--harness", "ours in process", "--settings", "dataset.num_train=60")
 
-    code = bench(monkeypatch, *SMALLEST, *arguments, "--json", str(tmp_path / "t.json"))
+    done = run_program(
+        *("scripts/bench_simulation.py", *SMALLEST, *arguments, "--json", tmp_path / "t.json")
+    )
 
-    assert code == 0, capsys.readouterr().err
+    assert done.returncode == 0, done.stderr
     tables = json.loads((tmp_path / "t.json").read_text())["tables"]
     assert list(tables) == ["nothing, 0.04 MB", "training"]
     assert [row["way"] for row in tables["training"]] == ["loop", "ours in process"]
 
 
+def test_an_unknown_way_is_one_line():
+    done = run_program("scripts/bench_simulation.py", "--harness", "magic")
+
+    assert done.returncode != 0
+    assert "expected among loop, pfl" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.slow
-def test_an_unknown_way_is_one_line(monkeypatch, capsys):
-    assert bench(monkeypatch, "--harness", "magic") != 0
-    assert "expected among loop, pfl" in capsys.readouterr().err
+def test_in_a_process_of_its_own_it_is_the_same_adapter():
+    run = simulation.run_apart("ours in process", TRAINING, False)
+
+    check_agreement({"loop": run_loop(TRAINING, lambda: None), "other": run.state})
+    assert len(run.rounds) == TRAINING.num_rounds - 1
+    assert (run.imports_mb, run.peak_mb) == (0, 0)  # not watched
 
 
 @pytest.mark.slow

@@ -1,11 +1,5 @@
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 from benchmarks.simulation_scale import ASKED, grow, report, task_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from programs import run_program
 
 SMALL = (
     *("model=tiny_random", "dataset=synthetic", "dataset.num_train=400", "dataset.num_test=20"),
@@ -38,21 +32,12 @@ def test_clients_can_really_train():
     assert len(growth.rounds) == 2
 
 
-@pytest.mark.slow
 def test_the_command_prints_and_draws_the_costs(tmp_path):
     picture = tmp_path / "new" / "costs.png"
     sizes = ["--registered", "2", "5", "--rounds", "2"]
 
-    done = subprocess.run(
-        [
-            *(sys.executable, "scripts/bench_simulation.py", "--scale", "--no-training"),
-            *(*sizes, "--plot", str(picture)),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    command = ("scripts/bench_simulation.py", "--scale", "--no-training")
+    done = run_program(*command, *sizes, "--plot", picture)
 
     assert done.returncode == 0, done.stderr
     assert "\n| 5 | 5 |" in done.stdout

@@ -18,6 +18,7 @@ import pytest
 from running import TINY, records
 
 from hafl_app.client.permissions import OWN_MACHINE
+from hafl_app.config.compose import SettingsError
 from hafl_app.engines.processes import run_environment
 from hafl_app.engines.ray_cluster import (
     RayClusterError,
@@ -25,6 +26,7 @@ from hafl_app.engines.ray_cluster import (
     cluster_address,
     ray_environment,
 )
+from scripts.simulate import run_job
 
 ROOT = Path(__file__).parents[2]
 HEAD, WORKER = "127.0.0.2", "127.0.0.3"
@@ -174,12 +176,10 @@ def simulate(folder: Path, environment: dict[str, str], *arguments: str):
     )
 
 
-@pytest.mark.slow
 def test_an_engine_without_ray_does_not_pretend_to_use_a_cluster(tmp_path):
-    cluster = "federation.ray_address=127.0.0.2:6379"
-    result = simulate(tmp_path / "out", dict(os.environ), *TINY, cluster, "engine=inprocess")
-    assert result.returncode == 1
-    assert "federation.ray_address: engine=inprocess uses no Ray" in result.stderr
+    cluster = ("federation.ray_address=127.0.0.2:6379", "engine=inprocess")
+    with pytest.raises(SettingsError, match="ray_address: engine=inprocess uses no Ray"):
+        run_job([*TINY, *cluster], tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,14 @@
-"""A federation that kills itself with SIGKILL: `killed_run.py PHASE OVERRIDE...`."""
+"""Federations that kill themselves with SIGKILL, one in each of `PHASES`.
 
+`killed_run.py FOLDER OVERRIDE...` writes the run of a phase to FOLDER/PHASE, and then how each of
+the processes ended to FOLDER/ended.json.
+"""
+
+import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,12 +54,28 @@ PHASES: dict[str, tuple[Any, str, int]] = {
 }
 
 
-def main() -> None:
+def die_in(phase: str, overrides: list[str]) -> None:
     """Run the federation until it dies."""
     torch.set_num_threads(1)
-    owner, name, number = PHASES[sys.argv[1]]
+    owner, name, number = PHASES[phase]
     with mock.patch.object(owner, name, kill_at(number, getattr(owner, name))):
-        run_federation(sys.argv[2:])
+        run_federation(overrides)
+
+
+def main() -> None:
+    """Fork a process for each phase: all has been imported, and nothing been computed yet."""
+    folder, overrides = Path(sys.argv[1]), sys.argv[2:]
+    ended = {}
+    for phase in PHASES:
+        pid = os.fork()
+        if not pid:
+            try:
+                die_in(phase, [*overrides, f"output_dir={folder / phase}"])
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+        ended[phase] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    (folder / "ended.json").write_text(json.dumps(ended))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import TINY, records, run_tiny
+from running import LONE, TINY, records, run_tiny
 from safetensors.torch import load_file
 
 from hafl_app.config.compose import compose
@@ -56,23 +57,49 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
+def cut_after(server_round: int, run: Path, folder: Path) -> Path:
+    """Copy a run as it would be if it had stopped when this round's checkpoint was written."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("adapter*", "*.json", "*.png"))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if checkpoint.stem > f"round-{server_round:05d}":
+            checkpoint.unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line).get("server_round", 0) <= server_round]
+    assert len(kept) < len(lines)
+    (folder / "metrics.jsonl").write_text("".join(kept))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_goes_on_bit_for_bit(variant, tmp_path):
     overrides = VARIANTS[variant]
-    run_tiny(tmp_path / "whole", *overrides, "federation.num_rounds=4")
-    run_tiny(tmp_path / "cut", *overrides, "federation.num_rounds=2")
+    run_tiny(tmp_path / "whole", *overrides, "federation.num_rounds=3")
+    cut = cut_after(2, tmp_path / "whole", tmp_path / "cut")
 
-    resume = f"resume={tmp_path / 'cut'}"
-    run_tiny(tmp_path / "cut", *overrides, "federation.num_rounds=4", resume)
+    run_tiny(cut, *overrides, "federation.num_rounds=3", f"resume={cut}")
 
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", cut)
+
+
+@pytest.fixture(scope="module")
+def three_rounds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    run_tiny(folder, LONE, "federation.num_rounds=3")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_for_more_rounds(three_rounds, stopped):
+    run_tiny(stopped, LONE, "federation.num_rounds=3", f"resume={stopped}")
+
+    assert_same_run(three_rounds, stopped)
 
 
 @pytest.fixture(scope="module")
 def two_rounds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
-    run_tiny(folder)
+    run_tiny(folder, LONE)
     return folder
 
 
@@ -112,11 +139,9 @@ class TestSettings:
 
 @pytest.mark.slow
 class TestWhatIsKept:
-    def test_the_last_two_checkpoints_stay(self, tmp_path):
-        run_tiny(tmp_path / "out", "federation.num_rounds=4")
-
-        names = sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir())
-        assert names == ["round-00003.safetensors", "round-00004.safetensors"]
+    def test_the_last_two_checkpoints_stay(self, three_rounds):
+        names = sorted(p.name for p in (three_rounds / "checkpoints").iterdir())
+        assert names == ["round-00002.safetensors", "round-00003.safetensors"]
 
     def test_a_new_run_in_the_folder_forgets_the_old_checkpoints(self, stopped):
         run_tiny(stopped, "federation.num_rounds=1", "seed=5")
@@ -140,16 +165,15 @@ class TestWhatIsKept:
 
         assert not (tmp_path / "out" / "checkpoints").exists()
 
-    def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(self, stopped, tmp_path):
+    def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(self, stopped, three_rounds):
         newest = stopped / "checkpoints" / "round-00002.safetensors"
         data = bytearray(newest.read_bytes())
         data[len(data) // 2] ^= 1
         newest.write_bytes(data)
-        run_tiny(tmp_path / "whole", "federation.num_rounds=3")
 
-        run_tiny(stopped, "federation.num_rounds=3", f"resume={stopped}")
+        run_tiny(stopped, LONE, "federation.num_rounds=3", f"resume={stopped}")
 
-        assert_same_run(tmp_path / "whole", stopped)
+        assert_same_run(three_rounds, stopped)
 
     def test_local_heads_that_the_engine_forgets_are_refused_by_name(self, tmp_path):
         class Forgetful(InProcessGrid):
@@ -164,26 +188,28 @@ class TestWhatIsKept:
 PHASES = ["training", "fold", "evaluation", "trackers", "checkpoint", "rename", "results"]
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Return the folder of federations that were killed in each phase, and how they ended."""
+    folder = tmp_path_factory.mktemp("killed")
+    script = Path(__file__).parents[1] / "helpers" / "killed_run.py"
+    command = [sys.executable, script, folder, *TINY, LONE, "federation.num_rounds=3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return folder, json.loads((folder / "ended.json").read_text()), process.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
-def test_goes_on_after_kill_9(phase, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_tiny(whole, "federation.num_rounds=3")
-    script = Path(__file__).parents[1] / "helpers" / "killed_run.py"
-    overrides = [*TINY, "federation.num_rounds=3", f"output_dir={killed}"]
+def test_goes_on_after_kill_9(phase, killed, three_rounds):
+    folder, ended, log = killed
+    assert ended[phase] == -signal.SIGKILL, log[-2000:]
 
-    process = subprocess.run(
-        [sys.executable, str(script), phase, *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    run_tiny(killed, "federation.num_rounds=3", f"resume={killed}")
+    resume = f"resume={folder / phase}"
+    run_tiny(folder / phase, LONE, "federation.num_rounds=3", resume)
 
-    assert_same_run(whole, killed)
+    assert_same_run(three_rounds, folder / phase)
 
 
 class TestOldNames:
