@@ -21,6 +21,15 @@ from pathlib import Path
 import psutil
 
 LOOPBACK = "127.0.0.1"
+GUARDED = {
+    # Off, Ray keeps to 127.0.0.1. Otherwise it resolves that to the machine's outer address,
+    # on Linux too, and binds to all of them.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Environment of a Ray of this machine alone; a token belongs to it."""
+
 _START_SECONDS = 90.0
 _STOP_SECONDS = 10.0
 _LONGEST_TEMP_DIR = 40  # Ray puts sockets below it, whose whole path has at most 107 bytes
@@ -58,13 +67,9 @@ def state_folder(port: int) -> Path:
 
 def connection_environment(port: int) -> dict[str, str]:
     """Return the environment in which Ray's processes and clients of a port find each other."""
-    return {
-        # Off, Ray keeps to 127.0.0.1. Otherwise it resolves that to the machine's outer address,
-        # on Linux too, and binds to all of them.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
+    return GUARDED | {
         "RAY_AUTH_TOKEN_PATH": str(state_folder(port) / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
+        "FLWR_TELEMETRY_ENABLED": "0",
     }
 
 

@@ -1,0 +1,73 @@
+"""Where the processes of a real simulation listen, and whom its Ray answers."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from running import TINY
+
+from hafl_app.engines.flower_run import flwr_run, own_superlink, processes_of, resources_for
+
+ROOT = Path(__file__).parents[2]
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+_STRANGER = """
+import sys, ray
+try:
+    ray.init(address=sys.argv[1], logging_level="CRITICAL")
+except Exception as error:
+    sys.exit(f"refused: {error}")
+print("let in")
+"""
+
+
+def listening(token):
+    """Return what the processes of a run listen on: name of the process, address, port."""
+    found = set()
+    for process in processes_of(token):
+        try:
+            name, connections = process.name(), process.net_connections("tcp")
+        except psutil.Error:  # ended meanwhile
+            continue
+        found |= {(name, c.laddr.ip, c.laddr.port) for c in connections if c.status == "LISTEN"}
+    return found
+
+
+def stranger(port):
+    """Try to get into a Ray as another program of this machine."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-c", _STRANGER, f"127.0.0.1:{port}"],
+        env=environment | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_simulation_listens_on_the_loopback_and_lets_no_stranger_in(tmp_path):
+    sockets, strangers = set(), []
+
+    def look(line):
+        nonlocal sockets
+        now = listening(environment["HAFL_RUN_TOKEN"])
+        sockets |= now
+        ray = [port for name, _, port in now if name == "gcs_server"]
+        if ray and not strangers and "round 0" in line:
+            strangers.append(stranger(ray[0]))
+
+    overrides = shlex.join((*TINY, f"output_dir={tmp_path / 'out'}"))
+    with own_superlink(tmp_path / "log") as environment:
+        flwr_run(ROOT, environment, {"overrides": overrides}, resources_for(5, 1, 0), look)
+
+    assert {"gcs_server", "raylet"} <= {name for name, _, _ in sockets}
+    assert any(name.startswith("flwr-simulation") for name, _, _ in sockets)
+    assert {address for _, address, _ in sockets} <= LOOPBACK, sockets
+    assert "let in" not in strangers[0].stdout
+    assert "refused" in strangers[0].stderr
