@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from hafl_app.deployment.local import LocalNode
-from hafl_app.engines.flower_run import comes_up, free_port, start_process
+from hafl_app.engines.processes import comes_up, free_port, start_process
 
 
 def signed(private_key, at=None):

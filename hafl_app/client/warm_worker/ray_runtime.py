@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from hafl_app.process_identity import start_of
+
 LOOPBACK = "127.0.0.1"
 GUARDED = {
     # Off, Ray keeps to 127.0.0.1. Otherwise it resolves that to the machine's outer address,
@@ -46,13 +48,13 @@ class RayProcess:
     Parameters
     ----------
     pid, created
-        The process that all others of this Ray end with, and when it started (seconds).
+        The process that all others of this Ray end with, and its `start_of`.
     temp_dir
         Folder of its sockets and logs, which goes with it.
     """
 
     pid: int
-    created: float
+    created: str
     temp_dir: str
 
 
@@ -84,7 +86,7 @@ def running(port: int) -> RayProcess | None:
     """Return the Ray that was started on a port, if it lives."""
     known = _started_last(port)
     with suppress(psutil.Error):
-        if known is not None and psutil.Process(known.pid).create_time() == known.created:
+        if known is not None and start_of(known.pid) == known.created:
             return known
     return None
 
@@ -137,7 +139,7 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    known = RayProcess(process.pid, psutil.Process(process.pid).create_time(), str(temp_dir))
+    known = RayProcess(process.pid, start_of(process.pid), str(temp_dir))
     (folder / "ray.json").write_text(json.dumps(asdict(known)))
     if not _comes_up(process, port, temp_dir):
         stop(port)
