@@ -5,6 +5,7 @@ SuperLink checks them as well, but only after it has read the whole body into me
 """
 
 import binascii
+import json
 from base64 import b64decode
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -20,6 +21,10 @@ from hafl_app.deployment.registered_keys import RegisteredKeys, SuperlinkSilentE
 
 NOT_AUTHENTICATED = "Invalid SuperNode authentication"
 """What a refused caller reads, as from the SuperLink; the log says why."""
+
+NOT_REGISTERED = json.dumps({"code": 2004, "detail": "Failed to activate SuperNode."})
+"""What an unregistered node reads, as from the SuperLink, with status 412: then it ends as failed,
+and its service manager tries again. After a 401 it would end as if all were well."""
 
 _LONGEST_HEADER = 1024  # a public key on P-521 has 360 characters
 
@@ -68,7 +73,8 @@ async def authenticated_key(headers: Mapping[str, str], registered: RegisteredKe
     Raises
     ------
     starlette.exceptions.HTTPException
-        401 if no registered node does; 502, on which nodes try again, if the SuperLink is silent.
+        401 if no node signed it; 412 if one did that is not registered; 502, on which nodes try
+        again, if the SuperLink is silent.
     """
     try:
         key = signing_key(headers, datetime.now(UTC))
@@ -78,7 +84,7 @@ async def authenticated_key(headers: Mapping[str, str], registered: RegisteredKe
     except SuperlinkSilentError as error:
         raise HTTPException(502, str(error)) from error
     if not known:
-        raise HTTPException(401, NOT_AUTHENTICATED) from SignatureError("the key is not registered")
+        raise HTTPException(412, NOT_REGISTERED) from SignatureError("the key is not registered")
     return key
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -38,7 +39,10 @@ class _Connection(BoundedConnection):
 def verifier(
     superlink: str, ca: Path | None = None, *, transport: httpx.AsyncBaseTransport | None = None
 ) -> Starlette:
-    """Return the ASGI app: `/verify` answers 204 to a registered node's headers, else 401.
+    """Return the ASGI app: `/verify` answers 204 to a registered node's headers.
+
+    It answers 403 to those of a node that is not registered, 401 to those of nobody, and 502 if
+    the SuperLink is silent.
 
     Parameters
     ----------
@@ -62,7 +66,11 @@ def verifier(
 
 
 async def _verify(request: Request) -> Response:
-    await authenticated_key(request.headers, request.app.state.registered)
+    try:
+        await authenticated_key(request.headers, request.app.state.registered)
+    except HTTPException as error:
+        # `auth_request` knows 401 and 403 alone; all else is an error to it.
+        return Response(status_code=403 if error.status_code == 412 else error.status_code)
     return Response(status_code=204)
 
 

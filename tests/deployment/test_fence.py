@@ -11,6 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from deployment_factories import nginx_of_docs, signed
 from flwr.proto.control_pb2 import ListNodesResponse
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.main import create_app
 from starlette.testclient import TestClient
@@ -210,7 +212,6 @@ FORGED = {
     "from the future": ago(-400),
     "without a time zone": signed(KEY, datetime.now(UTC).replace(tzinfo=None)),
     "endless key": signed(KEY) | {"flwr-public-key": "A" * 10_000},
-    "unregistered": signed(OTHER_KEY),
 }
 
 
@@ -238,13 +239,23 @@ class TestSignatures:
         assert (verify(headers), verify(stolen)) == (204, 401)
 
     def test_a_node_may_come_as_soon_as_it_is_registered(self, verify, superlink):
-        assert verify(signed(OTHER_KEY)) == 401
+        assert verify(signed(OTHER_KEY)) == 403
         superlink.registered[OTHER_KEY] = "registered"
         assert verify(signed(OTHER_KEY)) == 204
 
     def test_a_key_that_was_unregistered_is_refused(self, verify, superlink):
         superlink.registered[KEY] = "unregistered"
-        assert verify(signed(KEY)) == 401
+        assert verify(signed(KEY)) == 403
+
+    def test_an_unregistered_node_gets_flowers_own_error_before_its_body_is_read(
+        self, client, superlink
+    ):
+        reply = client.post("/v1/fleet/activate-node", headers=signed(OTHER_KEY), content=b"x")
+        spec = API_ERROR_MAP[ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED]
+        assert reply.status_code == spec.http_status_code
+        error = FlowerError.from_json(reply.text)
+        assert (error.code, error.message) == (2004, spec.public_message)
+        assert superlink.seen == []
 
     def test_known_keys_are_not_asked_for_again(self, verify, superlink):
         assert [verify(signed(KEY)) for _ in range(5)] == [204] * 5
