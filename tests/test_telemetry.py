@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hafl_app.client.warm_worker.ray_runtime import connection_environment
-from hafl_app.engines.flower_run import run_environment
+from hafl_app.engines.processes import run_environment
 
 ROOT = Path(__file__).parents[1]
 OFF = "FLWR_TELEMETRY_ENABLED"

@@ -10,7 +10,8 @@ import psutil
 import pytest
 from running import TINY
 
-from hafl_app.engines.flower_run import flwr_run, own_superlink, processes_of, resources_for
+from hafl_app.engines.flower_run import flwr_run, own_superlink, resources_for
+from hafl_app.engines.processes import processes_of
 
 ROOT = Path(__file__).parents[2]
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

@@ -131,7 +131,7 @@ def test_flowers_own_reason_for_a_node_that_does_not_answer_is_given(caplog, mak
     now = Round(1)
     own = make(now.requests[1].metadata)
 
-    judged = now.exchange.judge_training([own, now.reply(0)])
+    judged = now.exchange.validate_training([own, now.reply(0)])
 
     assert [one.request.profile.node_id for one in judged] == [70, 71]
     assert judged[1].error == " ".join(own.error.reason.split())
@@ -145,5 +145,5 @@ def test_flowers_own_reason_for_what_was_asked_earlier_is_turned_away(caplog):
     earlier, now = Round(1), Round(2)
     own = create_message_error_unavailable_res_message(earlier.requests[1].metadata, "node_unavail")
 
-    assert now.exchange.judge_training([own]) == []
+    assert now.exchange.validate_training([own]) == []
     assert f"round 2, node 1: {NOTHING_ASKED}" in caplog.text
