@@ -14,7 +14,11 @@ def test_the_bundle_holds_app_and_conf_and_nothing_else():
     names = set(zipfile.ZipFile(BytesIO(bundle)).namelist())
 
     app = ROOT / "hafl_app"
-    used = [p for p in app.rglob("*.py") if p.parent.name not in ("benchmarks", "experiments")]
+    used = [
+        p
+        for p in app.rglob("*.py")
+        if p.parent.name not in ("benchmarks", "experiments", "deployment")
+    ]
     expected = {str(p.relative_to(ROOT)) for p in used}
     expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "conf").rglob("*.yaml")}
     assert expected <= names

@@ -63,7 +63,7 @@ def test_a_simulation_listens_on_the_loopback_and_lets_no_stranger_in(tmp_path):
         ray = [port for name, _, port in now if name == "gcs_server"]
         if ray and not answers:
             stranger = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-            answers.extend(call(ray[0], env) for env in (stranger, environment))
+            answers.extend(call(ray[0], env) for env in (environment, stranger))
 
     overrides = shlex.join((*TINY, f"output_dir={tmp_path / 'out'}"))
     with own_superlink(tmp_path / "log") as environment:
@@ -72,6 +72,5 @@ def test_a_simulation_listens_on_the_loopback_and_lets_no_stranger_in(tmp_path):
     assert {"gcs_server", "raylet"} <= {name for name, _, _ in sockets}
     assert any(name.startswith("flwr-simulation") for name, _, _ in sockets)
     assert {address for _, address, _ in sockets} <= LOOPBACK, sockets
-    assert "refused" in answers[0]
-    assert "authenticat" in answers[0].lower()
-    assert "let in" in answers[1]
+    assert "let in" in answers[0]
+    assert "refused" in answers[1]
