@@ -11,6 +11,7 @@ from hafl_app.printable import printable
 FAILED = 1
 REFUSED = 2
 INTERRUPTED = 130
+_INTERRUPTING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
@@ -20,11 +21,14 @@ def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
     ----------
     job
         Returns the exit code if nothing is raised. A `ValueError` is rejected input (2), a
-        `RuntimeError` or `OSError` is a failure (1), and Ctrl-C or SIGTERM an interruption (130).
+        `RuntimeError` or `OSError` is a failure (1), and Ctrl-C, SIGTERM or a closed
+        terminal an interruption (130).
     interrupted
         Printed after an interruption.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # What is ignored stays so: under nohup a closed terminal ends nothing.
+    numbers = [n for n in _INTERRUPTING if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return job()
@@ -38,7 +42,8 @@ def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
         print(interrupted, file=sys.stderr)  # noqa: T201
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_program(

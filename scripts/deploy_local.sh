@@ -3,6 +3,7 @@
 # bash scripts/deploy_local.sh --nodes 3 -- federation.num_rounds=3
 # Everything that it starts is stopped at the end, on Ctrl-C and on failure.
 set -euo pipefail
+export FLWR_TELEMETRY_ENABLED=0
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 exec "${HAFL_VENV:-.venv}/bin/python" -m hafl_app.deployment "$@"

@@ -113,6 +113,9 @@ def run_job(overrides: Sequence[str], folder: Path) -> None:
     """Run one federation and leave its results in ``folder``."""
     settings = compose(overrides)
     overrides = [*with_absolute_paths(overrides, settings), f"output_dir={quoted(folder)}"]
+    from hafl_app.run.run_lock import check_unlocked
+
+    check_unlocked(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if settings.engine == "inprocess":
         from hafl_app.engines.in_process import run_federation

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set everything up and check everything: style, types, layers, tests. Arguments go to pytest.
 set -euo pipefail
+export FLWR_TELEMETRY_ENABLED=0
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 bin=${HAFL_VENV:-.venv}/bin

@@ -14,10 +14,11 @@ def test_the_bundle_holds_app_and_conf_and_nothing_else():
     names = set(zipfile.ZipFile(BytesIO(bundle)).namelist())
 
     app = ROOT / "hafl_app"
-    used = [p for p in app.rglob("*.py") if p.parent.name != "experiments"]
+    left_out = {"experiments", "deployment"}  # what no server and no client of a run imports
+    used = [p for p in app.rglob("*.py") if p.parent.name not in left_out]
     expected = {str(p.relative_to(ROOT)) for p in used}
     expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "conf").rglob("*.yaml")}
     assert expected <= names
     rest = {name for name in names - expected if not name.startswith(".info")}
     assert rest <= {"pyproject.toml", "README.md", "LICENSE"}
-    assert len(bundle) < 1_000_000  # bytes; a run's outputs would be megabytes
+    assert len(bundle) < 2_000_000  # bytes, of the 10 MB that Flower takes

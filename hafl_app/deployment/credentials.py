@@ -67,7 +67,12 @@ class Credentials:
 
 
 def make_credentials(
-    folder: Path, hosts: Sequence[str], nodes: Sequence[str], days: int
+    folder: Path,
+    hosts: Sequence[str],
+    nodes: Sequence[str],
+    days: int,
+    *,
+    keep_ca_key: bool = True,
 ) -> Credentials:
     """Make all keys and certificates of a deployment in a new folder: all of them, or none.
 
@@ -84,6 +89,8 @@ def make_credentials(
         Names of the nodes, at least one: letters, digits, `-` and `_`, at most 63.
     days
         How long the certificates are valid, 1 to 3650. Nodes' keys do not expire.
+    keep_ca_key
+        Whether ``ca.key`` is written. Without it nobody can ever sign for this authority again.
 
     Raises
     ------
@@ -100,7 +107,7 @@ def make_credentials(
     # Beside it, so that one rename makes the whole set appear. mkdtemp creates with mode 0700.
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write_all(Credentials(unfinished), names, nodes, days)
+        _write_all(Credentials(unfinished), names, nodes, days, keep_ca_key)
         unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -109,13 +116,18 @@ def make_credentials(
 
 
 def _write_all(
-    files: Credentials, names: Sequence[x509.GeneralName], nodes: Sequence[str], days: int
+    files: Credentials,
+    names: Sequence[x509.GeneralName],
+    nodes: Sequence[str],
+    days: int,
+    keep_ca_key: bool,
 ) -> None:
     ca_key = ec.generate_private_key(ec.SECP256R1())
     server_key = ec.generate_private_key(ec.SECP256R1())
     ca = ca_certificate(ca_key, days)
     server = server_certificate(server_key, names, ca, ca_key, days)
-    _write_key(files.folder / "ca.key", ca_key)
+    if keep_ca_key:
+        _write_key(files.folder / "ca.key", ca_key)
     _write_key(files.server_key, server_key)
     files.ca.write_bytes(ca.public_bytes(Encoding.PEM))
     files.server_certificate.write_bytes(server.public_bytes(Encoding.PEM))

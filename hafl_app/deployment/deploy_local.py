@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -12,6 +11,8 @@ from hafl_app.cli import run_script
 from hafl_app.config.compose import quoted
 from hafl_app.deployment.credentials import Credentials, make_credentials
 from hafl_app.deployment.local import Deployment, LocalNode, local_deployment
+from hafl_app.deployment.own_folder import own_folder, remove_abandoned
+from hafl_app.run.run_lock import check_unlocked
 
 TINY = (
     *("model=tiny_random", "dataset.max_length=16", "client.batch_size=16"),
@@ -30,8 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def job() -> int:
         with ExitStack() as stack:
             nodes = _nodes(options)
-            credentials = _credentials(options, nodes, stack)
             output = (options.output or _default_output()).absolute()
+            check_unlocked(output)
+            if count := remove_abandoned():
+                _say(f"Stopped and removed what {count} killed deployment(s) had left behind")
+            credentials = _credentials(options, nodes, stack)
             deployment = stack.enter_context(local_deployment(credentials, output / "logs"))
             start(deployment, nodes)
             overrides = _overrides(options, nodes, output)
@@ -87,8 +91,8 @@ def _credentials(
 ) -> Credentials:
     names = [node.name for node in nodes]
     if options.credentials is None:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hafl-"))
-        return make_credentials(Path(folder) / "credentials", [], names, days=1)
+        folder = stack.enter_context(own_folder()).path / "credentials"
+        return make_credentials(folder, [], names, days=1, keep_ca_key=False)
     given = Credentials(options.credentials.absolute())
     for path in (given.ca, given.server_certificate, given.server_key, *map(given.node_key, names)):
         if not path.is_file():

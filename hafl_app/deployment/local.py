@@ -5,36 +5,33 @@ see the fence's only. Everything has TLS, and nodes have keys.
 """
 
 import json
-import shutil
+import os
 import signal
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hafl_app.deployment.credentials import Credentials
+from hafl_app.deployment.own_folder import own_folder
 from hafl_app.engines.flower_run import CONNECTION, flwr_run, name_superlink
 from hafl_app.engines.processes import (
-    HOME_PREFIX,
     comes_up,
     free_port,
     run_environment,
     start_process,
-    stop_processes,
     tool,
 )
 
 _ROOT = Path(__file__).resolve().parents[2]
 _ONLINE_SECONDS = 120.0
 _POLL_SECONDS = 1.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LAST_WORDS_SECONDS = 3.0
 
 
 class DeploymentError(RuntimeError):
@@ -131,10 +128,19 @@ class Deployment:
             If it does not come up.
         """
         process = start_process(command, self.environment, self.logs / f"{name}.log")
-        self.processes[name] = process
+        self._keep(name, process)
         context = ssl.create_default_context(cafile=self.credentials.ca)
         if not comes_up(process, f"https://127.0.0.1:{port}/health", context):
             raise DeploymentError(f"the {name} did not come up: {self.last_words(name)}")
+
+    def _keep(self, name: str, process: "subprocess.Popen[bytes]") -> None:
+        """Remember a part, and let what it has started end with it, however it ends.
+
+        Flower's executor looks for its SuperNode's process id, which a process that was killed
+        keeps until its end is asked for, and between two looks it may wait for half a minute.
+        """
+        self.processes[name] = process
+        threading.Thread(target=_end_group_after, args=[process], daemon=True).start()
 
     def register(self, name: str) -> None:
         """Register a node's public key, as the operator on the server does.
@@ -175,7 +181,7 @@ class Deployment:
         ]
         environment = self.environment | {"FLWR_HOME": str(self.home / node.name)}
         process = start_process(command, environment, self.logs / f"{node.name}.log")
-        self.processes[node.name] = process
+        self._keep(node.name, process)
         return process
 
     def wait_online(self, num_nodes: int) -> None:
@@ -242,28 +248,26 @@ def local_deployment(credentials: Credentials, logs: Path) -> Iterator[Deploymen
     logs
         Folder for the logs; it is made if need be, and stays.
     """
-    home, token = Path(tempfile.mkdtemp(prefix=HOME_PREFIX)), uuid.uuid4().hex
     logs.mkdir(parents=True, exist_ok=True)
-    try:
-        yield Deployment(home, logs, credentials, run_environment(home, token))
-    finally:
-        with _undisturbed():
-            stop_processes(token)
-            shutil.rmtree(home, ignore_errors=True)
+    with own_folder() as folder:
+        environment = run_environment(folder.path, folder.token)
+        deployment = Deployment(folder.path, logs, credentials, environment)
+        try:
+            yield deployment
+        finally:
+            # By id as well: nginx overwrites its environment, by which the others are found.
+            for process in deployment.processes.values():
+                process.terminate()
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore Ctrl-C and SIGTERM: an impatient second one must not leave half of it running."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _end_group_after(leader: "subprocess.Popen[bytes]") -> None:
+    leader.wait()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(leader.pid, number)  # `start_process` makes each the leader of its own
+        except ProcessLookupError:
+            return
+        time.sleep(_LAST_WORDS_SECONDS)
 
 
 def _last_line(text: str) -> str:

@@ -17,10 +17,11 @@ from pathlib import Path
 import psutil
 
 from hafl_app.client.permissions import OWN_MACHINE
+from hafl_app.process_identity import identity, is_alive
 
 # Every process of a run inherits this variable, and is found by it afterwards.
 _TOKEN = "HAFL_RUN_TOKEN"
-_OWNER = "HAFL_RUN_OWNER"  # "<pid> <start time>" of the process that started them
+_OWNER = "HAFL_RUN_OWNER"  # the `identity` of the process that started them
 HOME_PREFIX = "hafl-"
 """Prefix of the names of Flower homes that are made for a run and removed with it."""
 _START_SECONDS = 60.0
@@ -55,7 +56,7 @@ def run_environment(home: Path, token: str) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore::FutureWarning:ray._private.worker",
         "COLUMNS": "200",
         _TOKEN: token,
-        _OWNER: f"{os.getpid()} {psutil.Process().create_time()}",
+        _OWNER: identity(os.getpid()),
     }
 
 
@@ -143,13 +144,12 @@ def stop_abandoned_run(pid: int) -> bool:
     """
     try:
         environment = psutil.Process(pid).environ()
-        token, (owner, started) = environment[_TOKEN], environment[_OWNER].split()
+        token, owner = environment[_TOKEN], environment[_OWNER]
         home = Path(environment["FLWR_HOME"])
-    except (psutil.Error, KeyError, ValueError):
+    except (psutil.Error, KeyError):
         return False
-    with suppress(psutil.NoSuchProcess):
-        if psutil.Process(int(owner)).create_time() == float(started):
-            return False
+    if is_alive(owner):
+        return False
     stop_processes(token)
     if home.name.startswith(HOME_PREFIX):  # never a home that a user chose
         shutil.rmtree(home, ignore_errors=True)

@@ -2,12 +2,14 @@
 
 import json
 import re
+import secrets
 import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 from hafl_app.client.permissions import OWN_MACHINE
+from hafl_app.client.warm_worker.ray_runtime import GUARDED
 
 ADDRESS = "RAY_ADDRESS"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # its real name; `ray job submit` sets it, too
@@ -73,6 +75,9 @@ def ray_environment(
 ) -> dict[str, str]:
     """Return the environment that points Flower's Ray backend to a cluster, or away from one.
 
+    A Ray of the run's own listens on the loopback alone and answers only the run: whoever can
+    speak to a Ray can run code in it.
+
     Workers of a cluster are started by their machine's Ray and inherit nothing from the run. The
     job carries this app's code and settings, so that every machine runs the same version, and the
     permissions of simulated nodes (see `permissions`).
@@ -87,7 +92,8 @@ def ray_environment(
         The run's own environment, with its permissions.
     """
     if address is None:
-        return {ADDRESS: "local"}
+        # A token in the environment goes before any file that the user may have named.
+        return GUARDED | {ADDRESS: "local", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ignored = shutil.ignore_patterns("__pycache__")
     for name in _SHIPPED:
         shutil.copytree(_APP / name, folder / name, ignore=ignored)

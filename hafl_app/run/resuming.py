@@ -9,6 +9,7 @@ seeded by the run's seed, the round and the partition.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,6 +25,7 @@ from hafl_app.server.numbering import Numbering
 from hafl_app.server.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
 
 _LOGGER = logging.getLogger(__name__)
+_JITTER_S = 5.0  # by which a file server's clock may be ahead
 
 
 class ResumeError(ValueError):
@@ -102,12 +104,23 @@ def latest_run(outputs: Path) -> Path:
     Raises
     ------
     ResumeError
-        If there is none.
+        If there is none, or the clock was set back since one was written: then no time says which
+        is the newest.
     """
     files = sorted(outputs.rglob("checkpoints/round-*.safetensors"), key=_modified)
     if not files:
         raise ResumeError(f"resume=latest: no run with a checkpoint under {outputs.absolute()}")
-    return files[-1].parents[1].absolute()
+    newest = files[-1].parents[1].absolute()
+    if len({path.parents[1] for path in files}) > 1 and _modified(files[-1]) > _now() + _JITTER_S:
+        raise ResumeError(
+            f"resume=latest: {newest} was written after now, so the clock was set back and the "
+            f"newest run is not known; name it: resume={newest}"
+        )
+    return newest
+
+
+def _now() -> float:
+    return datetime.now(UTC).timestamp()
 
 
 def _modified(path: Path) -> float:

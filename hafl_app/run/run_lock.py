@@ -35,3 +35,16 @@ def run_lock(folder: Path) -> Iterator[None]:
         file.write(str(getpid()))
         file.flush()
         yield
+
+
+def check_unlocked(folder: Path) -> None:
+    """Refuse a folder in which a run is going on, before anything is written into it.
+
+    Raises
+    ------
+    RunLockedError
+        If another process holds it.
+    """
+    if (folder / ".lock").exists():
+        with run_lock(folder):
+            pass

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
@@ -257,7 +258,7 @@ class RoundMessages:
         """Pair replies with their requests; strangers and second replies are ignored."""
         pairs: dict[int, tuple[Message, Request]] = {}
         for reply in replies:
-            node_id = reply.metadata.src_node_id
+            node_id = self._node_of(reply)
             wanted = node_id in self._waiting and self._answers(reply, node_id)
             if not wanted or node_id in pairs:
                 why = "a second reply" if wanted else "a reply to no request of this round"
@@ -265,6 +266,14 @@ class RoundMessages:
                 continue
             pairs[node_id] = (reply, self._waiting[node_id])
         return sorted(pairs.values(), key=lambda pair: pair[1].profile.partition_id)
+
+    def _node_of(self, reply: Message) -> int:
+        """Return who a reply is from; one of Flower's own is for the node that does not answer."""
+        sender = reply.metadata.src_node_id
+        if sender == SUPERLINK_NODE_ID and reply.has_error():
+            asked = (node_id for node_id in self._waiting if self._answers(reply, node_id))
+            return next(asked, sender)
+        return sender
 
     def _answers(self, reply: Message, node_id: int) -> bool:
         """Say whether a reply is to this request, and not a late one to an earlier."""

@@ -69,8 +69,19 @@ def test_shares_are_not_guessed(cpus, gpus, missing):
 
 class TestEnvironment:
     def test_without_a_cluster_a_foreign_ray_is_never_met(self, tmp_path):
-        assert ray_environment(None, tmp_path / "code", {}) == {"RAY_ADDRESS": "local"}
+        assert ray_environment(None, tmp_path / "code", {})["RAY_ADDRESS"] == "local"
         assert not (tmp_path / "code").exists()
+
+    def test_a_ray_of_ones_own_keeps_to_the_loopback_and_to_its_token(self, tmp_path):
+        one, other = (ray_environment(None, tmp_path, {}) for _ in range(2))
+        assert one["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+        assert one["RAY_AUTH_MODE"] == "token"
+        assert len(one["RAY_AUTH_TOKEN"]) == 64
+        assert one["RAY_AUTH_TOKEN"] != other["RAY_AUTH_TOKEN"]
+
+    def test_a_cluster_keeps_its_own_way_to_let_in(self, tmp_path, monkeypatch):
+        run = run_environment(tmp_path, "token")
+        assert not [n for n in ray_environment("head:1", tmp_path / "c", run) if "AUTH" in n]
 
     def test_code_settings_and_permissions_travel_with_the_job(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HAFL_ALLOWED_PATHS", "/data")

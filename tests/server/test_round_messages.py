@@ -6,6 +6,10 @@ import pytest
 import torch
 from driving import Client, noise, strategy_named, update_of
 from flwr.app import Message, MessageType, MetricRecord
+from flwr.server.superlink.linkstate.utils import (
+    create_message_error_unavailable_ins_message,
+    create_message_error_unavailable_res_message,
+)
 
 from hafl_app.engines.in_process import server_identity
 from hafl_app.server.round_messages import RoundMessages
@@ -107,3 +111,39 @@ def test_finite_numbers_however_large_pass_this_judge():
 
     assert not judged.error
     assert 1e37 < judged.update.size < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            lambda asked: create_message_error_unavailable_res_message(asked, "node_unavail"),
+            "Node Unavailable",
+        ),
+        (
+            lambda asked: create_message_error_unavailable_ins_message(asked.message_id, 1),
+            "Message Unavailable",
+        ),
+    ],
+    ids=["a node that died", "an answer that expired"],
+)
+def test_flowers_own_reason_for_a_node_that_does_not_answer_is_given(caplog, make, told):
+    now = Round(1)
+    own = make(now.requests[1].metadata)
+
+    judged = now.exchange.validate_training([own, now.reply(0)])
+
+    assert [one.request.profile.node_id for one in judged] == [70, 71]
+    assert judged[1].error == " ".join(own.error.reason.split())
+    assert told in judged[1].error
+    reports = now.exchange.close(judged)
+    assert [report.error for report in reports] == ["", judged[1].error]
+    assert NOTHING_ASKED not in caplog.text
+
+
+def test_flowers_own_reason_for_what_was_asked_earlier_is_turned_away(caplog):
+    earlier, now = Round(1), Round(2)
+    own = create_message_error_unavailable_res_message(earlier.requests[1].metadata, "node_unavail")
+
+    assert now.exchange.validate_training([own]) == []
+    assert f"round 2, node 1: {NOTHING_ASKED}" in caplog.text

@@ -20,7 +20,18 @@ from pathlib import Path
 
 import psutil
 
+from hafl_app.process_identity import start_of
+
 LOOPBACK = "127.0.0.1"
+GUARDED = {
+    # Off, Ray keeps to 127.0.0.1. Otherwise it resolves that to the machine's outer address,
+    # on Linux too, and binds to all of them.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Environment of a Ray of this machine alone; a token belongs to it."""
+
 _START_SECONDS = 90.0
 _STOP_SECONDS = 10.0
 _LONGEST_TEMP_DIR = 40  # Ray puts sockets below it, whose whole path has at most 107 bytes
@@ -37,13 +48,13 @@ class RayProcess:
     Parameters
     ----------
     pid, created
-        The process that all others of this Ray end with, and when it started (seconds).
+        The process that all others of this Ray end with, and its `start_of`.
     temp_dir
         Folder of its sockets and logs, which goes with it.
     """
 
     pid: int
-    created: float
+    created: str
     temp_dir: str
 
 
@@ -58,13 +69,9 @@ def state_folder(port: int) -> Path:
 
 def connection_environment(port: int) -> dict[str, str]:
     """Return the environment in which Ray's processes and clients of a port find each other."""
-    return {
-        # Off, Ray keeps to 127.0.0.1. Otherwise it resolves that to the machine's outer address,
-        # on Linux too, and binds to all of them.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
+    return GUARDED | {
         "RAY_AUTH_TOKEN_PATH": str(state_folder(port) / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
+        "FLWR_TELEMETRY_ENABLED": "0",
     }
 
 
@@ -79,7 +86,7 @@ def running(port: int) -> RayProcess | None:
     """Return the Ray that was started on a port, if it lives."""
     known = _started_last(port)
     with suppress(psutil.Error):
-        if known is not None and psutil.Process(known.pid).create_time() == known.created:
+        if known is not None and start_of(known.pid) == known.created:
             return known
     return None
 
@@ -132,7 +139,7 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    known = RayProcess(process.pid, psutil.Process(process.pid).create_time(), str(temp_dir))
+    known = RayProcess(process.pid, start_of(process.pid), str(temp_dir))
     (folder / "ray.json").write_text(json.dumps(asdict(known)))
     if not _comes_up(process, port, temp_dir):
         stop(port)

@@ -1,0 +1,38 @@
+"""Which process a process id means: ids are used again."""
+
+from pathlib import Path
+
+import psutil
+
+
+def start_of(pid: int) -> str:
+    """Return when a process started, as its kernel counts: setting the clock does not change it.
+
+    (psutil derives the time of day from the clock, and gives another one after it was set.)
+
+    Raises
+    ------
+    psutil.NoSuchProcess
+        If there is none.
+    """
+    try:
+        # Behind the name, which may hold anything: proc(5), field 22 of all, ticks since boot.
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except (OSError, IndexError):
+        return str(psutil.Process(pid).create_time())
+    return f"{boot}/{ticks}"
+
+
+def identity(pid: int) -> str:
+    """Return a process's id and start, as `is_alive` takes it."""
+    return f"{pid} {start_of(pid)}"
+
+
+def is_alive(known: str) -> bool:
+    """Say whether the process of an `identity` still lives; False for what is none."""
+    pid, _, started = known.partition(" ")
+    try:
+        return start_of(int(pid)) == started
+    except (psutil.Error, ValueError):
+        return False
