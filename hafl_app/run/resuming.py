@@ -20,7 +20,7 @@ from hafl_app.config.schema import Settings, resumable_settings
 from hafl_app.renames import renamed_overrides, renamed_settings
 from hafl_app.run.reporting import RunReport, plain_settings
 from hafl_app.server.checkpoint_store import Checkpoint, CheckpointStore
-from hafl_app.server.method import Method
+from hafl_app.server.coordinator import Strategy
 from hafl_app.server.numbering import Numbering
 from hafl_app.server.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
 
@@ -59,7 +59,7 @@ class RunCheckpoints:
     settings: Settings
     overrides: tuple[str, ...]
 
-    def save(self, strategy: Method, report: RunReport, grid: Grid, server_round: int) -> None:
+    def save(self, strategy: Strategy, report: RunReport, grid: Grid, server_round: int) -> None:
         """Write a checkpoint if one is due: every so many rounds, and after the last.
 
         Raises
@@ -202,7 +202,7 @@ def agreed_before(
     return then, Numbering.from_json(checkpoint.state.get("node_numbers", {}))
 
 
-def resume(checkpoint: Checkpoint, strategy: Method, report: RunReport, grid: Grid) -> None:
+def resume(checkpoint: Checkpoint, strategy: Strategy, report: RunReport, grid: Grid) -> None:
     """Restore a prepared run from its checkpoint.
 
     Raises

@@ -11,7 +11,7 @@ from hafl_app.data.shares import CentralText
 from hafl_app.data.sources import ON_DEVICE
 from hafl_app.run import build
 from hafl_app.run.tokenization import tokenizing
-from hafl_app.server.method import Method
+from hafl_app.server.coordinator import Strategy
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
 from hafl_app.wire.node_profile import NodeProfile
@@ -35,7 +35,7 @@ def central_text(settings: Settings, label_names: Sequence[str]) -> CentralText:
 def wait_for_nodes(
     grid: Grid,
     settings: Settings,
-    strategy: Method,
+    strategy: Strategy,
     label_names: tuple[str, ...] | None,
     numbering: Numbering,
 ) -> CentralText:

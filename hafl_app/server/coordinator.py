@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -39,6 +40,8 @@ class Coordinator:
 
     Attributes
     ----------
+    method
+        The strategy.
     participation
         Who takes part.
     ledger
@@ -54,7 +57,7 @@ class Coordinator:
     """
 
     def __init__(self, method: Method) -> None:
-        self._method = method
+        self.method = method
         self.participation = Participation(method)
         self.ledger = Ledger()
         self.task = CLASSIFICATION
@@ -80,7 +83,7 @@ class Coordinator:
         StrategyError
             If the method cannot serve these nodes with this adapter.
         """
-        self._method.global_adapter, self._on_reply = initial, on_reply
+        self.method.global_adapter, self._on_reply = initial, on_reply
         self.participation.prepare()
 
     @property
@@ -109,7 +112,7 @@ class Coordinator:
         TooFewRepliesError
             If fewer than ``min_replies`` count. Then, as after any error, nothing has changed.
         """
-        federation = self._method.options.federation
+        federation = self.method.options.federation
         checked = reject_outliers(
             self._messages.validate_training(replies), federation.max_norm_ratio
         )
@@ -153,7 +156,7 @@ class Coordinator:
             self._on_reply(reply)
 
     def _check_count(self, server_round: int, counted: int) -> None:
-        options = self._method.options
+        options = self.method.options
         private = options.privacy.kind == "central_dp"  # then an empty round counts too
         if counted < options.federation.min_replies and not private:
             raise TooFewRepliesError(
@@ -163,24 +166,24 @@ class Coordinator:
 
     def _advance(self, server_round: int, updates: Iterable[ClientUpdate]) -> None:
         """Make the next global adapter, or, if that fails, change nothing."""
-        memory = self._method.memory()
+        memory = self.method.memory()
         try:
-            self._method.global_adapter = merge(
-                self._method,
-                self._method.global_adapter,
+            self.method.global_adapter = merge(
+                self.method,
+                self.method.global_adapter,
                 updates,
                 nodes=self.directory.in_order(),
                 server_round=server_round,
             )
         except BaseException:
-            self._method.recall(memory)
+            self.method.recall(memory)
             raise
 
     # ---- evaluation ------------------------------------------------------------------------
 
     def ask_to_evaluate(self, server_round: int, grid: Grid) -> Iterable[Message]:
         """Ask clients to score what they would receive next, on data they kept aside."""
-        federation = self._method.options.federation
+        federation = self.method.options.federation
         last = server_round == federation.num_rounds
         if server_round % federation.evaluate_every and not last:
             self._messages = self.messages(server_round, MessageType.EVALUATE)
@@ -202,7 +205,7 @@ class Coordinator:
     def messages(self, server_round: int, phase: str) -> RoundMessages:
         """Return the messages of one phase, to be made and answered."""
         label_names = self.directory.label_names or ()
-        federation = self._method.options.federation
+        federation = self.method.options.federation
         bound = ExampleBound.of(federation, self.participation.trainable())
         return RoundMessages(self.ledger, server_round, phase, label_names, bound)
 
@@ -211,9 +214,15 @@ class Coordinator:
     ) -> Iterable[Message]:
         """Return a message for each of these; while streaming they are made one by one."""
         self._messages, self._num_asked = self.messages(server_round, phase), len(profiles)
-        streaming = self._method.options.federation.streaming and phase == MessageType.TRAIN
+        streaming = self.method.options.federation.streaming and phase == MessageType.TRAIN
         if streaming:
             profiles = sorted(profiles, key=lambda profile: profile.partition_id)
-        plans = [self._method.plan(profile, server_round) for profile in profiles]
+        plans = [self.method.plan(profile, server_round) for profile in profiles]
         make = self._messages.each_message if streaming else self._messages.messages
-        return make(profiles, plans, self._method.dispatch, phase)
+        return make(profiles, plans, self.method.dispatch, phase)
+
+
+class Strategy(Method, Protocol):
+    """A method with its coordinator, as the loop over the rounds drives it."""
+
+    coordinator: Coordinator

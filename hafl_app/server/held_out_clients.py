@@ -12,7 +12,7 @@ from flwr.app import MessageType
 from flwr.serverapp import Grid
 
 from hafl_app.seeds import sample_positions
-from hafl_app.server.method import Method
+from hafl_app.server.coordinator import Strategy
 from hafl_app.server.replies import all_replies
 from hafl_app.wire.records import NUM_EXAMPLES
 
@@ -33,7 +33,7 @@ def draw_unseen(num_clients: int, unseen_clients: int, seed: int) -> frozenset[i
     return frozenset(sample_positions(num_clients, unseen_clients, seed, "unseen"))
 
 
-def evaluate_unseen(strategy: Method, grid: Grid, server_round: int) -> dict[str, Any]:
+def evaluate_unseen(strategy: Strategy, grid: Grid, server_round: int) -> dict[str, Any]:
     """Let the unseen clients score what they would receive after a round.
 
     Parameters

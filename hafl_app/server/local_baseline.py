@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
-from hafl_app.server.method import Method
+from hafl_app.server.coordinator import Strategy
 from hafl_app.server.replies import all_replies
 from hafl_app.wire.node_profile import NodeProfile
 
@@ -23,7 +23,7 @@ class AloneResult:
 
 
 def train_alone(
-    strategy: Method,
+    strategy: Strategy,
     grid: Grid,
     initial: Adapter,
     profiles: Sequence[NodeProfile],

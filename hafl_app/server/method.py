@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -12,9 +12,6 @@ from hafl_app.plan import TrainPlan
 from hafl_app.server.options import RunOptions
 from hafl_app.server.update import ClientUpdate
 from hafl_app.wire.node_profile import NodeProfile
-
-if TYPE_CHECKING:
-    from hafl_app.server.coordinator import Coordinator
 
 Division = Literal["contributors", "everybody"]
 """What a component's sum is divided by: those who trained it, or all participants."""
@@ -71,7 +68,6 @@ class Method(Protocol):
     global_adapter: Adapter
     max_rank: int
     traits: Traits
-    coordinator: "Coordinator"
 
     def check(self, ranks: Sequence[int]) -> None:
         """Refuse a federation of these rank budgets."""

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
-from hafl_app.server.coordinator import TooFewRepliesError
-from hafl_app.server.method import Method, StrategyError
+from hafl_app.server.coordinator import Strategy, TooFewRepliesError
+from hafl_app.server.method import StrategyError
 from hafl_app.server.options import RunOptions
 from hafl_app.server.replies import all_replies, replies_in_order
 
@@ -23,7 +23,7 @@ class RoundFailedError(RuntimeError):
 
 
 def run_rounds(
-    strategy: Method, grid: Grid, first_round: int, after_round: Callable[[int], None]
+    strategy: Strategy, grid: Grid, first_round: int, after_round: Callable[[int], None]
 ) -> None:
     """Run the rounds from ``first_round`` to the last of a prepared strategy.
 
@@ -64,7 +64,7 @@ def _last_round(options: RunOptions) -> int:
     return last
 
 
-def _train(strategy: Method, grid: Grid, server_round: int) -> None:
+def _train(strategy: Strategy, grid: Grid, server_round: int) -> None:
     attempts = 1 + strategy.options.federation.max_retries
     for attempt in range(1, attempts + 1):
         try:
@@ -79,7 +79,7 @@ def _train(strategy: Method, grid: Grid, server_round: int) -> None:
             return
 
 
-def _train_once(strategy: Method, grid: Grid, server_round: int) -> None:
+def _train_once(strategy: Strategy, grid: Grid, server_round: int) -> None:
     federation = strategy.options.federation
     messages = strategy.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
     if federation.streaming:
@@ -97,7 +97,7 @@ def _train_once(strategy: Method, grid: Grid, server_round: int) -> None:
         strategy.aggregate_train(server_round, replies)
 
 
-def _evaluate(strategy: Method, grid: Grid, server_round: int) -> None:
+def _evaluate(strategy: Strategy, grid: Grid, server_round: int) -> None:
     messages = strategy.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
     replies = all_replies(grid, messages, strategy.options.federation.round_timeout_s)
     strategy.aggregate_evaluate(server_round, replies)

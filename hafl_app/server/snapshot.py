@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.server.method import Method
+from hafl_app.server.coordinator import Strategy
 from hafl_app.server.quarantine import Quarantine
 from hafl_app.server.traffic import Ledger
 
@@ -30,7 +30,7 @@ class Snapshot:
     state: Mapping[str, Any]
 
 
-def take_snapshot(strategy: Method) -> Snapshot:
+def take_snapshot(strategy: Strategy) -> Snapshot:
     """Return the strategy as it is now, between two rounds."""
     coordinator, participation = strategy.coordinator, strategy.coordinator.participation
     tree = {"adapter": adapter_tree(strategy.global_adapter), "memory": strategy.memory()}
@@ -46,7 +46,7 @@ def take_snapshot(strategy: Method) -> Snapshot:
     return Snapshot(tree, state)
 
 
-def restore(strategy: Method, snapshot: Snapshot) -> None:
+def restore(strategy: Strategy, snapshot: Snapshot) -> None:
     """Make a prepared strategy what it was; the tree's branches without a leaf may be gone."""
     tree, state = snapshot.tree, snapshot.state
     coordinator, participation = strategy.coordinator, strategy.coordinator.participation
