@@ -77,7 +77,8 @@ class TestEqualMeanBytes:
     def test_every_method_can_say_what_it_sends(self, path):
         settings = compose([f"strategy={path.stem}"])
         strategy = with_adapter(build.strategy(settings))
-        assert mean_bytes(strategy, [4, 4], 10) >= 4 * (2 * 26 * 4 + 2 * 10)
+        # Down everything that is held, up at least one of its factors.
+        assert mean_bytes(strategy, [4, 4], 10) >= 4 * (26 * 4 + 10 * 4 + 2 * 10)
 
 
 @pytest.mark.slow

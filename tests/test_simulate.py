@@ -12,6 +12,7 @@ from running import TINY, records, run_tiny
 
 ROOT = Path(__file__).parents[1]
 ALONE = "federation.alone_clients_per_rank=0"
+RATES = "client.learning_rate=1e-3,2e-3"
 
 
 def in_this_process(monkeypatch, capsys, *arguments):
@@ -92,9 +93,9 @@ def test_a_missing_column_names_the_ones_there_are(tmp_path, monkeypatch, capsys
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Return the folder of a sweep over methods and seeds, and what the command did."""
+    """Return the folder of a sweep over methods and rates, and what the command did."""
     folder = tmp_path_factory.mktemp("sweep")
-    jobs = ("-m", *TINY, "engine=inprocess", ALONE, "strategy=hafl,hetlora", "seed=0,1")
+    jobs = ("-m", *TINY, "engine=inprocess", ALONE, "strategy=hafl,hetlora", RATES)
     return folder, simulate(*jobs, f"hydra.sweep.dir={folder}", before=["-c", TELLING_OF_LOADS])
 
 
@@ -112,7 +113,7 @@ def test_the_jobs_of_a_sweep_share_one_base_model_and_end_as_single_runs(sweep, 
     folder, result = sweep
     assert result.stdout.count("a base model was loaded") == 1
     # The last one, which comes after what the others have left behind.
-    run_tiny(tmp_path / "single", ALONE, "strategy=hetlora", "seed=1")
+    run_tiny(tmp_path / "single", ALONE, "strategy=hetlora", "client.learning_rate=2e-3")
     last = records(folder / "3-hetlora", "round")
     assert last == records(tmp_path / "single", "round")
 

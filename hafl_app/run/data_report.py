@@ -75,8 +75,11 @@ def data_lines(account: DataAccount) -> list[str]:
             f"  training   {trained:>9,} rows on {len(account.clients)} clients, {held:,} held out"
         )
     lines += [
-        f"  validation {account.validation:>9,} rows",
-        f"  test       {account.test:>9,} rows",
+        *(
+            f"  {split:<10} {count:>9,} rows"
+            for split, count in (("validation", account.validation), ("test", account.test))
+            if count
+        ),
         *(f"  dropped    {count:>9,} rows: {reason}" for reason, count in account.dropped.items()),
         f"  classes    {len(account.label_names):>9,}{_spread(account.labels)}",
         *([f"  unused     {empty:>9,} classes without a training row"] if empty else []),

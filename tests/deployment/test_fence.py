@@ -197,21 +197,24 @@ def ago(seconds):
     return signed(KEY, datetime.now(UTC) - timedelta(seconds=seconds))
 
 
+# Made when they are used: a signature is fresh for five minutes only.
 FORGED = {
-    "nothing": {},
-    "no key": unsigned("public-key"),
-    "no signature": unsigned("signature"),
-    "no timestamp": unsigned("timestamp"),
-    "no base64": signed(KEY) | {"flwr-public-key": "\x7f*"},
-    "no key inside": signed(KEY) | {"flwr-public-key": "a2V5"},
-    "another node's signature": signed(OTHER_KEY)
-    | {"flwr-public-key": signed(KEY)["flwr-public-key"]},
-    "another time's signature": signed(KEY)
-    | {"flwr-timestamp": (datetime.now(UTC) + timedelta(seconds=1)).isoformat()},
-    "old": ago(400),
-    "from the future": ago(-400),
-    "without a time zone": signed(KEY, datetime.now(UTC).replace(tzinfo=None)),
-    "endless key": signed(KEY) | {"flwr-public-key": "A" * 10_000},
+    "nothing": lambda: {},
+    "no key": lambda: unsigned("public-key"),
+    "no signature": lambda: unsigned("signature"),
+    "no timestamp": lambda: unsigned("timestamp"),
+    "no base64": lambda: signed(KEY) | {"flwr-public-key": "\x7f*"},
+    "no key inside": lambda: signed(KEY) | {"flwr-public-key": "a2V5"},
+    "another node's signature": lambda: (
+        signed(OTHER_KEY) | {"flwr-public-key": signed(KEY)["flwr-public-key"]}
+    ),
+    "another time's signature": lambda: (
+        signed(KEY) | {"flwr-timestamp": (datetime.now(UTC) + timedelta(seconds=1)).isoformat()}
+    ),
+    "old": lambda: ago(400),
+    "from the future": lambda: ago(-400),
+    "without a time zone": lambda: signed(KEY, datetime.now(UTC).replace(tzinfo=None)),
+    "endless key": lambda: signed(KEY) | {"flwr-public-key": "A" * 10_000},
 }
 
 
@@ -223,10 +226,11 @@ class TestSignatures:
         with TestClient(app) as client:
             yield lambda headers: client.get("/verify", headers=headers).status_code
 
-    @pytest.mark.parametrize("headers", FORGED.values(), ids=FORGED)
+    @pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED)
     def test_who_is_no_registered_node_is_refused_before_the_body_is_read(
-        self, client, superlink, headers, verify
+        self, client, superlink, forge, verify
     ):
+        headers = forge()
         reply = client.post("/v1/fleet/push-object", headers=headers, content=b"x" * 99)
         assert (reply.status_code, reply.text) == (401, "Invalid SuperNode authentication")
         assert superlink.seen == []

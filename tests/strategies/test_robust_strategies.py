@@ -11,6 +11,7 @@ from running import records, run_tiny, tampering
 
 from hafl_app.lowrank.change import change_size
 from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.server.aggregation import merge as merge_into
 from hafl_app.server.method import StrategyError
 from hafl_app.server.outliers import clip_updates
 
@@ -114,7 +115,7 @@ class TestMethodsThatCan:
             replace(u, adapter=u.adapter.with_head({n: torch.full(s, v) for n, s in HEAD.items()}))
             for u, v in zip(updates_of(strategy)[:3], (1.0, 2.0, 1e9), strict=True)
         ]
-        head = strategy.fold(updates).head
+        head = merge_into(strategy, strategy.global_adapter, updates).head
         assert torch.equal(head["weight"], torch.full(HEAD["weight"], 2.0))
 
 

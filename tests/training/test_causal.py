@@ -182,7 +182,9 @@ class TestTraining:
         plan = plan_for(adapter, local_epochs=12)
 
         before = adapter_evaluator(model)(adapter, examples)
-        trained = train(model, adapter, plan, examples, TrainOptions(8, 1e-2), seed=0).adapter
+        trained = train(
+            model, adapter, plan, examples, TrainOptions(batch_size=8, learning_rate=1e-2), seed=0
+        ).adapter
         after = adapter_evaluator(model)(trained, examples)
 
         assert (before.token_accuracy, after.token_accuracy) == (0.0, 1.0)
@@ -192,12 +194,12 @@ class TestTraining:
     def test_checkpointed_gradients_are_the_same(self, model, enabled):
         adapter, examples = random_adapter(model, 3), random_pairs(8)
         plan = plan_for(adapter, max_steps=2)
-        options = TrainOptions(4, gradient_checkpointing=enabled)
+        options = TrainOptions(batch_size=4, gradient_checkpointing=enabled)
 
         result = train(model, adapter, plan, examples, options, seed=3)
 
         assert model.base.model.gradient_checkpointing == enabled
-        kept = train(model, adapter, plan, examples, TrainOptions(4), seed=3)
+        kept = train(model, adapter, plan, examples, TrainOptions(batch_size=4), seed=3)
         assert not model.base.model.gradient_checkpointing  # the next client's own setting counts
         assert result.loss == pytest.approx(kept.loss, rel=1e-6)
 
@@ -269,7 +271,9 @@ class TestShapes:
 
 class TestMemory:
     def count(self, rank: int, **options) -> int:
-        return count_step(CAUSAL, rank, 8, TrainOptions(4, **options), 24, torch.device("cpu")).peak
+        return count_step(
+            CAUSAL, rank, 8, TrainOptions(batch_size=4, **options), 24, torch.device("cpu")
+        ).peak
 
     def test_is_counted_for_a_causal_model(self):
         assert self.count(1) < self.count(8)

@@ -1,6 +1,5 @@
 """Image classifiers: what they read, what they learn, and adapters that others can load."""
 
-import json
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,9 +33,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-IMAGES = BaseSpec(
-    "", random_weights=True, pooling="cls", task="image_classification", shape=json.dumps(SHAPE)
-)
+IMAGES = BaseSpec("", random_weights=True, pooling="cls", task="image_classification", shape=SHAPE)
 SPEC = ImageSpec(IMAGES, LABELS, seed=7)
 WIDE = "vit.layers.1.mlp.fc1"  # (40, 24)
 
@@ -179,7 +176,14 @@ class TestTraining:
         score = adapter_evaluator(model)
 
         before = score(adapter, random_images(120, seed=9))
-        trained = train(model, adapter, plan, random_images(200), TrainOptions(16, 1e-2), seed=0)
+        trained = train(
+            model,
+            adapter,
+            plan,
+            random_images(200),
+            TrainOptions(batch_size=16, learning_rate=1e-2),
+            seed=0,
+        )
         after = score(trained.adapter, random_images(120, seed=9))
 
         assert before.accuracy < 0.6
@@ -187,7 +191,7 @@ class TestTraining:
 
     def test_checkpointed_gradients_are_the_same(self, model):
         adapter, images = random_adapter(model, 3), random_images(8)
-        plan, options = plan_for(adapter, max_steps=2), TrainOptions(4)
+        plan, options = plan_for(adapter, max_steps=2), TrainOptions(batch_size=4)
 
         kept = train(model, adapter, plan, images, options, seed=3)
         again = train(
@@ -234,7 +238,7 @@ class TestSaved:
     def test_trained_factors_are_saved_bit_for_bit(self, model, tmp_path):
         adapter = initial_adapter(model.shapes(), 2, seed=2).with_head(model.initial_head)
         trained = train(
-            model, adapter, plan_for(adapter), random_images(9), TrainOptions(4), seed=0
+            model, adapter, plan_for(adapter), random_images(9), TrainOptions(batch_size=4), seed=0
         ).adapter
         save_adapter(tmp_path / "a", trained, SPEC, label_names=("x", "y", "z"), max_length=4)
 
