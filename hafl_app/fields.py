@@ -62,7 +62,7 @@ def choices_of(settings: type, name: str) -> tuple[str, ...]:
 
 
 def is_resumable(declared: "Field[Any]") -> bool:
-    """Whether a run that goes on may have another value of this setting."""
+    """Whether a resumed run may have another value of this setting."""
     return bool(declared.metadata.get("resumable", False))
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Metric:
-    """One number about a model.
+    """Metric of a model, with its names and its better direction.
 
     Parameters
     ----------

@@ -215,7 +215,7 @@ class ModulePlan:
 
     @property
     def num_uploaded(self) -> int:
-        """How many of the trainable components are uploaded: the first so many."""
+        """Number of trainable components that are uploaded, counted from the first."""
         return len(self.trainable) - self.bits.count(0)
 
 

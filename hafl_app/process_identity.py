@@ -1,4 +1,4 @@
-"""Which process a process id means: ids are used again."""
+"""Identity of a process beyond its id, since ids are used again."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def identity(pid: int) -> str:
 
 
 def is_alive(known: str) -> bool:
-    """Say whether the process of an `identity` still lives; False for what is none."""
+    """Whether the process of an `identity` still lives; False for any other text."""
     pid, _, started = known.partition(" ")
     try:
         return start_of(int(pid)) == started

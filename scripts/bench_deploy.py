@@ -1,4 +1,4 @@
-"""What a message to a deployed node takes beyond its training, with and without a warm worker.
+"""Time of a message to a deployed node beyond its training, with and without a warm worker.
 
     python scripts/bench_deploy.py [--messages 5] [--json FILE] [OVERRIDE ...]
 

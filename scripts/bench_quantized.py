@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 
 def spec_of(folder: str) -> LoraSpec:
-    """Return how to train the model of a folder: an encoder as a classifier, others as they are."""
+    """Return the spec of a folder's model: a classifier for an encoder, else a causal model."""
     if AutoConfig.from_pretrained(folder).model_type in {"bert", "roberta", "distilbert"}:
         return ClassifierSpec(BaseSpec(folder), num_labels=7)
     return CausalSpec(BaseSpec(folder, task="causal_lm"))
@@ -162,7 +162,7 @@ def _print(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Read the command line and print what it asks for."""
+    """Run the benchmarks that the command line asks for, and print their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", metavar="FOLDER", help="a model in Hugging Face format")
     parser.add_argument("--texts", type=int, default=4, help="texts a step (4)")

@@ -78,7 +78,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _report(written: "Written") -> str:
-    """Return where a folder is, and what a cut lost."""
+    """Describe a written folder, and the loss of a cut."""
     export = written.export
     size = sum(file.stat().st_size for file in written.folder.iterdir()) / 1e6
     modules = len(export.stored.adapter.modules)

@@ -127,7 +127,7 @@ def train_once(folder: str, rank: int, options: TrainOptions, length: int) -> fl
 
 
 def main() -> int:
-    """Read the command line and print what it asks for."""
+    """Print the tables that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=_positive, default=32, help="texts per step (32)")
     parser.add_argument("--length", type=_positive, default=64, help="tokens of a text (64)")

@@ -69,7 +69,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Node:
-    """One node of a run, as the settings and its operator describe it.
+    """Node of a run, as the settings and its operator describe it.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""Settings: the schema of `conf/`, and how an override string becomes checked settings."""
+"""Settings: the schema of `conf/`, and composing checked settings from overrides."""

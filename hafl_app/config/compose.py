@@ -45,7 +45,7 @@ def register_schema() -> None:
 
 
 def _make_writable(node: DictConfig) -> None:
-    """Let files be merged into frozen groups too, which OmegaConf takes for read-only."""
+    """Remove the read-only flag of frozen groups, so that files can be merged into them."""
     node._set_flag("readonly", None)
     for key in node:
         if isinstance(child := node._get_node(key), DictConfig):
@@ -91,7 +91,7 @@ def _compose(overrides: tuple[str, ...]) -> Settings:
 
 
 def quoted(value: str | Path) -> str:
-    """Return what stands behind ``key=`` in an override to set exactly this text."""
+    """Quote a value for an override that sets exactly this text."""
     return QuotedString(str(value), Quote.single).with_quotes()
 
 
@@ -108,7 +108,7 @@ def _groups() -> dict[str, list[str]]:
 
 
 def merge_files(overrides: Sequence[str]) -> DictConfig:
-    """Let Hydra merge the files of `conf/`, unchecked.
+    """Merge the files of `conf/` with Hydra, unchecked.
 
     Also inside a Hydra job, whose own state comes back after.
     """
@@ -196,7 +196,7 @@ def _out_of_range(settings: Any, prefix: str) -> Iterator[str]:
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """Say in one line which override is wrong; Hydra takes several, and gives no near names."""
+    """Name the wrong override in one line; Hydra takes several, and gives no near names."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as problem:

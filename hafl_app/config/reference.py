@@ -79,7 +79,7 @@ def settings_reference() -> str:
 
 
 def descriptions(group: type) -> dict[str, str]:
-    """Return what the docstrings of a dataclass and of its bases say of each field.
+    """Read the description of each field from the docstrings of a dataclass and its bases.
 
     Returns
     -------

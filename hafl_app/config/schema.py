@@ -70,7 +70,7 @@ class RanksSettings:
 
 @dataclass
 class MethodSettings:
-    """One line of a comparison: overrides on top of the experiment's.
+    """Method of a comparison: overrides on top of the experiment's.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ class TuningSettings:
 
 @dataclass
 class CompareSettings:
-    """What `scripts/compare.py` runs; a single federation does not look at it.
+    """Comparison that `scripts/compare.py` runs; a single federation ignores it.
 
     Parameters
     ----------

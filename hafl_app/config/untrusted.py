@@ -1,4 +1,4 @@
-"""What overrides must not do: on a node they come from a server that may not be a friend.
+"""Check overrides that come from a server, which a node need not trust.
 
 Every node composes its settings from the overrides in the run config, before it has looked at
 any of them. Composing must therefore neither run code, nor read files outside `conf/`, nor look

@@ -1,4 +1,4 @@
-"""What a run's data are: rows kept and dropped, and the classes of each client."""
+"""Account of a run's data: rows kept and dropped, and the classes of each client."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

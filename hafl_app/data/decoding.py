@@ -18,7 +18,7 @@ OPEN_COMPRESSED: Final[dict[str, Callable[..., Any]]] = {
 }
 
 READ_ERRORS: Final = (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError)
-"""What opening, decompressing and decoding raise."""
+"""Errors that opening, decompressing and decoding raise."""
 
 _MARKS: Final = {
     b"\xff\xfe\x00\x00": "UTF-32",

@@ -16,7 +16,7 @@ LONGEST_CELL: Final = 16 * 2**20
 """Characters of a cell; a longer one is a sign of a quote that is never closed."""
 
 TXT_COLUMNS: Final = ("label", "text")
-"""What stands before and after the tab of a line of a txt file."""
+"""Columns before and after the tab of a line of a txt file."""
 
 _WHOLE: Final = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _FEWEST_LINES = 3  # that look like rows, where no label tells which are

@@ -1,4 +1,4 @@
-"""One data set as a federation sees it: training rows per client, validation rows, test rows."""
+"""A federated data set: training rows per client, validation rows, test rows."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""Which file of a folder is the training data, and which the test data."""
+"""Find the training file and the test file of a folder."""
 
 import re
 from pathlib import Path

@@ -15,7 +15,7 @@ _COLUMNS: Final = {
     "inputs": "input",
     "targets": "output",
 }
-"""Of the hub's copies, such as ``Muennighoff/natural-instructions``, to those of a folder."""
+"""Columns of the hub's copies, such as ``Muennighoff/natural-instructions``, to a folder's."""
 
 
 def read_hub_tasks(

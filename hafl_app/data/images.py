@@ -38,7 +38,7 @@ class EncodedImages(EncodedText):
 
 
 def encode_images(images: Sequence[Any], labels: npt.ArrayLike) -> EncodedImages:
-    """Put images into one array.
+    """Stack images into one array.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""From a column of labels to names of classes: one spelling each, and no column that has none.
+"""Class names from a column of labels: one spelling each, and no column that has no classes.
 
 The rules. White space around a label is dropped, and so is the ``.0`` of a whole number, so that
 ``a `` is ``a`` and ``1.0`` is ``1``. Labels that then differ only in case, in inner white space or
@@ -69,7 +69,7 @@ def normal_labels(
 
 
 def class_fault(labels: "pd.Series[Any]") -> str:
-    """Say why a column of names cannot be one of classes, without quoting any; empty if it can."""
+    """Return the fault of a column of class names, without quoting any; empty if there is none."""
     names = labels.unique()
     numbers = [_NUMBER.fullmatch(name) for name in names]
     if all(numbers) and len(names) > MOST_FRACTIONS and any("." in name for name in names):
@@ -93,7 +93,7 @@ def alike(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def likeness(name: str) -> Any:
-    """Return what names that differ too little to be two classes have in common."""
+    """Normalize a name so that names that differ too little to be two classes become equal."""
     if _NUMBER.fullmatch(name):
         return Decimal(name)
     return unicodedata.normalize("NFC", " ".join(name.split())).casefold()
@@ -143,7 +143,7 @@ def _written(value: Any) -> str:
 
 
 def _changes(written: "pd.Series[Any]", names: "pd.Series[Any]", what: str) -> list[str]:
-    """Say how many labels were given another spelling."""
+    """Describe the labels that were given another spelling, with their number."""
     bare = written.map(str.strip)
     counts = {
         "white space around the label is dropped": (written != bare).sum(),

@@ -22,7 +22,7 @@ more is a sign of the wrong column.
 
 
 def label_fault(names: Collection[Any]) -> str:
-    """Say what is wrong with a list of label names without quoting any; empty if nothing is.
+    """Return the fault of a list of label names, without quoting any; empty if there is none.
 
     Names are printable text of 1 to `LONGEST_LABEL` characters, at most `MOST_LABELS` of them,
     none twice.

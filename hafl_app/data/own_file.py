@@ -45,7 +45,7 @@ class OwnFile:
     data_seed: int = 0
 
     def version(self) -> tuple[int, int]:
-        """Return what changes when the file does: time of change in ns, and size in bytes.
+        """Return a version that changes with the file: time of change in ns, and size in bytes.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Who holds which training rows: flwr-datasets' partitioners."""
+"""Partition the training rows among clients, with flwr-datasets' partitioners."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Partitioning:
-    """How the training rows of one run are shared out.
+    """Partition of a run's training rows among clients.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def _values(train: Dataset, column: str) -> list[Any]:
 
 
 def _with_rows(train: Dataset, column: str) -> Dataset:
-    """Keep what the partitioner looks at, and number the rows to find them again."""
+    """Return the column that the partitioner reads, with numbers to find the rows again."""
     return Dataset.from_dict({column: _values(train, column), "row": np.arange(len(train))})
 
 

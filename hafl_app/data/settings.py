@@ -95,7 +95,7 @@ class DatasetSettings:
 
 @dataclass(frozen=True)
 class PartitionSettings:
-    """How the training data are shared out: flwr-datasets' partitioners.
+    """Partition of the training data among clients, with flwr-datasets' partitioners.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What one client, and what the server, sees of a federation's data, wherever they come from."""
+"""One client's data and the server's data, wherever they come from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

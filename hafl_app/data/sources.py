@@ -41,7 +41,7 @@ TEST_FRACTION: Final = 0.1
 """Share of a local training file that becomes the test set where none is given."""
 
 IMAGE_TEST_FRACTION: Final = 0.2
-"""The same of a set of images that comes without a test set."""
+"""Share of a set of training images that becomes the test set where none is given."""
 
 
 @dataclass(frozen=True)

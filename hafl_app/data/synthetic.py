@@ -39,7 +39,7 @@ TEMPLATES: Final = (
 
 @dataclass(frozen=True)
 class Concept:
-    """One meaning, the topics it belongs to, and its nouns in training and in test texts."""
+    """Meaning with the topics it belongs to, and its nouns in training and in test texts."""
 
     topics: tuple[str, ...]
     train_nouns: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""From any table to one with a text and a label, checked row by row."""
+"""Standardize any table to one with a text and a label, checked row by row."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any

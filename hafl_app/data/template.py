@@ -44,7 +44,7 @@ def refuse_answer_in(template: str, answer_column: str) -> None:
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:
-    """Put a row's values into a template.
+    """Fill a template with a row's values.
 
     A paragraph (what stands between empty lines) is left out where all columns that it names are
     blank: without an input there is no heading of one.

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 TokenizePairs = Callable[[list[str], list[str]], tuple[list[list[int]], list[int]]]
-"""From prompts and answers to rows of both, and where in its row each answer starts."""
+"""From prompts and answers to rows of both, and the start of each answer in its row."""
 
 _WAIT_SECONDS = 600.0
 _ZIP_LENGTHS_AT = 26  # of a file's name and extra field, in its header; what they tell follows
@@ -203,7 +203,7 @@ def _kept(
     labels: npt.NDArray[np.int64],
     make: Callable[[], EncodedText],
 ) -> EncodedText:
-    """Return what the cache has of these texts; make and keep it where that is nothing sound."""
+    """Read these texts from the cache, or make and store them if its file is absent or damaged."""
     if cache is None:
         return make()
     path = cache / f"{_digest(key, texts, labels)}.npz"
@@ -245,7 +245,7 @@ def _digest(key: str, texts: Sequence[str], labels: npt.NDArray[np.int64]) -> st
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Let one process at a time look for a file of the cache and make it; the others wait.
+    """Hold the lock of a cache file, so that one process makes it and the others wait.
 
     Without the lock no more than time is lost, so whatever is wrong with it stops nobody. The
     system lets go of it when its holder ends, however that happens.

@@ -1,4 +1,4 @@
-"""How many bytes of requests may be under way to the SuperLink, and how slowly they may come.
+"""Limits of the bytes of requests under way to the SuperLink, and of their speed.
 
 The SuperLink holds every body in memory until its last byte is there. So a body is let in by its
 stated length, when there is room for all of it, and must then keep coming.

@@ -14,7 +14,7 @@ MOST_CONNECTIONS = 512
 """Open at once; each costs about 300 KB for TLS."""
 
 MOST_PER_ADDRESS = 256
-"""Of one address, behind which many nodes may be."""
+"""Open at once of one address, behind which many nodes may be."""
 
 QUIET_SECONDS = 20.0
 """Without a request being answered, a connection is closed after so long."""
@@ -35,7 +35,7 @@ class BoundedConnection(H11Protocol):
         self._watch: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, or close it at once if there are too many."""
+        """Accept a connection, or close it at once if there are too many."""
         super().connection_made(transport)
         address = self.client[0] if self.client else None
         same = sum(c.client is not None and c.client[0] == address for c in self.connections)

@@ -38,7 +38,7 @@ class CredentialsError(ValueError):
 
 @dataclass(frozen=True)
 class Credentials:
-    """Where the files of a set of credentials are."""
+    """Paths of a set of credentials."""
 
     folder: Path
 

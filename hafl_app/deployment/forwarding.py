@@ -99,7 +99,7 @@ async def refuse(request: Request, error: Exception) -> PlainTextResponse:
 
 
 def _headers_of_refusal(request: Request) -> dict[str, str]:
-    """Return what ends a connection on which a long body is still to come."""
+    """Return the headers that close a connection on which a long body is still to come."""
     length = request.headers.get("content-length", "0")
     short = length.isdecimal() and len(length) < 6 and int(length) <= _SKIPPED_BYTES
     if short and "transfer-encoding" not in request.headers:

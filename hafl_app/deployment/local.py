@@ -134,7 +134,7 @@ class Deployment:
             raise DeploymentError(f"the {name} did not come up: {self.last_words(name)}")
 
     def _keep(self, name: str, process: "subprocess.Popen[bytes]") -> None:
-        """Remember a part, and let what it has started end with it, however it ends.
+        """Add a process of the deployment; its process group ends with it.
 
         Flower's executor looks for its SuperNode's process id, which a process that was killed
         keeps until its end is asked for, and between two looks it may wait for half a minute.
@@ -202,7 +202,7 @@ class Deployment:
             time.sleep(_POLL_SECONDS)
 
     def num_online(self) -> int:
-        """Ask the SuperLink how many nodes are online."""
+        """Return the number of nodes online, as the SuperLink counts them."""
         result = self.flwr("supernode", "list", CONNECTION, "--format", "json")
         try:
             nodes = json.loads(result.stdout)["nodes"]
@@ -241,7 +241,7 @@ class Deployment:
 
 @contextmanager
 def local_deployment(credentials: Credentials, logs: Path) -> Iterator[Deployment]:
-    """Yield a deployment with nothing started; stop whatever was started at the end.
+    """Yield a deployment without any process; stop all its processes at the end.
 
     Parameters
     ----------

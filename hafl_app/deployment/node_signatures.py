@@ -1,4 +1,4 @@
-"""Who signed a node's call, judged by its headers alone, before a byte of its body is read.
+"""Authenticate a node's call by its headers alone, before a byte of its body is read.
 
 Flower's nodes sign each call's timestamp; key, timestamp and signature travel in headers. The
 SuperLink checks them as well, but only after it has read the whole body into memory.
@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from hafl_app.deployment.registered_keys import RegisteredKeys, SuperlinkSilentError
 
 NOT_AUTHENTICATED = "Invalid SuperNode authentication"
-"""What a refused caller reads, as from the SuperLink; the log says why."""
+"""Answer to a rejected call, as from the SuperLink; the log has the reason."""
 
 NOT_REGISTERED = json.dumps({"code": 2004, "detail": "Failed to activate SuperNode."})
 """What an unregistered node reads, as from the SuperLink, with status 412: then it ends as failed,

@@ -1,4 +1,4 @@
-"""Which nodes' keys are registered: asked of the SuperLink, on the operator's side of the fence."""
+"""Public keys of registered nodes, read from the SuperLink on the operator's side of the fence."""
 
 import asyncio
 import ssl
@@ -81,7 +81,7 @@ class RegisteredKeys:
 
 
 def keys_of_superlink(client: httpx.AsyncClient) -> Callable[[], Awaitable[frozenset[bytes]]]:
-    """Return how to ask a SuperLink, on the operator's side of the fence, for registered keys.
+    """Return a function that reads the registered keys from a SuperLink, behind the fence.
 
     Parameters
     ----------

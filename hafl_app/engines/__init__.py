@@ -1,1 +1,1 @@
-"""Where a federation runs: in this process, under Flower's simulation, on a Ray cluster."""
+"""Engines of a federation: in this process, Flower's simulation, or a Ray cluster."""

@@ -1,4 +1,4 @@
-"""One `flwr run` on a SuperLink and in a Flower home of its own, both removed afterwards."""
+"""Run `flwr run` on a SuperLink and in a Flower home of its own, both removed afterwards."""
 
 import json
 import os
@@ -206,7 +206,7 @@ def flwr_run(
 
 
 def _status(environment: Mapping[str, str], run_id: str) -> tuple[str, str]:
-    """Ask the SuperLink how a run ended; its final status may take a moment to arrive."""
+    """Read a run's status from the SuperLink; the final one may take a moment to arrive."""
     status, details = "unknown", ""
     for _ in range(20):
         result = subprocess.run(

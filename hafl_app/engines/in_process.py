@@ -139,7 +139,7 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Let each node answer its message; the replies wait for `pull_messages`."""
+        """Deliver each message to its node; the replies wait for `pull_messages`."""
         message_ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = message_id = str(uuid4())
@@ -154,7 +154,7 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Let each node answer and return the replies, in the order of the messages."""
+        """Deliver each message to its node and return the replies, in the order of the messages."""
         del timeout  # a call in this process cannot be abandoned
         return self.pull_messages(self.push_messages(messages))
 
@@ -174,7 +174,7 @@ class InProcessGrid(Grid):
 
 @contextmanager
 def server_identity(run_id: int = 1) -> Iterator[None]:
-    """Let this process create messages as the ServerApp of a run."""
+    """Give this process the identity under which a run's ServerApp creates messages."""
     names = ("_task_id", "_run_id", "_node_id")
     before = {name: getattr(TaskIdentity, name) for name in names}
     TaskIdentity.task_id = 1

@@ -31,7 +31,7 @@ _WIDTH = 6  # of a column of scores, unless its title is longer
 
 
 def num_passes(settings: Settings) -> int:
-    """Return how often the federation passes over its data, at least once.
+    """Count the federation's passes over its data, at least one.
 
     ``num_rounds * local_epochs * fraction_train``, rounded.
     """
@@ -121,7 +121,7 @@ def train_centralized(
 
 
 def _start(settings: Settings, model: LoraModel) -> tuple[Adapter, TrainPlan]:
-    """Return what the federation would start from, and the plan to train all of it."""
+    """Return the federation's initial adapter, and the plan to train all of it."""
     strategy = build.strategy(settings)
     strategy.global_adapter = initial_adapter(model.shapes(), strategy.max_rank, settings.seed)
     federation = settings.federation

@@ -96,7 +96,7 @@ def output_folder(given: Path | None, name: str) -> Path:
 
 
 def hardware() -> str:
-    """Return what the numbers of seconds depend on: processor, cores, accelerator, system."""
+    """Describe the hardware that times depend on: processor, cores, accelerator, system."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     parts = [f"{os.cpu_count()} cores of {cpu_name()}", *gpus, platform.system()]
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""From an experiment file and a command line to the runs of a comparison."""
+"""Plan a comparison: an experiment file and a command line become its runs."""
 
 import functools
 import re
@@ -21,7 +21,7 @@ LearningRates = Mapping[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a method in a cell on a seed, as overrides, and the folder of its results."""
+    """Run of a method in a cell on a seed, as overrides, with the folder of its results."""
 
     cell: str
     method: str
@@ -32,7 +32,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What it is, in a line of progress."""
+        """Name of the run in a line of progress."""
         return " ".join(part for part in (self.cell, self.method, f"seed {self.seed}") if part)
 
 
@@ -85,7 +85,7 @@ class Comparison:
 
     @property
     def searches(self) -> bool:
-        """Whether learning rates are searched: there is a grid, and nobody switched it off."""
+        """Whether learning rates are searched: there is a grid, and `tune=false` is not set."""
         return self.command.tune and bool(self.plan.tuning.learning_rates)
 
     def overrides_of(self, cell: str, method: str, *more: str) -> list[str]:
@@ -188,7 +188,7 @@ class Comparison:
 
 
 def key_of(override: str) -> str:
-    """Return what an override sets."""
+    """Return the key that an override sets."""
     return override.partition("=")[0].lstrip("+~")
 
 

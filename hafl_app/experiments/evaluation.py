@@ -97,7 +97,7 @@ def score(request: EvaluationRequest) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Return what `score` found, a line each."""
+    """Format the result of `score` as text, a line for each number."""
     after = "" if result["round"] is None else f", round {result['round']}"
     rows = {
         "adapter": f"{result['adapter']}{after}",

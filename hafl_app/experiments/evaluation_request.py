@@ -1,4 +1,4 @@
-"""What `scripts/evaluate.py` is asked for: read from its command line, and checked."""
+"""Read and check the command line of `scripts/evaluate.py`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _OWN: Final = ("adapter", "metrics", "max_new_tokens", "max_examples", "tasks", 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to score, and how.
+    """Request to score an adapter or a base model.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ _SEEDS_FOR_A_BAND = 2
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel: its points, and one value a point and seed."""
+    """Line of a panel: its points, and one value for each point and seed."""
 
     xs: Sequence[float]
     values: Sequence[Sequence[float]]  # (seeds, points)
@@ -106,7 +106,7 @@ def draw_lines(
 
 
 def save(figure: Figure, with_lines: Axes, path: Path) -> None:
-    """Put one legend below the panels and write the PNG; its folder is made."""
+    """Add one legend below the panels and write the PNG; its folder is made."""
     handles, labels = with_lines.get_legend_handles_labels()
     if handles:
         figure.legend(

@@ -1,4 +1,4 @@
-"""What a comparison found: the curves of its runs, and one row a method."""
+"""Results of a comparison: the curves of its runs, and one row a method."""
 
 import json
 import math
@@ -16,7 +16,7 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Curve:
-    """A run by round, from round 0: values of `metric` (NaN if unknown), and bytes so far.
+    """Curve of a run from round 0: values of `metric` (NaN if unknown), and bytes so far.
 
     `failures` counts the trainings, of all rounds, that did not count.
     """
@@ -93,7 +93,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One method in one cell, over the seeds whose runs finished.
+    """Results of a method in one cell, over the seeds whose runs finished.
 
     Parameters
     ----------

@@ -33,7 +33,7 @@ class Outcome:
 
 
 def is_finished(folder: Path, settings: Settings) -> bool:
-    """Return whether a folder holds the results of a finished run of exactly these settings."""
+    """Whether a folder holds the results of a finished run of exactly these settings."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
         saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))

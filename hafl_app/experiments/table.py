@@ -27,7 +27,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a table comes from; all of it but the metric stands under the table as it is."""
+    """Origin of a table; all of it but the metric stands under the table as it is."""
 
     title: str
     baseline: str

@@ -77,7 +77,7 @@ def tuned_line(record: dict[str, Any]) -> str:
 
 
 def describe(job: Job) -> str:
-    """Return what a run of the search is, in a line of progress."""
+    """Name a run of the search for a line of progress."""
     name = " ".join(part for part in (job.cell, job.method) if part)
     return f"{name} lr {job.learning_rate}"
 

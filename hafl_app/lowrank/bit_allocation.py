@@ -19,7 +19,7 @@ def allocate_bits(
     budget: int,
     upgrade: Upgrade = "level",
 ) -> Int[Tensor, " count"]:
-    """Return how many levels of precision each component gets; 0 is none, it is left out.
+    """Allocate a level of precision to each component; level 0 leaves it out.
 
     One list of steps, of which the longest affordable beginning is taken: first every component
     gets the lowest level, the most important one first; then they are raised, again from the most

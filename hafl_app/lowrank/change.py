@@ -1,4 +1,4 @@
-"""How far training has moved an adapter: norms of changes, what is usual, and shrinking."""
+"""Size of an adapter's change in training: norms, the usual norm of a round, and clipping."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf, isfinite, sqrt
@@ -121,7 +121,7 @@ def norm_bound(norms: Sequence[float], ratio: float) -> float:
 
 
 def clip_factors(norms: Sequence[float], ratio: float) -> list[float]:
-    """Return what each change is to be multiplied with, so that none exceeds ``ratio * median``.
+    """Return the factor for each change so that none exceeds ``ratio * median``.
 
     Parameters
     ----------

@@ -149,7 +149,7 @@ class ComponentSums:
 
 @lru_cache(maxsize=1024)
 def _is_prefix(indices: tuple[int, ...], count: int, rank: int) -> bool:
-    """Say whether these are the first; refuse what are no ``count`` distinct slots of ``rank``."""
+    """Whether these are the first slots; refuse all but ``count`` distinct slots of ``rank``."""
     if len(indices) != count or len(set(indices)) != count:
         raise ValueError(f"{count} components need distinct indices, got {indices}")
     if any(not 0 <= i < rank for i in indices):

@@ -122,7 +122,7 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a federation exchanges: the factors of every adapted module, and the task's head.
+    """The exchanged part of a model: the factors of every adapted module, and the task's head.
 
     Parameters
     ----------

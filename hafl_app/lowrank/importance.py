@@ -1,4 +1,4 @@
-"""How much each component matters, and which ones a client should train."""
+"""Importance of components, and selection of those that a client should train."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

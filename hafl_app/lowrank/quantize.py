@@ -98,7 +98,7 @@ def rounded_up(values: Float[Tensor, " count"]) -> BFloat16[Tensor, " count"]:
 
 @dataclass(frozen=True)
 class RoundingErrors:
-    """What rounding has kept back of a module's components until now.
+    """Rounding errors of a module's components that were not uploaded yet.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ class RoundingErrors:
 
     @classmethod
     def none(cls, like: LoraFactors) -> "RoundingErrors":
-        """Return that nothing is kept back of a module whose factors are as wide as these."""
+        """Return errors of zero for a module whose factors are as wide as these."""
         return cls((), like.select([]))
 
     def added_to(self, change: LoraFactors, components: Sequence[int]) -> LoraFactors:
@@ -139,7 +139,7 @@ class RoundingErrors:
         components: Sequence[int],
         asked: Sequence[int],
     ) -> "RoundingErrors":
-        """Return what is kept back once a change has been uploaded.
+        """Return the errors that remain once a change has been uploaded.
 
         What was not finite is forgotten, or it would spoil every later change.
 

@@ -57,7 +57,7 @@ def robust_mean(values: Tensor, rule: str, trim_fraction: float) -> Tensor:
 
 
 def _dropped(count: Tensor, rule: str, trim_fraction: float) -> Tensor:
-    """Return how many values of each coordinate to leave out at either end."""
+    """Return the number of values to drop at either end of each coordinate."""
     if rule == "median":
         return (count - 1).clamp(min=0) // 2
     if rule != "trimmed_mean":

@@ -265,7 +265,7 @@ def _complete_rows(
 
 
 def _layout(factors: LoraFactors) -> tuple[int, int, torch.dtype, torch.device]:
-    """Return what pieces of one stack must share."""
+    """Return the sizes, dtype and device that all pieces of one stack must share."""
     dtype, device = factors.lora_A.dtype, factors.lora_A.device
     return factors.out_features, factors.in_features, dtype, device
 

@@ -111,7 +111,7 @@ def _by_dense_gram(
 def _stands_out(
     energy: Float[Tensor, "batch n"], kept: int, error: Float[Tensor, " batch"]
 ) -> Bool[Tensor, " batch"]:
-    """Say which squared singular values, smallest first, tower above what may be wrong with them.
+    """Whether the kept squared singular values, smallest first, are clear of their error bound.
 
     Then none of those kept is noise, and rounding turns none of them towards one that is cut off.
     """
@@ -125,7 +125,7 @@ def _is_orthonormal(rows: Float[Tensor, "batch k in"]) -> Bool[Tensor, " batch"]
 
 
 def _without_nan(matrices: Float[Tensor, "batch n n"]) -> Float[Tensor, "batch n n"]:
-    """Let `eigh` pass over matrices that are not finite, so that one spoils no other."""
+    """Zero matrices that are not finite, so that `eigh` fails on none of the batch."""
     finite = matrices.isfinite().all(dim=(1, 2), keepdim=True)
     return torch.where(finite, matrices, 0.0)
 
@@ -156,7 +156,7 @@ def _dense_svd(dense: Float[Tensor, "out in"], rank: int, noise: Float[Tensor, "
 
 
 def is_dense(out_features: int, R: int, in_features: int) -> bool:
-    """Say whether the dense matrix is no larger than what the factored routes work on."""
+    """Whether the dense matrix is no larger than what the factored routes work on."""
     return min(out_features, in_features) <= R
 
 

@@ -1,4 +1,4 @@
-"""How much privacy a run has spent: epsilon at delta, as dp_accounting computes it.
+"""Privacy accounting: the epsilon at delta a run has spent, as dp_accounting computes it.
 
 Apart from `privacy.py` because clients need no accountant, and its import takes a second.
 """
@@ -73,7 +73,7 @@ def epsilon_after(options: PrivacyOptions, rounds: int, sampling_rate: float) ->
 
 
 def rounds_within(options: PrivacyOptions, sampling_rate: float, at_most: int) -> int:
-    """Return how many rounds ``max_epsilon`` allows, from 0 to ``at_most``."""
+    """Return the number of rounds within ``max_epsilon``, from 0 to ``at_most``."""
     if options.max_epsilon is None or options.kind == "none":
         return at_most
     return bisect.bisect_right(

@@ -21,7 +21,7 @@ from hafl_app.privacy.settings import PrivacySettings
 
 
 class PrivacyError(ValueError):
-    """What cannot be made private, with the reason."""
+    """Settings, a plan or an update that cannot be made private, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class NoiseSource:
 
 
 def trained_part(adapter: Adapter, plan: TrainPlan) -> Adapter:
-    """Return what a client trains of the adapter that it received, and later uploads.
+    """Select the parts of an adapter that a client trains and later uploads.
 
     The trainable components in the plan's order, the trained factors alone, and the head if it
     travels. So nothing else counts in the norm of its change, or gets noise.
@@ -172,7 +172,7 @@ def add_noise(adapter: Adapter, std: float, generator: NoiseGenerator) -> Adapte
 def privatize_upload(
     after: Adapter, before: Adapter, options: PrivacyOptions, generator: NoiseGenerator
 ) -> Adapter:
-    """Return what a client may upload under local privacy: ``before + clipped change + noise``.
+    """Return a client's upload under local privacy: ``before + clipped change + noise``.
 
     The noise is ``N(0, (z C)^2)`` on each number. One generator serves one upload: with the same
     noise twice, the difference of two uploads would be bare.

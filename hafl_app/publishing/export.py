@@ -1,4 +1,4 @@
-"""From a run's adapter to folders that others can use."""
+"""Export a run's adapter to folders that others can use."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from hafl_app.training.adapter_files import StoredAdapter, read_adapter, save_ad
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export, and where to.
+    """Request to export an adapter.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Written:
-    """One folder that was written, and what is in it."""
+    """Written folder, with its content."""
 
     folder: Path
     export: Exported
@@ -127,7 +127,7 @@ def _write(folder: Path, export: Exported, request: ExportRequest) -> None:
 
 
 def _license(*exports: Exported) -> str | None:
-    """Return what the first card that states a license says."""
+    """Return the license of the first card that states one."""
     found = (base_license(export.stored.spec.base, ask_hub=True) for export in exports)
     return next((one for one in found if one), None)
 

@@ -1,4 +1,4 @@
-"""What one exported folder is made of."""
+"""Content of one exported folder."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from hafl_app.training.adapter_files import StoredAdapter
 
 @dataclass(frozen=True)
 class Exported:
-    """One folder for others to use.
+    """Exported folder for others to use.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class Exported:
 
     @property
     def kind(self) -> str:
-        """What the model does, see `hafl_app.publishing.usage.kind_of`."""
+        """The model's kind of task, see `hafl_app.publishing.usage.kind_of`."""
         return kind_of(self.stored.spec.base)
 
     @property
@@ -50,12 +50,12 @@ class Exported:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the scores of the run are those of a larger adapter, now or in an earlier cut."""
+        """Whether the run's scores are those of a larger adapter, now or in an earlier cut."""
         return self.truncation is not None or "truncation" in self.stored.facts
 
     @property
     def is_federated(self) -> bool:
-        """Whether the data stayed with clients, and were not in one place for a comparison."""
+        """Whether the data stayed with clients; False for the centralized reference."""
         return not self.stored.facts.get("centralized", False)
 
     @property

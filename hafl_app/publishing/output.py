@@ -36,7 +36,7 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes ``output`` if all goes well, and vanishes if not."""
+    """Yield an empty folder that becomes ``output`` if all goes well, and is removed if not."""
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside it, so that it is on the same disk and can be renamed.
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))

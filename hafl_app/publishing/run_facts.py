@@ -1,4 +1,4 @@
-"""What a run's folder tells of the adapter that it holds."""
+"""Settings and results of the run that an adapter comes from, read from its folder."""
 
 import json
 import math
@@ -45,7 +45,7 @@ class RunFacts:
 
     @property
     def clients_by_rank(self) -> dict[int, int]:
-        """How many clients have each rank, smallest rank first."""
+        """Number of clients of each rank, smallest rank first."""
         return dict(sorted(Counter(n["rank"] for n in self.summary.get("nodes", ())).items()))
 
     def spread(self, metric: str) -> tuple[float, float, int] | None:
@@ -57,7 +57,7 @@ class RunFacts:
         return statistics.fmean(known), statistics.stdev(known), len(known)
 
     def score_at_rank(self, rank: int) -> float | None:
-        """Return what the run measured for the last round's adapter cut to a rank, if it did.
+        """Return the test score of the last round's adapter cut to a rank; None if not measured.
 
         It is the test score by the metric that ``summary["metric"]`` names.
         """

@@ -1,4 +1,4 @@
-"""Adapters of a smaller rank: of every module the best approximation, and what it loses."""
+"""Adapters of a smaller rank: each module's best approximation, and its loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -55,7 +55,7 @@ model = {auto}.from_pretrained("{name}").eval()  # for tests: there is no tokeni
 
 
 def base_name(base: BaseSpec) -> str:
-    """Return how to call a base model: its name on the hub, or that of its folder."""
+    """Return the name of a base model: on the hub, or of its folder."""
     path = Path(base.path).expanduser()
     return path.resolve().name if base.path and path.is_dir() else base.path
 

@@ -1,1 +1,1 @@
-"""One run, from settings to results."""
+"""The run of a federation, from settings to results."""

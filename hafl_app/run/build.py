@@ -84,7 +84,7 @@ def base_spec(settings: Settings) -> BaseSpec:
 
 
 def task(settings: Settings) -> Task:
-    """Return what is learned and by what it is scored."""
+    """Return the task of the run, with its metrics."""
     return TASKS[settings.model.task]
 
 

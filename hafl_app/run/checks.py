@@ -33,7 +33,7 @@ PRIVACY_NEEDS: Final[Mapping[str, Mapping[str, tuple[object, str]]]] = {
         "max_retries": (0, _ONE_RELEASE),
     },
 }
-"""What settings of `federation` must be for the reported privacy to hold, and why."""
+"""Settings of `federation` that the reported privacy needs, and the reasons."""
 
 STREAMING_NEEDS: Final[Mapping[str, object]] = {
     "robust": "none",

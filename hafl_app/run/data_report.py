@@ -91,7 +91,7 @@ def data_lines(account: DataAccount) -> list[str]:
 
 
 def _spread(labels: Mapping[str, int]) -> str:
-    """Say how many training rows the smallest and the largest class have that have any."""
+    """Describe the training rows of the smallest and the largest class that have any."""
     found = {name: count for name, count in labels.items() if count}
     if not found:
         return ""

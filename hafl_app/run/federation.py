@@ -1,4 +1,4 @@
-"""One federation from settings to results: wait for nodes, run the rounds, write the results."""
+"""Run a federation from settings to results: wait for nodes, run the rounds, write the results."""
 
 import logging
 from collections.abc import Callable, Sequence

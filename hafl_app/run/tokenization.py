@@ -66,7 +66,7 @@ class _LazyTokenizer:
 
 
 class _LazyPairTokenizer:
-    """The same for prompts with answers."""
+    """A tokenizer of prompts with answers that is loaded at its first use."""
 
     def __init__(self, spec: BaseSpec, max_length: int) -> None:
         self._spec = spec

@@ -1,1 +1,1 @@
-"""What every strategy uses: who takes part, requests, replies, aggregation, checkpoints."""
+"""The machinery every strategy uses: participation, requests, replies, aggregation, checkpoints."""

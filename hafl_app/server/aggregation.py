@@ -1,4 +1,4 @@
-"""From a round's updates to the next global adapter: the method's fold, heads, robustness, privacy.
+"""Aggregate a round's updates: the method's fold, heads, robust rule and central privacy.
 
 A method says how updates are merged and knows nothing of the rest.
 """
@@ -121,7 +121,7 @@ def empty_sums(like: LoraFactors, options: RunOptions) -> ComponentSums:
 
 
 def empty_product_sum(options: RunOptions) -> ProductSum:
-    """Return an empty sum of products; while streaming it becomes dense earlier, to stay small."""
+    """Return an empty sum of products; while streaming it turns dense earlier, to stay small."""
     return ProductSum(_STREAMED_SHARE if options.federation.streaming else 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Which clients take part in a round: decided by the seed alone, or by a secret key."""
+"""Sample the clients of a round: by the seed alone, or by a secret key."""
 
 import hmac
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from hafl_app.wire.node_profile import NodeProfile
 
 
 def sample_size(fraction: float, count: int) -> int:
-    """Return how many of ``count`` clients a share is: at least one, unless either is 0.
+    """Return the size of a share of ``count`` clients: at least one, unless either is 0.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a method can be combined with: its declared traits against the run's settings."""
+"""Check a method's declared traits against the run's settings."""
 
 from collections.abc import Iterable, Sequence
 
@@ -35,7 +35,7 @@ def check_method(method: Method, ranks: Sequence[int]) -> None:
 
 
 def no_error_feedback(method: Method) -> str:
-    """Return why rounding errors are not carried over to later rounds; empty if they are."""
+    """Return the reason why error feedback is off; empty if it is on."""
     if method.options.federation.upload == "fp32":
         return "federation.upload=fp32 rounds nothing"
     if method.options.privacy.kind == "local_dp":
@@ -46,7 +46,7 @@ def no_error_feedback(method: Method) -> str:
 
 
 def private_division(method: Method) -> Division:
-    """Return what divides a component's sum under central privacy.
+    """Return the divisor of a component's sum under central privacy.
 
     Raises
     ------

@@ -28,7 +28,7 @@ class TooFewRepliesError(RuntimeError):
 
 
 class Coordinator:
-    """What every strategy has: the state and the steps of a run, whatever the method.
+    """State and steps of a run, the same for every strategy.
 
     The global adapter lives in the strategy, as tensors; the arrays that Flower passes around
     stay empty.
@@ -124,7 +124,7 @@ class Coordinator:
         self.train_loss = weighted_mean([r.metrics for r in counted], "loss", NUM_EXAMPLES)
 
     def aggregate_stream(self, server_round: int, replies: Iterable[Message]) -> None:
-        """Do what `aggregate` does, but validate, merge and drop each reply before the next.
+        """Aggregate as `aggregate` does, but validate, merge and drop each reply before the next.
 
         Parameters
         ----------
@@ -182,7 +182,7 @@ class Coordinator:
     # ---- evaluation ------------------------------------------------------------------------
 
     def ask_to_evaluate(self, server_round: int, grid: Grid) -> Iterable[Message]:
-        """Ask clients to score what they would receive next, on data they kept aside."""
+        """Ask clients to score their next slice of the global adapter on held-out data."""
         federation = self.method.options.federation
         last = server_round == federation.num_rounds
         if server_round % federation.evaluate_every and not last:

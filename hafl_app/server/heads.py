@@ -22,7 +22,7 @@ class HeadMean:
         self._total = 0
 
     def add(self, head: Mapping[str, Tensor], num_examples: int) -> None:
-        """Take in one client's head, with its number of examples, above 0."""
+        """Add one client's head, with its number of examples, above 0."""
         for name, total in self._sums.items():
             total.add_(head[name].double(), alpha=num_examples)
         self._total += num_examples
@@ -35,7 +35,7 @@ class HeadMean:
 
 
 class RobustHeads:
-    """The same by a robust rule, which counts everybody once and needs all heads at the end.
+    """Robust mean of heads: each client counts once, and all heads are held until the end.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class RobustHeads:
         self._heads: list[Mapping[str, Tensor]] = []
 
     def add(self, head: Mapping[str, Tensor], num_examples: int) -> None:
-        """Take in one client's head."""
+        """Add one client's head."""
         del num_examples
         self._heads.append(head)
 

@@ -34,7 +34,7 @@ def draw_unseen(num_clients: int, unseen_clients: int, seed: int) -> frozenset[i
 
 
 def evaluate_unseen(strategy: Strategy, grid: Grid, server_round: int) -> dict[str, Any]:
-    """Let the unseen clients score what they would receive after a round.
+    """Evaluate the adapter on unseen clients, each at its own rank.
 
     Parameters
     ----------

@@ -29,7 +29,7 @@ def train_alone(
     profiles: Sequence[NodeProfile],
     rank: int | None = None,
 ) -> list[AloneResult]:
-    """Let each of these clients train by itself, from the initial adapter cut to its rank.
+    """Train each of these clients by itself, from the initial adapter cut to its rank.
 
     A client passes over its data as often as it would in a federation that it never misses.
     Clients whose reply does not count are left out.

@@ -1,4 +1,4 @@
-"""What the server needs of an aggregation method, and what a method declares about itself."""
+"""Interface of an aggregation method to the server, and the traits that it declares."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from hafl_app.server.update import ClientUpdate
 from hafl_app.wire.node_profile import NodeProfile
 
 Division = Literal["contributors", "everybody"]
-"""What a component's sum is divided by: those who trained it, or all participants."""
+"""Divisor of a component's sum: the weight of those who trained it, or of all participants."""
 
 
 class StrategyError(ValueError):
@@ -23,7 +23,7 @@ class StrategyError(ValueError):
 
 @dataclass(frozen=True)
 class Traits:
-    """What a method declares about itself; judged in `hafl_app.server.compatibility`.
+    """Properties that a method declares; checked in `hafl_app.server.compatibility`.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ class Method(Protocol):
         """Decide what a client receives and trains."""
 
     def dispatch(self, plan: TrainPlan) -> Adapter:
-        """Return what a client receives."""
+        """Cut the global adapter to the slice that a client receives."""
 
     def begin(self, previous: Adapter) -> Any:
         """Return the empty state of a round's fold."""
@@ -88,10 +88,10 @@ class Method(Protocol):
         """Return the next global factors."""
 
     def memory(self) -> dict[str, Any]:
-        """Return what the method remembers beside the global adapter."""
+        """Return the method's own state beside the global adapter."""
 
     def recall(self, memory: Mapping[str, Any]) -> None:
-        """Go back to what `memory` returned."""
+        """Restore a state that `memory` returned."""
 
     def budgets(self, profile: NodeProfile) -> dict[str, int]:
         """Return a client's rank budget by module."""

@@ -151,7 +151,7 @@ class NodeDirectory:
     def _query(
         self, grid: Grid, node_ids: set[int], connected: set[int], patience_s: float
     ) -> None:
-        """Ask these nodes, give those that are new a moment, and take in all answers there are."""
+        """Query these nodes, wait a moment for new ones, and admit all answers that are there."""
         content = RecordDict()
         if self.label_names is not None:
             content[CONFIG] = ConfigRecord({LABEL_NAMES: list(self.label_names)})
@@ -168,7 +168,7 @@ class NodeDirectory:
         self._admit(answered, connected)
 
     def _admit(self, answered: Sequence[NodeProfile], connected: set[int]) -> None:
-        """Take in profiles; a partition is one node's."""
+        """Admit profiles; a partition belongs to one node."""
         for profile in answered:
             if self.numbering.holds(profile.partition_id):
                 number = profile.partition_id
@@ -193,7 +193,7 @@ class NodeDirectory:
             self.refusals.pop(profile.node_id, None)
 
     def _numbered(self, present: list[NodeProfile]) -> list[NodeProfile]:
-        """Give numbers to the nodes that have none, and return those that are present.
+        """Assign numbers to the nodes that have no number yet, and return those that are present.
 
         Only now, and to all of them at once: who answers first must not decide.
         """

@@ -11,7 +11,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 3600.0
 
 
 class Questions:
-    """What was asked of whom and is not answered yet.
+    """Queries that are sent and not answered yet.
 
     A node that keeps silent is asked again after a pause, which doubles from a minute to an hour:
     on a real device every query starts a process.
@@ -30,7 +30,7 @@ class Questions:
         self._met: set[int] = set()
 
     def ask(self, grid: Grid, node_ids: Iterable[int], content: RecordDict) -> set[int]:
-        """Ask these nodes, but for those that were asked and are still to be left in peace.
+        """Query these nodes, except those that were asked recently.
 
         Returns
         -------
@@ -54,7 +54,7 @@ class Questions:
     def answers(
         self, grid: Grid, awaited: Iterable[int] = (), patience_s: float = 0.0
     ) -> list[tuple[int, Message]]:
-        """Return who has answered what so far, each answer once, in order of node id.
+        """Collect the answers so far, each once, in order of node id.
 
         Parameters
         ----------

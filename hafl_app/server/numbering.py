@@ -20,7 +20,7 @@ class Numbering:
         self._numbers = dict(numbers or {})
 
     def admit(self, node_ids: Iterable[int], lowest: int) -> None:
-        """Give a number to each node that has none: at least ``lowest``, and above those given."""
+        """Assign a number to each node without one: at least ``lowest``, and above those given."""
         for node_id in sorted(set(node_ids) - set(self._numbers)):
             highest = max(self._numbers.values(), default=-1)
             self._numbers[node_id] = max(lowest, highest + 1)
@@ -30,7 +30,7 @@ class Numbering:
         return self._numbers[node_id]
 
     def holds(self, number: int) -> bool:
-        """Say whether a number was given to a node."""
+        """Whether a number was given to a node."""
         return number in self._numbers.values()
 
     def to_json(self) -> dict[str, int]:

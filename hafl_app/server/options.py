@@ -1,4 +1,4 @@
-"""The settings that hold for a whole run, whatever the method."""
+"""Settings of a whole run, the same for every strategy."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from hafl_app.training.settings import ClientSettings, LoraSettings
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What holds for a whole run: the settings of several rooms, side by side.
+    """Settings of a whole run, one field for each room.
 
     Parameters
     ----------

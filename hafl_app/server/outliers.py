@@ -44,7 +44,7 @@ def clip_updates(updates: Sequence[ClientUpdate], ratio: float | None) -> list[C
 
 
 def norm_outliers(sizes: Sequence[float], num_examples: Sequence[int], ratio: float) -> list[str]:
-    """Return why each update of a round is out of proportion to the others, or an empty string.
+    """Judge the norm of each update of a round: the reason to reject it, or an empty string.
 
     The bound is `hafl_app.lowrank.change.norm_bound`. A client with more examples than the median
     may have moved that many times further, up to 100 times: it took as many more steps.

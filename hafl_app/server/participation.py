@@ -1,4 +1,4 @@
-"""Who takes part: nodes that the run can serve, who is selected, who rests, whose rank was cut."""
+"""Participation: nodes the run can serve, client selection, quarantine, and rank cuts."""
 
 import logging
 from collections import Counter
@@ -56,7 +56,7 @@ class Participation:
     # ---- before round 1 --------------------------------------------------------------------
 
     def wait_for_nodes(self, grid: Grid, directory: NodeDirectory) -> list[NodeProfile]:
-        """Ask the nodes for their profiles, and leave out those that the run cannot serve.
+        """Wait for the nodes' profiles, and leave out nodes that the run cannot serve.
 
         Returns
         -------
@@ -166,13 +166,13 @@ class Participation:
     # ---- which nodes the run can serve -----------------------------------------------------
 
     def accepts(self, profile: NodeProfile) -> bool:
-        """Say whether the run can serve a node; one that it cannot is left out, with the reason."""
+        """Whether the run can serve a node; one that it cannot is left out, with the reason."""
         if reason := self._reject_reason(profile):
             self.directory.refuse(profile.node_id, reason)
         return not reason
 
     def _reject_reason(self, profile: NodeProfile) -> str:
-        """Return why a node cannot take part beside those accepted so far; empty accepts it."""
+        """Return the reason why a node cannot join those accepted so far; empty if it can."""
         known = self._accepted.get(profile.node_id)
         if known is profile or known == profile:
             return ""

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class Quarantine:
-    """Which nodes are left out of a round, from whose replies counted and whose did not.
+    """Nodes that are not selected for some rounds, since their replies were rejected.
 
     After ``after`` rejected replies in a row a node is out for ``rounds`` rounds. Then it is
     asked again, and one more rejection puts it out at once for as long; a reply that counts clears
@@ -26,7 +26,7 @@ class Quarantine:
         self._last_round_out: dict[int, int] = {}
 
     def record(self, node_id: int, ok: bool, server_round: int) -> None:
-        """Note whether a node's reply in this round counts."""
+        """Record whether a node's reply in this round was accepted."""
         if ok:
             self._refused_in_row.pop(node_id, None)
             self._last_round_out.pop(node_id, None)
@@ -41,7 +41,7 @@ class Quarantine:
         return {p for p, last in self._last_round_out.items() if server_round <= last}
 
     def renamed(self, names: Mapping[int, int]) -> "Quarantine":
-        """Return the same quarantine under other ids; a node without one is forgotten."""
+        """Return the same quarantine under other ids; a node without one is dropped."""
         other = Quarantine(self._after, self._rounds)
         for mine, theirs in (
             (self._refused_in_row, other._refused_in_row),
@@ -51,7 +51,7 @@ class Quarantine:
         return other
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` needs to go on from here; JSON has no numbers as keys.
+        """Return the state for `from_json`; JSON has no numbers as keys.
 
         Flower's node ids may be others when a run goes on: see `renamed`.
         """

@@ -1,4 +1,4 @@
-"""What a radio uplink carries: path loss by distance and Shannon's rate.
+"""Capacity of a radio uplink: path loss by distance and Shannon's rate.
 
 Simulated clients have no bandwidth, so a run that allocates bits by it needs a model of one. HAFLQ
 (Su, Yan and Deng, arXiv:2411.06581v2, section II-C, equations 11 and 12) has a Shannon rate and ten
@@ -64,7 +64,7 @@ class Channel:
             _check("distances_m", distance, _LEAST_DISTANCE_M, _MOST_DISTANCE_M)
 
     def distance_m(self, partition_id: int) -> float:
-        """Return how far away a client is."""
+        """Return a client's distance."""
         return self.distances_m[partition_id % len(self.distances_m)]
 
     def path_loss_db(self, distance_m: float) -> float:

@@ -1,4 +1,4 @@
-"""Judging replies before they count: anything but what a plan asked for is refused."""
+"""Validate replies: anything but what a plan asked for is rejected."""
 
 import math
 import sys
@@ -242,7 +242,7 @@ def _check_head(update: AdapterArrays, head: Mapping[str, tuple[int, ...]]) -> N
 
 
 def _num_scores(plan: TrainPlan, name: str) -> int:
-    """Return how many importance scores the plan asks for in a module."""
+    """Return the number of importance scores that the plan asks for in a module."""
     if plan.importance == "none":
         return 0
     module = plan.modules[name]
@@ -272,6 +272,6 @@ def _check_finite(what: str, array: NDArray[Any]) -> None:
 
 
 def _quote(value: object) -> str:
-    """Return what a node sent, on one line and not too long."""
+    """Quote a node's text on one line, shortened."""
     text = repr(value)
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."

@@ -49,7 +49,7 @@ _KEPT_DISPATCHES = 16  # one a rank tier, as a rule; what more there are is made
 
 @dataclass(frozen=True)
 class Request:
-    """What one node was asked, and what that cost to send.
+    """Request to one node, and the bytes that it cost to send.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class Reply:
     fault: Fault | None = None
 
     def rejected(self, reason: str) -> "Reply":
-        """Return the same reply, rejected after all."""
+        """Return the same reply, rejected with a reason."""
         return replace(self, metrics={}, update=None, error=reason)
 
     @property
@@ -109,13 +109,13 @@ class Reply:
 
     @property
     def num_components(self) -> int:
-        """How many components it was asked to train, over all modules."""
+        """Components that it was asked to train, over all modules."""
         return sum(len(module.trainable) for module in self.request.plan.modules.values())
 
 
 @dataclass(frozen=True)
 class _Content:
-    """A message's content, what it weighs, and what its head does."""
+    """Content of a message, with its size, and the size of its head."""
 
     records: RecordDict
     num_bytes: int
@@ -123,7 +123,7 @@ class _Content:
 
 
 class _Dispatches:
-    """What is sent for a plan: made once for plans that hold the same components.
+    """Contents of a round's messages, made once for all plans that hold the same components.
 
     Only the last few are kept, so that what each client gets for itself does not pile up.
     """
@@ -147,7 +147,7 @@ class _Dispatches:
         return self._kept[key]
 
     def request(self, plan: TrainPlan) -> _Content:
-        """Return what to send with a plan: written and counted once for equal plans."""
+        """Return the content for a plan: written and counted once for equal plans."""
         for known, made in self._requests:
             if known == plan:
                 return made
@@ -158,7 +158,7 @@ class _Dispatches:
 
 
 class RoundMessages:
-    """One phase of one round: every node is asked once and answers once, or not at all.
+    """Requests and replies of one phase of a round; a node is asked once and answers at most once.
 
     Parameters
     ----------
@@ -268,7 +268,7 @@ class RoundMessages:
         return sorted(pairs.values(), key=lambda pair: pair[1].profile.partition_id)
 
     def _node_of(self, reply: Message) -> int:
-        """Return who a reply is from; one of Flower's own is for the node that does not answer."""
+        """Return the node of a reply; one of Flower's own is for the node that does not answer."""
         sender = reply.metadata.src_node_id
         if sender == SUPERLINK_NODE_ID and reply.has_error():
             asked = (node_id for node_id in self._waiting if self._answers(reply, node_id))
@@ -276,7 +276,7 @@ class RoundMessages:
         return sender
 
     def _answers(self, reply: Message, node_id: int) -> bool:
-        """Say whether a reply is to this request, and not a late one to an earlier."""
+        """Whether a reply is to this request, and not a late one to an earlier."""
         return reply.metadata.reply_to_message_id == self._waiting[node_id].asked.message_id
 
     def _validate(
@@ -295,7 +295,7 @@ class RoundMessages:
         return Reply(request, bytes_up, heads, metrics, update)
 
     def _for_own_data(self, content: _Content, profile: NodeProfile) -> _Content:
-        """Return the same content with what a node cannot know that no partition was given to."""
+        """Add the partition number and label names that a node with its own data cannot know."""
         config = ConfigRecord(
             {
                 **content.records.config_records[CONFIG],

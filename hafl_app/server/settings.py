@@ -7,7 +7,7 @@ from hafl_app.fields import choice, number, setting
 
 @dataclass
 class QuarantineSettings:
-    """How long a node is left out whose replies were refused.
+    """Quarantine of nodes whose replies are rejected.
 
     Parameters
     ----------

@@ -47,7 +47,7 @@ def take_snapshot(strategy: Strategy) -> Snapshot:
 
 
 def restore(strategy: Strategy, snapshot: Snapshot) -> None:
-    """Make a prepared strategy what it was; the tree's branches without a leaf may be gone."""
+    """Restore a prepared strategy; the tree's branches without a leaf may be gone."""
     tree, state = snapshot.tree, snapshot.state
     coordinator, participation = strategy.coordinator, strategy.coordinator.participation
     strategy.global_adapter = adapter_of(tree["adapter"])

@@ -1,4 +1,4 @@
-"""Factors that no client of a round trains: they stay as they were, whatever the method's mean."""
+"""Factors that no client of a round trains: they keep their values in every method."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from hafl_app.plan import TrainPlan
 
 
 class UntrainedFactors:
-    """What a round's plans leave untrained, found while its updates are folded.
+    """Factors that a round's plans leave untrained, collected while its updates are folded.
 
     An update holds an untrained factor as it was sent, so that every method can fold it. A mean
     over those who hold a component then gives it back, but zero padding would shrink it.
@@ -18,7 +18,7 @@ class UntrainedFactors:
         self._trained: defaultdict[str, set[str]] = defaultdict(set)
 
     def note(self, plan: TrainPlan) -> None:
-        """Take in what a client of the round trained."""
+        """Record the factors that a client of the round trained."""
         for name, module in plan.modules.items():
             self._trained[name].update("AB" if module.factors == "both" else module.factors)
 

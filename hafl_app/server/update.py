@@ -1,4 +1,4 @@
-"""What one client brought back, as a method's fold sees it."""
+"""One client's accepted update, as a method's fold takes it."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from hafl_app.plan import TrainPlan
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """One accepted reply, as a method's fold sees it.
+    """One client's accepted update, as a method's fold takes it.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class ClientUpdate:
 
     @property
     def before(self) -> Adapter:
-        """What the uploaded components and the head were when they were sent."""
+        """The uploaded components and the head as they were when they were sent."""
         modules = {
             name: _selected(
                 self.sent.modules[name], self.plan.modules[name].trainable_slots[: factors.rank]
@@ -50,7 +50,7 @@ class ClientUpdate:
 
     @functools.cached_property
     def size(self) -> float:
-        """How far the client moved, see `change_size`: finite if and only if all its numbers are.
+        """Size of the client's change, see `change_size`: finite if and only if all numbers are.
 
         Found when the reply is judged: its numbers are then looked through once.
         """

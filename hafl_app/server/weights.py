@@ -1,4 +1,4 @@
-"""How much a client weighs in averages: what it states, within bounds that it cannot move."""
+"""Weight of a client in averages: its stated examples, within bounds that it cannot move."""
 
 import logging
 import statistics
@@ -52,7 +52,7 @@ class ExampleBound:
         return cls(*min(bounds)) if bounds else cls()
 
     def count(self, stated: int, profile: NodeProfile) -> int:
-        """Return how many examples a client counts as, at least 1; logged if it is fewer."""
+        """Return the examples a client counts as, at least 1; log if they are fewer than stated."""
         if self.uniform:
             return 1
         if self.most is None or stated <= self.most:

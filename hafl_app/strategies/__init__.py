@@ -1,1 +1,1 @@
-"""One aggregation method a file, on the template that they share in `base.py`."""
+"""Aggregation methods, one a file, on the template that they share in `base.py`."""

@@ -95,7 +95,7 @@ class HeterogeneousLora(Strategy, ABC):
         check_method(self, ranks)
 
     def dispatch(self, plan: TrainPlan) -> Adapter:
-        """Return what a client receives: the held components, and the head if it travels."""
+        """Cut the global adapter to the components a client holds, with the head if it travels."""
         modules = {
             name: factors.select(plan.modules[name].held)
             for name, factors in self.global_adapter.modules.items()
@@ -103,7 +103,7 @@ class HeterogeneousLora(Strategy, ABC):
         return Adapter(modules, self.global_adapter.head if plan.head == "averaged" else {})
 
     def memory(self) -> dict[str, Any]:
-        """Return what the method remembers beside the global adapter.
+        """Return the method's own state beside the global adapter.
 
         A tree of dictionaries with tensors as leaves, which later changes must not touch; it goes
         into checkpoints.
@@ -132,7 +132,7 @@ class HeterogeneousLora(Strategy, ABC):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask clients to score what they would receive next, on data they kept aside."""
+        """Ask clients to score their next slice of the global adapter on held-out data."""
         del arrays, config
         return self.coordinator.ask_to_evaluate(server_round, grid)
 

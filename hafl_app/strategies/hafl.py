@@ -117,7 +117,7 @@ class Hafl(ComponentMean):
         )
 
     def module_plans(self, profile: NodeProfile, server_round: int) -> Mapping[str, ModulePlan]:
-        """Return what a client holds and trains of each module."""
+        """Choose the held and the trained components of each module."""
         scaling = self.scaling_of(self.max_rank)
         everything = tuple(range(self.max_rank))
         selection = ComponentSelection(self.selection, self.scope, self.exploration)
@@ -131,7 +131,7 @@ class Hafl(ComponentMean):
         }
 
     def selection_scores(self) -> dict[str, Tensor]:
-        """Return by what components are chosen, by module: equal unless importance chooses."""
+        """Score the components for selection, by module: all equal unless importance chooses."""
         return self.scores.of(self.global_adapter)
 
     # ---- merging ---------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class Hafl(ComponentMean):
         return super().begin(previous)
 
     def accumulate(self, state: Sums, update: ClientUpdate) -> Sums:
-        """Add the client's components to their slots, and keep what it says of importance."""
+        """Add the client's components to their slots, and keep its importance scores."""
         self.scores.add(update)
         return super().accumulate(state, update)
 
@@ -165,5 +165,5 @@ class Hafl(ComponentMean):
         return self.scores.memory()
 
     def recall(self, memory: Mapping[str, Any]) -> None:
-        """Go back to earlier scores."""
+        """Restore earlier scores."""
         self.scores.recall(memory)

@@ -77,7 +77,7 @@ class Haflq(Hafl):
         )
 
     def upload_budget(self, profile: NodeProfile) -> int:
-        """Return how many bytes of factors a client may upload in a round, ``D_k / 8``.
+        """Compute a client's upload budget of a round in bytes of factors, ``D_k / 8``.
 
         At the rate that its operator states, else at that of the channel model.
         """

@@ -126,7 +126,7 @@ class HetLora(HeterogeneousLora):
         return {"pruned_ranks": ranks}
 
     def recall(self, memory: Mapping[str, Any]) -> None:
-        """Take back the pruned ranks."""
+        """Restore the pruned ranks."""
         self.pruned_ranks = {
             (int(partition_id), name): int(rank)
             for partition_id, ranks in memory.get("pruned_ranks", {}).items()

@@ -1,4 +1,4 @@
-"""How important each component is: measured in a round, smoothed over rounds, remembered."""
+"""Importance scores of the components: measured in a round, smoothed over rounds, remembered."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ GRADIENT_MEASURES = ("sensitivity", "smoothed", "adalora")
 Scored = tuple[tuple[int, ...], Tensor]
 """Components of a module, and a score for each."""
 MeanOverClients = Callable[[Tensor, Tensor], Tensor]
-"""From values (clients, components), NaN where not measured, and weights (clients,) to means."""
+"""From values (clients, components), NaN if not measured, and weights (clients,) to their means."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class ImportanceScores:
 
     @property
     def from_gradients(self) -> bool:
-        """Whether clients must measure while they train."""
+        """Whether clients must measure importance while they train."""
         return self.measure in GRADIENT_MEASURES and not self.by_server
 
     def of(self, adapter: Adapter) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ class ImportanceScores:
         self._round = []
 
     def add(self, update: ClientUpdate) -> None:
-        """Keep what an update says of the components that its client trained."""
+        """Keep the importance that a client measured on the components it trained."""
         read: Callable[[ClientUpdate, str], Scored] | None = None
         if self.measure == "contribution":
             read = _contributions
@@ -165,7 +165,7 @@ class ImportanceScores:
         return {"scores": dict(self.values), "averages": averages}
 
     def recall(self, memory: Mapping[str, Any]) -> None:
-        """Go back to what `memory` returned."""
+        """Restore scores that `memory` returned."""
         self.values = dict(memory.get("scores", {}))
         self._averages = {
             name: SensitivityAverages.from_tensors(tensors, self.smoothing, self.smoothing)
@@ -174,7 +174,7 @@ class ImportanceScores:
 
 
 def _uploaded_scores(update: ClientUpdate, module: str) -> Scored:
-    """Return what the client measured: of the components it trained, or all it held (probe)."""
+    """Return a client's scores: of the components it trained, or of all it held (probe)."""
     plan = update.plan.modules[module]
     components = plan.held if update.plan.probe_batches else plan.trainable
     return components, update.importance.get(module, torch.zeros(len(components)))

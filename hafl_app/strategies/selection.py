@@ -1,4 +1,4 @@
-"""Which components a client trains within its budget: by score, at random, or the first ones."""
+"""Select a client's components within its budget: by score, at random, or the first ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

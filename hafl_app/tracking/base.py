@@ -1,4 +1,4 @@
-"""What trackers are told, and the composite that tells several of them."""
+"""Interface of a tracker, its records, and the composite that passes them to several."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ class TrackingError(RuntimeError):
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client as known before the first round.
+    """Client as known before the first round.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class ClientRow:
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """One client's training in one round.
+    """Record of one client's training in one round.
 
     Attributes
     ----------
@@ -85,7 +85,7 @@ class ClientRecord:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One round of the federation.
+    """Record of one round of the federation.
 
     Attributes
     ----------
@@ -114,7 +114,7 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class History:
-    """What a run that goes on from a checkpoint has already told, in its order."""
+    """Records of the rounds before a resume, in the order in which they were logged."""
 
     rounds: Sequence[RoundRecord] = ()
     clients: Sequence[ClientRecord] = ()
@@ -124,7 +124,7 @@ NO_HISTORY = History()
 
 
 class Tracker(Protocol):
-    """Hears of a run: `start`, then rounds and clients, then `finish` or `fail`."""
+    """Receiver of a run's records: `start`, then rounds and clients, then `finish` or `fail`."""
 
     def start(
         self,
@@ -135,10 +135,10 @@ class Tracker(Protocol):
         """Begin a run with these settings and these clients, or go on with one."""
 
     def log_round(self, record: RoundRecord) -> None:
-        """Take in one round."""
+        """Record one round."""
 
     def log_client(self, record: ClientRecord) -> None:
-        """Take in one client's part of a round."""
+        """Record one client's part of a round."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """End a run that went well."""
@@ -148,7 +148,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Tell several trackers.
+    """Composite that passes every call on to several trackers.
 
     Every tracker is told before an error is raised, so a full disk does not leave a run open
     elsewhere.
@@ -177,11 +177,11 @@ class Trackers:
         self._tell(lambda tracker: tracker.start(settings, clients, history))
 
     def log_round(self, record: RoundRecord) -> None:
-        """Take in one round."""
+        """Record one round."""
         self._tell(lambda tracker: tracker.log_round(record))
 
     def log_client(self, record: ClientRecord, *, external: bool = True) -> None:
-        """Take in one client's part of a round; `external` trackers may be left out."""
+        """Record one client's part of a round; `external` trackers may be left out."""
         self._tell(lambda tracker: tracker.log_client(record), external=external)
 
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a summary says beside the rounds: unseen clients, and generated answers, as lines."""
+"""Closing lines of a summary: unseen clients, and generated answers."""
 
 from collections.abc import Mapping
 from typing import Any

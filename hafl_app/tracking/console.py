@@ -307,7 +307,7 @@ def _results(rounds: Sequence[RoundRecord]) -> tuple[dict[str, str], list[list[s
 
 
 def _word(metric: Metric) -> str:
-    """Return what stands behind a phase in a heading; a score without a word is the accuracy."""
+    """Return a metric's name for a heading, with a space before it; empty for the accuracy."""
     return "" if metric is ACCURACY else f" {metric.title}"
 
 

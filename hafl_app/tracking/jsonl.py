@@ -85,7 +85,7 @@ class JsonlTracker:
 
 
 def read_history(folder: Path, last_round: int) -> History:
-    """Read what a run told of its rounds up to ``last_round``, whatever it told afterwards.
+    """Read a run's records up to ``last_round``; later ones do not count.
 
     Raises
     ------

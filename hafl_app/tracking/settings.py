@@ -7,7 +7,7 @@ from hafl_app.fields import choice, setting
 
 @dataclass
 class TrackingSettings:
-    """Where metrics go beside `metrics.jsonl` and the terminal.
+    """Trackers of a run's metrics beside `metrics.jsonl` and the terminal.
 
     Parameters
     ----------

@@ -158,7 +158,7 @@ def _client_config(row: ClientRow) -> dict[str, Any]:
 
 @contextmanager
 def _no_prompt() -> Iterator[None]:
-    """Take the keyboard away, so that wandb raises where it would ask for a key."""
+    """Disable the keyboard, so that wandb raises where it would ask for a key."""
     keyboard = sys.stdin
     with Path(os.devnull).open(encoding="utf-8") as nothing:
         sys.stdin = nothing

@@ -32,7 +32,7 @@ class SavedAdapterError(ValueError):
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """What the folder of an adapter holds, without its base model.
+    """Contents of an adapter's folder, without its base model.
 
     Parameters
     ----------
@@ -223,7 +223,7 @@ def _base_of(facts: Mapping[str, Any], trust_remote_code: bool) -> BaseSpec:
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values under today's names, whatever they were called when they were saved."""
+    """Return a folder's values under today's names."""
     return {FACTS.get(name, name): value for name, value in values.items()}
 
 

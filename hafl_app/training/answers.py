@@ -1,4 +1,4 @@
-"""How well generated answers agree with the expected ones: Rouge-L, and exact match."""
+"""Scores of generated answers against the expected ones: Rouge-L, and exact match."""
 
 import importlib.util
 import re
@@ -45,7 +45,7 @@ class GenerationScores:
     left_out: int = 0
 
     def to_json(self) -> dict[str, float | int]:
-        """Return everything by name."""
+        """Return all scores by name."""
         return {
             ROUGE_L.name: self.rouge_l,
             EXACT_MATCH.name: self.exact_match,
@@ -110,7 +110,7 @@ def mean_rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def is_exact(answer: str, reference: str) -> bool:
-    """Say whether an answer is right.
+    """Whether an answer matches exactly.
 
     Where the reference has a final number behind ``####``, the answer's must be equal to it, as
     numbers: 18, 18.00 and $18 are. Else both must be the same words, whatever their case,

@@ -1,4 +1,4 @@
-"""Where a frozen base model's files are, and loading them: once per process."""
+"""Locate and load a frozen base model's files, once per process."""
 
 import contextlib
 import copy
@@ -198,7 +198,7 @@ def _shape(spec: BaseSpec) -> Any:
 
 
 def _require_causal(spec: BaseSpec, config: Any) -> None:
-    """Refuse an encoder, which transformers would load all the same: it sees what it predicts."""
+    """Refuse an encoder, which transformers would load as well: it sees the tokens it predicts."""
     names = getattr(config, "architectures", None) or []
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     causal = own_code or getattr(config, "is_decoder", False)
@@ -293,7 +293,7 @@ def _without_pooler(model: Any, spec: BaseSpec) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _refusing_code(spec: BaseSpec) -> Iterator[None]:
-    """Say which setting a model needs that brings code of its own."""
+    """Name the setting that a model with code of its own would need."""
     try:
         yield
     except ValueError as error:

@@ -26,7 +26,7 @@ class Examples(Protocol):
 
     @property
     def offsets(self) -> NDArray[np.int64]:
-        """Where each row's tokens start, and their number: shape ``(rows + 1,)``.
+        """Start of each row's tokens, and their number: shape ``(rows + 1,)``.
 
         Images have no tokens, so all are 0: every row is as long as any other.
         """
@@ -67,7 +67,7 @@ class Batch:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What the model reads, in the order of its arguments."""
+        """Tensors that the model reads, in the order of its arguments."""
         return self.input_ids, self.attention_mask
 
 
@@ -80,7 +80,7 @@ class ImageBatch:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What the model reads."""
+        """Tensors that the model reads."""
         return (self.pixel_values,)
 
 
@@ -132,7 +132,7 @@ def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[NDArray[
 
 
 class MicroBatches:
-    """How many texts go through the model at once: a whole batch, until memory is short.
+    """Number of texts at once in the model: a whole batch, until memory is short.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ class MicroBatches:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory does not suffice, on the device or the host.
+    """Whether an error means that memory does not suffice, on the device or the host.
 
     On a Linux host that overcommits memory there may be no error: the kernel ends the process.
     """

@@ -19,7 +19,7 @@ IGNORED: Final = -100
 
 @dataclass(frozen=True)
 class CausalSpec:
-    """Everything that decides a causal language model's weights before training.
+    """Identity of a causal language model's weights before training.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class CausalSpec:
         return LoraCausalLM(self)
 
     def initial_head(self) -> dict[str, Tensor]:
-        """Return nothing: there is no head to train or to send."""
+        """Return no tensors: there is no head to train or to send."""
         return {}
 
     def unadapted(self, base: PreTrainedModel) -> nn.Module:

@@ -17,7 +17,7 @@ from hafl_app.training.settings import BaseSpec
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """Everything that decides a classifier's weights before training.
+    """Identity of a classifier's weights before training.
 
     Parameters
     ----------

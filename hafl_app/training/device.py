@@ -39,7 +39,7 @@ def describe_device(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What a device is.
+    """Facts of a device: its kind, name and memory.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class DeviceFacts:
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Return what a device is, and how much of its memory is free now."""
+    """Read the facts of a device, with its free memory now."""
     total, free = _memory(device)
     cuda = device.type == "cuda"
     return DeviceFacts(
@@ -117,7 +117,7 @@ def _cgroup_memory(root: Path, own: str) -> Iterator[tuple[int, int]]:
 
 
 def _cgroup_use(group: Path) -> int:
-    """Return what cannot be reclaimed: the files that a group has read are in its use as well."""
+    """Return the used bytes of a group that cannot be reclaimed, so without its files' cache."""
     used = int((group / "memory.current").read_text(encoding="utf-8"))
     for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(" ")

@@ -22,14 +22,14 @@ _LOGITS_AT_ONCE = 2**26  # of a language model: 256 MB in float32
 
 
 class Scores(Protocol):
-    """What a model of some task reaches."""
+    """Scores of a model on some task."""
 
     @property
     def num_examples(self) -> int:
-        """On how many texts."""
+        """Number of scored texts."""
 
     def to_wire(self) -> dict[str, int | float]:
-        """Return what a node reports, by name; all of it is finite."""
+        """Return a node's report, by name; all of it is finite."""
 
     def named(self, phase: str) -> dict[str, float]:
         """Return the metrics as ``phase/name``."""
@@ -45,7 +45,7 @@ class ClassificationScores:
     num_examples: int
 
     def to_wire(self) -> dict[str, int | float]:
-        """Return everything by name."""
+        """Return all scores by name."""
         return {
             "accuracy": self.accuracy,
             "macro-f1": self.macro_f1,
@@ -82,7 +82,7 @@ class AnswerScores:
     num_examples: int
 
     def to_wire(self) -> dict[str, int | float]:
-        """Return everything by name but the perplexity, which may be infinite."""
+        """Return all scores by name but the perplexity, which may be infinite."""
         return {
             "loss": self.loss,
             "token-accuracy": self.token_accuracy,

@@ -22,7 +22,7 @@ from hafl_app.training.quantization.linear import QuantizedLinear, computing_typ
 
 
 def fuse(model: nn.Module) -> None:
-    """Let every LoRA layer over a plain or quantized linear layer compute in this module's way.
+    """Replace the forward pass of every LoRA layer over a plain or quantized linear layer.
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ _PAD: Final = 0  # what stands there is masked
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How answers are generated.
+    """Options of generation.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class AnswerCodec:
-    """How an answer's tokens end, and become text.
+    """End token of an answer, and decoding of its tokens to text.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def score_generation(
 
 
 def answer_codec(spec: BaseSpec) -> AnswerCodec:
-    """Return how answers end and are read; without files a token is read as its number.
+    """Return the end token and decoder; without files a token is decoded as its number.
 
     Raises
     ------

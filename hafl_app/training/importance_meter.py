@@ -30,7 +30,7 @@ class ImportanceMeter:
 
     @torch.no_grad()
     def update(self, model: LoraModel) -> None:
-        """Take in the gradients of one step; to be called before they are clipped."""
+        """Add the gradients of one step; to be called before they are clipped."""
         if self._measure == "none":
             return
         for name, (lora_A, lora_B) in model.trainable_factors().items():

@@ -47,7 +47,7 @@ class DeviceMemoryError(TrainingError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a client brings back.
+    """Result of one client's training.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ class TrainResult:
 
 
 class _Allowance:
-    """How long training may go on: the plan's steps, and the client's time."""
+    """Limits of a training: the plan's steps, and the client's time."""
 
     def __init__(self, max_steps: int, max_seconds: float, started: float) -> None:
         self._max_steps = max_steps
@@ -98,7 +98,7 @@ class _Allowance:
         self.out_of_time = False
 
     def is_spent(self, steps: int) -> bool:
-        """Say whether there may be no further step; to be asked only when there is one to take."""
+        """Whether no further step may be taken; to be asked only when there is one to take."""
         if self._max_steps and steps >= self._max_steps:
             return True
         # Without a single step the reply would bring nothing.
@@ -109,7 +109,7 @@ class _Allowance:
 
 @dataclass(frozen=True)
 class _Task:
-    """What is trained, on what, and how: the same for every batch."""
+    """Model, data and options of a training, the same for every batch."""
 
     model: LoraModel
     plan: TrainPlan
@@ -218,7 +218,7 @@ def _optimize(
 def _step(
     task: _Task, rows: NDArray[np.int64], optimizer: torch.optim.Optimizer, meter: ImportanceMeter
 ) -> float:
-    """Take one step on a batch; return its mean loss."""
+    """Make one optimizer step on a batch; return its mean loss."""
     loss = _backward(task, rows, task.plan.tail)
     meter.update(task.model)
     if task.options.max_grad_norm:
@@ -262,7 +262,7 @@ def _backward_in_parts(task: _Task, rows: NDArray[np.int64], tail: TailPruning |
 
 
 def _release(model: LoraModel) -> None:
-    """Give back the memory of a batch that failed."""
+    """Release the memory of a batch that failed."""
     model.clear_gradients()
     gc.collect()
     if model.device.type == "cuda":

@@ -26,7 +26,7 @@ TRAINABLE, FROZEN = "trainable_components", "frozen_components"
 
 
 class LoraSpec(Protocol):
-    """Everything that decides a model's weights before training; one kind for each task."""
+    """Identity of a model's weights before training; one class for each task."""
 
     @property
     def base(self) -> BaseSpec:
@@ -46,10 +46,10 @@ class LoraSpec(Protocol):
 
     @property
     def seed(self) -> int:
-        """Of all weights that the base model's files do not hold."""
+        """Seed of all weights that the base model's files do not hold."""
 
     def __hash__(self) -> int:
-        """Return the same for equal specs."""
+        """Hash equal specs alike."""
 
     def build(self) -> "LoraModel":
         """Return the model."""
@@ -58,7 +58,7 @@ class LoraSpec(Protocol):
         """Return the head's tensors before training; of the base model's files no more than it."""
 
     def unadapted(self, base: PreTrainedModel) -> nn.Module:
-        """Return the part of a base model that gets no factors, whatever its layers are named."""
+        """Return the part of a base model that is never adapted, whatever its layers are named."""
 
 
 class LoraModel(nn.Module, ABC):
@@ -161,7 +161,7 @@ class LoraModel(nn.Module, ABC):
         }
 
     def load(self, adapter: Adapter, plan: TrainPlan) -> None:
-        """Put an adapter into the model: what the plan trains with gradients, all else without.
+        """Load an adapter: what the plan trains with gradients, all else without.
 
         Parameters
         ----------
@@ -203,7 +203,7 @@ class LoraModel(nn.Module, ABC):
         self._with_gradients = [*trained, *self.head_module.parameters()]
 
     def load_whole(self, adapter: Adapter) -> None:
-        """Put a whole adapter into the model, for evaluation."""
+        """Load a whole adapter for evaluation."""
         modules = {
             name: ModulePlan(held=tuple(range(f.rank)), trainable=tuple(range(f.rank)))
             for name, f in adapter.modules.items()

@@ -58,7 +58,7 @@ class BaseSpec:
 
     @property
     def is_without_files(self) -> bool:
-        """Whether there is neither a folder nor a hub name: random weights and hashed words."""
+        """Whether the base has neither a folder nor a hub name: random weights and hashed words."""
         return self.random_weights and not self.path
 
 
@@ -113,7 +113,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a client trains what a plan says, whatever the method.
+    """Options of a client's local training, the same for every strategy.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ def lora_spec(
     lora_dropout: float = 0.0,
     seed: int = 0,
 ) -> LoraSpec:
-    """Return what decides a model's weights before training, of the kind for ``base.task``.
+    """Return the identity of a model's weights before training, of the class for ``base.task``.
 
     Parameters
     ----------

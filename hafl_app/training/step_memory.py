@@ -1,4 +1,4 @@
-"""How much memory a training step takes, counted without taking it.
+"""Memory of a training step, counted without running it.
 
 The step runs on PyTorch's fake tensors, which have a shape, a type and a device but no numbers, and
 every tensor is counted as long as it lives: weights, adapter, activations, gradients, the
@@ -71,7 +71,7 @@ class StepMemory:
         return (self.lowest + share * (self.highest - self.lowest)) / _MEGABYTE
 
     def needed_mb(self, rank: int) -> float:
-        """Return what training at a rank needs in all, in MB of 10^6 bytes.
+        """Return the memory that training at a rank needs in all, in MB of 10^6 bytes.
 
         On the CPU the whole process; on CUDA the device's memory.
         """
@@ -140,7 +140,7 @@ def _config_digest(path: str) -> str:
 
 
 def _kept(folder: Path, key: Mapping[str, Any], count: Callable[[], StepMemory]) -> StepMemory:
-    """Return what the folder has under a key; count and keep it where that is nothing useful."""
+    """Read a count from the folder, or count and store it if the file is absent or damaged."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{digest}.json"
     try:
@@ -220,7 +220,7 @@ def _weightless(spec: LoraSpec, module: ModulePlan) -> tuple[LoraModel, TrainPla
 
 
 def _replace_tensors(model: nn.Module, device: torch.device) -> None:
-    """Put tensors of the current mode into the places of all parameters and buffers."""
+    """Replace all parameters and buffers by tensors of the current mode."""
     replaced: dict[int, nn.Parameter] = {}  # tied weights stay one tensor
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -239,7 +239,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     meter: ImportanceMeter,
 ) -> None:
-    """Take the step of `hafl_app.training.local`, without reading a number."""
+    """Run the step of `hafl_app.training.local` without reading a number."""
     input_ids, mask = (torch.ones(shape, dtype=torch.long, device=model.device) for _ in "im")
     labels = torch.zeros(model.labels_shape(shape), dtype=torch.long, device=model.device)
     model.zero_grad(set_to_none=True)

@@ -16,7 +16,7 @@ from hafl_app.training.settings import BaseSpec
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Everything that decides an image classifier's weights before training.
+    """Identity of an image classifier's weights before training.
 
     Parameters
     ----------

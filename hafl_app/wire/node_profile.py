@@ -175,7 +175,7 @@ def _check_number(name: str, value: object, least: int, most: int) -> None:
 
 
 def matches(pattern: str, module: str) -> bool:
-    r"""Return whether a pattern matches a module, as keys of PEFT's ``rank_pattern`` do.
+    r"""Whether a pattern matches a module, as keys of PEFT's ``rank_pattern`` do.
 
     It is a regular expression for the whole name or for an end of it that starts after a dot:
     ``output.dense`` matches ``layer.0.output.dense`` and ``layer.0.attention.output.dense``, and

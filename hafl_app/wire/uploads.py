@@ -85,7 +85,7 @@ def decode_upload(arrays: AdapterArrays) -> AdapterArrays:
 
 
 def _change(factors: LoraFactors, received: Adapter, plan: TrainPlan, name: str) -> LoraFactors:
-    """Return how both factors have changed; one that is not trained has not, and keeps its errors.
+    """Return the change of both factors; an untrained one has none, and keeps its errors.
 
     A method may train one factor in one round and the other in the next.
     """

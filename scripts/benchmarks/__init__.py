@@ -1,1 +1,1 @@
-"""What the programs under `scripts/bench_*.py` measure, and how."""
+"""Measurements of the programs under `scripts/bench_*.py`."""

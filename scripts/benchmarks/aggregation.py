@@ -19,7 +19,7 @@ TOLERANCE = 1e-6  # of ||M||_F, against the dense SVD in float64
 
 @dataclass(frozen=True)
 class Case:
-    """One module and its clients.
+    """Module with its clients.
 
     Parameters
     ----------
@@ -63,12 +63,12 @@ def make_case(size: int, ranks: Sequence[int], device: str = "cpu") -> Case:
 
 
 def ours(case: Case) -> LoraFactors:
-    """Take the route that `truncated_svd` chooses."""
+    """Compute by the route that `truncated_svd` chooses."""
     return truncated_svd(_stack(case), max(case.ranks))
 
 
 def plain_qr(case: Case) -> LoraFactors:
-    """Take QR of both stacked factors and an SVD of the core, in the updates' own dtype."""
+    """Compute by QR of both stacked factors and an SVD of the core, in the updates' own dtype."""
     stack = _stack(case)
     Q_B, R_B = torch.linalg.qr(stack.lora_B)
     Q_A, R_A = torch.linalg.qr(stack.lora_A.T)

@@ -80,13 +80,13 @@ class Sizes:
 
     @property
     def overhead(self) -> float:
-        """What is not a number of a factor, over what is."""
+        """Share of the bytes beyond the numbers of the factors."""
         return self.sent / self.ideal - 1
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One client's request and reply in a round."""
+    """Sizes of one client's request and reply in a round."""
 
     method: str
     rank: int
@@ -214,7 +214,7 @@ def in_mid_run(
 
 
 def _answer(request: Message) -> tuple[Message, Adapter]:
-    """Do as a client does, with noise for training; return the reply and what it means."""
+    """Answer as a client does, with noise for training; return the reply and its adapter."""
     plan, arrays = read_plan(request.content), read_adapter(request.content)
     received = from_arrays(arrays.modules, arrays.head)
     generator = torch.Generator().manual_seed(1)

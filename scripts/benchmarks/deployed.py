@@ -30,7 +30,7 @@ from hafl_app.wire.records import (
 )
 
 NODES = {1: "in process", 2: "worker"}
-"""What the nodes' rank budgets tell here: how a node answers."""
+"""Ways in which a node answers, by the nodes' rank budgets."""
 RESULTS = "bench.json"
 _RANK = 8
 _POLL_SECONDS = 0.1

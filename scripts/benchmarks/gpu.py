@@ -62,7 +62,7 @@ CLIENTS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)  # ranks, for the aggregation
 
 @dataclass(frozen=True)
 class Load:
-    """What goes through the model in a step.
+    """Texts that go through the model in a step.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def clock(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """What one way takes for a step: time, and on CUDA the peak of its tensors, or why not."""
+    """Time of a step, and on CUDA the peak of its tensors, or the reason why there is none."""
 
     timing: Timing | None
     peak_mb: float | None = None
@@ -215,7 +215,7 @@ def _measure_way(client: Client, case: Case, way: str, repeats: int) -> Step:
 
 
 def release(device: torch.device) -> None:
-    """Give back what nothing needs any more."""
+    """Release the memory that is in use no more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

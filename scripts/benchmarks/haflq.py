@@ -16,13 +16,13 @@ from hafl_app.strategies.haflq import Haflq
 from hafl_app.wire.node_profile import NodeProfile
 
 PAPER_SAVING = 0.49
-"""What the abstract claims for communication, against a baseline that it does not name."""
+"""Saving of communication in the paper's abstract, against a baseline that it does not name."""
 _EXAMPLES, _CLIENTS, _MAX_RANK = 120, 10, 8
 
 
 @dataclass(frozen=True)
 class ClientBytes:
-    """What one client uploads in a round, in bytes without the head.
+    """Upload of one client in a round, in bytes without the head.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ _WORKER = "benchmarks.simulation_worker"
 
 @dataclass
 class Run:
-    """What one process told and took.
+    """Result, times and memory of one process.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Run:
 
 @dataclass
 class Measurement:
-    """What is known of one way; see `Run`."""
+    """Times and memory of one way; see `Run`."""
 
     first_rounds: list[float] = field(default_factory=list)
     rounds: list[float] = field(default_factory=list)
@@ -110,7 +110,7 @@ def _row(name: str, task: SimulationTask, measured: Mapping[str, Measurement]) -
 
 
 def copying_ms(payload_bytes: int) -> float:
-    """Return what it takes to copy a payload in and out of a message both ways: four copies."""
+    """Time the copies of a payload in and out of a message both ways: four in all."""
     if not payload_bytes:
         return 0.0
     payload, best = np.ones(payload_bytes, np.uint8), float("inf")
@@ -123,7 +123,7 @@ def copying_ms(payload_bytes: int) -> float:
 
 
 def ways(names: Sequence[str] = NAMES) -> list[str]:
-    """Return those of these ways that are installed here, the limit among them and first."""
+    """Return the installed ones of these ways, the limit among them and first."""
     there = [name for name in names if name != LIMIT and (name != "pfl" or has_pfl())]
     return [LIMIT, *there]
 
@@ -134,7 +134,7 @@ def measure(
     repeats: int,
     run: Callable[[str, SimulationTask, bool], Run] | None = None,
 ) -> dict[str, Measurement]:
-    """Let each way run the task, check that all end alike, then time them in turn.
+    """Run the task in every way, check that all results are equal, then time them in turn.
 
     Parameters
     ----------

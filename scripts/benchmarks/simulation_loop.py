@@ -29,7 +29,7 @@ def run_loop(task: SimulationTask, on_round: OnRound) -> State:
 
 
 def has_pfl() -> bool:
-    """Say whether pfl is installed."""
+    """Whether pfl is installed."""
     return importlib.util.find_spec("pfl") is not None
 
 

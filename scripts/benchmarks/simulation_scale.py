@@ -1,4 +1,4 @@
-"""What a simulated federation costs by how many clients are registered, and whether that grows."""
+"""Cost of a simulated federation by its registered clients, and its growth over rounds."""
 
 import statistics
 import time
@@ -23,7 +23,7 @@ _PAYLOAD_BYTES = 300_000
 
 @dataclass(frozen=True)
 class Growth:
-    """What a run of many rounds took.
+    """Time and memory of a run of many rounds.
 
     Parameters
     ----------

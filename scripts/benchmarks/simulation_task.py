@@ -1,4 +1,4 @@
-"""One federated LoRA task that every way of simulating computes: its data, its clients, its result.
+"""A federated LoRA task that every way of simulating computes: data, clients, result.
 
 Plain SGD on the factors alone, equal ranks, all clients in every round, averaged by examples.
 """
@@ -33,7 +33,7 @@ _FIXED = (
 
 @dataclass(frozen=True)
 class SimulationTask:
-    """What is to be computed.
+    """Task to be computed.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ class SimulationTask:
 
 
 class Workload(Protocol):
-    """What the clients of a task do."""
+    """Work of a task's clients."""
 
     initial: Adapter
 
@@ -88,7 +88,7 @@ class Workload(Protocol):
         """Return a client's weight: no two have the same if they do nothing."""
 
     def train(self, state: State, server_round: int, client: int) -> State:
-        """Return what a client makes of the global state; the argument stays as it is."""
+        """Return the global state after one client's work; the argument stays as it is."""
 
 
 class NoOp:

@@ -1,4 +1,4 @@
-"""One way of simulating a task, in a process of its own: `python -m ... WAY TASK RESULT`.
+"""Simulate a task in one way, in a process of its own: `python -m ... WAY TASK RESULT`.
 
 Writes the final state to RESULT and its times to RESULT with `.json` behind it.
 """
@@ -22,7 +22,7 @@ NAMES = ("loop", "pfl", *RAY, "ours in process")
 
 
 def way_named(name: str) -> Way:
-    """Return a way, and import what it needs and no more: its imports weigh in its memory."""
+    """Return a way, and import only its own needs: its imports weigh in its memory."""
     from benchmarks.simulation_loop import run_loop, run_pfl
 
     if name in {"loop", "pfl"}:

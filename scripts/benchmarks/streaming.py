@@ -41,7 +41,7 @@ TINYLLAMA = ("q_proj", 2048, 2048), ("v_proj", 256, 2048)
 
 @dataclass(frozen=True)
 class Cost:
-    """What one round took.
+    """Time and memory of one round.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What we are measured beside: a plain PEFT model in Hugging Face's `Trainer`."""
+"""Baseline of the training benchmarks: a plain PEFT model in Hugging Face's `Trainer`."""
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ Row = dict[str, Tensor]
 
 
 def is_installed() -> bool:
-    """Say whether there is `accelerate`, without which `Trainer` refuses to work."""
+    """Whether `accelerate` is installed, without which `Trainer` refuses to work."""
     return importlib.util.find_spec("accelerate") is not None
 
 

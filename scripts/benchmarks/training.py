@@ -1,4 +1,4 @@
-"""One client's local training by rank: our way, and plain PEFT in Hugging Face's `Trainer`."""
+"""Time one client's local training by rank: our way, and plain PEFT in Hugging Face's `Trainer`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Such as ``rank 8``, or ``64, of which 2 trained``."""
+        """Name of the case, such as ``rank 8``, or ``64, of which 2 trained``."""
         frozen = self.trained < self.held
         return f"{self.held}, of which {self.trained} trained" if frozen else f"rank {self.held}"
 
@@ -86,7 +86,7 @@ def random_texts(lengths: NDArray[np.int64], vocabulary: int) -> Texts:
 
 @dataclass(frozen=True)
 class Client:
-    """What every way trains: the base model in memory, texts, and how to train on them."""
+    """Client of every way: the base model in memory, texts, and the options of training."""
 
     spec: LoraSpec
     model: LoraModel
@@ -123,7 +123,7 @@ def make_client(
 
 
 def plain_peft(client: Client, case: Case) -> PlainPeft:
-    """Return the same base model and factors in PEFT alone."""
+    """Return an equal base model with equal factors in PEFT alone."""
     device = client.model.device
     with torch.device(device), torch.random.fork_rng():
         torch.manual_seed(client.spec.seed)
@@ -147,7 +147,7 @@ def job(client: Client, case: Case, way: str) -> Callable[[], object]:
 
 
 def available(ways: Sequence[str]) -> list[str]:
-    """Return those of the ways that need nothing that is missing."""
+    """Return the installed ones of these ways."""
     return [way for way in ways if way == OURS or is_installed()]
 
 
@@ -227,7 +227,7 @@ def memory_growth_mb(client: Client, case: Case, way: str) -> tuple[float, float
 
 
 def memory_mb(device: torch.device) -> float:
-    """Return what tensors take now on CUDA, else this process, in MB of 10^6 bytes."""
+    """Return the memory of tensors on CUDA, else of this process, in MB of 10^6 bytes."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e6
     return float(psutil.Process().memory_info().rss) / 1e6

@@ -23,7 +23,7 @@ _SCALE, _MANY_EXAMPLES = 1e6, 10**9
 
 
 class Kind(StrEnum):
-    """What is wrong with a reply."""
+    """Fault of a reply."""
 
     DROPPED = "dropped"
     LATE = "late"
@@ -44,12 +44,12 @@ class Kind(StrEnum):
 
     @property
     def is_malformed(self) -> bool:
-        """Whether the server must notice it: all but an honest-looking wrong direction."""
+        """Whether the server must detect it: all but a wrong direction of usual size."""
         return self is not Kind.SIGN_FLIPPED
 
     @property
     def is_extra(self) -> bool:
-        """Whether it is a reply beside the one that counts."""
+        """Whether the reply is a further one beside the one that counts."""
         return self in {Kind.DUPLICATED, Kind.STRANGER}
 
 
@@ -57,7 +57,7 @@ DRAWN = tuple(kind for kind in Kind if kind is not Kind.STRANGER)
 
 
 class Schedule(Protocol):
-    """Who sends what wrong: a function of round and attempt, so that a resumed run repeats it."""
+    """Schedule of faults: a function of round and attempt, so that a resumed run repeats it."""
 
     def of_round(self, server_round: int, attempt: int) -> Mapping[int, Kind]:
         """Return the fault of every faulty partition.
@@ -73,16 +73,16 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class NoFaults:
-    """Everybody is honest, and the network too."""
+    """Schedule without faults of clients or network."""
 
     def of_round(self, server_round: int, attempt: int) -> Mapping[int, Kind]:
-        """Return nothing."""
+        """Return no fault."""
         return {}
 
 
 @dataclass(frozen=True)
 class RandomFaults:
-    """A share of all replies is faulty, by all kinds in equal shares.
+    """Schedule in which a share of all replies is faulty, by all kinds in equal shares.
 
     The number of faults up to a round is the rounded product, and kinds follow each other as
     shuffled packs, so rate and shares hold exactly and not only on average.
@@ -117,7 +117,7 @@ class RandomFaults:
 
 @dataclass(frozen=True)
 class SignFlippers:
-    """A share of the clients, always the same, uploads the opposite of what it learned.
+    """Byzantine clients: a share, always the same, uploads the opposite of what it learned.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ class SignFlippers:
 
     @property
     def partitions(self) -> list[int]:
-        """Who they are, in order."""
+        """Partitions of the flippers, in order."""
         draw = random.Random(f"{self.seed}/chaos/flippers")
         return sorted(draw.sample(range(self.num_clients), round(self.share * self.num_clients)))
 
@@ -164,7 +164,7 @@ def spoil(reply: Message, request: Message, kind: Kind) -> None:
 
 
 def _before(request: Message, upload: AdapterArrays) -> AdapterArrays:
-    """Return what the uploaded components and the head were when they were sent."""
+    """Return the uploaded components and the head as they were when they were sent."""
     sent, plan = read_adapter(request.content), read_plan(request.content)
     modules = {}
     for name, (lora_A, lora_B) in upload.modules.items():

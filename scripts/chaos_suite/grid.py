@@ -1,4 +1,4 @@
-"""A network and clients that go wrong as a schedule says, and the journal of what came of it."""
+"""A network and clients that fail by a schedule, and the journal of faults and rejections."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ _LOST = re.compile(r"round \d+: .*\(attempt \d+ of \d+\)", re.S)
 
 
 class Journal(logging.Handler):
-    """What was injected and what the server said of it, a line each, whole when a kill comes.
+    """Journal of injected faults and the server's log of them, a line each, whole after a kill.
 
     Every line has ``event``, ``round`` and ``attempt``.
 
@@ -41,7 +41,7 @@ class Journal(logging.Handler):
         self._now: dict[str, Any] = {"round": 0, "attempt": 0}
 
     def training(self, server_round: int, attempt: int) -> None:
-        """Note that a training phase begins; what follows belongs to it."""
+        """Begin a training phase; the following lines belong to it."""
         self._now = {"round": server_round, "attempt": attempt}
         self.note("training")
 
@@ -52,7 +52,7 @@ class Journal(logging.Handler):
             stream.write(f"{line}\n")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note what the server logs of a reply or a round."""
+        """Add what the server logs of a reply or a round."""
         text = record.getMessage()
         if found := _REFUSED.fullmatch(text):
             self.note("refused", partition=int(found[1]), reason=found[2])
@@ -111,7 +111,7 @@ class ChaoticGrid(InProcessGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Let each node answer, and return what the faults leave of the replies."""
+        """Deliver the messages to their nodes, and return the replies that the faults leave."""
         asked = list(messages)
         if not asked or asked[0].metadata.message_type != MessageType.TRAIN:
             return super().send_and_receive(asked, timeout=timeout)

@@ -1,4 +1,4 @@
-"""What a chaos run found: faults paired with what the server said of them, as a table."""
+"""Report of a chaos run: injected faults paired with the server's reasons, as a table."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ LAST_ROUNDS = 5
 
 @dataclass(frozen=True)
 class KindCount:
-    """Faults of one kind: how many were injected and noticed, and how the first was told."""
+    """Faults of one kind: the number injected and detected, and the first reason."""
 
     kind: Kind
     injected: int
@@ -25,7 +25,7 @@ class KindCount:
 
 @dataclass(frozen=True)
 class Tally:
-    """What a run's journal says.
+    """Counts of a run's journal.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def _key(line: Mapping[str, Any], event: str) -> tuple[Any, ...]:
 
 
 def problems(found: Mapping[str, Any]) -> list[str]:
-    """Return why a chaos run failed, a line each.
+    """Return the reasons why a chaos run failed, a line each.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def _phases(kills: Sequence[Mapping[str, Any]]) -> str:
-    """Return in which round and while doing what the server died."""
+    """Return the round of each kill, and the server's work at that time."""
     doing = {"training": "training", "scored": "writing the checkpoint"}
     return ", ".join(
         f"round {kill['round']} {doing.get(kill['event'], 'folding and scoring')}" for kill in kills

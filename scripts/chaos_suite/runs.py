@@ -1,4 +1,4 @@
-"""One federation under faults, whose server may be killed and goes on."""
+"""Run one federation under faults, whose server may be killed and resumed."""
 
 import contextlib
 import logging
@@ -24,7 +24,7 @@ _NO_LONE_CLIENTS = "federation.alone_clients_per_rank=0"
 
 @dataclass(frozen=True)
 class Part:
-    """One federation of a chaos run.
+    """Federation of a chaos run.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class Part:
 
 
 def run_part(part: Part, life: int = 0, kill_round: int | None = None) -> None:
-    """Run a part in this process, or go on with it; what it prints goes to ``run.log``.
+    """Run a part in this process, or resume it; its output goes to ``run.log``.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def _in_a_process(part: Part, life: int, kill_round: int | None) -> int | None:
 
 
 def _killer(part: Part, life: int, kill_round: int | None) -> Callable[[int], None]:
-    """Return what arms the kill of this process, once, at a seeded time after a round begins."""
+    """Return a function that schedules this process's kill once, at a seeded time in a round."""
     draw = random.Random(f"{part.seed}/chaos/kill/{life}")
     delay = draw.uniform(0, part.round_seconds)
     armed: list[threading.Timer] = []

@@ -196,7 +196,7 @@ def _scores(folder: Path) -> dict[str, float]:
 
 
 def _flippers(parts: Mapping[str, Part]) -> dict[str, Any]:
-    """Return of every run with flippers who they are and how many of their replies were noticed."""
+    """Return the flippers of every run that has some, and their detected replies."""
     found = {}
     for name, part in parts.items():
         if isinstance(part.schedule, SignFlippers):

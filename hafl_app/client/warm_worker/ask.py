@@ -1,4 +1,4 @@
-"""Asking the node's warm worker, which is started again once if it dies.
+"""Ask the node's warm worker, and start it again once if it dies.
 
 A worker is known by ``<name>/<hash of the app's code>``. It keeps one base model at a time, that of
 the latest message; it lives in `hafl_app.client.warm_worker.ray_workers`.
@@ -45,7 +45,7 @@ class Workers(Protocol):
         context: Context,
         permitting: Mapping[str, str],
     ) -> Answer:
-        """Let the worker of this key answer; it is started if need be.
+        """Answer a message with the worker of this key; it is started if need be.
 
         Raises
         ------
@@ -59,7 +59,7 @@ class Workers(Protocol):
 def ask_worker(
     workers: Workers, options: WorkerOptions, message: Message, context: Context
 ) -> Message:
-    """Let a worker answer a message; ``context.state`` becomes the worker's.
+    """Answer a message with a worker; ``context.state`` becomes the worker's.
 
     Raises
     ------

@@ -76,7 +76,7 @@ def connection_environment(port: int) -> dict[str, str]:
 
 
 def is_listening(port: int) -> bool:
-    """Return whether a port of the loopback is taken, at once: Ray itself retries for a minute."""
+    """Whether a port of the loopback is taken, at once: Ray itself retries for a minute."""
     with suppress(OSError), socket.create_connection((LOOPBACK, port), timeout=1):
         return True
     return False

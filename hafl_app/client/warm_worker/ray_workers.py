@@ -100,7 +100,7 @@ class RayWorkers:
         context: Context,
         permitting: Mapping[str, str],
     ) -> Answer:
-        """See `hafl_app.client.warm_worker.ask.Workers`."""
+        """Answer with a worker, see `hafl_app.client.warm_worker.ask.Workers`."""
         worker = self._worker(key, options)
         try:
             answer: Answer = self._ray.get(worker.answer.remote(message, context, permitting))
@@ -173,7 +173,7 @@ class RayWorkers:
         return self._ray.remote(worker_module.Worker)
 
     def _retire_older(self, key: str) -> None:
-        """Let workers of other versions of the code end after their current message."""
+        """End the workers of other versions of the code after their current message."""
         name = key.rpartition("/")[0]
         for other in self.names():
             if other.rpartition("/")[0] == name and other != key:

@@ -1,4 +1,4 @@
-"""Which transformer block gets how many bits, by salience, under a memory budget.
+"""Allocate bits to transformer blocks by salience, under a memory budget.
 
 Salience-driven block-wise quantization of the frozen base model, part of HAFLQ (Su, Yan, Deng,
 Dohler and Schober, the second version of arXiv:2411.06581).
@@ -21,7 +21,7 @@ from hafl_app.training.quantization.blocks import transformer_blocks
 from hafl_app.training.quantization.linear import PRECISIONS
 
 BLOCKWISE: Final = "blockwise"
-"""What the setting ``model.quantization`` calls it."""
+"""Value of the setting ``model.quantization`` for precisions by block."""
 
 
 class BaseMemoryError(DeviceMemoryError):
@@ -52,7 +52,7 @@ class _Influence:
 
 @torch.no_grad()
 def salience(model: LoraModel, batches: Iterable[Batch | ImageBatch]) -> list[float]:
-    """Return how much every block changes its tokens' hidden states, first block first.
+    """Measure each block's change of its tokens' hidden states, first block first.
 
     ``mean over tokens of 1 - cos(h_in, h_out)``, in [0, 2].
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 PRECISIONS: Final = ("nf4", "int8", "bf16")
-"""From few bits to many."""
+"""Precisions from few bits to many."""
 
 _NF4_BLOCK = 64
 # When bitsandbytes is imported, by PEFT for one, it recommends a kernel that is not used here.
@@ -96,7 +96,7 @@ class QuantizedLinear(nn.Linear):
         return output
 
     def extra_repr(self) -> str:
-        """Return what printing the layer shows."""
+        """Return the layer's description for printing."""
         return f"{super().extra_repr()}, precision={self.precision}"
 
 

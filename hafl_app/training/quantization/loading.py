@@ -62,7 +62,7 @@ class _Quantizer(HfQuantizer):
 
 
 class _Pack(ConversionOps):
-    """From one weight of the files to the tensors of a `QuantizedLinear`."""
+    """Convert one weight of the files to the tensors of a `QuantizedLinear`."""
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any, **kwargs: Any
