@@ -1,7 +1,7 @@
 """Time the server's aggregation beside a dense SVD, PEFT's merge and plain QR.
 
 One weight of each size with each group of clients; every way must first give the same matrix.
-One thread unless --threads says otherwise.
+One thread unless --threads is given.
 """
 
 import argparse

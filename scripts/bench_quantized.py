@@ -4,8 +4,8 @@
     python scripts/bench_quantized.py --model FOLDER   # an encoder or a causal model of one's own
 
 Every row is a process of its own that reads the model's files, takes training steps at rank 8, and
-says how much memory it ever took, mapped pages of the files included. `blockwise` gives the blocks
-half of the bytes between all in `nf4` and all in `bf16`.
+reports its peak memory, mapped pages of the files included. `blockwise` gives the blocks half of
+the bytes between all in `nf4` and all in `bf16`.
 """
 
 import argparse

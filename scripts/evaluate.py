@@ -8,7 +8,7 @@ tasks=NAME,...       benchmarks of lm-eval, if it is installed, or YAML files of
 output=FILE          the result as JSON
 
 The rest are Hydra overrides as for scripts/simulate.py: the data set, client.device, and so on.
-Rows are cut where the adapter's training cut them; dataset.max_length=N says otherwise.
+Rows are cut where the adapter's training cut them; dataset.max_length=N overrides it.
 See docs/evaluating.md.
 """
 

@@ -153,8 +153,8 @@ class TestNoticed:
 
     def test_late_replies_are_turned_away_in_the_next_round(self, quarter_bad):
         told = tally(read_journal(quarter_bad.folder))
-        stranger = next(c for c in told.kinds if c.kind is Kind.STRANGER)
-        assert stranger.injected == stranger.noticed >= 1
+        stale = next(c for c in told.kinds if c.kind is Kind.STALE)
+        assert stale.injected == stale.noticed >= 1
 
     def test_no_honest_reply_and_no_round_is_lost(self, quarter_bad):
         told = tally(read_journal(quarter_bad.folder))
@@ -215,7 +215,7 @@ class TestExitStatus:
 
         found = json.loads((folder / "chaos.json").read_text())
         assert found["problems"] == []
-        assert sum(c["injected"] for c in found["kinds"] if c["kind"] != Kind.STRANGER) == 15
+        assert sum(c["injected"] for c in found["kinds"] if c["kind"] != Kind.STALE) == 15
         assert "| importance negative | 1 | 1 |" in done.stdout
 
     def test_is_1_if_a_fault_goes_unnoticed(self, finished, monkeypatch, tmp_path):

@@ -48,7 +48,7 @@ class TestOutput:
         train = summary["bytes"]["train"]
         assert train["down"] == sum(c["bytes_down"] for c in clients)
         assert train["up"] == sum(c["bytes_up"] for c in clients)
-        # Freezing: everybody receives all 8 components, but uploads only its budget's.
+        # Freezing: every client receives all 8 components, but uploads only its budget's.
         down = {c["rank"]: c["bytes_down"] for c in clients}
         up = {c["rank"]: c["bytes_up"] for c in clients}
         assert up[2] < up[4] < up[8]

@@ -5,7 +5,7 @@ from programs import run_program
 
 
 @pytest.mark.parametrize(
-    ("program", "arguments", "told"),
+    ("program", "arguments", "expected"),
     [
         ("scripts/node_worker.py", ["start", "--port", "99999"], "'99999': expected a number from"),
         ("scripts/node_worker.py", ["status", "--port", "6389"], "error: no Ray of this node on"),
@@ -18,9 +18,9 @@ from programs import run_program
         ("scripts/bench_deploy.py", ["--messages", "0"], "--messages: 0: expected at least 2"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(program, arguments, told):
+def test_a_mistake_is_reported_in_one_line(program, arguments, expected):
     done = run_program(program, *arguments)
 
     assert done.returncode in (1, 2)
-    assert told in done.stderr.splitlines()[-1]
+    assert expected in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -33,7 +33,7 @@ _CONTAINERS: Final = {
     b"PK\x03\x04": "a zip archive or a spreadsheet: export it as csv",
     b"PAR1": "parquet: its name should end in .parquet",
 }
-_LOOKED_AT = 4096  # bytes, to tell UTF-16 without a mark
+_LOOKED_AT = 4096  # bytes, to detect UTF-16 without a mark
 _WIDE_SHARE = 0.2  # of bytes that are zero; text in UTF-8 has none
 
 

@@ -19,7 +19,7 @@ TXT_COLUMNS: Final = ("label", "text")
 """Columns before and after the tab of a line of a txt file."""
 
 _WHOLE: Final = re.compile(r"-?(0|[1-9][0-9]{0,17})")
-_FEWEST_LINES = 3  # that look like rows, where no label tells which are
+_FEWEST_LINES = 3  # that look like rows, where no label shows which are
 _SEPARATORS = ",;\t|"
 _LONGEST_NAME = 30
 

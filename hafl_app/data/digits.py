@@ -9,7 +9,7 @@ _BRIGHTEST: Final = 16.0
 
 
 def read_digits() -> pd.DataFrame:
-    """Return the 1,797 digits of 8 x 8 pixels in 17 shades of grey.
+    """Return the 1,797 digits of 8 x 8 pixels in 17 shades of gray.
 
     The test part of E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI
     Machine Learning Repository, 1998, doi:10.24432/C50P49, CC BY 4.0.

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class DataError(ValueError):
-    """A user's mistake in the data settings or files, told in one line."""
+    """A user's mistake in the data settings or files, described in one line."""
 
 
 class UnfitDataError(DataError):

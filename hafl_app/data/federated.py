@@ -34,7 +34,7 @@ class FederatedText:
     """Text or images shared out to clients, loaded and tokenized when first asked for.
 
     Text has labels, or is prompts with answers. Then a row of which no token of the answer is left
-    within the length that ``tokenize_pairs`` cuts to is counted in `sizes`, but nobody is given it.
+    within the length that ``tokenize_pairs`` cuts to counts in `sizes`, but no client is given it.
 
     Validation rows are split off the training data, stratified by label, before it is shared out;
     each client's held-out rows are split off its share. All follow from the seeds alone, so

@@ -16,7 +16,7 @@ MOST_LABELS: Final = 10_000
 LONGEST_LABEL: Final = 200
 """Limits of a label set, in names and in characters of each.
 
-They hold for strangers, whose lists decide the size of the head, and for a node's own file, where
+They hold for other nodes, whose lists decide the size of the head, and for a node's own file, where
 more is a sign of the wrong column.
 """
 

@@ -192,7 +192,7 @@ def _with_rows(train: Dataset, column: str) -> Dataset:
 
 def _collect(partitioner: Any, rows: Dataset) -> list[Rows]:
     partitioner.dataset = rows
-    # The partitioners tell of every attempt and show a progress bar.
+    # The partitioners print every attempt and show a progress bar.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         return [

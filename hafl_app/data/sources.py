@@ -235,7 +235,7 @@ def _split_test_off(table: pd.DataFrame, seed: int, fraction: float = TEST_FRACT
 
 
 def _read_synthetic(source: DatasetSettings) -> _Tables:
-    # Here, because its word tables concern nobody who brings other data.
+    # Here, because its word tables are loaded only if they are used.
     from hafl_app.data.synthetic import generate  # noqa: PLC0415
 
     train_texts, train_labels, test_texts, test_labels, names = generate(

@@ -3,7 +3,7 @@
 Nothing is downloaded. A text is about three concepts of its topic and sets aside
 two of a rival topic; neighboring topics share concepts. Training and test texts
 name the same concepts by different nouns, so nothing that a bag of words learns
-carries over: a model has to know what the nouns mean. The sentence tells which
+carries over: a model has to know what the nouns mean. The sentence shows which
 nouns are set aside, so it also pays to read them in context.
 """
 
@@ -22,7 +22,7 @@ DISTRACTORS: Final = 2
 
 # Slots 0, 1, 2 take the own concepts and 3, 4 the distractors, before or after them.
 # The slots fit any noun, and both sides of the word table use every template, so that
-# a template by itself tells nothing about the label.
+# a template by itself has no information about the label.
 TEMPLATES: Final = (
     "it was about the {0}, the {1} and the {2}, and not about the {3} or the {4}",
     "instead of the {3} and the {4} they chose the {0}, the {1} and the {2}",

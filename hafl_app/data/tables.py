@@ -110,7 +110,7 @@ def index_labels(table: pd.DataFrame, names: Sequence[str], origin: str) -> pd.D
     if unknown.any():
         first = int(unknown.to_numpy().argmax())
         near = likeness(table["label"].iloc[first]) in {likeness(name) for name in index}
-        # The label is not told: under a wrong label_column it is somebody's text.
+        # The label is not quoted: under a wrong label_column it is a private text.
         raise DataError(
             f"{origin} data: {int(unknown.sum())} rows, the first is row {first + 1}, have a label "
             f"that is not among the {len(names)} label names"

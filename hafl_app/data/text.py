@@ -27,7 +27,7 @@ TokenizePairs = Callable[[list[str], list[str]], tuple[list[list[int]], list[int
 """From prompts and answers to rows of both, and the start of each answer in its row."""
 
 _WAIT_SECONDS = 600.0
-_ZIP_LENGTHS_AT = 26  # of a file's name and extra field, in its header; what they tell follows
+_ZIP_LENGTHS_AT = 26  # of a file's name and extra field, in its header; their content follows
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +207,7 @@ def _kept(
     if cache is None:
         return make()
     path = cache / f"{_digest(key, texts, labels)}.npz"
-    with _alone(path):
+    with _locked(path):
         encoded = _read(path, labels)
         if encoded is None:
             encoded = make()
@@ -244,10 +244,10 @@ def _digest(key: str, texts: Sequence[str], labels: npt.NDArray[np.int64]) -> st
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of a cache file, so that one process makes it and the others wait.
 
-    Without the lock no more than time is lost, so whatever is wrong with it stops nobody. The
+    Without the lock no more than time is lost, so whatever is wrong with it stops no process. The
     system lets go of it when its holder ends, however that happens.
     """
     lock = FileLock(path.parent / "locks" / path.stem, timeout=_WAIT_SECONDS)
@@ -257,7 +257,7 @@ def _alone(path: Path) -> Iterator[None]:
     except TimeoutError:
         logger.warning("%s: another process does not finish it; tokenizing here as well", path)
     except OSError:
-        pass  # read-only: what is there can be read all the same, and `_write` tells the rest
+        pass  # read-only: what is there can be read all the same, and `_write` logs the rest
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Connections of strangers: how many, how much header, and how long one may say nothing.
+"""Limits of unauthenticated connections: their number, header size and silence.
 
 uvicorn bounds what it holds of a body, but neither the number of connections nor the time until a
 request's headers are whole, and with httptools not their length either. Its parser h11 stops at

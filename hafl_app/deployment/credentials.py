@@ -88,9 +88,9 @@ def make_credentials(
     nodes
         Names of the nodes, at least one: letters, digits, `-` and `_`, at most 63.
     days
-        How long the certificates are valid, 1 to 3650. Nodes' keys do not expire.
+        Days that the certificates are valid, 1 to 3650. Nodes' keys do not expire.
     keep_ca_key
-        Whether ``ca.key`` is written. Without it nobody can ever sign for this authority again.
+        Whether ``ca.key`` is written. Without it this authority can never sign again.
 
     Raises
     ------

@@ -44,8 +44,8 @@ NODE_CALLS = (
     "pull-object",
     "confirm-message-received",
 )
-"""What a registered node calls below `/v1/fleet/`. Those with which a node registers itself or
-leaves for good are not among them: the operator does that."""
+"""Calls of a registered node below `/v1/fleet/`, without those that register or unregister it: the
+operator does that."""
 
 
 def fence(
@@ -108,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ssl_keyfile=credentials.server_key,
         http=BoundedConnection,
         ws="none",
-        access_log=False,  # every node asks every three seconds; refusals are told
-        # What the SuperLink says of itself is passed on already.
+        access_log=False,  # every node asks every three seconds; rejected calls are logged
+        # The SuperLink's own headers are passed on already.
         server_header=False,
         date_header=False,
         proxy_headers=False,

@@ -17,7 +17,7 @@ from hafl_app.deployment.node_signatures import SignatureError, authenticated_ke
 
 _LOGGER = logging.getLogger("uvicorn.error")  # the one that uvicorn prints
 
-# RFC 9110, section 7.6.1: these speak of one connection, not of the message.
+# RFC 9110, section 7.6.1: these belong to one connection, not to the message.
 _HOP_BY_HOP = frozenset(
     (
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization"),
@@ -54,7 +54,7 @@ class Proxy:
 
 
 async def ask_health(request: Request, _stack: AsyncExitStack) -> httpx.Response:
-    """Ask whether the SuperLink is well; anybody may, and a body stays here."""
+    """Ask the SuperLink for its health; open to all, without forwarding a body."""
     client: httpx.AsyncClient = request.app.state.client
     onward = client.build_request(
         request.method, "/health", headers=_without_body(_end_to_end(request.headers))

@@ -1,6 +1,6 @@
 """A whole deployment on this machine: SuperLink, fence and SuperNodes as on real devices.
 
-The SuperLink listens on one port of the loopback and the fence on another; nodes and strangers
+The SuperLink listens on one port of the loopback and the fence on another; nodes and other callers
 see the fence's only. Everything has TLS, and nodes have keys.
 """
 

@@ -23,7 +23,7 @@ NOT_AUTHENTICATED = "Invalid SuperNode authentication"
 """Answer to a rejected call, as from the SuperLink; the log has the reason."""
 
 NOT_REGISTERED = json.dumps({"code": 2004, "detail": "Failed to activate SuperNode."})
-"""What an unregistered node reads, as from the SuperLink, with status 412: then it ends as failed,
+"""Answer to an unregistered node, as from the SuperLink, with status 412: it then ends as failed,
 and its service manager tries again. After a 401 it would end as if all were well."""
 
 _LONGEST_HEADER = 1024  # a public key on P-521 has 360 characters

@@ -22,7 +22,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class OwnFolder:
-    """A temporary folder that says whose it is.
+    """A temporary folder marked with its owner's identity.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ class RegisteredKeys:
     """Public keys of the registered nodes, as the SuperLink lists them.
 
     A list is believed for a minute. A key that is not in it is asked for again, at most once a
-    second however many strangers call, so that a node may come as soon as it is registered.
+    second for all callers together, so that a node may come as soon as it is registered.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class RegisteredKeys:
         self._silent: SuperlinkSilentError | None = None
 
     async def include(self, key: bytes) -> bool:
-        """Say whether a key is registered.
+        """Whether a key is registered.
 
         Raises
         ------

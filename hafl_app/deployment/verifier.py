@@ -1,4 +1,4 @@
-"""The verifier: tells nginx (`auth_request`) whether a registered node makes a call.
+"""The verifier: answers nginx (`auth_request`) whether a registered node makes a call.
 
 nginx stands before the SuperLink, asks here with a call's headers, and reads its body only after a
 yes::
@@ -41,7 +41,7 @@ def verifier(
 ) -> Starlette:
     """Return the ASGI app: `/verify` answers 204 to a registered node's headers.
 
-    It answers 403 to those of a node that is not registered, 401 to those of nobody, and 502 if
+    It answers 403 to those of a node that is not registered, 401 to unsigned ones, and 502 if
     the SuperLink is silent.
 
     Parameters
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hafl_app.deployment.verifier",
-        description="Tell nginx whether a registered node makes a call, by the call's headers.",
+        description="Answer nginx whether a registered node makes a call, by the call's headers.",
     )
     parser.add_argument("--ca", type=Path, required=True, help="ca.crt of make_credentials.py")
     parser.add_argument("--superlink", default="127.0.0.1:8000", help="default: %(default)s")

@@ -76,7 +76,7 @@ def ray_environment(
     """Return the environment that points Flower's Ray backend to a cluster, or away from one.
 
     A Ray of the run's own listens on the loopback alone and answers only the run: whoever can
-    speak to a Ray can run code in it.
+    connect to a Ray can run code in it.
 
     Workers of a cluster are started by their machine's Ray and inherit nothing from the run. The
     job carries this app's code and settings, so that every machine runs the same version, and the

@@ -18,7 +18,7 @@ class Command:
     Parameters
     ----------
     experiment
-        File of ``conf/experiment`` whose ``compare`` block says what to compare.
+        File of ``conf/experiment`` with the ``compare`` block.
     overrides
         Hydra overrides that hold for every run.
     seeds

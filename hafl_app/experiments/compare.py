@@ -40,7 +40,7 @@ def compare(command: Command, command_line: str, say: Say) -> int:
     command_line
         As typed, for the footer of the table.
     say
-        Told one line at a time how it goes, and the table at the end.
+        Called with each line of progress, and with the table at the end.
 
     Raises
     ------

@@ -119,7 +119,7 @@ class Comparison:
         return list(self.cells) if self.plan.tuning.per_cell else list(self.cells)[:1]
 
     def tuning_jobs(self) -> list[Job]:
-        """Return the runs of the search: every method at every learning rate, nobody alone."""
+        """Return the runs of the search: every method at every rate, without local baselines."""
         tuning = self.plan.tuning
         extra = ["federation.alone_clients_per_rank=0"]
         if tuning.num_rounds is not None:

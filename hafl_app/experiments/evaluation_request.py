@@ -30,7 +30,7 @@ class EvaluationRequest:
     max_length
         Tokens that rows are cut to; None as in the adapter's training.
     metrics
-        Some of `METRICS`; ``loss`` brings all that one pass over the test set tells, of a
+        Some of `METRICS`; ``loss`` brings all scores of one pass over the test set, of a
         classifier its accuracy too.
     max_new_tokens
         Of a generated answer, at least 1.
@@ -100,8 +100,7 @@ def _refuse_models(named: Iterable[str]) -> None:
     for key in sorted(named):
         if key.partition(".")[0] == "model" and key != _TRUST:
             raise SettingsError(
-                f"{key}=: an adapter's folder says what its base model is; only adapter=none takes "
-                "another"
+                f"{key}=: an adapter's folder names its base model; only adapter=none takes another"
             )
 
 

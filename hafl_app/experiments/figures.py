@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from hafl_app.experiments.results import Curve
 from hafl_app.metrics import ACCURACY
 
-# Okabe and Ito's colors, told apart by the color-blind; with a marker each, also in grey.
+# Okabe and Ito's colors, distinct for the color-blind; with a marker each, distinct in gray too.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SEEDS_FOR_A_BAND = 2

@@ -35,7 +35,7 @@ def allocate_bits(
     budget
         In the costs' unit, at least 0.
     upgrade
-        ``level``: everybody is raised by one level before anybody is raised by two.
+        ``level``: all components are raised by one level before any is raised by two.
         ``component``: the most important one is raised to the top before the next one is at all.
 
     Raises

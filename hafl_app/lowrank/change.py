@@ -13,7 +13,7 @@ from hafl_app.lowrank.factors import Adapter
 _FEWEST_NORMS = 5
 # Of a normal distribution, the median absolute deviation times this is the standard deviation.
 _DEVIATIONS_PER_MAD = 1.4826
-# Clients that happen to agree closely do not make everybody else an outlier.
+# Clients that happen to agree closely do not turn all others into outliers.
 _LEAST_DEVIATION = 0.2
 
 
@@ -58,7 +58,7 @@ def change_size(after: Adapter, before: Adapter, scaling: Mapping[str, float]) -
     The change's `total_norm` over the square root of how many numbers there are, with lora_B as
     the optimizer sees it. A norm grows with the number of components, and under
     ``lora.scaling=per_rank`` the folded lora_B of a low rank moves further for the same steps;
-    neither tells anything of a client.
+    neither has information about a client.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def norm_bound(norms: Sequence[float], ratio: float) -> float:
     ----------
     norms
         One a client, finite, at least 0. Fewer than five have no bound: the result is infinite.
-        If their median is 0, most clients changed nothing and do not tell how far one moves that
+        If their median is 0, most clients changed nothing and do not show how far one moves that
         does: then the others alone are looked at, and again there must be five.
     ratio
         Robust standard deviations that an honest norm may lie above the median, above 0.

@@ -1,4 +1,4 @@
-"""Averages at the level of single components: over those who trained one, or over everybody."""
+"""Averages of single components: over those who trained one, or over all participants."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,14 +120,14 @@ class ComponentSums:
         Notes
         -----
         Zero padding as in Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device
-        Foundation Models" (HetLoRA), arXiv:2401.06432. Differs from the paper: where nobody
+        Foundation Models" (HetLoRA), arXiv:2401.06432. Differs from the paper: where no one
         trained a component only ``b_i`` becomes 0 and ``a_i`` stays. The product is the same,
         0, but with both at 0 the component could never learn again.
         """
         if self.total_weight == 0:
             return previous
-        everybody = torch.full_like(self.weight, self.total_weight)
-        return self._divide(previous, everybody, uncovered="clear")
+        total = torch.full_like(self.weight, self.total_weight)
+        return self._divide(previous, total, uncovered="clear")
 
     def _divide(
         self,

@@ -23,7 +23,7 @@ def robust_mean(values: Tensor, rule: str, trim_fraction: float) -> Tensor:
     once there are three. One value or two therefore give their mean under both rules: no rule can
     tell which of two is wrong.
 
-    Everybody counts the same, by definition: a weight would let one who claims many examples
+    All clients count the same, by definition: a weight would let one that claims many examples
     outvote the rest. A bound on what wrong values do holds while they are fewer than half
     (``median``) or no more than are dropped at one end (``trimmed_mean``) of *this* coordinate's
     values, whatever they are.
@@ -40,7 +40,7 @@ def robust_mean(values: Tensor, rule: str, trim_fraction: float) -> Tensor:
     Returns
     -------
     Tensor
-        Shape ``(...)``, dtype of ``values``; NaN where nobody has a value.
+        Shape ``(...)``, dtype of ``values``; NaN where no client has a value.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def robust_factors(
     """Return a module whose components are robust means over those who trained them.
 
     Each coordinate of ``a_i`` and of ``b_i`` by itself, see `robust_mean`. This is of the
-    factors, as in `ComponentSums.average_over_contributors`: it makes sense where everybody
+    factors, as in `ComponentSums.average_over_contributors`: it makes sense where all
     started component ``i`` from the same values.
 
     Parameters
@@ -87,7 +87,7 @@ def robust_factors(
         One a client: the components it trained, and which of the module's each of them is;
         distinct, in ``[0, rank)``.
     previous
-        The module before the round. A component that nobody trained keeps its values.
+        The module before the round. A component that no client trained keeps its values.
     rule, trim_fraction
         See `robust_mean`.
 
@@ -160,7 +160,7 @@ class RobustSums(ComponentSums):
 
     @classmethod
     def empty(cls, like: LoraFactors, rule: str, trim_fraction: float) -> "RobustSums":
-        """Return the state before anybody, for a module with the sizes of ``like``."""
+        """Return the state before any update, for a module with the sizes of ``like``."""
         sums = ComponentSums.zeros(_without_features(like))
         return cls(sums.lora_A, sums.lora_B, sums.weight, rule=rule, trim_fraction=trim_fraction)
 
@@ -186,7 +186,7 @@ class RobustSums(ComponentSums):
         ValueError
             Always.
         """
-        raise ValueError(f"a {self.rule} over everybody is of the missing components' zeros")
+        raise ValueError(f"a {self.rule} over all participants is of the missing components' zeros")
 
 
 def _without_features(factors: LoraFactors) -> LoraFactors:

@@ -113,7 +113,7 @@ def _stands_out(
 ) -> Bool[Tensor, " batch"]:
     """Whether the kept squared singular values, smallest first, are clear of their error bound.
 
-    Then none of those kept is noise, and rounding turns none of them towards one that is cut off.
+    Then none of those kept is noise, and rounding turns none of them toward one that is cut off.
     """
     clear = energy[:, -kept] > _CLEARLY_ABOVE * error
     return clear & (error < _NEGLIGIBLE * energy.sum(dim=1))

@@ -103,7 +103,7 @@ class NoiseSource:
         Parameters
         ----------
         server_round, label
-            What tells releases apart, such as the round and whose upload it is.
+            Distinguishes releases, such as the round and the partition of an upload.
         content
             What the noise will be added to. If a resumed run computes a round anew, equal content
             gets equal noise and so the same release; other content gets fresh noise. With equal
@@ -180,9 +180,9 @@ def privatize_upload(
     Parameters
     ----------
     after
-        What training made, without what is not uploaded.
+        Trained adapter, without what is not uploaded.
     before
-        What it started from, see `trained_part`.
+        The same components as received, see `trained_part`.
 
     Returns
     -------

@@ -1,6 +1,6 @@
 """Aggregate a round's updates: the method's fold, heads, robust rule and central privacy.
 
-A method says how updates are merged and knows nothing of the rest.
+The method decides how updates are merged, and does not depend on the rest.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,7 +53,7 @@ def merge(
     Returns
     -------
     Adapter
-        The next global adapter; components and factors that nobody trained, and a head that does
+        The next global adapter; components and factors that no client trained, and a head that does
         not travel, as they were.
     """
     if method.options.privacy.kind == "central_dp":

@@ -5,7 +5,6 @@ arXiv:1710.06963, with the estimator of fixed denominators, component by compone
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +19,8 @@ from hafl_app.privacy.mechanism import (
     add_noise,
     clipped_change,
 )
+from hafl_app.server.method import Division
 from hafl_app.server.update import ClientUpdate
-
-Division = Literal["contributors", "everybody"]
 
 
 def trainable_counts(plans: Iterable[TrainPlan], adapter: Adapter) -> dict[str, Tensor]:
@@ -70,13 +68,13 @@ def next_adapter(
     sampling rate q:
 
     - ``contributors``: ``previous_i + s_i / (q n_i)``
-    - ``everybody``: ``previous_i n_i / N + s_i / (q N)``, zero padding in expectation
+    - ``participants``: ``previous_i n_i / N + s_i / (q N)``, zero padding in expectation
     - head: ``previous + s / (q N)``
 
     The denominators are what sampling makes expected, not who came: the sum then changes by at
     most C with one client, and nothing else does. What no node trains, a component or a factor of
-    it, keeps its value and gets no noise, also lora_B under ``everybody``, where plain zero padding
-    clears it. No updates still make a release, of noise alone.
+    it, keeps its value and gets no noise, also lora_B under ``participants``, where plain zero
+    padding clears it. No updates still make a release, of noise alone.
 
     Parameters
     ----------
@@ -92,7 +90,7 @@ def next_adapter(
         ``q`` in (0, 1], each node's chance to be drawn by
         `hafl_app.server.client_sampling.sample_poisson`.
     division
-        What the method divides by; its ``private_division``.
+        Divisor of the method, from `hafl_app.server.compatibility.private_division`.
 
     Raises
     ------
@@ -163,7 +161,7 @@ def _next_factors(
 
 
 def _checked(update: ClientUpdate, counts: Mapping[str, Tensor]) -> ClientUpdate:
-    """Return an update; refuse one of components that would be dropped: the plans are others'."""
+    """Return an update; refuse one with components that no registered node's plan trains."""
     for name, n in counts.items():
         module = update.plan.modules[name]
         trained = torch.tensor([module.trains_A, module.trains_B])

@@ -68,7 +68,7 @@ class CheckpointStore:
     folder
         Created by the first `save`.
     keep
-        How many checkpoints stay, at least 1.
+        Number of checkpoints that stay, at least 1.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:

@@ -32,7 +32,7 @@ def sample_profiles(
     profiles
         Candidates; their order does not matter.
     fraction
-        In [0, 1]; 0 draws nobody.
+        In [0, 1]; 0 draws none.
     phase
         Makes training and evaluation draw independently.
     """
@@ -47,8 +47,8 @@ def sample_poisson(
 ) -> list[NodeProfile]:
     """Draw each profile by itself with chance ``fraction``, in partition order.
 
-    Central privacy counts on it: who is drawn says nothing about the others, and only the key
-    tells who was. May draw nobody; the round then still happens, with noise alone.
+    Central privacy counts on it: the draw of one node depends on no other, and only the key
+    reveals it. May draw none; the round then still happens, with noise alone.
 
     Parameters
     ----------

@@ -51,7 +51,7 @@ def private_division(method: Method) -> Division:
     Raises
     ------
     StrategyError
-        If more than clipped changes and fixed denominators decides; the message says what.
+        If more than clipped changes and fixed denominators decides; with the reason.
     """
     if method.traits.dp_division is None:
         raise StrategyError(f"strategy={_name(method)}: {method.traits.dp_refusal}")

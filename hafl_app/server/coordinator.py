@@ -43,7 +43,7 @@ class Coordinator:
     method
         The strategy.
     participation
-        Who takes part.
+        Nodes that take part, and their selection.
     ledger
         Bytes and rejections of every exchange.
     task

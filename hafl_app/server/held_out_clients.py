@@ -28,7 +28,7 @@ def draw_unseen(num_clients: int, unseen_clients: int, seed: int) -> frozenset[i
     num_clients
         Partitions there are.
     unseen_clients
-        How many to draw, in [0, num_clients].
+        Number to draw, in [0, num_clients].
     """
     return frozenset(sample_positions(num_clients, unseen_clients, seed, "unseen"))
 

@@ -41,7 +41,7 @@ def train_alone(
     initial
         The adapter and head that the federation started from.
     profiles
-        Who trains.
+        Clients to train.
     rank
         Of all of them; None is each client's own. At most the initial adapter's.
     """

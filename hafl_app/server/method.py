@@ -13,7 +13,7 @@ from hafl_app.server.options import RunOptions
 from hafl_app.server.update import ClientUpdate
 from hafl_app.wire.node_profile import NodeProfile
 
-Division = Literal["contributors", "everybody"]
+Division = Literal["contributors", "participants"]
 """Divisor of a component's sum: the weight of those who trained it, or of all participants."""
 
 

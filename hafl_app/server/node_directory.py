@@ -1,4 +1,4 @@
-"""The directory of all nodes: who is there, who is left out and why."""
+"""The directory of all nodes: their profiles, and those left out with the reason."""
 
 import logging
 import time
@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
 from hafl_app.printable import printable
-from hafl_app.server.node_queries import Questions
+from hafl_app.server.node_queries import PendingQueries
 from hafl_app.server.numbering import Numbering
 from hafl_app.wire.node_profile import UNNUMBERED, NodeProfile
 from hafl_app.wire.records import CONFIG, LABEL_NAMES
@@ -30,13 +30,13 @@ class NodeDirectory:
     Parameters
     ----------
     timeout_s
-        How long to wait for answers while nobody is there who has given one.
+        Seconds to wait for answers while no node has given one.
     start_timeout_s
-        How long `wait_for_all` waits for nodes; None is as long.
+        Seconds that `wait_for_all` waits for nodes; None is as long.
     num_nodes
-        How many nodes it waits for if some have data of their own: these do not know.
+        Number of nodes that it waits for if some have data of their own: these do not know it.
     label_names
-        The run's classes, told to every node that is asked; None while they are not agreed.
+        The run's classes, sent to every node with its query; None while they are not agreed.
     numbering
         Numbers that nodes without one have been given in this run.
     keeps_partitions
@@ -62,7 +62,7 @@ class NodeDirectory:
         self.profiles: dict[int, NodeProfile] = {}
         self._owners: dict[int, int] = {}  # node id by partition
         self.refusals: dict[int, str] = {}  # why nodes cannot take part, until they can
-        self._questions = Questions()
+        self._queries = PendingQueries()
 
     def in_order(self) -> list[NodeProfile]:
         """Return all profiles in partition order."""
@@ -72,7 +72,7 @@ class NodeDirectory:
         """Query nodes that are new or could not take part, and return those that can.
 
         They come in partition order, and are connected. New nodes are waited for a few seconds,
-        and longer while there is nobody else.
+        and longer while there is no other node.
         """
         end = time.monotonic() + self._timeout_s
         connected = set(grid.get_node_ids())
@@ -106,7 +106,7 @@ class NodeDirectory:
     def wait_for_all(self, grid: Grid) -> list[NodeProfile]:
         """Wait until all nodes have answered, or the time is over.
 
-        All are as many as the nodes speak of partitions, or as the run expects if some have data
+        Their number is that of the partitions in their profiles, or the run's if some have data
         of their own. A node that cannot take part has answered too.
 
         Raises
@@ -124,7 +124,7 @@ class NodeDirectory:
             if profiles and len(profiles) + len(self.refusals) >= self._expected(profiles):
                 return self._numbered(profiles)
             limit = self._start_timeout_s
-            patience = min(limit, _REFUSED_SECONDS) if self._nobody else limit
+            patience = min(limit, _REFUSED_SECONDS) if self._none_can_serve else limit
             if time.monotonic() - started > patience:
                 break
             time.sleep(_POLL_SECONDS)
@@ -145,7 +145,7 @@ class NodeDirectory:
         return max(profile.num_partitions for profile in profiles)
 
     @property
-    def _nobody(self) -> bool:
+    def _none_can_serve(self) -> bool:
         return bool(self.refusals) and not self.profiles
 
     def _query(
@@ -155,9 +155,9 @@ class NodeDirectory:
         content = RecordDict()
         if self.label_names is not None:
             content[CONFIG] = ConfigRecord({LABEL_NAMES: list(self.label_names)})
-        new = self._questions.ask(grid, sorted(node_ids), content)
+        new = self._queries.ask(grid, sorted(node_ids), content)
         answered = []
-        for node_id, reply in self._questions.answers(grid, new, patience_s):
+        for node_id, reply in self._queries.answers(grid, new, patience_s):
             if reply.has_error():
                 self.refuse(node_id, reply.error.reason or f"error {reply.error.code}")
                 continue
@@ -195,7 +195,7 @@ class NodeDirectory:
     def _numbered(self, present: list[NodeProfile]) -> list[NodeProfile]:
         """Assign numbers to the nodes that have no number yet, and return those that are present.
 
-        Only now, and to all of them at once: who answers first must not decide.
+        Only now, and to all of them at once: the order of answers must not decide.
         """
         unnumbered = [p for p in self.profiles.values() if p.partition_id == UNNUMBERED]
         if not unnumbered:

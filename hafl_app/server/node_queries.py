@@ -1,4 +1,4 @@
-"""Queries to nodes, asked in the background: a node that does not answer holds nobody up."""
+"""Queries to nodes, asked in the background: a node that does not answer delays no other."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ _POLL_SECONDS = 0.2
 _FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 3600.0
 
 
-class Questions:
+class PendingQueries:
     """Queries that are sent and not answered yet.
 
     A node that keeps silent is asked again after a pause, which doubles from a minute to an hour:
@@ -66,7 +66,7 @@ class Questions:
         while True:
             for reply in grid.pull_messages(list(self._waiting)) if self._waiting else ():
                 node_id = self._waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node_id is None:  # nobody asked for it
+                if node_id is None:  # to no query of ours
                     continue
                 found.append((node_id, reply))
                 missing.discard(node_id)

@@ -21,11 +21,11 @@ class RunOptions:
     lora
         ``lora_alpha`` and how it becomes a scaling.
     privacy
-        How private the run is, with the key of its noise.
+        Differential privacy of the run, with the key of its noise.
     head
-        What happens to the classification head, see `TrainPlan`.
+        Treatment of the classification head, see `TrainPlan`.
     seed
-        Decides who takes part in which round.
+        Seed of client selection.
     """
 
     federation: FederationSettings = field(default_factory=FederationSettings)

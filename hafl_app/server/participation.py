@@ -26,7 +26,7 @@ class Participation:
     Parameters
     ----------
     method
-        Says which ranks it can serve.
+        Checks the ranks that it can serve.
 
     Attributes
     ----------
@@ -194,7 +194,7 @@ class Participation:
     # ---- after a reply ---------------------------------------------------------------------
 
     def record(self, replies: Iterable[Reply]) -> None:
-        """Record replies: who failed, how long it took, whose rank must be cut, who must rest."""
+        """Record replies: failures, durations, rank cuts and quarantine."""
         for reply in replies:
             profile = reply.profile
             if SECONDS in reply.metrics:

@@ -22,18 +22,18 @@ class Quarantine:
     def __init__(self, after: int, rounds: int) -> None:
         self._after = after
         self._rounds = rounds
-        self._refused_in_row: dict[int, int] = {}
+        self._rejected_in_row: dict[int, int] = {}
         self._last_round_out: dict[int, int] = {}
 
     def record(self, node_id: int, ok: bool, server_round: int) -> None:
         """Record whether a node's reply in this round was accepted."""
         if ok:
-            self._refused_in_row.pop(node_id, None)
+            self._rejected_in_row.pop(node_id, None)
             self._last_round_out.pop(node_id, None)
             return
-        refused = self._refused_in_row.get(node_id, 0) + 1
-        self._refused_in_row[node_id] = refused
-        if 0 < self._after <= refused:
+        rejected = self._rejected_in_row.get(node_id, 0) + 1
+        self._rejected_in_row[node_id] = rejected
+        if 0 < self._after <= rejected:
             self._last_round_out[node_id] = server_round + self._rounds
 
     def excluded(self, server_round: int) -> set[int]:
@@ -44,7 +44,7 @@ class Quarantine:
         """Return the same quarantine under other ids; a node without one is dropped."""
         other = Quarantine(self._after, self._rounds)
         for mine, theirs in (
-            (self._refused_in_row, other._refused_in_row),
+            (self._rejected_in_row, other._rejected_in_row),
             (self._last_round_out, other._last_round_out),
         ):
             theirs.update({names[k]: value for k, value in mine.items() if k in names})
@@ -56,7 +56,7 @@ class Quarantine:
         Flower's node ids may be others when a run goes on: see `renamed`.
         """
         return {
-            "refused-in-row": [list(pair) for pair in sorted(self._refused_in_row.items())],
+            "refused-in-row": [list(pair) for pair in sorted(self._rejected_in_row.items())],
             "last-round-out": [list(pair) for pair in sorted(self._last_round_out.items())],
         }
 
@@ -67,7 +67,7 @@ class Quarantine:
         A rest that has begun keeps its end when ``rounds`` has changed.
         """
         quarantine = cls(after, rounds)
-        quarantine._refused_in_row = _numbers(values["refused-in-row"])
+        quarantine._rejected_in_row = _numbers(values["refused-in-row"])
         quarantine._last_round_out = _numbers(values["last-round-out"])
         return quarantine
 

@@ -36,10 +36,10 @@ def all_replies(
     Parameters
     ----------
     timeout_s
-        How long to wait for replies in all, above 0.
+        Seconds to wait for all replies, above 0.
     seconds
-        Node id to what its reply took the last time. The slower half of the nodes, and those of
-        whom it is not known, are asked first: if they share a machine, as in a simulation, the
+        Node id to what its reply took the last time. The slower half of the nodes, and those
+        without a known time, are asked first: if they share a machine, as in a simulation, the
         slowest does not come last. Empty or None asks all at once.
     sleep
         Waits between two looks, for seconds.
@@ -70,7 +70,7 @@ def _waves(messages: list[Message], seconds: Mapping[int, float]) -> list[list[M
     ordered = sorted(messages, key=cost, reverse=True)
     half = (len(ordered) + 1) // 2
     first, rest = ordered[:half], ordered[half:]
-    # Nobody is to be idle in the pause, and the others must be known to be faster.
+    # No node may be idle in the pause, and the others must be known to be faster.
     worth = rest and cost(first[-1]) >= _TAKEN_UP_S and cost(rest[0]) < float("inf")
     return [first, rest] if worth else [messages]
 
@@ -93,7 +93,7 @@ def replies_in_order(
     Parameters
     ----------
     timeout_s
-        How long to wait for replies in all, above 0. What has arrived by then is yielded still.
+        Seconds to wait for all replies, above 0. What has arrived by then is yielded still.
     buffer
         Replies held at once, at least 1.
     sleep

@@ -17,7 +17,7 @@ from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import METRICS, NUM_EXAMPLES, AdapterArrays, read_adapter
 from hafl_app.wire.uploads import decode_upload
 
-# What a reply may weigh above its numbers: generous, because a refusal is for what cannot be.
+# What a reply may weigh above its numbers: generous, so that only impossible sizes are rejected.
 _SIZE_SLACK, _FIXED_BYTES, _BYTES_PER_NAME = 1.5, 64 * 1024, 256
 _LONGEST_QUOTE = 60  # characters
 
@@ -62,7 +62,7 @@ def check_size(
 def read_metrics(reply: Message, profile: NodeProfile) -> dict[str, float]:
     """Return a reply's metrics by name, all of them finite and ``num-examples`` plausible.
 
-    A loss that is not finite says that training broke, whatever the factors look like.
+    A loss that is not finite means that training failed, whatever the factors are.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def read_update(
     Parameters
     ----------
     plan
-        What the node was asked to do.
+        Plan that the node was sent.
     head
         Shapes of the head's tensors that it must upload; empty if the head does not travel.
     shapes

@@ -72,7 +72,7 @@ class Reply:
     Parameters
     ----------
     request
-        What was asked.
+        Request that it answers.
     bytes_up, head_bytes_up
         Of the message that came; 0 if none did.
     metrics
@@ -80,9 +80,9 @@ class Reply:
     update
         Of a training reply that counts.
     error
-        Why it does not count.
+        Reason why it was rejected; empty if it counts.
     fault
-        What kind of error the node itself reported, if it did.
+        Kind of the error that the node itself reported, if it did.
     """
 
     request: Request
@@ -255,7 +255,7 @@ class RoundMessages:
         return [self.settle(reply) for reply in settled]
 
     def _pairs(self, replies: Iterable[Message]) -> list[tuple[Message, Request]]:
-        """Pair replies with their requests; strangers and second replies are ignored."""
+        """Pair replies with their requests; ignore replies to other requests and second replies."""
         pairs: dict[int, tuple[Message, Request]] = {}
         for reply in replies:
             node_id = self._node_of(reply)

@@ -12,7 +12,7 @@ class QuarantineSettings:
     Parameters
     ----------
     after
-        Refused replies in a row after which a node is left out; no reply in time, or an error
+        Rejected replies in a row after which a node is left out; no reply in time, or an error
         instead of one, counts as well. 0: never.
     rounds
         Rounds for which it is left out.
@@ -53,36 +53,36 @@ class FederationSettings:
         Clients of every rank that are also trained alone, to measure what the federation gains
         them. 0: none.
     alone_at_max_rank
-        Whether they train alone once more at ``lora.max_rank``, to tell what the rank costs them
-        from what the little data costs.
+        Whether they train alone once more at ``lora.max_rank``, to separate the cost of
+        their rank from that of their little data.
     partition_owner
-        Who may train a partition, which one node at a time does. ``connected``: a node that went
+        Owner of a partition, which one node at a time trains. ``connected``: a node that went
         offline frees its partition for another, so that one that restarts comes back. ``node``:
         the first node keeps it for the whole run, which is right where nodes are authenticated:
-        Flower gives a registered key the same id each time it connects, and a stranger cannot
-        take its place.
+        Flower gives a registered key the same id each time it connects, and another node
+        cannot take its place.
     round_timeout_s
-        Seconds that a round waits for replies.
+        Seconds that a round waits for replies; stragglers that take longer count as missing.
     start_timeout_s
         Seconds until round 1 begins without the nodes that are missing; later ones join.
     min_replies
         A round with fewer replies that count is repeated with other nodes.
     max_retries
-        How often a round is repeated; then the run stops, with its last checkpoint.
+        Repetitions of a round; after them the run stops, with its last checkpoint.
     max_norm_ratio
-        From five replies on, an update is refused whose norm exceeds the round's median by more
+        From five replies on, an update is rejected whose norm exceeds the round's median by more
         robust deviations than this; null: none is.
     quarantine
-        How long a node is left out whose replies were refused.
+        Quarantine of nodes whose replies are rejected.
     robust
-        What replaces the mean of a component over its contributors: their coordinate-wise
+        Replacement of the mean of a component over its contributors: their coordinate-wise
         ``median``, or their ``trimmed_mean``. ``none``: the mean.
     trim_fraction
         ``robust: trimmed_mean``: share of the contributors that is cut off at either end.
     clip_ratio
         Updates are scaled down to this multiple of the round's median norm; null: not.
     weighting
-        What a client weighs in averages: ``examples``, its number of training examples as it
+        Weight of a client in averages: ``examples``, its number of training examples as it
         states it, or ``uniform``: every client the same.
     max_examples_per_node
         Most examples that a node may count for; null: no limit. What it claims cannot be checked.

@@ -1,4 +1,4 @@
-"""The ledger: bytes and refusals of every exchange, by round, phase and rank."""
+"""The ledger: bytes and rejected replies of every exchange, by round, phase and rank."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields

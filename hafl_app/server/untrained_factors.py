@@ -25,7 +25,7 @@ class UntrainedFactors:
     def kept(
         self, merged: Mapping[str, LoraFactors], previous: Mapping[str, LoraFactors]
     ) -> dict[str, LoraFactors]:
-        """Return the merged modules, each factor that nobody trained as it was before."""
+        """Return the merged modules, each factor that no client trained as it was before."""
         return {name: self._kept(name, after, previous[name]) for name, after in merged.items()}
 
     def _kept(self, name: str, after: LoraFactors, before: LoraFactors) -> LoraFactors:

@@ -18,11 +18,11 @@ class ClientUpdate:
     Parameters
     ----------
     partition_id
-        Whose it is; updates are folded in this order.
+        Partition of the client; updates are folded in this order.
     num_examples
         Its weight, above 0.
     plan, sent
-        What it was asked to do, and the adapter that it received.
+        Plan of the client, and the adapter that it received.
     adapter
         Its trained components: the first ``rank`` of ``plan.modules[name].trainable``. A factor
         that the plan does not train is what was sent.

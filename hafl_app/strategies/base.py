@@ -1,6 +1,6 @@
 """The template that every aggregation method shares: Flower's `Strategy` over plans and folds.
 
-A method says in a plan what each client receives and trains (`plan`), and how the updates become
+A method decides in a plan what each client receives and trains (`plan`), and how the updates become
 the next global adapter (`begin`, `accumulate`, `finish`). Everything else it has, and does not
 inherit: its `coordinator` selects clients, sends, validates, and aggregates.
 """
@@ -43,7 +43,7 @@ class HeterogeneousLora(Strategy, ABC):
     Attributes
     ----------
     traits
-        What the method declares about itself.
+        Properties that the method declares.
     options
         The run's settings.
     global_adapter
@@ -90,7 +90,7 @@ class HeterogeneousLora(Strategy, ABC):
         Raises
         ------
         hafl_app.server.method.StrategyError
-            If the method cannot serve them; the message says why.
+            If the method cannot serve them, with the reason.
         """
         check_method(self, ranks)
 

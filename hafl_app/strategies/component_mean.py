@@ -15,7 +15,7 @@ Sums = Mapping[str, ComponentSums]
 
 @dataclass(kw_only=True, eq=False)
 class ComponentMean(HeterogeneousLora, ABC):
-    """Weighted sums of the uploaded components, slot by slot; a method says what divides them."""
+    """Weighted sums of the uploaded components, slot by slot; a method chooses the divisor."""
 
     def begin(self, previous: Adapter) -> Sums:
         """Return the empty sums of every module."""

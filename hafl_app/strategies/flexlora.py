@@ -56,7 +56,7 @@ class FlexLora(HeterogeneousLora):
 
     With ``state``, what truncation kept from a client counts as zero in the mean: while local
     change is small, singular value i shrinks each round by its coverage
-    ``f_i = sum_{k: r_k >= i} w_k``, towards the lowest rank that all share. With ``change`` the
+    ``f_i = sum_{k: r_k >= i} w_k``, toward the lowest rank that all share. With ``change`` the
     server remembers what it sent, and keeps the tail that a client never saw.
 
     Differs from the paper: ``change`` is ours. The SVD works on the stacked factors in float64,

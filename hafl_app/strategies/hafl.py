@@ -98,7 +98,7 @@ class Hafl(ComponentMean):
             not_robust=""
             if adaptive
             else "aggregation=zero_padding counts missing components as zeros, use adaptive",
-            dp_division=None if by_uploads else "contributors" if adaptive else "everybody",
+            dp_division=None if by_uploads else "contributors" if adaptive else "participants",
             dp_refusal=f"privacy=central_dp does not cover importance={self.importance}, which "
             "chooses components from uploads without noise: use strategy.importance=magnitude, or "
             "strategy.selection=random or prefix",

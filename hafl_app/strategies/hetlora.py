@@ -55,7 +55,7 @@ class HetLora(HeterogeneousLora):
     cases: raw factors learned under different scalings are not of one kind.
 
     Differs from the paper: its body was not available to us, so the form is that of accounts and
-    re-implementations of it. Each module prunes for itself, where the paper speaks of one rank
+    re-implementations of it. Each module prunes for itself, where the paper has one rank
     per client. The server remembers the ranks, by partition. Components from the round's
     largest dispatched rank on keep their value, where the paper's global rank shrinks to it.
     Those that all their holders pruned become zero in lora_B and keep lora_A. The head is

@@ -24,7 +24,7 @@ class ZeroPadding(ComponentMean):
 
     traits = Traits(
         not_robust="it counts missing components as zeros, which a median takes for the majority",
-        dp_division="everybody",
+        dp_division="participants",
     )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:

@@ -1,5 +1,5 @@
 """Trackers of a run's metrics: files, the terminal, Weights & Biases, a picture.
 
-`base` says what a tracker is told; every other module is one place to tell it to. Trackers live in
+`base` has the interface and the records; every other module is one tracker. Trackers live in
 the server process alone.
 """

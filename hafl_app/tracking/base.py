@@ -150,7 +150,7 @@ class Tracker(Protocol):
 class Trackers:
     """Composite that passes every call on to several trackers.
 
-    Every tracker is told before an error is raised, so a full disk does not leave a run open
+    Every tracker is called before an error is raised, so a full disk does not leave a run open
     elsewhere.
 
     Parameters
@@ -159,8 +159,8 @@ class Trackers:
         Trackers whose errors end the run: losing their record means losing the run.
     external
         Trackers that depend on something outside, such as a network. The first error of one is
-        logged, and it is told nothing more. Only a `TrackingError`, which says that the settings
-        are wrong, is raised from here too.
+        logged, and it is disabled. Only a `TrackingError`, which means wrong settings, is raised
+        from here too.
     """
 
     def __init__(self, required: Sequence[Tracker], external: Sequence[Tracker] = ()) -> None:
@@ -174,25 +174,25 @@ class Trackers:
         history: History = NO_HISTORY,
     ) -> None:
         """Begin a run, or go on with one."""
-        self._tell(lambda tracker: tracker.start(settings, clients, history))
+        self._call_each(lambda tracker: tracker.start(settings, clients, history))
 
     def log_round(self, record: RoundRecord) -> None:
         """Record one round."""
-        self._tell(lambda tracker: tracker.log_round(record))
+        self._call_each(lambda tracker: tracker.log_round(record))
 
     def log_client(self, record: ClientRecord, *, external: bool = True) -> None:
         """Record one client's part of a round; `external` trackers may be left out."""
-        self._tell(lambda tracker: tracker.log_client(record), external=external)
+        self._call_each(lambda tracker: tracker.log_client(record), external=external)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """End a run that went well."""
-        self._tell(lambda tracker: tracker.finish(summary))
+        self._call_each(lambda tracker: tracker.finish(summary))
 
     def fail(self, reason: str) -> None:
         """End a run that did not."""
-        self._tell(lambda tracker: tracker.fail(reason))
+        self._call_each(lambda tracker: tracker.fail(reason))
 
-    def _tell(self, call: Callable[[Tracker], None], *, external: bool = True) -> None:
+    def _call_each(self, call: Callable[[Tracker], None], *, external: bool = True) -> None:
         errors: list[Exception] = []
         for tracker in [*self._required, *(self._external if external else ())]:
             try:
@@ -208,7 +208,7 @@ class Trackers:
     def _drop(self, tracker: Tracker, error: Exception) -> None:
         self._external.remove(tracker)
         logger.warning(
-            "%s failed and is told nothing more of this run: %s: %s",
+            "%s failed and is disabled for the rest of this run: %s: %s",
             type(tracker).__name__,
             type(error).__name__,
             error,

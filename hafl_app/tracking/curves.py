@@ -16,7 +16,7 @@ MEGABYTE = 1e6
 ROUNDS_WITH_MARKERS = 30
 SMALLEST_SPAN = 0.02  # of the axis, so that noise is not drawn as a trend; relative if no share
 
-# Phase: (color, marker). Okabe and Ito's colors, told apart by the color-blind.
+# Phase: (color, marker). Okabe and Ito's colors, distinct for the color-blind.
 _LINES = {"validation": ("#0072B2", "o"), "test": ("#D55E00", "s"), "clients": ("#009E73", "^")}
 
 

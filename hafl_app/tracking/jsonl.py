@@ -48,7 +48,7 @@ class JsonlTracker:
         path = self._folder / METRICS_FILE
         lines = [*map(_line, history.clients), *map(_line, history.rounds)]
         if lines:
-            # In the order in which they were told: the clients of a round, then the round.
+            # In the order in which they were logged: the clients of a round, then the round.
             lines.sort(key=lambda line: line["server_round"])
             _replace(path, "".join(_text(line) for line in lines))
         self._file = path.open("a" if lines else "w", encoding="utf-8")

@@ -143,7 +143,7 @@ class WandbTracker:
 
     def _opened(self) -> "Run":
         if self._run is None:
-            raise RuntimeError(f"wandb run {self._name!r}: told of before start or after the end")
+            raise RuntimeError(f"wandb run {self._name!r}: logged to before start or after the end")
         return self._run
 
 

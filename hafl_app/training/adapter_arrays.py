@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 
-# PyTorch knows no tensors that cannot be written to, and says so once for every process.
+# PyTorch knows no tensors that cannot be written to, and warns of it once in every process.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 Array = NDArray[np.float32]
@@ -28,7 +28,7 @@ def to_arrays(adapter: Adapter) -> tuple[dict[str, tuple[Array, Array]], dict[st
 def from_arrays(modules: Mapping[str, tuple[Array, Array]], head: Mapping[str, Array]) -> Adapter:
     """Return the adapter whose tensors are these arrays; they share memory.
 
-    That of a message, as a rule, which must stay as it is: nobody may write to these tensors.
+    That of a message, as a rule, which must stay as it is: these tensors must not be written to.
 
     Raises
     ------

@@ -68,7 +68,7 @@ class LoadedAdapter:
     label_names
         Name of each class; of a causal language model, of each category of its data.
     facts
-        What the folder says of itself: base, pooling, training settings.
+        Facts stored in the folder: base, pooling, training settings.
     """
 
     model: LoraModel

@@ -12,7 +12,7 @@ from torch import Tensor
 
 _BATCHES_PER_BUCKET = 16  # texts are sorted by length inside buckets of this many batches
 
-# What torch says in a plain RuntimeError: its CPU allocator (c10/core/impl/alloc_cpu.cpp, on Linux
+# Errors of torch in a plain RuntimeError: its CPU allocator (c10/core/impl/alloc_cpu.cpp, on Linux
 # and Windows), cuBLAS, which allocates by itself, and oneDNN, when it finds no room for its code.
 _OUT_OF_MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory"

@@ -38,7 +38,7 @@ class TrainingError(RuntimeError):
 
 
 class LossNotFiniteError(TrainingError):
-    """The loss became infinite or NaN."""
+    """A loss that is infinite or NaN."""
 
 
 class DeviceMemoryError(TrainingError):
@@ -137,11 +137,11 @@ def train(
     Parameters
     ----------
     adapter
-        What the server sent: the held components and the head.
+        Received adapter: the held components and the head.
     seed
         Of batch order and dropout.
     on_epoch
-        Told the number of each finished epoch, from 1, and its mean loss. It may score the
+        Called after each epoch with its number, from 1, and its mean loss. It may score the
         model as it stands, but not load other factors into it.
 
     Raises

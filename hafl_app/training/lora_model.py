@@ -166,10 +166,10 @@ class LoraModel(nn.Module, ABC):
         Parameters
         ----------
         adapter
-            Its modules hold exactly the components that ``plan`` says are held. An empty head
+            Its modules hold exactly the held components of ``plan``. An empty head
             restores the initial one.
         plan
-            Says which components are trainable, which factors of them, and the scaling to unfold
+            Trainable components, which factors of them are trained, and the scaling to unfold
             from ``lora_B``.
 
         Raises

@@ -54,7 +54,7 @@ class StepMemory:
     weights
         Bytes of the frozen base model.
     lowest, highest
-        Peak bytes of all tensors at rank 1, and what the line says of ``max_rank``.
+        Peak bytes of all tensors at rank 1, and the estimate at ``max_rank``.
     max_rank
         Largest rank, at least 1; above 1 unless both peaks are the same.
     """

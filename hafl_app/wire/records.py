@@ -1,7 +1,7 @@
 """Wire codec: adapters, plans and scores as Flower records. NumPy and bytes only.
 
 All factors of a message travel in one flat array, so that small ranks do not pay for headers;
-a layout record says how to cut it, as compressed JSON, with scores and scales as bytes beside it:
+a layout record describes its parts, as compressed JSON, with scores and scales as bytes beside it:
 each further array would cost some 300 bytes. Names on the wire are kebab-case, spelled only here.
 """
 

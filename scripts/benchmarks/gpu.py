@@ -200,7 +200,7 @@ def measure(client: Client, load: Load, *, steps: int, repeats: int) -> dict[str
 
 def _measure_way(client: Client, case: Case, way: str, repeats: int) -> Step:
     device = client.model.device
-    # Our model stays where it is beside the other's, whose own memory is to be told.
+    # Our model stays where it is beside the other's, whose own memory is measured.
     others = 0.0 if way == OURS else memory_mb(device)
     work = job(client, case, way)
     reset_peak_memory(device)

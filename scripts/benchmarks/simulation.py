@@ -77,7 +77,7 @@ def report(
     Parameters
     ----------
     wanted
-        Names of ways; those that are not installed get a row that says so.
+        Names of ways; those that are not installed get a row of "not installed".
     installed
         See `ways`.
     repeats
@@ -144,7 +144,7 @@ def measure(
         Processes of each after the first one, whose memory is watched and whose times do not
         count, at least 1.
     run
-        Runs a way in a process and watches its memory if told to: `run_apart`.
+        Runs a way in a process and watches its memory if asked to: `run_apart`.
 
     Raises
     ------
@@ -216,8 +216,8 @@ def run_apart(name: str, task: SimulationTask, watch: bool) -> Run:
         times = Path(f"{result}.json")
         if not times.exists():
             raise RuntimeError(f"{name} failed: {log.read_text(encoding='utf-8')[-2000:]}")
-        told = json.loads(times.read_text(encoding="utf-8"))
-        return Run(load_file(result), told["first_round"], told["rounds"], imports, peak)
+        measured = json.loads(times.read_text(encoding="utf-8"))
+        return Run(load_file(result), measured["first_round"], measured["rounds"], imports, peak)
 
 
 def _environment(home: Path, token: str) -> dict[str, str]:

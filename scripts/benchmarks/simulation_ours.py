@@ -73,11 +73,11 @@ def client_app(task: SimulationTask) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         if task.payload_bytes:
             return _echo(task, message, int(context.node_config["partition-id"]))
-        return _really(task, message, context)
+        return _handle(task, message, context)
 
     def query(message: Message, context: Context) -> Message:
         if not task.payload_bytes:
-            return _really(task, message, context)
+            return _handle(task, message, context)
         client = int(context.node_config["partition-id"])
         examples = _workload(task).num_examples(client)
         rank = task.settings.lora.max_rank
@@ -89,8 +89,8 @@ def client_app(task: SimulationTask) -> ClientApp:
     return app
 
 
-def _really(task: SimulationTask, message: Message, context: Context) -> Message:
-    # Flower's simulation from Python gives the clients no run config, and lets nobody change it.
+def _handle(task: SimulationTask, message: Message, context: Context) -> Message:
+    # Flower's simulation from Python gives the clients no run config, and allows no change of it.
     run_config = UserConfig({"overrides": " ".join(task.all_overrides)})
     return real_app(
         message,

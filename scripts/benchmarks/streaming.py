@@ -117,7 +117,7 @@ def _federation(
     grid = InProcessGrid(_clients(rank, num_clients), num_clients)
     directory = NodeDirectory(60.0, num_nodes=num_clients, label_names=())
     strategy.coordinator.participation.wait_for_nodes(grid, directory)
-    # lora_B starts at zero, and a mean of zeros would not tell one fold from another.
+    # lora_B starts at zero, and a mean of zeros would be equal for any fold.
     start = initial_adapter(shapes, rank, seed=1).modules
     generator = torch.Generator().manual_seed(2)
     modules = {

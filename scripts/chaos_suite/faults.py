@@ -39,8 +39,8 @@ class Kind(StrEnum):
     IMPORTANCE_INF = "importance Inf"
     IMPORTANCE_NEGATIVE = "importance negative"
     SIGN_FLIPPED = "sign flipped"
-    # Not drawn: what becomes of a late reply when the next round's are collected.
-    STRANGER = "late, in the next round"
+    # Not drawn: a late reply, delivered with those of the next round.
+    STALE = "late, in the next round"
 
     @property
     def is_malformed(self) -> bool:
@@ -50,10 +50,10 @@ class Kind(StrEnum):
     @property
     def is_extra(self) -> bool:
         """Whether the reply is a further one beside the one that counts."""
-        return self in {Kind.DUPLICATED, Kind.STRANGER}
+        return self in {Kind.DUPLICATED, Kind.STALE}
 
 
-DRAWN = tuple(kind for kind in Kind if kind is not Kind.STRANGER)
+DRAWN = tuple(kind for kind in Kind if kind is not Kind.STALE)
 
 
 class Schedule(Protocol):
@@ -214,7 +214,7 @@ def _renamed(upload: AdapterArrays) -> AdapterArrays:
 
 
 def _with_score(upload: AdapterArrays, score: float) -> AdapterArrays:
-    """Spoil the last score; a reply without scores gets one that nobody asked for."""
+    """Spoil the last score; a reply without scores gets one that was not asked for."""
     name = list(upload.importance or upload.modules)[-1]
     scores = np.array(upload.importance.get(name, [1.0]), np.float32)
     scores[-1:] = score

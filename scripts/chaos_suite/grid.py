@@ -16,7 +16,7 @@ from hafl_app.engines.in_process import InProcessGrid
 from hafl_app.wire.records import CONFIG, SERVER_ROUND
 
 JOURNAL = "faults.jsonl"
-# What the server says of a reply; the words are those of strategies.exchange and strategies.rounds.
+# The server's log of a reply, in the words of server.round_messages and server.rounds.
 _REFUSED = re.compile(r"round \d+, node \d+ \(partition (\d+)\): train reply rejected: (.*)", re.S)
 _TURNED_AWAY = re.compile(
     r"round \d+, node (\d+): (a second reply|a reply to no request of this round)"
@@ -77,7 +77,7 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
 
 
 class ChaoticGrid(InProcessGrid):
-    """Virtual nodes and a network that go wrong in training as a schedule says.
+    """Virtual nodes and a network that fail in training by a schedule.
 
     A late reply is withheld, and delivered before the replies of the next training phase.
 
@@ -88,9 +88,9 @@ class ChaoticGrid(InProcessGrid):
     schedule
         Asked for every training phase.
     journal
-        Told of each fault when it is injected.
+        Gets each fault when it is injected.
     on_training
-        Told the round when its training begins.
+        Called with the round when its training begins.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class ChaoticGrid(InProcessGrid):
     def _with_faults(
         self, pairs: Sequence[tuple[Message, Message]], faults: Mapping[int, Kind]
     ) -> list[Message]:
-        strangers, self._withheld = self._withheld, []
+        stale, self._withheld = self._withheld, []
         delivered: list[Message] = []
         for request, reply in pairs:
             partition_id = request.metadata.dst_node_id - 1  # in the in-process engine
@@ -143,9 +143,9 @@ class ChaoticGrid(InProcessGrid):
                 self._withheld.append(reply)
             copies = {Kind.DROPPED: 0, Kind.LATE: 0, Kind.DUPLICATED: 2}.get(kind, 1)
             delivered += [reply] * copies
-        for stranger in strangers:
-            self._inject(stranger.metadata.src_node_id - 1, Kind.STRANGER)
-        return strangers + delivered
+        for reply in stale:
+            self._inject(reply.metadata.src_node_id - 1, Kind.STALE)
+        return stale + delivered
 
     def _inject(self, partition_id: int, kind: Kind) -> None:
         self._journal.note("injected", partition=partition_id, kind=kind.value)

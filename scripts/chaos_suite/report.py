@@ -43,34 +43,34 @@ class Tally:
 
 
 def tally(journal: Sequence[Mapping[str, Any]]) -> Tally:
-    """Pair every fault with what the server said of that client in that phase.
+    """Pair every fault with the server's log of that client in that phase.
 
-    A faulty reply is noticed if it was refused, or if none came and the server said so; one beside
-    another if it was turned away.
+    A faulty reply is noticed if it was rejected, or logged as missing; a further one if it was
+    ignored.
 
     Parameters
     ----------
     journal
         As `chaos_suite.grid.read_journal` returns it.
     """
-    told: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    logged: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for line in journal:
         if line["event"] in {"refused", "turned away"}:
-            told[_key(line, line["event"])].append(line["reason"])
+            logged[_key(line, line["event"])].append(line["reason"])
     injected: Counter[Kind] = Counter()
     reasons: dict[Kind, list[str]] = defaultdict(list)
     for line in journal:
         if line["event"] == "injected":
             kind = Kind(line["kind"])
             injected[kind] += 1
-            left = told[_key(line, "turned away" if kind.is_extra else "refused")]
+            left = logged[_key(line, "turned away" if kind.is_extra else "refused")]
             if left:
                 reasons[kind].append(left.pop(0))
     counts = [
         KindCount(kind, injected[kind], len(reasons[kind]), next(iter(reasons[kind]), ""))
-        for kind in (*DRAWN, Kind.STRANGER)
+        for kind in (*DRAWN, Kind.STALE)
     ]
-    honest = sum(len(left) for key, left in told.items() if key[-1] == "refused")
+    honest = sum(len(left) for key, left in logged.items() if key[-1] == "refused")
     lost = sorted({line["round"] for line in journal if line["event"] == "lost"})
     return Tally(tuple(counts), honest, tuple(lost))
 

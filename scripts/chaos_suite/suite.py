@@ -200,12 +200,12 @@ def _flippers(parts: Mapping[str, Part]) -> dict[str, Any]:
     found = {}
     for name, part in parts.items():
         if isinstance(part.schedule, SignFlippers):
-            told = tally(read_journal(part.folder))
-            flipped = next(k for k in told.kinds if k.kind is Kind.SIGN_FLIPPED)
+            counts = tally(read_journal(part.folder))
+            flipped = next(k for k in counts.kinds if k.kind is Kind.SIGN_FLIPPED)
             found[name] = {
                 "partitions": part.schedule.partitions,
                 "injected": flipped.injected,
                 "noticed": flipped.noticed,
-                "honest_refused": told.honest_refused,
+                "honest_refused": counts.honest_refused,
             }
     return found

@@ -118,7 +118,7 @@ class TestPaths:
     def test_nothing_leads_out_of_it(self, overrides, path, data):
         listed = os.pathsep.join([str(data), "/allowed"])
         message = refusal(overrides.format(data / path), {"allowed-paths": listed})
-        assert str(data.parent / "secret") not in message  # where a link leads is not told
+        assert str(data.parent / "secret") not in message  # the target of a link is not shown
 
     def test_a_listed_link_means_where_it_leads(self, data, tmp_path):
         shortcut = tmp_path / "shortcut"

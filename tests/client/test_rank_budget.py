@@ -1,4 +1,4 @@
-"""What a node affords: what its operator says, its memory, its tier, in this order."""
+"""Rank budget of a node: its operator's setting, its memory, its tier, in this order."""
 
 from dataclasses import replace
 

@@ -28,7 +28,7 @@ PRIVATE = ("privacy=local_dp", "strategy=zero_padding")
 
 
 class PunctualGrid(InProcessGrid):
-    """Nodes answer in a thread, and nobody waits for them longer than the time-out."""
+    """Nodes answer in a thread, and the server waits for them no longer than the time-out."""
 
     silent: tuple[int, ...] = ()
 

@@ -1,4 +1,4 @@
-"""How a worker is asked: retried once, known by name and code, told what its node permits."""
+"""Requests to a worker: retried once, keyed by name and code, with what its node permits."""
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -21,7 +21,7 @@ OPTIONS = WorkerOptions(port=6390, name="node-7")
 
 
 class FakeWorkers:
-    """Dies as often as it is told, then answers."""
+    """Dies the given number of times, then answers."""
 
     def __init__(self, deaths=0):
         self.deaths = deaths

@@ -109,7 +109,7 @@ def port(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def app_folder(tmp_path_factory):
-    """Return a copy of the app, which nobody edits meanwhile."""
+    """Return a copy of the app, which is not edited meanwhile."""
     folder = tmp_path_factory.mktemp("app")
     for name in ("hafl_app", "conf"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""What a node config says about the node's worker."""
+"""Options of the node's worker in the node config."""
 
 import pytest
 

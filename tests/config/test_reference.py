@@ -1,4 +1,4 @@
-"""`docs/settings.md` is written from the schema, and says all of it."""
+"""`docs/settings.md` is written from the schema, with every setting."""
 
 import dataclasses
 import re

@@ -85,7 +85,7 @@ class TestLabeled:
         text = federated(
             labeled, "pathological", 2, validation=0.0, partition={"classes_per_partition": 1}
         )
-        # Client 0 has class a, client 1 class b: nobody has the 17 of c.
+        # Client 0 has class a, client 1 class b: no client has the 17 of c.
         account = text.account()
         assert account.dropped == {"in no partition": 17}
         assert account.labels["c"] == 0

@@ -1,4 +1,4 @@
-"""Several processes start at once on empty caches: the work is done once, and nobody reads half."""
+"""Several processes start at once on empty caches: the work is done once, and none reads half."""
 
 import http.server
 import json

@@ -181,7 +181,7 @@ class TestLocal:
 
 
 class TestMistakes:
-    """Every message says what is wrong, where, and names the nearest right thing."""
+    """Every message names the fault, its place, and the nearest right name."""
 
     @pytest.fixture
     def write(self, tmp_path):

@@ -130,7 +130,7 @@ def test_nodes_train_on_their_own_files_and_a_broken_one_is_left_out(tmp_path, m
 
 class TestArguments:
     @pytest.mark.parametrize(
-        ("arguments", "told"),
+        ("arguments", "expected"),
         [
             (["--nodes", "0"], "--nodes 0: expected at least 1"),
             (["--nodes", "3", "--ranks", "2,4"], "--ranks 2,4: expected 3 numbers"),
@@ -139,10 +139,10 @@ class TestArguments:
             (["--nodes", "1", "--data", "/nowhere/a.csv"], "--data /nowhere/a.csv: no such file"),
         ],
     )
-    def test_a_mistake_is_told_before_anything_starts(self, capsys, arguments, told):
+    def test_a_mistake_is_reported_before_anything_starts(self, capsys, arguments, expected):
         assert main(arguments) == 2
         error = capsys.readouterr().err
-        assert told in error
+        assert expected in error
         assert error.count("\n") == 1
 
     def test_credentials_need_the_keys_of_all_nodes(self, credentials, capsys):

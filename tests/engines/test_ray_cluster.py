@@ -149,7 +149,7 @@ class RayNode:
 
 @contextmanager
 def ray_cluster():
-    """Start two nodes that speak to nobody without the token; yield address, nodes, environment."""
+    """Start two nodes that answer no one without the token; yield address, nodes, environment."""
     with socket.create_server((HEAD, 0)) as probe:
         address = f"{HEAD}:{probe.getsockname()[1]}"
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

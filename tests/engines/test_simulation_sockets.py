@@ -39,7 +39,7 @@ def listening(token):
 
 
 def call(port, environment):
-    """Speak to a Ray as another program of this machine would; return what came of it."""
+    """Connect to a Ray as another program of this machine would; return the result."""
     result = subprocess.run(
         [sys.executable, "-c", _CALLER, f"127.0.0.1:{port}"],
         env=environment,

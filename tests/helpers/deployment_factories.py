@@ -47,7 +47,7 @@ def start_verifier(deployment, port):
 
 
 def start_nginx(deployment):
-    """Start nginx as docs/deploying.md says, on this deployment's ports and files."""
+    """Start nginx as in docs/deploying.md, on this deployment's ports and files."""
     verifier_port = free_port()
     start_verifier(deployment, verifier_port)
     site = nginx_of_docs()

@@ -81,7 +81,7 @@ def noise(factors: LoraFactors, generator: torch.Generator) -> LoraFactors:
 def update_of(
     strategy: HeterogeneousLora, client: Client, change: Change, server_round: int = 1
 ) -> ClientUpdate:
-    """Let a client do what the plan says: the factors it trains change, and come back."""
+    """Execute the plan as a client: the factors it trains change, and come back."""
     plan = strategy.plan(client.profile, server_round)
     sent = strategy.dispatch(plan)
     seed = client.partition_id if client.noise_seed is None else client.noise_seed

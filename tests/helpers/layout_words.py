@@ -1,4 +1,4 @@
-"""What a message's layout says: read and changed without the codec's checks."""
+"""Layouts of messages, read and changed without the codec's checks."""
 
 import json
 
@@ -18,5 +18,5 @@ def write_layout(content: RecordDict, values: object) -> None:
 
 
 def change_layout(content: RecordDict, **changes: object) -> None:
-    """Change what the layout says under these keys, with - for _."""
+    """Change the layout's values under these keys, with - for _."""
     write_layout(content, layout_of(content) | {k.replace("_", "-"): v for k, v in changes.items()})

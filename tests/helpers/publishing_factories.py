@@ -1,4 +1,4 @@
-"""Base models as from the hub, adapters of them, and what a run says of them."""
+"""Base models as from the hub, adapters of them, and facts of their runs."""
 
 import json
 from collections.abc import Callable

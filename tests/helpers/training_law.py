@@ -105,7 +105,7 @@ def one_module_per_choice(plan: TrainPlan) -> TrainPlan:
 def train_round(
     model: LoraClassifier, strategy: HeterogeneousLora, change: Callable[[TrainPlan], TrainPlan]
 ) -> list[Trained]:
-    """Let both clients do what a changed plan says, and judge their uploads."""
+    """Execute a changed plan on both clients, and judge their uploads."""
     profiles = profiles_for(strategy)
     plans = [change(strategy.plan(profile, 1)) for profile in profiles]
     exchange = RoundMessages(Ledger(), 1, MessageType.TRAIN)
@@ -193,7 +193,7 @@ def check_upload(client: Trained) -> None:
 
 
 def _planned_bytes(client: Trained) -> int:
-    """Return what the plan says that the upload takes, of modules that were pruned less."""
+    """Return the planned bytes of the upload, of modules that were pruned less."""
     shapes = {n: (f.out_features, f.in_features) for n, f in client.sent.modules.items()}
     left = {n: f.rank for n, f in client.reply.update.adapter.modules.items()}
     modules = {
@@ -215,7 +215,7 @@ def factor_bytes(content: RecordDict, plan: TrainPlan) -> int:
 
 
 def check_merged(before: Adapter, after: Adapter, clients: Iterable[Trained]) -> None:
-    """Hold the next global adapter to the plans: what nobody trained is as it was."""
+    """Hold the next global adapter to the plans: what no client trained is as it was."""
     plans = [client.plan for client in clients]
     for name, start in before.modules.items():
         trains_A = any(plan.modules[name].trains_A for plan in plans)

@@ -37,8 +37,8 @@ def fold(updates, previous=PREVIOUS):
 
 
 def oracle(updates, divide_by):
-    """Average each component by plain loops; None where nobody trained it."""
-    everybody = sum(weight for _, _, weight in updates)
+    """Average each component by plain loops; None where no client trained it."""
+    total = sum(weight for _, _, weight in updates)
     averages = []
     for component in range(RANK):
         row, column, covered = torch.zeros(IN).double(), torch.zeros(OUT).double(), 0.0
@@ -48,7 +48,7 @@ def oracle(updates, divide_by):
                 row += weight * factors.lora_A[slot].double()
                 column += weight * factors.lora_B[:, slot].double()
                 covered += weight
-        divisor = covered if divide_by == "contributors" else everybody
+        divisor = covered if divide_by == "contributors" else total
         averages.append((row / divisor, column / divisor) if covered else None)
     return averages
 

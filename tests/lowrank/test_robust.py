@@ -47,7 +47,7 @@ def reduce_by_hand(values, rule, trim_fraction=TRIM):
 
 
 def by_hand(contributions, component, rule):
-    """Return (a_i, b_i) by plain loops, or None where nobody trained it."""
+    """Return (a_i, b_i) by plain loops, or None where no client trained it."""
     rows, columns = [], []
     for factors, slots in contributions:
         if component in slots:
@@ -137,7 +137,7 @@ class TestBreakdown:
     RANKS = (4, 2, 4, 2, 4, 2, 4, 2, 4, 3)
 
     def clients(self, seed):
-        # Everybody's values are near those of one adapter, as after a round from one start.
+        # All clients' values are near those of one adapter, as after a round from one start.
         start = random_factors(RANK, seed, dtype=torch.float32)
         noise = [random_factors(RANK, seed + 1 + k, dtype=torch.float32) for k in range(10)]
         return [

@@ -8,7 +8,7 @@ from hafl_app.publishing.push import check_push, push_folder
 
 
 class FakeApi:
-    """Stands in for `HfApi`; keeps what it was told, in `calls`."""
+    """Stands in for `HfApi`; keeps its arguments in `calls`."""
 
     def __init__(self, private: bool, error: Exception | None = None) -> None:
         self.private, self.error = private, error

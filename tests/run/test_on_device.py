@@ -109,7 +109,7 @@ class TestAWholeRun:
         folder, summary, _ = finished
         scores = [r["metrics"] for r in records(folder, "round")]
 
-        assert scores[0] == {}  # nobody is asked before the first round
+        assert scores[0] == {}  # no node is asked before the first round
         assert all({name.partition("/")[0] for name in s} == {"clients"} for s in scores[1:])
         assert "best_validation" not in summary
         best = max(scores[1:], key=lambda s: s["clients/accuracy"])
@@ -347,7 +347,7 @@ class TestResuming:
 
 
 class TestAnswers:
-    """What a node says when it is asked directly."""
+    """The answer of a node that is asked directly."""
 
     def ask(self, node, kind=MessageType.QUERY, content=None, overrides=()):
         run_config = {"overrides": shlex.join([*ON_DEVICE, *overrides])}

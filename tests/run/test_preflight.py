@@ -17,7 +17,7 @@ KIND_ALONE = ("strategy=zero_padding", "privacy.kind=central_dp")  # not conf/pr
 
 
 class UnusedGrid(InProcessGrid):
-    """Nobody may be asked."""
+    """A grid on which no node may be asked."""
 
     def push_messages(self, messages):
         raise AssertionError(f"{len(list(messages))} messages sent")

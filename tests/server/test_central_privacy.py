@@ -22,7 +22,7 @@ from hafl_app.wire.node_profile import NodeProfile
 NOISE = NoiseSource("a key for tests")
 # Next to no noise, and no clipping: what is left is the step's arithmetic.
 BARE = PrivacyOptions("central_dp", clip_norm=1e6, noise_multiplier=1e-15)
-RANKS = (1, 2, 3, 2, 1)  # component 3 of MAX_RANK = 4 is nobody's
+RANKS = (1, 2, 3, 2, 1)  # component 3 of MAX_RANK = 4 belongs to no client
 COUNTS = torch.tensor([5.0, 3.0, 1.0, 0.0], dtype=torch.float64)
 CLIENTS = [Client(rank, 10 + 7 * i, i) for i, rank in enumerate(RANKS)]
 
@@ -81,12 +81,12 @@ class TestStep:
             torch.testing.assert_close(after.lora_A[component].double(), expected)
 
     def test_everybody_is_zero_padding_in_expectation(self):
-        # Everybody registered comes, at rate 1: expected and realized counts are the same.
+        # All registered nodes come, at rate 1: expected and realized counts are the same.
         happened = Round(came=range(5))
         equal = [replace(update, num_examples=13) for update in happened.updates]
         padded = merge(happened.strategy, equal)
 
-        after = happened.step("everybody", rate=1.0)
+        after = happened.step("participants", rate=1.0)
 
         for name, factors in padded.items():
             trained = slice(0, 3)
@@ -104,7 +104,7 @@ class TestStep:
             torch.testing.assert_close(after.modules[name].lora_A, factors.lora_A)
             torch.testing.assert_close(after.modules[name].lora_B, factors.lora_B)
 
-    @pytest.mark.parametrize("division", ["contributors", "everybody"])
+    @pytest.mark.parametrize("division", ["contributors", "participants"])
     def test_the_denominators_do_not_depend_on_who_came(self, division):
         happened = Round(came=(0, 1, 2, 3))
         together = flat(happened.step(division)) - flat(happened.step(division, updates=[]))
@@ -121,9 +121,9 @@ class TestStep:
         happened = Round()
         heavier = [replace(u, num_examples=1000 * u.num_examples) for u in happened.updates[:1]]
 
-        again = happened.step("everybody", updates=heavier + happened.updates[1:])
+        again = happened.step("participants", updates=heavier + happened.updates[1:])
 
-        assert torch.equal(flat(again), flat(happened.step("everybody")))
+        assert torch.equal(flat(again), flat(happened.step("participants")))
 
     def test_the_head_divides_by_the_expected_number_of_clients(self):
         happened = Round()
@@ -133,7 +133,7 @@ class TestStep:
         for name, tensor in happened.previous.head.items():
             torch.testing.assert_close(after.head[name], tensor + 0.6 / 2.5)
 
-    @pytest.mark.parametrize("division", ["contributors", "everybody"])
+    @pytest.mark.parametrize("division", ["contributors", "participants"])
     def test_a_component_that_nobody_trains_stays_without_noise(self, division):
         happened = Round()
         after = happened.step(division, replace(BARE, noise_multiplier=1.0))
@@ -181,7 +181,7 @@ class TestOneFactor:
             assert torch.equal(of_B, COUNTS)
             assert not of_A.any()
 
-    @pytest.mark.parametrize("division", ["contributors", "everybody"])
+    @pytest.mark.parametrize("division", ["contributors", "participants"])
     def test_the_other_one_gets_no_noise_and_stays_to_the_bit(self, division):
         happened = Round("ffa_lora")
         after = happened.step(division, self.LOUD)
@@ -242,7 +242,7 @@ class TestSensitivity:
         happened = Round(came=(2,))
         options = replace(BARE, clip_norm=self.CLIP)
         moved, still = (
-            flat(happened.step("everybody", options, 0.5, updates))
+            flat(happened.step("participants", options, 0.5, updates))
             for updates in (happened.updates, [])
         )
 
@@ -280,8 +280,8 @@ class TestNoiseScale:
 
     @pytest.mark.parametrize(
         ("division", "expected"),
-        # 0.8 over the expected contributors of each component (4, 2, 1), or over everybody (4).
-        [("contributors", (0.2, 0.4, 0.8)), ("everybody", (0.2, 0.2, 0.2))],
+        # 0.8 over the expected contributors of each component (4, 2, 1), or over all four.
+        [("contributors", (0.2, 0.4, 0.8)), ("participants", (0.2, 0.2, 0.2))],
     )
     def test_each_component_gets_its_own(self, division, expected):
         after = self.noise_of(division).modules["query"]
@@ -291,7 +291,7 @@ class TestNoiseScale:
             assert float(after.lora_B[:, component].std()) == pytest.approx(std, rel=0.05)
         assert after.lora_A[3].abs().max() == after.lora_B[:, 3].abs().max() == 0
 
-    @pytest.mark.parametrize("division", ["contributors", "everybody"])
+    @pytest.mark.parametrize("division", ["contributors", "participants"])
     def test_the_head_gets_that_of_everybody(self, division):
         weight = self.noise_of(division).head["weight"]
 
@@ -317,8 +317,8 @@ class TestRepeats:
 
     def test_with_other_replies_the_noise_is_fresh(self):
         happened = Round(came=range(5))
-        whole = happened.step("everybody", self.OPTIONS)
-        less = happened.step("everybody", self.OPTIONS, updates=happened.updates[:4])
+        whole = happened.step("participants", self.OPTIONS)
+        less = happened.step("participants", self.OPTIONS, updates=happened.updates[:4])
 
         # With the same noise, the difference would be the fifth client's clipped change / (q N).
         assert float((flat(whole) - flat(less)).norm()) > 2 * 1.0 / (0.5 * 5)
@@ -326,7 +326,7 @@ class TestRepeats:
     def test_each_round_has_its_own_noise(self):
         happened = Round()
         one, two = (
-            flat(happened.step("everybody", self.OPTIONS, updates=[], server_round=r))
+            flat(happened.step("participants", self.OPTIONS, updates=[], server_round=r))
             for r in (1, 2)
         )
         assert not torch.isclose(one, two).all()
@@ -336,7 +336,7 @@ class TestMethods:
     @pytest.mark.parametrize(
         ("name", "overrides", "division"),
         [
-            ("zero_padding", (), "everybody"),
+            ("zero_padding", (), "participants"),
             ("fedit", (), "contributors"),
             ("hafl", ("strategy.selection=prefix",), "contributors"),
             ("hafl", ("strategy.selection=random",), "contributors"),
@@ -344,7 +344,7 @@ class TestMethods:
             (
                 "hafl",
                 ("strategy.selection=random", "strategy.aggregation=zero_padding"),
-                "everybody",
+                "participants",
             ),
         ],
     )

@@ -54,7 +54,7 @@ def test_a_node_that_changes_is_measured_against_the_others_alone():
     accepts = participation.accepts
 
     assert accepts(node(0, 2))
-    assert accepts(node(0, 3))  # nobody else is there
+    assert accepts(node(0, 3))  # no other node is there
     assert accepts(node(1, 3))
     assert not accepts(node(1, 2))
     assert not accepts(node(2, 2))

@@ -7,7 +7,7 @@ from hafl_app.engines.in_process import server_identity
 from hafl_app.server import node_directory as directory_module
 from hafl_app.server import node_queries as questions_module
 from hafl_app.server.node_directory import NodeDirectory
-from hafl_app.server.node_queries import Questions
+from hafl_app.server.node_queries import PendingQueries
 from hafl_app.wire.node_profile import NodeProfile
 
 
@@ -32,7 +32,7 @@ def clock(monkeypatch):
 
 def directory_at(clock, timeout_s=3600.0, **settings):
     directory = NodeDirectory(timeout_s, **settings)
-    directory._questions = Questions(lambda: clock.now)
+    directory._queries = PendingQueries(lambda: clock.now)
     return directory
 
 
@@ -54,7 +54,7 @@ class TestJoining:
 
         assert seen == [[11, 12, 13]] * 3
         assert grid.asked() == [11, 12, 13]
-        assert clock.now == 1000.0  # nobody waited
+        assert clock.now == 1000.0  # without waiting
 
     def test_a_node_that_is_gone_is_not_among_those_present(self, clock):
         grid, directory = FakeGrid(n11=placed(0, 2), n12=placed(1, 2)), directory_at(clock)

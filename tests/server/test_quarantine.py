@@ -85,7 +85,7 @@ def test_a_quarantine_goes_on_from_its_json(refusals):
 
 
 def test_a_reply_that_counts_ends_a_rest():
-    # A node that rests is asked all the same when nobody else is there.
+    # A node that rests is asked all the same when no other node is there.
     quarantine = after_refusals(3)
     quarantine.record(7, ok=True, server_round=4)
     assert quarantine.excluded(5) == set()

@@ -1,4 +1,4 @@
-"""Rounds that do not work: repeated, told aloud, and without a trace in the global state."""
+"""Rounds that do not work: repeated, logged, and without a trace in the global state."""
 
 import json
 import logging

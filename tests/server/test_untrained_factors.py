@@ -1,4 +1,4 @@
-"""A factor that nobody of a round trains is as it was before."""
+"""A factor that no client of a round trains is as it was before."""
 
 from dataclasses import replace
 
@@ -48,4 +48,4 @@ def test_zero_padding_does_not_shrink_a_factor_that_is_not_trained():
 
     for name, before in strategy.global_adapter.modules.items():
         assert torch.equal(after[name].lora_A, before.lora_A)
-        assert not after[name].lora_B[:, 3].any()  # nobody's, as ever
+        assert not after[name].lora_B[:, 3].any()  # no client's, as before

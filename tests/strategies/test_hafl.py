@@ -20,7 +20,7 @@ def advance(strategy, updates):
 
 
 def with_scores(update, scores):
-    """The client says that its trained components have these scores."""
+    """An update whose trained components have these scores."""
     measured = {
         n: torch.tensor(scores[n])[list(update.components(n))] for n in update.adapter.modules
     }
@@ -242,7 +242,7 @@ class TestAggregation:
 
 
 class TestScoresUnderARobustRule:
-    """One client says of a component that it is a million times as important as all others."""
+    """A Byzantine client scores one component a million times as high as all others."""
 
     CLIENTS = tuple(Client(MAX_RANK, n, k) for k, n in enumerate((10, 25, 7, 31, 12)))
     HONEST = torch.tensor([4.0, 3.0, 2.0, 1.0])

@@ -264,7 +264,7 @@ class TestMerging:
         after = merge(strategy, [update])
 
         assert all(torch.equal(after[n].lora_B, before[n].lora_B) for n in before)
-        assert set(update.importance) == set(SHAPES)  # it says what matters all the same
+        assert set(update.importance) == set(SHAPES)  # it measures the importance nevertheless
 
 
 class TestPrivacy:

@@ -18,7 +18,7 @@ from hafl_app.server.outliers import clip_updates
 pytestmark = pytest.mark.slow  # whole federations
 
 RULES = ("median", "trimmed_mean")
-# Ten clients of mixed ranks: everybody trains component 0, five the last.
+# Ten clients of mixed ranks: all train component 0, five the last.
 RANKS = (4, 2, 4, 2, 4, 1, 4, 2, 4, 3)
 EXAMPLES = (10, 25, 7, 31, 12, 40, 9, 18, 22, 5)
 
@@ -72,7 +72,7 @@ class TestMethodsThatCan:
         merged = merge(strategy, updates)
 
         values = columns_of(updates, "dense", 2).sort(0).values
-        # floor(0.3 * 10) = 3 at either end; everybody counts the same.
+        # floor(0.3 * 10) = 3 at either end; all count the same.
         expected = values[3:7].mean(0)
         torch.testing.assert_close(merged["dense"].lora_B[:, 2], expected)
 

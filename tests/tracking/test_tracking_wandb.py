@@ -24,7 +24,7 @@ except TrackingError as error:
 
 
 class FakeRun:
-    """Keeps what a wandb run is told; a step is merged, as in wandb, until a later one comes."""
+    """Stands in for a wandb run; a step is merged, as in wandb, until a later one comes."""
 
     def __init__(self):
         self.steps = {}

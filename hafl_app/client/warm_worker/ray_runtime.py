@@ -1,6 +1,6 @@
 """The node's own Ray: started and stopped by the node's operator, reached from this machine only.
 
-Whoever can speak to a Ray can run code in it. So it listens on the loopback alone, and answers
+Whoever can connect to a Ray can run code in it. So it listens on the loopback alone, and answers
 only who has its token, a file that other users cannot read.
 """
 

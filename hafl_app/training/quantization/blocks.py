@@ -26,7 +26,7 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises
     ------
     QuantizationError
-        If there is no list of as many blocks as its configuration says.
+        If there is no list of as many blocks as in its configuration.
     """
     number = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     for name, module in model.named_modules():

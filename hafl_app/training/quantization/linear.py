@@ -130,7 +130,7 @@ def packed(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
         rounded, scales, _ = library.int8_vectorwise_quant(whole)
         return rounded, scales
     # A row for each block, because on CPUs with AVX-512 bitsandbytes 0.50.2 unpacks rows wrongly
-    # whose width is a multiple of 16 and not of 64. Nobody sees the zeros behind the last number.
+    # whose width is a multiple of 16 and not of 64. Zeros behind the last number are never read.
     blocks = nn.functional.pad(whole.flatten(), (0, -whole.numel() % _NF4_BLOCK))
     rounded, state = library.quantize_4bit(
         blocks.view(-1, _NF4_BLOCK), blocksize=_NF4_BLOCK, quant_type="nf4"
