@@ -276,7 +276,7 @@ class TrainPlan:
         ``averaged``: the head travels and is trained. ``frozen``: it is not trained and does
         not travel; it follows from the seed. ``local``: each client keeps its own.
     importance
-        What to measure from the gradients of the trainable components, see
+        Importance to measure from the gradients of the trainable components, see
         `hafl_app.lowrank.importance`.
     importance_smoothing
         Decay of the measurement's moving averages over local steps, in [0, 1).

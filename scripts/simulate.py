@@ -1,7 +1,7 @@
 """Run a federation on this machine: `python scripts/simulate.py strategy=hafl seed=1`.
 
 `-m` sweeps: `python scripts/simulate.py -m strategy=hafl,zero_padding seed=0,1`.
-`resume=FOLDER` or `resume=latest` goes on with a run that stopped; other arguments change it.
+`resume=FOLDER` or `resume=latest` resumes a run that stopped; other arguments change it.
 Settings are Hydra overrides of `conf/`; `--help` lists the groups.
 """
 
@@ -57,7 +57,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     Raises
     ------
     hafl_app.run.resuming.ResumeError
-        If there is no such run, it has no whole checkpoint, or cannot go on with these settings.
+        If there is no such run, or it has no whole checkpoint, or these settings do not fit it.
     """
     given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
     if not given:
@@ -65,7 +65,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     from hafl_app.run.resuming import ResumeError, check_resumable, latest_run, load_checkpoint
 
     if {"-m", "--multirun"} & set(arguments):
-        raise ResumeError("resume= goes on with one run: leave out -m")
+        raise ResumeError("resume= resumes one run: leave out -m")
     folder = latest_run(Path("outputs")) if given[-1] == "latest" else Path(given[-1]).absolute()
     if (folder / "checkpoints").is_dir():
         _stop_what_is_left(folder)

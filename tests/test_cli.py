@@ -1,4 +1,4 @@
-"""How a program ends."""
+"""Exit codes and last lines of a program."""
 
 import os
 import signal

@@ -57,7 +57,7 @@ class RanksSettings:
         ``source: memory``: share of the memory that stays free.
     memory_limit_mb
         ``source: memory``: MB (10^6 bytes) of the whole process on a CPU, of the tensors on a GPU;
-        ``memory-mb`` in a node's config goes before it. Null: what is free when the node is asked,
+        ``memory-mb`` in a node's config goes before it. Null: its free memory when queried,
         so that the ranks of two runs may differ.
     """
 
@@ -119,7 +119,7 @@ class CompareSettings:
     baseline
         Method whose final accuracy the others are timed to.
     methods
-        What is compared, by name.
+        Methods of the comparison, by name.
     cells
         Cells by name, each a list of overrides; every method runs in every cell.
     tuning
@@ -147,7 +147,7 @@ class Settings:
     dataset
         Data.
     partition
-        How the data are shared out.
+        Partition of the data among clients.
     ranks
         Rank budgets.
     client
@@ -167,7 +167,7 @@ class Settings:
     output_dir
         Folder of the run; null: ``outputs/<date>/<time>-<strategy>``.
     resume
-        Folder of an earlier run, whose last checkpoint this one goes on from; null: a new run.
+        Folder of an earlier run to resume from its last checkpoint; null: a new run.
         `scripts/simulate.py` also takes ``latest``.
     """
 

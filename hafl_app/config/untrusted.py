@@ -41,7 +41,7 @@ def bad_overrides(
     Yields
     ------
     tuple
-        What is wrong in one line, the name that was given, and those that there are.
+        The fault in one line, the given name, and the known names.
     """
     for override in overrides:
         key, value = override.key_or_group, override.value()
@@ -58,7 +58,7 @@ def bad_values(composed: DictConfig) -> Iterator[str]:
     Yields
     ------
     str
-        What is wrong, in one line.
+        The fault in one line.
     """
     for name, value in _leaves(OmegaConf.to_container(composed, resolve=False), ""):
         if "${" in _REFERENCE.sub("", value):

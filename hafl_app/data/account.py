@@ -41,7 +41,7 @@ class DataAccount:
     clients
         By partition; empty where the data stay on the nodes.
     notes
-        What was changed, or is worth a look, in words.
+        Changes of the data and other facts worth a look, in words.
     """
 
     label_names: tuple[str, ...]

@@ -16,7 +16,7 @@ class UnfitDataError(DataError):
     Parameters
     ----------
     details
-        What helps whoever owns the data and may quote them: for the node's own log.
+        Details for the data's owner, which may quote them: for the node's own log.
     """
 
     def __init__(self, message: str, details: str) -> None:

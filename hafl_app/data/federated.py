@@ -45,7 +45,7 @@ class FederatedText:
     source
         Where the text comes from, and the shares of it that are held out.
     partitioning
-        How it is shared out; its seed also rules the splits.
+        Partition of the rows; its seed also decides the splits.
     tokenize
         From a list of texts to their token ids.
     tokenizer_key

@@ -41,7 +41,7 @@ def with_pairs(
     template
         See `hafl_app.data.template.render`.
     answer_column
-        What is to be learned; neither null nor blank.
+        Answer to be learned; neither null nor blank.
     label_column
         The row's category; empty for one category of all.
     origin

@@ -86,13 +86,13 @@ def alike(names: Iterable[str]) -> tuple[str, str] | None:
     """Find two different names that differ only in case, inner white space or as numbers do."""
     found: dict[Any, str] = {}
     for name in names:
-        other = found.setdefault(likeness(name), name)
+        other = found.setdefault(comparable_name(name), name)
         if other != name:
             return other, name
     return None
 
 
-def likeness(name: str) -> Any:
+def comparable_name(name: str) -> Any:
     """Normalize a name so that names that differ too little to be two classes become equal."""
     if _NUMBER.fullmatch(name):
         return Decimal(name)

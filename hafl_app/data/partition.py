@@ -58,7 +58,7 @@ def partition(train: Dataset, partitioning: Partitioning) -> list[Rows]:
     train
         Has a column ``label`` of ints.
     partitioning
-        How to share.
+        Kind and strength of the partition.
 
     Returns
     -------

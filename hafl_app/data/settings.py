@@ -38,7 +38,7 @@ class DatasetSettings:
     answer_column
         Column of the answers; null: text without any.
     template
-        What makes the prompt of the other columns, each in braces; a paragraph whose columns are
+        Template of the prompt from the other columns, each in braces; a paragraph whose columns are
         all blank is left out. Required with an ``answer_column``.
     label_names
         Names of the classes, in their order; null: those of the data. ``on_device``: null is all

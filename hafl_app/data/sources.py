@@ -60,7 +60,7 @@ class LabeledText:
         Rows of the training and of the test data before ``max_examples`` and
         ``max_test_examples``.
     notes
-        What was changed in the files' labels, in words.
+        Changes of the files' labels, in words.
     """
 
     train: datasets.Dataset

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from hafl_app.data.errors import DataError, nearest
-from hafl_app.data.label_rules import likeness, normal_labels, normal_name
+from hafl_app.data.label_rules import comparable_name, normal_labels, normal_name
 
 NOTES = "notes"
 """Attribute of a table: in words, what was changed in it."""
@@ -109,7 +109,9 @@ def index_labels(table: pd.DataFrame, names: Sequence[str], origin: str) -> pd.D
     unknown = ~table["label"].isin(list(index))
     if unknown.any():
         first = int(unknown.to_numpy().argmax())
-        near = likeness(table["label"].iloc[first]) in {likeness(name) for name in index}
+        near = comparable_name(table["label"].iloc[first]) in {
+            comparable_name(name) for name in index
+        }
         # The label is not quoted: under a wrong label_column it is a private text.
         raise DataError(
             f"{origin} data: {int(unknown.sum())} rows, the first is row {first + 1}, have a label "
@@ -142,12 +144,12 @@ def to_dataset(table: pd.DataFrame, origin: str) -> datasets.Dataset:
     except UnicodeError:
         raise DataError(f"{origin} data: a column has half a surrogate pair") from None
     except (ValueError, TypeError, NotImplementedError) as error:
-        # pyarrow's last word names the column; the ones before quote a cell, as the cause would.
+        # The last part of pyarrow's message names the column; the others quote a cell, as its cause.
         raise DataError(f"{origin} data: a column mixes types ({error.args[-1]})") from None
 
 
 def _cut(name: str) -> str:
-    # In a file without a header the names are somebody's data.
+    # In a file without a header the names are private data.
     return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 

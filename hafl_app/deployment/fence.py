@@ -64,7 +64,7 @@ def fence(
     ca
         Certificate authority to check it by.
     transport
-        How to reach it, if not by the network.
+        Transport to it, if not the network.
     limits
         Of nodes' bodies.
     """

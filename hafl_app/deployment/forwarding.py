@@ -37,7 +37,7 @@ class Proxy:
         """Answer one request."""
         request = Request(scope, receive)
         limits: BodyLimits = request.app.state.room.limits
-        # Who has gone, or takes too long over a reply, is not answered.
+        # A caller that is gone, or takes too long over a reply, is not answered.
         with suppress(ClientDisconnect, TimeoutError):
             async with asyncio.timeout(limits.call_s), AsyncExitStack() as stack:
                 try:

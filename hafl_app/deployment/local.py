@@ -31,7 +31,7 @@ from hafl_app.engines.processes import (
 _ROOT = Path(__file__).resolve().parents[2]
 _ONLINE_SECONDS = 120.0
 _POLL_SECONDS = 1.0
-_LAST_WORDS_SECONDS = 3.0
+_STOP_SECONDS = 3.0
 
 
 class DeploymentError(RuntimeError):
@@ -131,7 +131,7 @@ class Deployment:
         self._keep(name, process)
         context = ssl.create_default_context(cafile=self.credentials.ca)
         if not comes_up(process, f"https://127.0.0.1:{port}/health", context):
-            raise DeploymentError(f"the {name} did not come up: {self.last_words(name)}")
+            raise DeploymentError(f"the {name} did not come up: {self.last_log_line(name)}")
 
     def _keep(self, name: str, process: "subprocess.Popen[bytes]") -> None:
         """Add a process of the deployment; its process group ends with it.
@@ -196,7 +196,7 @@ class Deployment:
         while self.num_online() < num_nodes:
             for name, process in self.processes.items():
                 if process.poll() is not None:
-                    raise DeploymentError(f"{name} ended: {self.last_words(name)}")
+                    raise DeploymentError(f"{name} ended: {self.last_log_line(name)}")
             if time.monotonic() > deadline:
                 raise DeploymentError(f"not {num_nodes} nodes online in {_ONLINE_SECONDS:.0f} s")
             time.sleep(_POLL_SECONDS)
@@ -234,7 +234,7 @@ class Deployment:
             check=False,
         )
 
-    def last_words(self, name: str) -> str:
+    def last_log_line(self, name: str) -> str:
         """Return the last line of a part's log."""
         return _last_line((self.logs / f"{name}.log").read_text(errors="replace"))
 
@@ -267,7 +267,7 @@ def _end_group_after(leader: "subprocess.Popen[bytes]") -> None:
             os.killpg(leader.pid, number)  # `start_process` makes each the leader of its own
         except ProcessLookupError:
             return
-        time.sleep(_LAST_WORDS_SECONDS)
+        time.sleep(_STOP_SECONDS)
 
 
 def _last_line(text: str) -> str:

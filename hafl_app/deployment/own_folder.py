@@ -48,7 +48,7 @@ def own_folder() -> Iterator[OwnFolder]:
     try:
         yield made
     finally:
-        with _undisturbed():
+        with _signals_ignored():
             stop_processes(made.token)
             shutil.rmtree(made.path, ignore_errors=True)
 
@@ -59,7 +59,7 @@ def remove_abandoned() -> int:
     Returns
     -------
     int
-        How many deployments those were.
+        Number of deployments that were removed.
     """
     count = 0
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
@@ -78,8 +78,8 @@ def remove_abandoned() -> int:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore Ctrl-C and the like: an impatient second one must not leave half of it running."""
+def _signals_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C and the like during cleanup: a second one must not leave half of it running."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread alone
         return

@@ -86,7 +86,7 @@ def keys_of_superlink(client: httpx.AsyncClient) -> Callable[[], Awaitable[froze
     Parameters
     ----------
     client
-        Whose base URL is the SuperLink's.
+        Its base URL is the SuperLink's.
     """
 
     async def ask() -> frozenset[bytes]:
@@ -118,7 +118,7 @@ def superlink_client(
     ca
         Certificate authority to check it by.
     transport
-        How to reach it, if not by the network.
+        Transport to it, if not the network.
     """
     return httpx.AsyncClient(
         base_url=f"https://{superlink}",

@@ -82,7 +82,7 @@ def compare(command: Command, command_line: str, say: Say) -> int:
         versions=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
         metric=comparison.metric,
     )
-    say("\n" + _sum_up(comparison, outcomes, source))
+    say("\n" + _write_results(comparison, outcomes, source))
     say(f"Written: table.md, table.csv, results.json and comparison.png in {folder}")
     return sum(bool(outcome.error) for outcome in outcomes)
 
@@ -109,12 +109,12 @@ def _run_all(
     outcomes = []
     for number, outcome in enumerate(run_jobs(jobs, workers), start=1):
         outcomes.append(outcome)
-        say(f"[{number}/{len(jobs)}] {name(outcome.job)}: {_news(outcome)}")
+        say(f"[{number}/{len(jobs)}] {name(outcome.job)}: {_outcome_line(outcome)}")
     say(f"{len(jobs)} runs in {time.perf_counter() - started:.0f} s")
     return outcomes
 
 
-def _news(outcome: Outcome) -> str:
+def _outcome_line(outcome: Outcome) -> str:
     if outcome.error:
         return f"FAILED: {outcome.error}"
     curve = read_curve(outcome.job.folder)
@@ -136,7 +136,7 @@ def _tuning_line(comparison: Comparison) -> str:
     return f"best of {grid} by validation {comparison.metric.title}, per method, on {where}"
 
 
-def _sum_up(comparison: Comparison, outcomes: Sequence[Outcome], source: Provenance) -> str:
+def _write_results(comparison: Comparison, outcomes: Sequence[Outcome], source: Provenance) -> str:
     """Write tables and figure from the runs that finished; return the Markdown."""
     curves: dict[str, dict[str, dict[int, Curve]]] = {
         cell: {method: {} for method in comparison.methods} for cell in comparison.cells

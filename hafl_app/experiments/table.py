@@ -1,4 +1,4 @@
-"""A comparison as a table: Markdown to read, CSV and JSON to go on with."""
+"""A comparison as a table: Markdown to read, CSV and JSON to process."""
 
 import csv
 import io

@@ -31,7 +31,7 @@ def allocate_bits(
     importance
         Finite. Among equals those that come first count as more important.
     costs
-        What a component takes at each level, not falling along a row, above 0.
+        Cost of a component at each level, not falling along a row, above 0.
     budget
         In the costs' unit, at least 0.
     upgrade

@@ -50,7 +50,7 @@ class ProductSum:
         ValueError
             As `WeightedStack.append`.
         """
-        stack = self.stack.append(_without_the_message(factors), weight)
+        stack = self.stack.append(_detached_from_message(factors), weight)
         kept = self.share * min(factors.out_features, factors.in_features)
         if stack.rank <= (kept if self.dense is None else min(kept, _BLOCK_RANK)):
             return replace(self, stack=stack)
@@ -85,16 +85,16 @@ def truncated_sums(sums: Sequence[ProductSum], rank: int, dtype: torch.dtype) ->
         Of the result.
     """
     results: dict[int, LoraFactors] = {}
-    for few in _few_at_once(sums):
+    for few in _groups(sums):
         cut = truncated_svds([sums[i].stack.factors() for i in few], rank)
-        results |= {i: _as(factors, dtype) for i, factors in zip(few, cut, strict=True)}
+        results |= {i: _cast(factors, dtype) for i, factors in zip(few, cut, strict=True)}
     return [
         results[i] if i in results else truncated_dense(one.matrix(), rank, dtype)
         for i, one in enumerate(sums)
     ]
 
 
-def _few_at_once(sums: Sequence[ProductSum]) -> Iterator[list[int]]:
+def _groups(sums: Sequence[ProductSum]) -> Iterator[list[int]]:
     """Yield the positions of the stacks in groups: joining its pieces copies a whole stack."""
     group, numbers = list[int](), 0
     for i, one in enumerate(sums):
@@ -115,14 +115,14 @@ def _added(dense: Tensor | None, stack: WeightedStack) -> Tensor:
     return lora_B @ lora_A if dense is None else dense.addmm_(lora_B, lora_A)
 
 
-def _without_the_message(factors: LoraFactors) -> LoraFactors:
-    """Return factors that do not keep the buffer alive in which all modules came."""
-    return LoraFactors(_own(factors.lora_A), _own(factors.lora_B))
+def _detached_from_message(factors: LoraFactors) -> LoraFactors:
+    """Copy factors that share one buffer with the other modules, so that it can be freed."""
+    return LoraFactors(_own_storage(factors.lora_A), _own_storage(factors.lora_B))
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _own_storage(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _as(factors: LoraFactors, dtype: torch.dtype) -> LoraFactors:
+def _cast(factors: LoraFactors, dtype: torch.dtype) -> LoraFactors:
     return LoraFactors(factors.lora_A.to(dtype), factors.lora_B.to(dtype))

@@ -141,7 +141,7 @@ class RoundingErrors:
     ) -> "RoundingErrors":
         """Return the errors that remain once a change has been uploaded.
 
-        What was not finite is forgotten, or it would spoil every later change.
+        Errors that are not finite are dropped, or they would spoil every later change.
 
         Parameters
         ----------

@@ -86,7 +86,7 @@ def _by_gram(
     left = lora_B @ (L @ vectors)
     right = torch.linalg.solve_triangular(L.mT, vectors, upper=True).mT @ lora_A
     error = _GRAM_ERROR * torch.linalg.matrix_norm(gram_A) * torch.linalg.matrix_norm(gram_B)
-    good = (failed == 0) & _stands_out(energy, kept, error) & _is_orthonormal(right)
+    good = (failed == 0) & _is_above_error(energy, kept, error) & _is_orthonormal(right)
     return left, right, good
 
 
@@ -104,11 +104,11 @@ def _by_dense_gram(
         right = vectors.mT / values[..., None] @ dense
     else:
         left, right = dense @ vectors, vectors.mT
-    good = _stands_out(energy, kept, _GRAM_ERROR * torch.linalg.matrix_norm(gram))
+    good = _is_above_error(energy, kept, _GRAM_ERROR * torch.linalg.matrix_norm(gram))
     return left, right, good & _is_orthonormal(right)
 
 
-def _stands_out(
+def _is_above_error(
     energy: Float[Tensor, "batch n"], kept: int, error: Float[Tensor, " batch"]
 ) -> Bool[Tensor, " batch"]:
     """Whether the kept squared singular values, smallest first, are clear of their error bound.

@@ -1,6 +1,6 @@
 """Differential privacy of what clients upload: clipping and noise.
 
-`docs/privacy.md` says what is protected from whom, and what is not; `accounting.py` how much.
+`docs/privacy.md` describes what is protected from whom; `accounting.py` computes epsilon.
 """
 
 import hashlib
@@ -105,9 +105,9 @@ class NoiseSource:
         server_round, label
             Distinguishes releases, such as the round and the partition of an upload.
         content
-            What the noise will be added to. If a resumed run computes a round anew, equal content
-            gets equal noise and so the same release; other content gets fresh noise. With equal
-            noise, the difference of two releases would show one client's change without any.
+            Values that the noise will be added to. If a resumed run computes a round anew, equal
+            content gets equal noise and so the same release; other content gets fresh noise. With
+            equal noise, the difference of two releases would show one client's change without any.
         """
         digest = hmac.new(self._key, f"noise/{server_round}/{label}".encode(), "sha256")
         for name, tensor in sorted((content or Adapter({})).tensors().items()):

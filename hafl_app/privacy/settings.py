@@ -7,7 +7,7 @@ from hafl_app.fields import choice, number
 
 @dataclass(frozen=True)
 class PrivacySettings:
-    """Differential privacy of the adapter; docs/privacy.md says what it covers.
+    """Differential privacy of the adapter; docs/privacy.md describes what it covers.
 
     Parameters
     ----------

@@ -40,7 +40,7 @@ def merge(
     Parameters
     ----------
     method
-        Its rule, its options, and what it remembers from round to round, which goes on.
+        Its rule and options; its memory from round to round advances.
     previous
         The global adapter that the updates started from.
     updates

@@ -71,7 +71,7 @@ def next_adapter(
     - ``participants``: ``previous_i n_i / N + s_i / (q N)``, zero padding in expectation
     - head: ``previous + s / (q N)``
 
-    The denominators are what sampling makes expected, not who came: the sum then changes by at
+    The denominators are expected values, not the counts that came: the sum then changes by at
     most C with one client, and nothing else does. What no node trains, a component or a factor of
     it, keeps its value and gets no noise, also lora_B under ``participants``, where plain zero
     padding clears it. No updates still make a release, of noise alone.

@@ -47,7 +47,7 @@ class Coordinator:
     ledger
         Bytes and rejections of every exchange.
     task
-        By what clients are scored.
+        Metrics of the clients' scores.
     train_loss
         Mean over the last round's clients by number of examples; NaN before the first.
     client_scores

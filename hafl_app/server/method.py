@@ -28,7 +28,7 @@ class Traits:
     Parameters
     ----------
     homogeneous_form
-        What a federation of equal ranks computes, weighted by the number of examples. The
+        Result of a federation of equal ranks, weighted by the number of examples. The
         conformance suite holds the method to it.
     keeps_components
         Whether component i of one round is component i of the next. Where every round makes new
@@ -36,12 +36,12 @@ class Traits:
     serves_mixed_ranks
         Whether clients may have different ranks.
     not_robust
-        Why ``federation.robust`` has no meaning; empty if the method averages each component over
-        the clients that trained it, whose values can be compared with each other.
+        Reason why ``federation.robust`` has no meaning; empty if the method averages each
+        component over the clients that trained it, whose values can be compared.
     dp_division
-        What central privacy divides a component's sum by; None if it cannot cover the method.
+        Divisor of a component's sum under central privacy; None if it cannot cover the method.
     dp_refusal
-        Why not: what decides beside clipped changes and denominators that the plans fix.
+        Reason for None: the influences beside clipped changes and the plans' denominators.
     allocates_bits
         Whether its plans give each component bits of its own (``federation.upload=mixed``).
     breaks

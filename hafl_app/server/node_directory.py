@@ -16,7 +16,7 @@ from hafl_app.wire.records import CONFIG, LABEL_NAMES
 
 _LOGGER = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
-_NEWCOMER_SECONDS = 5.0  # what a round waits for a new node's answer; a later one counts later
+_NEWCOMER_SECONDS = 5.0  # wait of a round for a new node's answer; a later one counts later
 _START_SECONDS = 30.0
 _REFUSED_SECONDS = 30.0
 

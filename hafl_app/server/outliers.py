@@ -61,7 +61,7 @@ def norm_outliers(sizes: Sequence[float], num_examples: Sequence[int], ratio: fl
     Notes
     -----
     Only upwards: a small change does little harm. And only gross scaling is caught, not
-    a wrong direction at the usual size; that is what robust rules are for.
+    a wrong direction at the usual size; which robust rules are for.
     """
     usual = statistics.median(num_examples or [1])
     allowances = [min(max(n / usual, 1.0), _LARGEST_ALLOWANCE) for n in num_examples]

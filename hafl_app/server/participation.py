@@ -39,7 +39,7 @@ class Participation:
     rank_limits
         By partition, of nodes that ran out of memory.
     seconds
-        By node id, what its last training took.
+        By node id, the seconds of its last training.
     """
 
     def __init__(self, method: Method) -> None:

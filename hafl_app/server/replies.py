@@ -13,9 +13,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
-_OF_THE_WAIT = 0.02  # a pause between two looks is this part of the time waited so far
+_PAUSE_SHARE = 0.02  # a pause between two polls is this share of the time waited so far
 # Flower's Ray engine takes waiting messages up every 0.1 s, in the order of its nodes.
-_TAKEN_UP_S = 0.15
+_WAVE_PAUSE_S = 0.15
 
 ANSWERS_AT_ONCE = "answers_at_once"
 """Attribute of a grid whose nodes answer while a message is pushed, one after another."""
@@ -38,21 +38,21 @@ def all_replies(
     timeout_s
         Seconds to wait for all replies, above 0.
     seconds
-        Node id to what its reply took the last time. The slower half of the nodes, and those
+        Node id to the seconds that its last reply took. The slower half of the nodes, and those
         without a known time, are asked first: if they share a machine, as in a simulation, the
         slowest does not come last. Empty or None asks all at once.
     sleep
-        Waits between two looks, for seconds.
+        Waits between two polls, for seconds.
     """
     if getattr(grid, ANSWERS_AT_ONCE, False):
         return list(grid.send_and_receive(messages, timeout=timeout_s))
     waiting: set[str] = set()
     for number, wave in enumerate(_waves(list(messages), seconds or {})):
         if number:
-            sleep(_TAKEN_UP_S)
+            sleep(_WAVE_PAUSE_S)
         waiting.update(_push(grid, wave))
     replies: list[Message] = []
-    for _ in _looks(timeout_s, sleep):
+    for _ in _polls(timeout_s, sleep):
         for reply in grid.pull_messages(list(waiting)) if waiting else ():
             waiting.discard(reply.metadata.reply_to_message_id)
             replies.append(reply)
@@ -71,7 +71,7 @@ def _waves(messages: list[Message], seconds: Mapping[int, float]) -> list[list[M
     half = (len(ordered) + 1) // 2
     first, rest = ordered[:half], ordered[half:]
     # No node may be idle in the pause, and the others must be known to be faster.
-    worth = rest and cost(first[-1]) >= _TAKEN_UP_S and cost(rest[0]) < float("inf")
+    worth = rest and cost(first[-1]) >= _WAVE_PAUSE_S and cost(rest[0]) < float("inf")
     return [first, rest] if worth else [messages]
 
 
@@ -97,14 +97,14 @@ def replies_in_order(
     buffer
         Replies held at once, at least 1.
     sleep
-        Waits between two looks, for seconds.
+        Waits between two polls, for seconds.
     """
     rest, waiting, arrived = iter(messages), deque[str](), dict[str, Message]()
     while chunk := list(islice(rest, buffer)):
         waiting.extend(_push(grid, chunk))
         if getattr(grid, ANSWERS_AT_ONCE, False):
             break
-    for late in _looks(timeout_s, sleep):
+    for late in _polls(timeout_s, sleep):
         progress = True
         while waiting and progress:
             window = [name for name in islice(waiting, buffer) if name not in arrived]
@@ -122,15 +122,15 @@ def replies_in_order(
             break
 
 
-def _looks(timeout_s: float, sleep: Sleep) -> Iterator[bool]:
-    """Yield whenever it is time to look for replies; true, and for the last time, when it is over.
+def _polls(timeout_s: float, sleep: Sleep) -> Iterator[bool]:
+    """Yield False whenever replies are to be polled, and True for the last poll, at the end.
 
     The longer the wait has been, the longer the pauses.
     """
     started = time.monotonic()
     while (waited := time.monotonic() - started) < timeout_s:
         yield False
-        pause = min(max(_SHORTEST_PAUSE_S, _OF_THE_WAIT * waited), _LONGEST_PAUSE_S)
+        pause = min(max(_SHORTEST_PAUSE_S, _PAUSE_SHARE * waited), _LONGEST_PAUSE_S)
         sleep(min(pause, max(0.0, timeout_s - (time.monotonic() - started))))
     yield True
 

@@ -34,8 +34,8 @@ def check_size(
 ) -> None:
     """Refuse a reply that is larger than its plan explains, before anything in it is unpacked.
 
-    At most 1.5 times what the plan's factors take in its numbers, and head and scores in float32,
-    plus 64 KiB and something for each name.
+    At most 1.5 times the bytes of the plan's factors in its numbers, and of head and scores in
+    float32, plus 64 KiB and something for each name.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def read_update(
     Raises
     ------
     ReplyError
-        Naming the module or tensor, what came and what was expected.
+        Naming the module or tensor, the value that came and the expected one.
     """
     try:
         update = read_adapter(reply.content)

@@ -44,7 +44,7 @@ from hafl_app.wire.records import (
 _LOGGER = logging.getLogger(__name__)
 STATED_EXAMPLES = "stated-examples"
 """Metric of a reply beside ``num-examples``, its weight: how many the node states."""
-_KEPT_DISPATCHES = 16  # one a rank tier, as a rule; what more there are is made again
+_KEPT_DISPATCHES = 16  # one a rank tier, as a rule; further ones are made again
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Content:
 class _Dispatches:
     """Contents of a round's messages, made once for all plans that hold the same components.
 
-    Only the last few are kept, so that what each client gets for itself does not pile up.
+    Only the last few are kept, so that contents for single clients do not pile up.
     """
 
     def __init__(self, dispatch: Callable[[TrainPlan], Adapter], server_round: int) -> None:
@@ -212,7 +212,7 @@ class RoundMessages:
         Parameters
         ----------
         dispatch
-            What to send for a plan; asked again when the reply is read, so it must not change
+            Adapter to send for a plan; called again when the reply is read, so it must not change
             before.
         """
         self._dispatches = _Dispatches(dispatch, self._server_round)

@@ -173,7 +173,7 @@ class HeterogeneousLora(Strategy, ABC):
         Parameters
         ----------
         rank
-            How many of them: one number, or by module. Also decides the scaling.
+            Number of components: one, or by module. Also decides the scaling.
         factors
             Which factors are trained.
         """

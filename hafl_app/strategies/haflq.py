@@ -51,7 +51,7 @@ class Haflq(Hafl):
         Of the simulated uplink, see `hafl_app.server.radio_channel`. A node that states its
         ``bandwidth-kbps`` has no need of it.
     distances_m
-        How far the clients are from the base station, by partition.
+        Distance of the clients from the base station in meters, by partition.
     """
 
     traits = Traits(allocates_bits=True)

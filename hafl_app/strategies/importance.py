@@ -112,7 +112,7 @@ class ImportanceScores:
         scaling
             PEFT's, to be taken out of ``lora_B``.
         mean
-            How the clients' measurements become one.
+            Mean of the clients' measurements.
         """
         if self.measure == "contribution" or self.from_gradients:
             self._average_clients(previous, mean)

@@ -27,7 +27,7 @@ class ClientRow:
     device
         Where it trains, e.g. ``"cpu"`` or ``"cuda:0"``.
     bytes_down, bytes_up
-        What a round is planned to send it and to get from it.
+        Planned bytes of a round to it and from it.
     """
 
     partition_id: int
@@ -50,7 +50,7 @@ class ClientRecord:
     num_examples
         Its weight in the average.
     stated_examples
-        How many it states; more than its weight if that is bounded.
+        Examples that it states; more than its weight if that is bounded.
     loss
         Mean training loss; NaN when it did not train.
     seconds, peak_memory_mb
@@ -58,7 +58,7 @@ class ClientRecord:
     bytes_down, bytes_up
         Sent to it and by it.
     error
-        Why it failed; empty when it did not.
+        Reason of its failure; empty when it did not fail.
     probe_seconds
         Of `seconds`, those spent on measuring all components before training.
     steps, out_of_time
@@ -132,7 +132,7 @@ class Tracker(Protocol):
         clients: Sequence[ClientRow],
         history: History = NO_HISTORY,
     ) -> None:
-        """Begin a run with these settings and these clients, or go on with one."""
+        """Begin a run with these settings and these clients, or resume one."""
 
     def log_round(self, record: RoundRecord) -> None:
         """Record one round."""
@@ -173,7 +173,7 @@ class Trackers:
         clients: Sequence[ClientRow],
         history: History = NO_HISTORY,
     ) -> None:
-        """Begin a run, or go on with one."""
+        """Begin a run, or resume one."""
         self._call_each(lambda tracker: tracker.start(settings, clients, history))
 
     def log_round(self, record: RoundRecord) -> None:

@@ -16,7 +16,7 @@ METRICS_FILE = "metrics.jsonl"
 class JsonlTracker:
     """Write ``metrics.jsonl`` and ``summary.json`` into a folder.
 
-    Each line is flushed, so a killed run keeps all it said. A line holds the fields of a
+    Each line is flushed, so a killed run keeps all its lines. A line holds the fields of a
     `RoundRecord` with ``"kind": "round"``, or of a `ClientRecord` with ``"kind": "client"``.
     NaN and infinities, which JSON does not have, become null. A later run in the same folder
     replaces the files of the earlier one; one that goes on keeps the lines of its history.

@@ -39,7 +39,7 @@ class StoredAdapter:
     adapter
         Factors of every adapted module, PEFT's scaling folded in, and the head.
     spec
-        How to build the model that they belong to.
+        Identity of the model that they belong to.
     label_names
         As in a `LoadedAdapter`.
     max_length

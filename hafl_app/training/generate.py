@@ -17,7 +17,7 @@ from hafl_app.training.prompts import load_pair_tokenizer
 from hafl_app.training.settings import BaseSpec
 
 _TINY_END: Final = 0  # of an answer, for models without files
-_PAD: Final = 0  # what stands there is masked
+_PAD: Final = 0  # masked
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GenerationOptions:
     max_new_tokens
         Tokens of an answer at most, at least 1.
     max_examples
-        How many of the prompts are answered: the first that fit; None is all.
+        Number of prompts that are answered: the first that fit; None is all.
     batch_size
         Prompts at once, at least 1.
     precision
@@ -157,7 +157,7 @@ def _continued(
     if room < 1:
         return [[] for _ in prompts]
     input_ids, mask = _left_padded(prompts, longest, model.device)
-    # All that a model's own files may ask for instead is said, or it would go on to hold.
+    # Every option is given, or the one of the model's own files would hold.
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=room,
         do_sample=False,

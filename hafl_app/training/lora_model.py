@@ -73,7 +73,7 @@ class LoraModel(nn.Module, ABC):
     base
         The base model with the factors in it.
     head_module
-        What is trained beside the factors; a module without parameters if nothing is.
+        Head, which is trained beside the factors; a module without parameters if there is none.
     layers
         The adapted layers by name.
     initial_head

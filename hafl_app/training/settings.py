@@ -18,7 +18,7 @@ class BaseSpec:
     revision
         Commit of the hub's repository; null: its newest.
     sha256
-        What ``model.safetensors`` must hash to; null: unchecked.
+        SHA-256 that ``model.safetensors`` must have; null: unchecked.
     package_path
         ``package/folder`` of an installed package that carries the same files, used where the
         hub's cache has none; null: no such package.
@@ -39,7 +39,7 @@ class BaseSpec:
         Transformers configuration, with its ``model_type``, of a model with random weights and no
         ``path``. Its tokenizer hashes words. Null: the built-in model for tests.
     quantization
-        What the weights of the transformer blocks are kept in: ``bf16``, ``int8`` or ``nf4`` (4
+        Precision of the transformer blocks' weights: ``bf16``, ``int8`` or ``nf4`` (4
         bits), or ``none``, see docs/quantized.md. ``blockwise``: every node chooses for every
         block, by its own data, within ``memory_budget_mb``.
     """
@@ -71,7 +71,7 @@ class ModelSettings(BaseSpec):
     name
         Name of the model in tables and files.
     head
-        What happens to the classification head: ``averaged`` over the clients, ``frozen`` as it
+        Treatment of the classification head: ``averaged`` over the clients, ``frozen`` as it
         was initialized, or ``local``: each client trains and keeps its own. No meaning for
         ``causal_lm``.
     memory_budget_mb
@@ -139,7 +139,7 @@ class TrainOptions:
         Seconds after which training ends, behind the step in which they are over, so that a slow
         device trains less instead of being late; 0: no limit. ``max-seconds`` in a node's config
         wins where it is smaller. A client that stopped early keeps the weight of all its data.
-        What is learned then depends on the clock.
+        The result then depends on the clock.
     precision
         ``fp32``, ``bf16``, or ``auto``: bf16 on CUDA and fp32 on the CPU.
     """

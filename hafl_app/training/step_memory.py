@@ -32,8 +32,8 @@ from hafl_app.training.lora_model import LoraModel, LoraSpec
 from hafl_app.training.settings import TrainOptions
 
 _MEGABYTE = 1e6
-# What a device takes beside the tensors: MB of its own, and how much its allocator takes for what
-# lives. On the CPU, measured with MiniLM and glibc: Python and its libraries 600 MB, and 1.9 to 2.7
+# Memory of a device beside the tensors: MB of its own, and its allocator's factor for those that
+# live. On the CPU, measured with MiniLM and glibc: Python and its libraries 600 MB, and 1.9 to 2.7
 # times the tensors, because blocks below 32 MB leave holes in the heap. On CUDA an assumption:
 # the process's context is not in the free memory, but cuBLAS takes a workspace.
 _BESIDE_TENSORS = {"cpu": (650.0, 2.7), "cuda": (100.0, 1.15)}

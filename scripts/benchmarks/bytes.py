@@ -71,7 +71,7 @@ class Sizes:
     ideal
         The factors' numbers alone.
     head
-        What the head adds, its arrays' descriptions included.
+        Bytes of the head, its arrays' descriptions included.
     """
 
     sent: int

@@ -110,7 +110,7 @@ def make_client(shape: Mapping[str, Any], device: torch.device) -> Client:
     return Client(spec, model, None, options)
 
 
-def give(client: Client, load: Load, steps: int) -> Client:
+def with_texts(client: Client, load: Load, steps: int) -> Client:
     """Return the client with rows for so many steps."""
     vocabulary = int(client.model.base.config.vocab_size)
     rows = random_answers(steps * load.batch_size, load.length, vocabulary)
@@ -126,7 +126,7 @@ def check(shape: Mapping[str, Any], device: torch.device, ranks: Sequence[int]) 
         If they differ by more than 1e-5 of the norm.
     """
     client = make_client({**shape, "num_hidden_layers": 2}, device)
-    client = give(client, Load(max(ranks), 4, 16), 1)
+    client = with_texts(client, Load(max(ranks), 4, 16), 1)
     for rank in ranks:
         check_agreement(client, Case(rank, rank))
 
@@ -184,7 +184,7 @@ def measure(client: Client, load: Load, *, steps: int, repeats: int) -> dict[str
     dict of str to Step
         Of `WAYS`. The peak counts the way's own model alone.
     """
-    client, case = give(client, load, steps), Case(load.rank, load.rank)
+    client, case = with_texts(client, load, steps), Case(load.rank, load.rank)
     results = {way: Step(None, missing="not installed") for way in WAYS}
     for way in available(WAYS):
         release(client.model.device)

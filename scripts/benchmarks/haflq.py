@@ -71,7 +71,7 @@ def measure_clients(
     Parameters
     ----------
     upload_seconds
-        How long a client may send, above 0.
+        Seconds that a client may send, above 0.
 
     Raises
     ------

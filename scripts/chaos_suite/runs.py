@@ -18,7 +18,7 @@ from hafl_app.config.compose import quoted
 from hafl_app.engines.in_process import run_federation
 from hafl_app.run.logs import output_to
 
-# They train after the rounds, which are all that a schedule knows.
+# They train after the rounds, and a schedule covers only rounds.
 _NO_LONE_CLIENTS = "federation.alone_clients_per_rank=0"
 
 
@@ -39,7 +39,7 @@ class Part:
     seed
         Of the moments of the kills.
     round_seconds
-        How long a round takes: a kill comes at a random time within that.
+        Duration of a round: a kill comes at a random time within it.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ def run_part(part: Part, life: int = 0, kill_round: int | None = None) -> None:
     Parameters
     ----------
     life
-        How often the server has died before.
+        Number of earlier deaths of the server.
     kill_round
         Kill this process at a random time once the training of this round, or of a later one, has
         begun; None lets it end.

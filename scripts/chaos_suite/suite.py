@@ -35,7 +35,7 @@ class ChaosCommand:
     bad
         Share of faulty replies, in [0, 1].
     kills
-        How often the server of the faulty run is killed, at least 0.
+        Kills of the server of the faulty run, at least 0.
     flippers
         Share of clients that always flip signs, in [0, 1], in two runs of their own; 0: no such
         runs.

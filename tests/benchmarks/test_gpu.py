@@ -15,11 +15,11 @@ from benchmarks.gpu import (
     WAYS,
     Load,
     flops,
-    give,
     make_client,
     measure,
     row,
     unmeasured,
+    with_texts,
 )
 from benchmarks.training import OURS, TRAINER, Case
 from programs import run_program
@@ -95,7 +95,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(client, monkeypatch):
 
 def test_operations_are_those_of_the_products_of_a_step(client):
     case = Case(LOAD.rank, LOAD.rank)
-    ready = give(client, LOAD, 1)
+    ready = with_texts(client, LOAD, 1)
     ready.model.load(case.adapter(ready.model), case.plan(ready.model))
     batch = ready.model.batch(ready.texts, np.arange(2))
 

@@ -1,4 +1,4 @@
-"""What the ClientApp answers when it cannot do what it is asked."""
+"""Error replies of the ClientApp: its answers where it cannot do what it is asked."""
 
 import csv
 import errno

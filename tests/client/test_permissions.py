@@ -1,4 +1,4 @@
-"""What a node allows: local paths, hub names, and a model's own code."""
+"""Permissions of a node: local paths, hub names, and a model's own code."""
 
 import json
 import os

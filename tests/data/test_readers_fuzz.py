@@ -110,7 +110,7 @@ def stray_quotes(draw):
 
 
 def text_of(kind, data):
-    """Return what is in a file, read without the readers; empty if that is no text."""
+    """Return a file's text, read without the readers; empty if that is no text."""
     unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
     for ending, opener in unpack.items():
         if kind.endswith(ending):

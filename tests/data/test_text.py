@@ -182,7 +182,7 @@ class TestCache:
 
 
 def is_mapped(array: np.ndarray) -> bool:
-    """Say whether an array's numbers lie in a file that is mapped into memory."""
+    """Whether an array's numbers lie in a file that is mapped into memory."""
     while isinstance(array, np.ndarray):
         array = array.base
     return isinstance(array, mmap.mmap)

@@ -20,7 +20,7 @@ def foreign_credentials(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fence():
-    """Which proxy stands before the SuperLink; a module may say otherwise."""
+    """Proxy before the SuperLink; a module may set another."""
     return "built-in"
 
 

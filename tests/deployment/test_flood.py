@@ -96,7 +96,7 @@ def flood(deployment, headers):
 
 
 def activates(deployment):
-    """Say whether another node is still let in and out."""
+    """Whether another node is still let in and out."""
     laptop = load_ssh_private_key(deployment.credentials.node_key(NODES[1].name).read_bytes(), None)
     public = laptop.public_key()
     with FleetHttpClient.from_server_address(

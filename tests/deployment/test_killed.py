@@ -1,4 +1,4 @@
-"""What stays of a deployment, and of a node, after a kill -9."""
+"""Remains of a deployment, and of a node, after a kill -9."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Who is turned away at the public port of a real deployment, and who is not."""
+"""Access at the public port of a real deployment: calls that are rejected, and others."""
 
 import json
 import shutil
@@ -125,7 +125,7 @@ class TestNodes:
 
 
 class TestControl:
-    """What whoever holds only the CA certificate can do with the `flwr` command."""
+    """Rights of a caller that holds only the CA certificate, with the `flwr` command."""
 
     @pytest.fixture
     def stranger(self, deployment, tmp_path):

@@ -27,7 +27,7 @@ print("let in")
 
 
 def listening(token):
-    """Return what the processes of a run listen on: name of the process, address, port."""
+    """Return the listening sockets of a run's processes: name of the process, address, port."""
     found = set()
     for process in processes_of(token):
         try:

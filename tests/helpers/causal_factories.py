@@ -1,4 +1,4 @@
-"""What the tests of causal language models build on: the built-in tiny Llama and its rows."""
+"""Fixtures of the tests of causal language models: the built-in tiny Llama and its rows."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What the tests of the factor algebra build on."""
+"""Factors for the tests of the factor algebra."""
 
 import torch
 

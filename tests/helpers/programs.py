@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Done:
-    """What `subprocess.run` would have returned."""
+    """Result of a program, as `subprocess.run` would have returned it."""
 
     returncode: int
     stdout: str

@@ -1,4 +1,4 @@
-"""What the tests of local training build on: the built-in random model and hand-made examples."""
+"""Fixtures of the tests of local training: the built-in random model and hand-made examples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -152,7 +152,7 @@ class TestBreakdown:
         ]
 
     def inside(self, result, honest):
-        """Say whether each coordinate lies among the honest contributors' values."""
+        """Whether each coordinate lies among the honest contributors' values."""
         for i in range(RANK):
             rows = torch.stack([f.lora_A[i] for f, slots in honest if i in slots])
             columns = torch.stack([f.lora_B[:, i] for f, slots in honest if i in slots])

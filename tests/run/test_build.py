@@ -1,4 +1,4 @@
-"""What the settings say arrives where it is used."""
+"""Settings arrive where they are used."""
 
 from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""Who takes part: fixed numbers from the public seed, or independent draws from a secret key."""
+"""Client sampling: fixed numbers from the public seed, or independent draws from a secret key."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What the server does for every node must not grow with the nodes that are already there."""
+"""Work of the server for one node, which must not grow with the nodes that are already there."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Who is asked first, when replies are looked for, and in which order they are handed on."""
+"""Order of requests, polls and replies."""
 
 import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict

@@ -1,4 +1,4 @@
-"""Which replies a phase takes for its own."""
+"""Pairing of replies with the requests of a phase."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What a node claims decides no average: bounds of the operator and of the median node."""
+"""Bounds of a client's weight in averages: the operator's, and that of the median node."""
 
 import logging
 from dataclasses import replace

@@ -162,7 +162,7 @@ class TestChange:
 
 
 class TestCollapse:
-    """What is left of component i after rounds in which clients return what they got."""
+    """Share of component i that is left after rounds in which clients return what they got."""
 
     ROUNDS = 3
 

@@ -1,4 +1,4 @@
-"""What Flower 1.41's own FedAvg does with bad replies, and what this project does.
+"""Bad replies under Flower 1.41's own FedAvg, and under this project.
 
 When one of Flower's halves fails here, Flower has become better: drop that half.
 """

@@ -1,4 +1,4 @@
-"""What only HAFL promises: which components a client trains, and what becomes of the scores."""
+"""Promises of HAFL alone: the components that a client trains, and the update of the scores."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What HAFLQ promises beyond HAFL: bits by importance, within what a client's uplink carries."""
+"""Promises of HAFLQ beyond HAFL: bits by importance, within the capacity of a client's uplink."""
 
 from dataclasses import replace
 
@@ -180,7 +180,7 @@ def settings_of(strategy):
 
 
 def reply_content(strategy, profile, change=nothing):
-    """What a client answers, with training replaced by a change."""
+    """Answer of a client, with training replaced by a change."""
     plan = strategy.plan(profile, 1)
     sent = strategy.dispatch(plan)
     before, generator = trained_part(sent, plan), torch.Generator().manual_seed(5)
@@ -199,7 +199,7 @@ def by_a_tenth(factors, generator):
 
 
 def update_seen(strategy, profile, change=noise):
-    """What the method gets to see of a client, over the wire."""
+    """Update of a client as the method gets it over the wire."""
     profile = replace(profile, node_id=7 + profile.partition_id)
     exchange = RoundMessages(Ledger(), 1, "train")
     with server_identity():

@@ -40,7 +40,7 @@ def scaled(update, factor):
 
 
 def columns_of(updates, module, component):
-    """Return what each contributor uploaded as that column of lora_B."""
+    """Return each contributor's upload of that column of lora_B."""
     return torch.stack(
         [
             u.adapter.modules[module].lora_B[:, u.components(module).index(component)]

@@ -1,4 +1,4 @@
-"""What methods plan for uploads in fewer bits, and what they get to see of them."""
+"""Uploads in fewer bits: the methods' plans, and the updates that they get."""
 
 from dataclasses import replace
 

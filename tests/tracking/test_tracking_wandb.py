@@ -40,7 +40,7 @@ class FakeRun:
 
 
 class FakeWandb:
-    """What `WandbTracker` uses of the module."""
+    """The part of the wandb module that `WandbTracker` uses."""
 
     class UsageError(Exception):
         pass

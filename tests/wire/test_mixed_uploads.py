@@ -64,7 +64,7 @@ def encode(plan=PLAN, upload=UPLOAD, errors=None, seed=0):
 
 
 def judged(content, plan=PLAN):
-    """What the server reads of a reply: the change."""
+    """Change that the server reads from a reply."""
     with server_identity():
         request = Message(RecordDict(), 2, MessageType.TRAIN)
         request.metadata.__dict__["_message_id"] = "m"

@@ -592,7 +592,7 @@ def damaged_plans(draw):
 
 
 def rest_of(module):
-    """Return what stands behind the names of a module that is planned so."""
+    """Return the layout behind the names of a module with this plan."""
     factors = [] if module.factors == "both" else [module.factors]
     return [format_bits(module.bits)] * bool(module.bits) + factors
 

@@ -1,4 +1,4 @@
-"""What is uploaded under a plan, and what the server makes of it."""
+"""Uploads under a plan, encoded by the client and decoded by the server."""
 
 from dataclasses import replace
 

@@ -101,7 +101,7 @@ def allocate(
     saliences
         Of every block, at least 0.
     bytes_by_precision
-        What every block takes in each of `PRECISIONS`.
+        Bytes of every block in each of `PRECISIONS`.
     budget
         Bytes for all blocks together.
 
