@@ -144,7 +144,7 @@ def to_dataset(table: pd.DataFrame, origin: str) -> datasets.Dataset:
     except UnicodeError:
         raise DataError(f"{origin} data: a column has half a surrogate pair") from None
     except (ValueError, TypeError, NotImplementedError) as error:
-        # The last part of pyarrow's message names the column; the others quote a cell, as its cause.
+        # The last part of pyarrow's message names the column; the others quote a cell.
         raise DataError(f"{origin} data: a column mixes types ({error.args[-1]})") from None
 
 

@@ -21,7 +21,7 @@ def robust_mean(values: Tensor, rule: str, trim_fraction: float) -> Tensor:
     With c values of a coordinate in order, ``median`` keeps the middle one, or the middle two if
     c is even. ``trimmed_mean`` drops ``floor(trim_fraction * c)`` at either end, and at least one
     once there are three. One value or two therefore give their mean under both rules: no rule can
-    tell which of two is wrong.
+    find out which of two is wrong.
 
     All clients count the same, by definition: a weight would let one that claims many examples
     outvote the rest. A bound on what wrong values do holds while they are fewer than half

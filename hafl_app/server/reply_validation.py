@@ -32,7 +32,7 @@ def check_size(
     head: Mapping[str, tuple[int, ...]],
     shapes: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Refuse a reply that is larger than its plan explains, before anything in it is unpacked.
+    """Reject a reply that is larger than its plan explains, before anything in it is unpacked.
 
     At most 1.5 times the bytes of the plan's factors in its numbers, and of head and scores in
     float32, plus 64 KiB and something for each name.
@@ -130,7 +130,7 @@ def read_update(
 
 
 def check_finite(adapter: Adapter) -> None:
-    """Refuse an adapter that has a number which is not finite.
+    """Reject an adapter that has a number which is not finite.
 
     Raises
     ------
@@ -180,7 +180,7 @@ def restored(change: Adapter, before: Adapter) -> Adapter:
 
 
 def check_shapes(update: AdapterArrays, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse factors for layers of another size.
+    """Reject factors for layers of another size.
 
     Parameters
     ----------

@@ -115,7 +115,7 @@ def markdown(found: Mapping[str, Any]) -> str:
             for c in found["kinds"]
         ),
         "",
-        f"Honest replies refused: {found['honest_refused']}. "
+        f"Honest replies rejected: {found['honest_refused']}. "
         f"Rounds lost: {len(found['rounds_lost'])}. "
         f"Kills and resumes: {len(found['kills'])} ({_phases(found['kills'])}).",
         "",
@@ -130,7 +130,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"{found['points']['mean of last rounds']:+.1f} in the mean.",
         *(
             f"{name}: partitions {f['partitions']} flip always; {f['noticed']} of {f['injected']} "
-            f"flips noticed, {f['honest_refused']} honest replies refused."
+            f"flips noticed, {f['honest_refused']} honest replies rejected."
             for name, f in found["flippers"].items()
         ),
         *(f"FAILED: {reason}" for reason in found["problems"]),
