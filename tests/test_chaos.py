@@ -160,7 +160,7 @@ class TestNoticed:
         told = tally(read_journal(quarter_bad.folder))
         assert (told.honest_refused, told.rounds_lost) == (0, ())
 
-    def test_rounds_that_must_be_repeated_are_told(self, tmp_path):
+    def test_rounds_that_must_be_repeated_are_reported(self, tmp_path):
         part = Part(
             tmp_path / "run",
             (*TINY, "federation.min_replies=12", "federation.max_retries=9"),

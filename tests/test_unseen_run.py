@@ -55,7 +55,7 @@ class TestRun:
         assert sorted(asked["evaluate"][6:]) == unseen
         assert not set(asked["evaluate"][:6]) & set(unseen)
 
-    def test_seen_and_unseen_are_told_apart(self, finished):
+    def test_seen_and_unseen_are_kept_apart(self, finished):
         folder, summary, _, unseen = finished
         clients = summary["clients"]
         assert clients["unseen"]["partitions"] == unseen

@@ -147,7 +147,7 @@ def test_hyper_parameters_have_a_type_and_a_place_in_their_file():
 class TestWhatIsHandedOut:
     OVERRIDES = ("strategy=haflq", "dataset.label_names=[a,b]", "lora.target_modules=[query]")
 
-    def test_nobody_elses_settings_change(self):
+    def test_no_other_settings_change(self):
         settings = compose(self.OVERRIDES)
         before = deepcopy(plain_settings(settings))
 

@@ -281,7 +281,7 @@ class TestFederation:
         assert f"{cut} of {total} training examples are left out" in caplog.text
         assert len(data.test) == 6
 
-    def test_a_client_of_which_nothing_is_left_is_told(self, dolly):
+    def test_a_client_of_which_nothing_is_left_is_reported(self, dolly):
         data = federated(
             DatasetSettings("dolly", str(dolly), **PAIRS),
             Partitioning(BY_CLIENT, 11, seed=0),

@@ -135,7 +135,7 @@ class TestShare:
 
 
 class TestRefusals:
-    def test_unknown_labels_are_counted_but_told_to_the_node_alone(self, tmp_path):
+    def test_unknown_labels_are_counted_but_named_to_the_node_alone(self, tmp_path):
         with pytest.raises(UnfitDataError) as caught:
             own(write(tmp_path, ROWS)).share(("a", "x"))
 

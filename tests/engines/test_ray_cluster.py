@@ -51,7 +51,7 @@ class TestAddress:
         with pytest.raises(RayClusterError, match=r"^RAY_ADDRESS='.*': expected host:port"):
             cluster_address(None, {"RAY_ADDRESS": address})
 
-    def test_where_nobody_answers_the_run_is_refused(self):
+    def test_without_an_answer_the_run_is_refused(self):
         with pytest.raises(RayClusterError, match=r"^federation.ray_address=127.0.0.2:9: no Ray"):
             cluster_address("127.0.0.2:9", {})
         with pytest.raises(RayClusterError, match="no Ray answers"):

@@ -53,7 +53,7 @@ def call(port, environment):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_simulation_listens_on_the_loopback_and_lets_no_stranger_in(tmp_path):
+def test_a_simulation_listens_on_the_loopback_and_needs_its_token(tmp_path):
     sockets, answers = set(), []
 
     def look(_line):

@@ -94,7 +94,7 @@ class TestAverageOverContributors:
 
         assert_same_bits(result, PREVIOUS)
 
-    def test_nobody_trained_anything(self):
+    def test_no_client_trained_anything(self):
         assert_same_bits(fold([]).average_over_contributors(PREVIOUS), PREVIOUS)
         absent = [(PREVIOUS.select(()), (), 4.0)]
         assert_same_bits(fold(absent).average_over_contributors(PREVIOUS), PREVIOUS)
@@ -142,7 +142,7 @@ class TestAverageOverAll:
         assert sums.total_weight == 4.0
         torch.testing.assert_close(sums.average_over_all(PREVIOUS).lora_B, 0.75 * PREVIOUS.lora_B)
 
-    def test_equals_the_contributors_average_when_everybody_trains_everything(self):
+    def test_equals_the_contributors_average_when_all_train_everything(self):
         updates = [
             (random_factors(RANK, k, dtype=torch.float32), tuple(range(RANK)), weight)
             for k, weight in enumerate((1.0, 2.5, 0.5))

@@ -102,7 +102,7 @@ class TestBothRules:
         assert_same_bits(result.select([0]), other[0])
         assert_same_bits(result.select([2]), PREVIOUS.select([2]))
 
-    def test_nobody_at_all_leaves_everything(self, rule):
+    def test_no_client_at_all_leaves_everything(self, rule):
         empty = random_factors(0, 1, dtype=torch.float32)
         assert_same_bits(robust_factors([], PREVIOUS, rule, TRIM), PREVIOUS)
         assert_same_bits(robust_factors([(empty, ())] * 3, PREVIOUS, rule, TRIM), PREVIOUS)

@@ -92,7 +92,7 @@ class TestFrontMatter:
 
 
 class TestText:
-    def test_tells_of_the_run(self, run, tmp_path):
+    def test_describes_the_run(self, run, tmp_path):
         text = exported_card(run, tmp_path / "out").text
 
         for told in (
@@ -118,7 +118,7 @@ class TestText:
         assert 'revision = "abc"\n' in text
         assert text.count("from_pretrained(base, revision=revision") == 2
 
-    def test_tells_what_a_cut_lost(self, run, tmp_path):
+    def test_reports_the_loss_of_a_cut(self, run, tmp_path):
         (written,) = export_adapter(ExportRequest(run, tmp_path / "out", ranks=[2]))
         cut = written.export.truncation
         text = (written.folder / "README.md").read_text()

@@ -124,7 +124,7 @@ class TestCardsCode:
 
     @pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
     @pytest.mark.parametrize("trusted", [False, True])
-    def test_trusts_a_bases_own_code_only_when_told(self, made, tmp_path, trusted, merge):
+    def test_trusts_a_bases_own_code_only_when_asked(self, made, tmp_path, trusted, merge):
         run, _, _ = made("cls")
 
         request = ExportRequest(run, tmp_path / "out", merge=merge, trust_remote_code=trusted)

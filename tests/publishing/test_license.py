@@ -35,7 +35,7 @@ def test_a_name_on_the_hub(hub):
     assert hub.asked == [("someone/model", "README.md", "abc", False)]
 
 
-def test_the_network_is_left_alone_when_told(hub):
+def test_the_network_is_left_alone_when_asked(hub):
     base_license(BaseSpec("someone/model"), ask_hub=False)
 
     assert hub.asked == [("someone/model", "README.md", None, True)]

@@ -80,7 +80,7 @@ class TestStep:
             expected = before.lora_A[component] + came / (0.5 * registered)
             torch.testing.assert_close(after.lora_A[component].double(), expected)
 
-    def test_everybody_is_zero_padding_in_expectation(self):
+    def test_participants_is_zero_padding_in_expectation(self):
         # All registered nodes come, at rate 1: expected and realized counts are the same.
         happened = Round(came=range(5))
         equal = [replace(update, num_examples=13) for update in happened.updates]
@@ -134,7 +134,7 @@ class TestStep:
             torch.testing.assert_close(after.head[name], tensor + 0.6 / 2.5)
 
     @pytest.mark.parametrize("division", ["contributors", "participants"])
-    def test_a_component_that_nobody_trains_stays_without_noise(self, division):
+    def test_an_untrained_component_stays_without_noise(self, division):
         happened = Round()
         after = happened.step(division, replace(BARE, noise_multiplier=1.0))
 
@@ -292,7 +292,7 @@ class TestNoiseScale:
         assert after.lora_A[3].abs().max() == after.lora_B[:, 3].abs().max() == 0
 
     @pytest.mark.parametrize("division", ["contributors", "participants"])
-    def test_the_head_gets_that_of_everybody(self, division):
+    def test_the_head_gets_the_noise_of_all_participants(self, division):
         weight = self.noise_of(division).head["weight"]
 
         assert float(weight.std()) == pytest.approx(0.2, rel=0.05)

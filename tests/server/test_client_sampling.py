@@ -31,11 +31,11 @@ class TestPoisson:
         assert mean == pytest.approx(12, abs=0.3)
         assert variance == pytest.approx(40 * 0.3 * 0.7, rel=0.15)  # 4.7 standard errors
 
-    def test_everybody_at_1_and_nobody_at_0(self):
+    def test_all_at_1_and_none_at_0(self):
         assert partitions(sample_poisson(PROFILES, 1.0, "key", 3)) == list(range(40))
         assert sample_poisson(PROFILES, 0.0, "key", 3) == []
 
-    def test_nobody_may_be_drawn(self):
+    def test_the_draw_may_be_empty(self):
         counts = [len(sample_poisson(PROFILES[:2], 0.3, "key", r)) for r in range(100)]
 
         assert 0 in counts

@@ -119,7 +119,7 @@ class TestSilence:
         assert ids(directory.refresh(grid)) == [11, 12]
         assert ids(directory.refresh(grid)) == [11, 12]
 
-    def test_nobody_else_there_is_waited_for_longer(self, clock):
+    def test_the_only_nodes_are_waited_for_longer(self, clock):
         grid, directory = FakeGrid(n12=SILENT), directory_at(clock, timeout_s=90.0)
 
         assert directory.refresh(grid) == []
@@ -155,7 +155,7 @@ class TestSilence:
 
 
 class TestRefusals:
-    def test_a_refused_node_is_asked_again_and_its_reason_told_once(self, clock, caplog):
+    def test_a_refused_node_is_asked_again_and_its_reason_logged_once(self, clock, caplog):
         grid, directory = FakeGrid(n11=placed(0, 1), n12="no data"), directory_at(clock)
 
         for _ in range(3):
@@ -167,7 +167,7 @@ class TestRefusals:
         assert grid.asked().count(12) == 4
         assert sum("no data" in record.message for record in caplog.records) == 1
 
-    def test_a_stranger_cannot_answer_for_a_node(self, clock):
+    def test_another_node_cannot_answer_for_a_node(self, clock):
         class Meddling(FakeGrid):
             def pull_messages(self, message_ids):
                 replies = super().pull_messages(message_ids)

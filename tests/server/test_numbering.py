@@ -105,7 +105,7 @@ class TestWaiting:
 
 
 class TestClasses:
-    def test_nodes_tell_theirs(self):
+    def test_nodes_send_theirs(self):
         (profile,) = NodeDirectory(1.0).refresh(FakeGrid(n1=own("b", "a c")))
 
         assert profile.label_names == ("b", "a c")
@@ -125,7 +125,7 @@ class TestClasses:
         assert {q.metadata.message_type for q in grid.queries} == {MessageType.QUERY}
 
 
-class TestStrangers:
+class TestUnknownNodes:
     @pytest.mark.parametrize(
         ("change", "words"),
         [

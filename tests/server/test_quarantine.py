@@ -17,7 +17,7 @@ def rounds_out(quarantine, partition_id=7):
     return [r for r in range(1, 12) if partition_id in quarantine.excluded(r)]
 
 
-def test_fewer_refusals_than_the_limit_leave_nobody_out():
+def test_fewer_rejections_than_the_limit_leave_no_node_out():
     assert rounds_out(after_refusals(2)) == []
 
 
@@ -67,7 +67,7 @@ def test_partitions_do_not_answer_for_each_other():
     assert quarantine.excluded(3) == {8}
 
 
-def test_after_zero_nobody_ever_rests():
+def test_after_zero_no_node_ever_rests():
     assert rounds_out(after_refusals(10, after=0)) == []
 
 

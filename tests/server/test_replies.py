@@ -77,7 +77,7 @@ def test_no_more_than_the_buffer_is_taken_from_flower_ahead_of_its_turn(buffer):
         assert len(grid.pushed) == COUNT  # all nodes were asked before the first reply
 
 
-def test_a_silent_node_costs_nobody_else_his_reply(monkeypatch):
+def test_a_silent_node_costs_no_other_reply(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("hafl_app.server.replies.time.monotonic", lambda: next(clock))
     grid = SlowGrid([9, 8, 6, 5, 4, 3])
@@ -95,7 +95,7 @@ def test_a_message_that_could_not_be_sent_is_not_waited_for():
     assert nodes_of(replies) == [1, 3, 4, 5, 6, 7, 8, 9]
 
 
-def test_nobody_is_asked_nobody_answers():
+def test_no_request_no_reply():
     assert list(replies_in_order(SlowGrid([]), [], 60.0, 2)) == []
 
 
@@ -135,7 +135,7 @@ class TestAllAtOnce:
         assert sorted(nodes_of(replies)) == list(range(1, COUNT + 1))
 
     @pytest.mark.parametrize("seconds", [{}, dict.fromkeys(range(1, COUNT + 1), 0.01), {3: 1.0}])
-    def test_nobody_waits_for_clients_that_are_fast_or_unknown(self, seconds):
+    def test_no_pause_for_clients_that_are_fast_or_unknown(self, seconds):
         grid = SlowGrid(range(1, COUNT + 1))
 
         all_replies(grid, requests(), 60.0, seconds, sleep=grid.pass_time)
@@ -189,5 +189,5 @@ class TestAllAtOnce:
 
         assert nodes_of(replies) == [1, 3, 4, 5, 6, 7, 8, 9]
 
-    def test_nobody_is_asked_nobody_answers(self):
+    def test_no_request_no_reply(self):
         assert all_replies(SlowGrid([]), [], 60.0) == []

@@ -191,7 +191,7 @@ class TestScores:
             r"importance: 1 missing \['dense'\]",
         )
 
-    def test_scores_that_nobody_asked_for_are_refused(self):
+    def test_unrequested_scores_are_rejected(self):
         plan = TrainPlan(PLAN.modules)
         scores = {"query": np.ones(2, np.float32)}
         refused(arrays(plan, scores=scores), r"importance: .* 1 not asked for \['query'\]", plan)

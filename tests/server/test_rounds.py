@@ -212,7 +212,7 @@ def flat(tree, prefix=""):
     return leaves
 
 
-def test_second_replies_and_strangers_are_told_and_ignored(tmp_path, caplog):
+def test_second_and_unknown_replies_are_logged_and_ignored(tmp_path, caplog):
     class Doubling(ReorderedGrid):
         def pull_messages(self, message_ids):
             replies = super().pull_messages(message_ids)

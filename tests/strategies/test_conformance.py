@@ -206,7 +206,7 @@ class TestPlans:
                 whole = strategy.global_adapter.modules[module]
                 assert torch.equal(factors.lora_B, whole.lora_B[:, list(plan.modules[module].held)])
 
-    def test_nobody_trains_more_than_its_budget(self, name):
+    def test_no_client_trains_more_than_its_budget(self, name):
         strategy = strategy_named(name)
         for client in clients_for(name):
             plan = strategy.plan(client.profile, 1)

@@ -115,7 +115,7 @@ class TestNoExamples:
     def test_ours_refuses_it(self, tmp_path):
         assert "num-examples" in ours(tmp_path, self.claim_none)
 
-    def test_ours_says_it_aloud_if_nobody_has_any(self, tmp_path):
+    def test_ours_reports_it_if_no_client_has_any(self, tmp_path):
         with pytest.raises(RoundFailedError, match="round 1: the replies of 0 of 5 clients count"):
             run_tiny(tmp_path / "out", app=tampering(self.claim_none))
 

@@ -98,7 +98,7 @@ class TestSelection:
         assert seen[0.0] == {1, 3}
         assert seen[0.5] == {0, 1, 2, 3}
 
-    def test_what_nobody_has_measured_gets_a_turn(self):
+    def test_unmeasured_components_get_a_turn(self):
         strategy = hafl("exploration=0")
         unmeasured = float("nan")
         strategy.scores.values = {
@@ -261,7 +261,7 @@ class TestScoresUnderARobustRule:
         return strategy
 
     @pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
-    def test_it_steers_nobodys_plan(self, rule):
+    def test_it_steers_no_plan(self, rule):
         strategy = self.after_a_lie(rule)
 
         plan = strategy.plan(Client(RANK, 10, 0).profile, 2)
@@ -276,7 +276,7 @@ class TestScoresUnderARobustRule:
         scores = self.after_a_lie("median").scores.values
         torch.testing.assert_close(scores["query"], 1.2 * self.HONEST.double())
 
-    def test_without_a_rule_it_steers_everybodys(self):
+    def test_without_a_rule_it_steers_all_plans(self):
         plan = self.after_a_lie("none").plan(Client(RANK, 10, 0).profile, 2)
         assert 3 in plan.modules["query"].trainable
         assert 0 in plan.modules["dense"].trainable

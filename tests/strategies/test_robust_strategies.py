@@ -95,7 +95,7 @@ class TestMethodsThatCan:
         assert merge(strategy, mixed)["query"].lora_B.abs().max() > 1e4
 
     @pytest.mark.parametrize("rule", RULES)
-    def test_components_that_nobody_trained_stay(self, rule):
+    def test_components_that_no_client_trained_stay(self, rule):
         strategy = robust("hafl", rule, "strategy.selection=prefix")
         before = strategy.global_adapter.modules["query"].lora_B[:, 2:]
 

@@ -287,7 +287,7 @@ class TestTargets:
         with pytest.raises(ModelError, match="'uery'"):
             resolve_targets(base[0], "uery", base[1])
 
-    def test_an_unknown_name_is_told_what_there_is(self):
+    def test_an_unknown_name_gets_the_known_ones(self):
         with pytest.raises(ModelError, match=r"'q_proj'; there are dense, key, query, value, or"):
             LoraClassifier(ClassifierSpec(TINY, LABELS, ("q_proj",)))
 

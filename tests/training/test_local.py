@@ -401,7 +401,7 @@ class TestProbe:
         assert all(scores.shape == (5,) for scores in probed.importance.values())
         assert 0 < probed.probe_seconds < probed.seconds
 
-    def test_takes_the_batches_it_is_told(self, classifier, adapter):
+    def test_takes_the_given_batches(self, classifier, adapter):
         plan = plan_for(adapter, (4, 1), importance="sensitivity", probe_batches=1)
         one, two, many = (
             train(classifier, adapter, replace(plan, probe_batches=n), ROWS, OPTIONS, 1).importance
