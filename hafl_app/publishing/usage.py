@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Final
 
-from hafl_app.training.adapter_files import StoredAdapter, task_type
+from hafl_app.training.adapter_files import StoredAdapter
 from hafl_app.training.base_model import IMAGE_CLASSIFICATION
+from hafl_app.training.peft_format import task_type
 from hafl_app.training.settings import BaseSpec
 
 _AUTO: Final = {
