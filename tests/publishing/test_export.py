@@ -329,7 +329,7 @@ class TestRequests:
 
     def test_an_unknown_dtype(self, tmp_path):
         with pytest.raises(ValueError, match="--dtype int3: expected one of float32, "):
-            ExportRequest(tmp_path, tmp_path / "out", dtype="int3")
+            ExportRequest(tmp_path, tmp_path / "out", merge=True, dtype="int3")
 
     def test_an_adapters_own_folder(self, made, tmp_path):
         run, _, _ = made("cls")
