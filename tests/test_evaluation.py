@@ -139,6 +139,24 @@ class TestScore:
         assert lines[0].endswith("round 1")
 
 
+@pytest.mark.parametrize(
+    ("base", "is_random", "line"),
+    [
+        ("some/base", False, "some/base"),
+        ("some/base", True, "some/base, random weights"),
+        ("", True, "random weights"),
+        ("a\n\x1b[2Jb", False, "a \\x1b[2Jb"),
+    ],
+)
+def test_the_table_says_what_the_base_is(base, is_random, line):
+    found = {"adapter": "a\nb", "round": 3, "base": base, "random_weights": is_random}
+    found |= {"dataset": "d", "scored": 9, "rows": 20, "metrics": {"loss": 1.0}}
+
+    lines = table(found).splitlines()
+
+    assert lines[:2] == ["adapter     a b, round 3", f"base model  {line}"]
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "message"),
