@@ -3,9 +3,16 @@
 Standard library only.
 """
 
+import html
+import re
 import unicodedata
 
 _LONGEST, _CUT = 300, "..."
+_MARKUP = re.compile(
+    r"[\\`*\[\]|~$]"  # emphasis, code, links, cells, formulas
+    r"|(?<![^\W_])_|_(?![^\W_])"  # an underscore within a word marks nothing up
+    r"|:(?=//)|(?<=\bwww)\."  # bare addresses become links
+)
 # Controls, what changes the direction of a line, ends of lines, and what no file can hold.
 _UNSAFE = {"Cc", "Cf", "Zl", "Zp", "Cs"}
 
@@ -29,6 +36,44 @@ def printable(text: object, longest: int = _LONGEST) -> str:
     if len(safe) > longest or len(str(text)) > len(start):
         return f"{safe[: longest - len(_CUT)]}{_CUT}"
     return safe
+
+
+def markdown_text(text: object, longest: int = _LONGEST) -> str:
+    """Return text that Markdown and HTML show as it is, within a line or a cell of a table.
+
+    What Markdown would take for markup is written with a backslash, ``&``, ``<`` and ``>`` as
+    entities. At the start of a line put words of your own before it.
+
+    Parameters
+    ----------
+    longest
+        Most characters of what is shown, see `printable`.
+    """
+    return _MARKUP.sub(r"\\\g<0>", html.escape(printable(text, longest), quote=False))
+
+
+def markdown_code(text: object, longest: int = _LONGEST) -> str:
+    """Return text as a span of code, outside of tables; backticks in it do not end the span."""
+    shown = printable(text, longest)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    space = " " if not shown or "`" in (shown[0], shown[-1]) else ""
+    return f"{fence}{space}{shown}{space}{fence}"
+
+
+def figure_text(text: object, longest: int = _LONGEST) -> str:
+    """Return text that Matplotlib draws as it is: a ``$`` starts no formula."""
+    return printable(text, longest).replace("$", r"\$")
+
+
+def python_text(text: str) -> str:
+    """Return a literal of Python, in double quotes and on one line, that evaluates to the text.
+
+    No row of backticks is in it, so that it can stand in a fenced block of Markdown.
+    """
+    literal = repr(text)
+    if literal[0] == "'":
+        literal = '"' + literal[1:-1].replace('"', r"\"") + '"'
+    return literal.replace("```", r"\x60\x60\x60")
 
 
 def _escaped(character: str) -> str:

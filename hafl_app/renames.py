@@ -14,6 +14,15 @@ SETTINGS: Final[Mapping[str, str]] = {
 }
 """Settings by their full name."""
 
+CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
+    "model": {
+        "llama_1b": "llama_1b_random",
+        "llama_7b": "llama_7b_random",
+        "vit_digits": "vit_digits_random",
+    },
+}
+"""Files of a config group, by the group; ``model.name`` is called as the file."""
+
 MODULES: Final[Mapping[str, str]] = {
     "hafl_app.strategies.averaging": "hafl_app.strategies.component_mean",
 }
@@ -31,6 +40,17 @@ def refusal(name: str) -> str:
     return f"{name} is now {SETTINGS[name]}" if name in SETTINGS else ""
 
 
+def choice_refusal(group: str, choice: str) -> str:
+    """Return the line that refuses an old name of a group's file; empty if it is none."""
+    new = renamed_choice(group, choice)
+    return f"{group}={choice} is now {group}={new}" if new != choice else ""
+
+
+def renamed_choice(group: str, choice: str) -> str:
+    """Return today's name of a group's file."""
+    return CHOICES.get(group, {}).get(choice, choice)
+
+
 def renamed_target(target: str) -> str:
     """Return a ``_target_`` with today's module."""
     module, dot, name = target.rpartition(".")
@@ -46,8 +66,15 @@ def renamed_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
         if isinstance(value, Mapping):
             renamed[new] = renamed_settings(value, f"{name}.")
         else:
-            renamed[new] = renamed_target(value) if key == "_target_" else value
+            renamed[new] = _renamed_value(name, value)
     return renamed
+
+
+def _renamed_value(name: str, value: Any) -> Any:
+    group, _, key = name.rpartition(".")
+    if key == "_target_":
+        return renamed_target(value)
+    return renamed_choice(group, value) if key == "name" and isinstance(value, str) else value
 
 
 def renamed_overrides(overrides: Sequence[str]) -> list[str]:
@@ -58,5 +85,5 @@ def renamed_overrides(overrides: Sequence[str]) -> list[str]:
 def _renamed_override(override: str) -> str:
     key, equals, value = override.partition("=")
     bare = key.lstrip("+~")
-    value = renamed_target(value) if bare == "strategy._target_" else value
+    value = renamed_target(value) if bare == "strategy._target_" else renamed_choice(bare, value)
     return f"{key[: len(key) - len(bare)]}{SETTINGS.get(bare, bare)}{equals}{value}"

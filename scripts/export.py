@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--merge", action="store_true", help="write a whole model")
     what.add_argument("--rank", type=int, nargs="+", default=[], help="cut to these ranks")
-    parser.add_argument("--dtype", default="float32", help="of merged weights (float32)")
+    parser.add_argument("--dtype", help="of merged weights (float32)")
     parser.add_argument("--base", metavar="NAME", help="the base model's name on the hub")
     parser.add_argument("--push", metavar="USER/NAME", help="upload with your own token")
     parser.add_argument("--public", action="store_true", help="for all to see (default: private)")
@@ -55,6 +55,8 @@ def _export(arguments: argparse.Namespace) -> int:
     repos = {rank: f"{arguments.push}-rank-{rank}" for rank in arguments.rank} or {
         None: arguments.push
     }
+    if arguments.public and not arguments.push:
+        raise ValueError("--public: nothing is uploaded without --push USER/NAME")
     if arguments.push:
         for repo in repos.values():
             check_push(repo)
@@ -79,13 +81,18 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _report(written: "Written") -> str:
     """Describe a written folder, and the loss of a cut."""
+    from hafl_app.printable import printable
+
     export = written.export
     size = sum(file.stat().st_size for file in written.folder.iterdir()) / 1e6
     modules = len(export.stored.adapter.modules)
     lines = [f"Written: {written.folder} ({size:.3g} MB): rank {export.rank}, {modules} modules"]
     if cut := export.truncation:
         lines.append(f"         lost {cut.lost:.2%} of the squared norm; by module:")
-        lines += [f"         {share:7.2%}  {n}" for n, share in sorted(cut.lost_by_module.items())]
+        lines += [
+            f"         {share:7.2%}  {printable(n)}"
+            for n, share in sorted(cut.lost_by_module.items())
+        ]
     return "\n".join(lines)
 
 

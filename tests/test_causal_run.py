@@ -194,7 +194,7 @@ class TestSettings:
         with pytest.raises(SettingsError, match="has no head"):
             check(compose([*causal, "model.head=local"]))
 
-    @pytest.mark.parametrize("shape", ["llama_1b", "llama_7b"])
+    @pytest.mark.parametrize("shape", ["llama_1b_random", "llama_7b_random"])
     def test_large_shapes_pass_the_checks_without_memory(self, causal, shape):
         overrides = [o for o in causal if not o.startswith("model=")]
         check(compose([*overrides, f"model={shape}"]))

@@ -85,7 +85,7 @@ class TestScore:
 
     def test_so_does_a_classifier_of_images(self, tmp_path):
         images = ("dataset=digits", "dataset.max_examples=60", "dataset.max_test_examples=30")
-        final = run_tiny(tmp_path, *SMALL, "model=vit_digits", *images)["final"]
+        final = run_tiny(tmp_path, *SMALL, "model=vit_digits_random", *images)["final"]
         result = scored(f"adapter={tmp_path}/adapter", *images)
         assert result["metrics"]["accuracy"] == final["test/accuracy"]
         assert result["metrics"]["loss"] == pytest.approx(final["test/loss"], rel=1e-5)
@@ -139,6 +139,24 @@ class TestScore:
         assert lines[0].endswith("round 1")
 
 
+@pytest.mark.parametrize(
+    ("base", "is_random", "line"),
+    [
+        ("some/base", False, "some/base"),
+        ("some/base", True, "some/base, random weights"),
+        ("", True, "random weights"),
+        ("a\n\x1b[2Jb", False, "a \\x1b[2Jb"),
+    ],
+)
+def test_the_table_says_what_the_base_is(base, is_random, line):
+    found = {"adapter": "a\nb", "round": 3, "base": base, "random_weights": is_random}
+    found |= {"dataset": "d", "scored": 9, "rows": 20, "metrics": {"loss": 1.0}}
+
+    lines = table(found).splitlines()
+
+    assert lines[:2] == ["adapter     a b, round 3", f"base model  {line}"]
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -148,6 +166,14 @@ class TestRefusals:
             (["adapter=x", "metrics=rougel"], "none of loss, rouge-l, exact-match; did you mean"),
             (["adapter=x", "max_examples=0"], "max_examples=0: expected a whole number"),
             (["adapter=x", "max_new_tokens=few"], "max_new_tokens=few"),
+            (["adapter=x", "max_new_tokens=5"], "max_new_tokens=5: of generated answers, add"),
+            (["adapter=x", "metrics="], "metrics=: expected a value"),
+            (["adapter=x", "output="], "output=: expected a value"),
+            (["adapter=x", "adapter=y"], "adapter=: given 2 times"),
+            (["adapter=x", "output=/"], "output=/: expected a file, it is a folder"),
+            (["adapter=x", f"output={__file__}/a"], f"{__file__} is a file, expected a folder"),
+            (["adapter=x", "output_dir=y"], "output_dir=: of a run; output=FILE"),
+            (["adapter=x", "resume=y"], "resume=: of a run; output=FILE"),
             (["adapter=x", "dataset.pth=y"], "dataset.pth"),
             (["adapter=none", "model=tiny_random"], "can be scored alone"),
         ],

@@ -2,9 +2,10 @@
 
 import pytest
 
-from hafl_app.config.compose import SettingsError, compose
+from hafl_app.config.compose import CONF, SettingsError, compose
 from hafl_app.config.schema import declared_settings
 from hafl_app.renames import (
+    CHOICES,
     FACTS,
     MODULES,
     SETTINGS,
@@ -33,6 +34,8 @@ from hafl_app.renames import (
             "strategy._target_: hafl_app.strategies.averaging.ComponentAveraging is now "
             "hafl_app.strategies.component_mean.ComponentAveraging",
         ),
+        (["model=llama_1b"], "model=llama_1b is now model=llama_1b_random"),
+        (["model=vit_digits"], "model=vit_digits is now model=vit_digits_random"),
     ],
 )
 def test_an_old_name_is_refused_with_the_new_one(overrides, line):
@@ -49,31 +52,41 @@ def test_the_new_names_exist_and_the_old_ones_do_not():
     assert not set(SETTINGS) & declared
     for module in MODULES.values():
         __import__(module)
+    for group, choices in CHOICES.items():
+        files = {file.stem for file in (CONF / group).glob("*.yaml")}
+        assert set(choices.values()) <= files
+        assert not set(choices) & files
 
 
 def test_saved_settings_are_read_under_todays_names():
     saved = {
         "strategy": {"_target_": "hafl_app.strategies.averaging.Mine", "regulariser": False},
-        "model": {"quantisation": "int8", "path": "quantisation"},
+        "model": {"quantisation": "int8", "path": "vit_digits", "name": "vit_digits"},
         "dataset": {"quantisation": 3},
         "seed": 1,
     }
     assert renamed_settings(saved) == {
         "strategy": {"_target_": "hafl_app.strategies.component_mean.Mine", "regularizer": False},
-        "model": {"quantization": "int8", "path": "quantisation"},
+        "model": {"quantization": "int8", "path": "vit_digits", "name": "vit_digits_random"},
         "dataset": {"quantisation": 3},  # no setting that was ever called so
         "seed": 1,
     }
 
 
 def test_saved_overrides_are_read_under_todays_names():
-    saved = ["+model.quantisation=int8", "seed=1", "strategy.regulariser='a=b'", "~x", "model=y"]
+    saved = [
+        "+model.quantisation=int8",
+        "seed=1",
+        "strategy.regulariser='a=b'",
+        "~x",
+        "model=llama_7b",
+    ]
     assert renamed_overrides(saved) == [
         "+model.quantization=int8",
         "seed=1",
         "strategy.regularizer='a=b'",
         "~x",
-        "model=y",
+        "model=llama_7b_random",
     ]
 
 

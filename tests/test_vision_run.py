@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 VISION = (
     "experiment=digits",
-    "model=vit_digits",
+    "model=vit_digits_random",
     "dataset=digits",
     "federation.alone_clients_per_rank=0",
 )
@@ -93,9 +93,12 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("overrides", "words"),
         [
-            (("model=vit_digits",), "dataset.source=synthetic"),
-            (("model=vit_digits", "dataset=on_device"), "dataset.source=on_device"),
-            (("model=vit_digits", "dataset=dolly", "dataset.path=x"), "dataset.source=dolly"),
+            (("model=vit_digits_random",), "dataset.source=synthetic"),
+            (("model=vit_digits_random", "dataset=on_device"), "dataset.source=on_device"),
+            (
+                ("model=vit_digits_random", "dataset=dolly", "dataset.path=x"),
+                "dataset.source=dolly",
+            ),
             (("model=tiny_random", "dataset=digits"), "model.task=classification"),
             (("model=tiny_random_causal", "dataset=digits"), "model.task=causal_lm"),
             (("experiment=digits", "ranks=from_memory"), "ranks=from_memory"),

@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from hafl_app.renames import renamed_target
+from hafl_app.renames import choice_refusal, renamed_target
 
 STRATEGY_PACKAGES = "HAFL_STRATEGY_PACKAGES"
 """Environment variable: further packages, separated by commas, whose methods may be named."""
@@ -48,6 +48,9 @@ def bad_overrides(
         if re.split(r"[./]", key)[0] == "hydra":
             yield f"{override.input_line}: Hydra's own settings are not part of a run", "", ()
         if key in groups and not override.is_delete() and str(value) not in groups[key]:
+            if old := choice_refusal(key, str(value)):
+                yield old, "", ()
+                continue
             known = ", ".join(groups[key])
             yield f"{key}={value}: no such {key}; there are {known}", str(value), groups[key]
 

@@ -8,7 +8,6 @@ the version of flwr that they were read from.
 
 import logging
 import shlex
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -163,7 +162,7 @@ class InProcessGrid(Grid):
         try:
             reply = self._client_app(message, context)
         except Exception as error:  # as in Flower's engine: a node's failure is a reply
-            _LOGGER.debug("%s", traceback.format_exc())
+            _LOGGER.debug("a client raised", exc_info=True)
             reply = Message(
                 Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"),
                 reply_to=message,

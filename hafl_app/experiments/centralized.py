@@ -17,7 +17,10 @@ from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.metrics import Metric, Task
 from hafl_app.plan import TrainPlan
 from hafl_app.run import build
+from hafl_app.run.logs import show_log
 from hafl_app.run.reporting import plain_settings
+from hafl_app.run.setup import warn_of_random_weights
+from hafl_app.run.summary import model_facts
 from hafl_app.server.client_sampling import sample_size
 from hafl_app.tracking.base import RoundRecord
 from hafl_app.tracking.jsonl import JsonlTracker
@@ -73,6 +76,8 @@ def train_centralized(
         The summary, as written to ``summary.json`` beside ``metrics.jsonl``, ``config.yaml`` and
         the adapter of the last pass.
     """
+    show_log()
+    warn_of_random_weights(settings.model)
     text = build.federated_text(settings, settings.federation.num_clients)
     model = build.model(settings, len(text.label_names))
     examples = union([text.train(i) for i in range(text.num_partitions)])
@@ -148,6 +153,7 @@ def _summary(
     return {
         "status": "finished",
         "kind": "centralized",
+        "model": model_facts(settings.model),
         "rank": settings.lora.max_rank,
         "learning_rate": settings.client.learning_rate,
         "seed": settings.seed,

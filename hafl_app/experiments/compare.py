@@ -81,6 +81,7 @@ def compare(command: Command, command_line: str, say: Say) -> int:
         tuning=tuning,
         versions=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
         metric=comparison.metric,
+        models=tuple(dict.fromkeys(compose(job.overrides).model.title for job in jobs)),
     )
     say("\n" + _write_results(comparison, outcomes, source))
     say(f"Written: table.md, table.csv, results.json and comparison.png in {folder}")

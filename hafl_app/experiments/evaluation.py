@@ -22,6 +22,7 @@ from hafl_app.metrics import (
     ROUGE_L,
     TOKEN_ACCURACY,
 )
+from hafl_app.printable import printable
 from hafl_app.run import build
 from hafl_app.run.checks import check_base_alone
 from hafl_app.training.adapter_files import load_adapter, read_adapter
@@ -38,6 +39,7 @@ _NEEDED = {
     IMAGE_CLASSIFICATION: "labeled images",
     "classification": "labeled text",
 }
+_LONGEST_LINE = 2000
 _SHOWN = (ACCURACY, MACRO_F1, LOSS, PERPLEXITY, TOKEN_ACCURACY, ROUGE_L, EXACT_MATCH)
 
 
@@ -82,6 +84,7 @@ def score(request: EvaluationRequest) -> dict[str, Any]:
             "adapter": request.adapter,
             "round": subject.round,
             "base": subject.base.path,
+            "random_weights": subject.base.random_weights,
             "dataset": settings.dataset.source,
             "max_length": subject.max_length,
             "rows": len(text.test),
@@ -100,8 +103,8 @@ def table(result: Mapping[str, Any]) -> str:
     """Format the result of `score` as text, a line for each number."""
     after = "" if result["round"] is None else f", round {result['round']}"
     rows = {
-        "adapter": f"{result['adapter']}{after}",
-        "base model": result["base"] or "random weights",
+        "adapter": f"{printable(result['adapter'])}{after}",
+        "base model": _base_line(result),
         "test data": f"{result['dataset']}, {result['scored']:,} of {result['rows']:,} rows",
     }
     metrics = result["metrics"]
@@ -109,9 +112,14 @@ def table(result: Mapping[str, Any]) -> str:
     for task, scores in result.get("tasks", {}).items():
         # "acc,none" is a metric and the filter of answers before it; the rest describes the task.
         found = (f"{name} {value}" for name, value in scores.items() if "," in name)
-        rows[task] = "; ".join(found)
+        rows[printable(task)] = printable("; ".join(found), _LONGEST_LINE)
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _base_line(result: Mapping[str, Any]) -> str:
+    random = ["random weights"] if result["random_weights"] else []
+    return ", ".join([*filter(None, [printable(result["base"])]), *random])
 
 
 def _adapted(request: EvaluationRequest) -> _Subject:

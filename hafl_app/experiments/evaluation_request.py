@@ -1,5 +1,6 @@
 """Read and check the command line of `scripts/evaluate.py`."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from hafl_app.training.answers import require_rouge
 NO_ADAPTER: Final = "none"
 METRICS: Final = (LOSS.name, ROUGE_L.name, EXACT_MATCH.name)
 _TRUST: Final = "model.trust_remote_code"
+_OF_A_RUN: Final = ("output_dir", "resume")
 _OWN: Final = ("adapter", "metrics", "max_new_tokens", "max_examples", "tasks", "output")
 
 
@@ -68,6 +70,7 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
         If a metric's package is not installed.
     """
     pairs = [argument.partition("=") for argument in arguments]
+    _refuse_unclear(pairs)
     own = {key: value for key, _, value in pairs if key in _OWN}
     overrides = ["".join(pair) for pair in pairs if pair[0] not in _OWN]
     named = {key for key, _, _ in pairs}
@@ -90,9 +93,38 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
         tuple(filter(None, own.get("tasks", "").split(","))),
         Path(own["output"]).expanduser() if own.get("output") else None,
     )
+    if own.get("max_new_tokens") and not request.generated:
+        raise SettingsError(
+            f"max_new_tokens={request.max_new_tokens}: of generated answers, add "
+            f"metrics={ROUGE_L.name} or metrics={EXACT_MATCH.name}"
+        )
+    _check_output(request.output)
     if ROUGE_L.name in request.metrics:
         require_rouge()
     return request
+
+
+def _refuse_unclear(pairs: Iterable[tuple[str, str, str]]) -> None:
+    """Refuse own options that are given twice or empty, and a run's that have no effect here."""
+    given = [(key, value) for key, _, value in pairs]
+    for key, count in Counter(key for key, _ in given if key in _OWN).items():
+        if count > 1:
+            raise SettingsError(f"{key}=: given {count} times, expected once")
+    for key, value in given:
+        if key in _OWN and key != "adapter" and not value:
+            raise SettingsError(f"{key}=: expected a value, or leave it out")
+        if key in _OF_A_RUN:
+            raise SettingsError(f"{key}=: of a run; output=FILE is where the result goes")
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuse a file that cannot be written, before anything is scored."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise SettingsError(f"output={output}: expected a file, it is a folder")
+    if file := next((p for p in output.absolute().parents if p.exists() and not p.is_dir()), None):
+        raise SettingsError(f"output={output}: {file} is a file, expected a folder")
 
 
 def _refuse_models(named: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hafl_app.experiments.results import Curve
 from hafl_app.metrics import ACCURACY
+from hafl_app.printable import figure_text
 
 # Okabe and Ito's colors, distinct for the color-blind; with a marker each, distinct in gray too.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -37,7 +38,7 @@ def draw_comparison(
         Cell to method to the curves of its seeds. Methods without a curve get no line.
     """
     figure = Figure(figsize=(11, 0.9 + 3.6 * len(cells)), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(figure_text(title), fontsize=13)
     panels = figure.subplots(len(cells), 2, sharey="row", squeeze=False)
     methods = list(dict.fromkeys(method for lines in cells.values() for method in lines))
     for (by_round, by_traffic), (cell, lines) in zip(panels, cells.items(), strict=True):
@@ -52,8 +53,8 @@ def draw_comparison(
         draw_lines(by_round, rounds, methods, percent=metric.is_share)
         draw_lines(by_traffic, sent, methods, percent=metric.is_share)
         by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
-        by_round.set(xlabel="round", ylabel=f"test {metric.title}", title=cell)
-        by_traffic.set(xlabel="sent so far, down and up (MB)", title=cell)
+        by_round.set(xlabel="round", ylabel=f"test {metric.title}", title=figure_text(cell))
+        by_traffic.set(xlabel="sent so far, down and up (MB)", title=figure_text(cell))
         by_traffic.tick_params(labelleft=True)
     save(figure, panels[0][0], path)
 
@@ -62,7 +63,7 @@ def draw_shares(lines: Mapping[str, Line], path: Path, title: str, ylabel: str) 
     """Draw shares in [0, 1] by round, from round 1, into a PNG."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=12)
+    axes.set_title(figure_text(title), fontsize=12)
     draw_lines(axes, lines, list(lines))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="round", ylabel=ylabel)
@@ -93,7 +94,7 @@ def draw_lines(
             marker=marker,
             markersize=4,
             linestyle="-" if place < len(_COLORS) else "--",
-            label=method,
+            label=figure_text(method),
         )
         if len(values) >= _SEEDS_FOR_A_BAND:
             axes.fill_between(

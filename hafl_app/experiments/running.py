@@ -17,6 +17,7 @@ from hafl_app.config.schema import Settings
 from hafl_app.engines.in_process import run_federation
 from hafl_app.experiments.comparison import Job
 from hafl_app.lowrank.factors import Adapter
+from hafl_app.printable import printable
 from hafl_app.renames import renamed_settings
 from hafl_app.run.logs import output_to
 from hafl_app.run.reporting import plain_settings
@@ -61,10 +62,8 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
             num_threads = compose(job.overrides).client.num_threads
             run_federation([*job.overrides, f"federation.server_threads={num_threads}"], on_round)
     except Exception as error:  # the other runs of the comparison go on
-        lines = str(error).splitlines() or [""]
-        return Outcome(
-            job, time.perf_counter() - started, error=f"{type(error).__name__}: {lines[0]}"
-        )
+        reason = f"{type(error).__name__}: {printable(error)}"
+        return Outcome(job, time.perf_counter() - started, error=reason)
     return Outcome(job, time.perf_counter() - started)
 
 

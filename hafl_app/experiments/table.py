@@ -11,7 +11,9 @@ from typing import Any
 
 from hafl_app.experiments.results import Row, Spread
 from hafl_app.metrics import ACCURACY, Metric
+from hafl_app.printable import markdown_code, markdown_text
 
+_LONGEST_COMMAND = 4000
 _COLUMNS = (
     "method",
     "rank",
@@ -37,6 +39,7 @@ class Provenance:
     tuning: str
     versions: str
     metric: Metric = ACCURACY
+    models: tuple[str, ...] = ()
 
 
 def percent(spread: Spread) -> str:
@@ -74,10 +77,10 @@ def markdown(
     alone
         Cell to rows of `ALONE_COLUMNS`.
     """
-    parts = [f"# {source.title}"]
+    parts = [f"# {markdown_text(source.title)}"]
     for cell in dict.fromkeys(row.cell for row in rows):
         if cell:
-            parts.append(f"## {cell}")
+            parts.append(f"## {markdown_text(cell)}")
         parts.append(
             _grid(_COLUMNS, [_cells(row, source.metric) for row in rows if row.cell == cell])
         )
@@ -149,6 +152,7 @@ def _rounds(row: Row) -> str:
 
 def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table whose columns line up in a terminal too."""
+    rows = [[markdown_text(text) for text in row] for row in rows]
     widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
     lines = [
         "| "
@@ -177,11 +181,12 @@ def _footer(source: Provenance) -> str:
             "the seeds that reach it (-: none). MB of 10^6 bytes: all messages of training and "
             "evaluation, over all clients and rounds.",
             "",
-            f"- command: `{source.command}`",
+            f"- command: {markdown_code(source.command, _LONGEST_COMMAND)}",
+            *([f"- model: {markdown_text(', '.join(source.models))}"] if source.models else []),
             f"- seeds: {', '.join(map(str, source.seeds))}",
-            f"- learning rates: {source.tuning}",
-            f"- hardware: {source.hardware}",
-            f"- versions: {source.versions}",
+            f"- learning rates: {markdown_text(source.tuning)}",
+            f"- hardware: {markdown_text(source.hardware)}",
+            f"- versions: {markdown_text(source.versions)}",
         ]
     )
 

@@ -103,6 +103,22 @@ class LoraFactors:
             self.lora_B if self.out_features else other.lora_B,
         )
 
+    def padded(self, rank: int) -> "LoraFactors":
+        """Return factors of the same ``delta_weight`` with ``rank`` components, the last ones zero.
+
+        Raises
+        ------
+        ValueError
+            If there are more components than ``rank``.
+        """
+        if rank < self.rank:
+            raise ValueError(f"rank {rank}: the factors have {self.rank} components")
+        more = rank - self.rank
+        return LoraFactors(
+            torch.cat([self.lora_A, self.lora_A.new_zeros(more, self.in_features)]),
+            torch.cat([self.lora_B, self.lora_B.new_zeros(self.out_features, more)], dim=1),
+        )
+
     def scale(self, factor: float) -> "LoraFactors":
         """Return factors whose ``delta_weight`` is ``factor`` times this one's."""
         return LoraFactors(self.lora_A, self.lora_B * factor)

@@ -8,6 +8,7 @@ from typing import Any, Final
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hafl_app.metrics import Metric, task_of
+from hafl_app.printable import printable
 from hafl_app.publishing.exported import Exported
 from hafl_app.publishing.license import base_license
 from hafl_app.publishing.run_facts import read_run
@@ -37,15 +38,18 @@ def model_card(export: Exported, license_id: str | None) -> ModelCard:
     """
     results = _results(export)
     dataset = export.run.setting("dataset", "hub")
+    tags = ["lora"]
+    tags += ["federated-learning", "flower"] if export.is_federated else []
+    tags += ["random-weights"] if export.stored.spec.base.random_weights else []
     data = ModelCardData(
         base_model=_hub_name(export.stored.spec.base),
         library_name="transformers" if export.merged else "peft",
-        license=license_id,
-        datasets=[dataset] if dataset else None,
+        license=printable(license_id) if license_id else None,
+        datasets=[printable(dataset)] if dataset else None,
         metrics=sorted({result.metric_type for result in results}) or None,
         pipeline_tag=_PIPELINES[export.kind],
-        tags=["lora", *(["federated-learning", "flower"] if export.is_federated else [])],
-        model_name=export.name if results else None,
+        tags=tags,
+        model_name=_listed_name(export) if results else None,
         eval_results=results or None,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body(export, license_id)}")
@@ -65,10 +69,24 @@ def add_card(folder: Path) -> None:
 
 
 def _hub_name(base: BaseSpec) -> str | None:
-    """Return the base model's name on the hub; nothing for a folder of this machine."""
-    if not base.path or Path(base.path).expanduser().exists():
+    """Return the base model's name on the hub; nothing for a folder of this machine.
+
+    Nor for random weights in the shape of a model: the hub would list them under the real ones.
+    """
+    if base.random_weights or not base.path or Path(base.path).expanduser().exists():
         return None
-    return base.path if _HUB_NAME.fullmatch(base.path) else None
+    return base.path if is_hub_name(base.path) else None
+
+
+def is_hub_name(text: str) -> bool:
+    """Return whether a text can be the name of a repository on the hub."""
+    return bool(_HUB_NAME.fullmatch(text))
+
+
+def _listed_name(export: Exported) -> str:
+    """Return the name beside the scores that the hub lists."""
+    random = " (random weights)" if export.stored.spec.base.random_weights else ""
+    return f"{printable(export.name)}{random}"
 
 
 def _results(export: Exported) -> list[EvalResult]:
@@ -87,10 +105,10 @@ def _results(export: Exported) -> list[EvalResult]:
 
 
 def _result(export: Exported, metric: Metric, value: float) -> EvalResult:
-    source = export.run.setting("dataset", "source") or "unknown"
+    source = printable(export.run.setting("dataset", "source") or "unknown")
     return EvalResult(
         task_type=_SCORED_TASKS.get(export.kind, "text-classification"),
-        dataset_type=export.run.setting("dataset", "hub") or source,
+        dataset_type=printable(export.run.setting("dataset", "hub") or source),
         dataset_name=source,
         dataset_split="test",
         metric_type=_HUB_METRICS.get(metric.name, metric.name),

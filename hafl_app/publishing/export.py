@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hafl_app.publishing.card import CARD_FILE, model_card
+from hafl_app.data.errors import nearest
+from hafl_app.publishing.card import CARD_FILE, is_hub_name, model_card
 from hafl_app.publishing.exported import Exported
 from hafl_app.publishing.license import base_license
 from hafl_app.publishing.merging import DTYPES, require_whole_base, write_merged
@@ -29,7 +30,8 @@ class ExportRequest:
     ranks
         Write an adapter for each of these ranks, in ``rank-4`` and so on; empty for the whole one.
     dtype
-        Of merged weights, one of `hafl_app.publishing.merging.DTYPES`.
+        Of merged weights, one of `hafl_app.publishing.merging.DTYPES`; `None` is float32. An
+        adapter is written in the dtype that it has.
     base
         Name on the hub that the exported files shall give the base model; `None` leaves the
         run's, which may be a folder of this machine.
@@ -48,7 +50,7 @@ class ExportRequest:
     output: Path
     merge: bool = False
     ranks: Sequence[int] = ()
-    dtype: str = "float32"
+    dtype: str | None = None
     base: str | None = None
     force: bool = False
     trust_remote_code: bool = False
@@ -56,8 +58,17 @@ class ExportRequest:
     def __post_init__(self) -> None:
         if self.merge and self.ranks:
             raise ValueError("--merge and --rank: give one of them")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(
+                f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}"
+                f"{nearest(self.dtype, DTYPES)}"
+            )
+        if self.dtype is not None and not self.merge:
+            raise ValueError(
+                f"--dtype {self.dtype}: of merged weights, add --merge; an adapter stays as it is"
+            )
+        if self.base is not None and not is_hub_name(self.base):
+            raise ValueError(f"--base {self.base}: expected a name on the hub, OWNER/NAME")
 
     @property
     def adapter_folder(self) -> Path:
@@ -113,7 +124,7 @@ def _write(folder: Path, export: Exported, request: ExportRequest) -> None:
     stored = named.stored
     if export.merged:
         # Its weights are where the run had them, whatever others shall call it.
-        write_merged(folder, export.stored, request.dtype)
+        write_merged(folder, export.stored, request.dtype or "float32")
     else:
         save_adapter(
             folder,

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from hafl_app.training.adapter_files import SavedAdapterError, StoredAdapter, task_type
+from hafl_app.training.adapter_files import SavedAdapterError, StoredAdapter
 from hafl_app.training.base_model import hub_tokenizer, load_base, locate
+from hafl_app.training.peft_format import task_type
 from hafl_app.training.quantization.blocks import dequantize
 from hafl_app.training.settings import BaseSpec
 

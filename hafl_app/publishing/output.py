@@ -22,8 +22,8 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
     Raises
     ------
     ValueError
-        If ``output`` is a file, holds something without ``force``, or holds ``source`` or the
-        current folder.
+        If ``output`` is a file or below one, holds something without ``force``, holds ``source``
+        or the current folder, or is in ``source``.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: expected a folder, it is a file")
@@ -32,6 +32,10 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
     for kept in (source, Path.cwd()):
         if kept.resolve().is_relative_to(output.resolve()):
             raise ValueError(f"--output {output}: would replace {kept}, give another folder")
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"--output {output}: is in what is exported, give another folder")
+    if file := next((p for p in output.absolute().parents if p.exists() and not p.is_dir()), None):
+        raise ValueError(f"--output {output}: {file} is a file")
 
 
 @contextmanager

@@ -4,11 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from hafl_app.metrics import Metric, task_of
+from hafl_app.printable import markdown_text
 from hafl_app.publishing.exported import Exported
-from hafl_app.publishing.usage import base_name, usage
+from hafl_app.publishing.usage import base_title, usage
 from hafl_app.training.quantization.blocks import NOT_QUANTIZED
 
 _MEGABYTE: Final = 1e6
+_LONGEST_CELL: Final = 2000
 _PHASES: Final = {
     "test": "test data",
     "validation": "validation data",
@@ -30,7 +32,7 @@ def body(export: Exported, license_id: str | None) -> str:
 
 
 def _title(export: Exported) -> str:
-    base = base_name(export.stored.spec.base) or "a built-in model with random weights"
+    base = markdown_text(base_title(export.stored.spec.base))
     what = f"{base} with a merged adapter" if export.merged else f"Adapter of {base}"
     classes = export.stored.spec.num_labels
     rows = "images" if export.kind == "IMAGE_CLS" else "texts"
@@ -38,8 +40,8 @@ def _title(export: Exported) -> str:
         f"It sorts {rows} into {classes} classes." if classes else "It writes answers to prompts."
     )
     how = (
-        f"trained with federated learning by the method {export.method}: the data stayed with the "
-        "clients"
+        f"trained with federated learning by the method {markdown_text(export.method)}: the data "
+        "stayed with the clients"
         if export.is_federated
         else "trained on all data in one place, to compare with federated learning"
     )
@@ -81,10 +83,9 @@ def _training(export: Exported) -> str:
 
 def _base(export: Exported) -> str:
     base = export.stored.spec.base
-    words = [base_name(base) or "built-in"]
+    words = [base_title(base)]
     words += [f"revision {base.revision}"] if base.revision else []
     words += [f"its first {base.num_layers} layers"] if base.num_layers else []
-    words += ["random weights"] if base.random_weights else []
     if base.quantization != NOT_QUANTIZED:
         words.append(f"kept in {base.quantization} while training and for these scores")
     return ", ".join(words)
@@ -195,6 +196,11 @@ def _limitations(export: Exported, license_id: str | None) -> str:
         "It inherits what the base model was trained on, with its errors and biases.",
         "It is fit for texts like those of the clients; on others nothing was measured.",
     ]
+    if export.stored.spec.base.random_weights:
+        lines[0] = (
+            "The base model's weights are random, it was never trained: scores are of no use but "
+            "to compare runs of the same model."
+        )
     if export.run.setting("privacy", "kind") in {None, "none"}:
         lines.append("Trained without differential privacy: it may tell something of the data.")
     if export.stored.spec.base.num_layers and not export.merged:
@@ -202,7 +208,7 @@ def _limitations(export: Exported, license_id: str | None) -> str:
     if export.stored.facts.get("head") == "local":
         lines.append("Every client kept a head of its own: the one here was never trained.")
     lines.append(
-        f"The base model's license, as its card states it: {license_id}."
+        f"The base model's license, as its card states it: {markdown_text(license_id)}."
         if license_id
         else "The base model's card states no license: ask before you pass this on."
     )
@@ -215,4 +221,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return markdown_text(value, _LONGEST_CELL)

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Final
 
-from hafl_app.training.adapter_files import StoredAdapter, task_type
+from hafl_app.printable import python_text
+from hafl_app.training.adapter_files import StoredAdapter
 from hafl_app.training.base_model import IMAGE_CLASSIFICATION
+from hafl_app.training.peft_format import task_type
 from hafl_app.training.settings import BaseSpec
 
 _AUTO: Final = {
@@ -45,12 +47,12 @@ print([labels[i] for i in logits.argmax(1).tolist()])
 
 _OWN: Final = """from hafl_app.training.adapter_files import load_adapter
 
-loaded = load_adapter("{name}")
+loaded = load_adapter({name})
 """
 
 _NO_TOKENIZER: Final = """from transformers import {auto}
 
-model = {auto}.from_pretrained("{name}").eval()  # for tests: there is no tokenizer
+model = {auto}.from_pretrained({name}).eval()  # for tests: there is no tokenizer
 """
 
 
@@ -58,6 +60,12 @@ def base_name(base: BaseSpec) -> str:
     """Return the name of a base model: on the hub, or of its folder."""
     path = Path(base.path).expanduser()
     return path.resolve().name if base.path and path.is_dir() else base.path
+
+
+def base_title(base: BaseSpec) -> str:
+    """Return a base model's name for people: it says so if the weights are random."""
+    name = base_name(base) or "a built-in model"
+    return f"{name} with random weights" if base.random_weights else name
 
 
 def kind_of(base: BaseSpec) -> str:
@@ -79,17 +87,17 @@ def usage(stored: StoredAdapter, folder: str, *, merged: bool, template: str | N
     """
     base = stored.spec.base
     if base.random_weights and not merged:
-        return _OWN.format(name=folder)
+        return _OWN.format(name=python_text(folder))
     kind = kind_of(base)
     if base.is_without_files:
-        return _NO_TOKENIZER.format(auto=_AUTO[kind], name=folder)
-    names = f'folder = "{folder}"  # this folder\n'
+        return _NO_TOKENIZER.format(auto=_AUTO[kind], name=python_text(folder))
+    names = f"folder = {python_text(folder)}  # this folder\n"
     if not merged:
-        names += f'base = "{base_name(base)}"  # on the hub, or a folder\n'
-        names += f'revision = "{base.revision}"\n' if base.revision else ""
+        names += f"base = {python_text(base_name(base))}  # on the hub, or a folder\n"
+        names += f"revision = {python_text(base.revision)}\n" if base.revision else ""
     load = _load_merged(base) if merged else _load_adapter(stored)
     if kind == "CAUSAL_LM":
-        prompt = repr(template) if template else '"Once upon a time"'
+        prompt = python_text(template) if template else '"Once upon a time"'
         body = _GENERATE.format(prompt=prompt)
     else:
         body = _TOKENIZE.format(max_length=stored.max_length)

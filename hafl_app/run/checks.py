@@ -100,7 +100,7 @@ def _images(settings: Settings) -> Iterator[str]:
     if images != (task == IMAGE_CLASSIFICATION):
         yield (
             f"model.task={task} with dataset.source={settings.dataset.source}: "
-            f"image_classification (model=vit_digits) needs images, "
+            f"image_classification (model=vit_digits_random) needs images, "
             f"dataset={' or '.join(sorted(IMAGES))}, and images need it"
         )
     if images and settings.model.pooling != "cls":

@@ -24,7 +24,7 @@ from hafl_app.run.resuming import (
     resume,
 )
 from hafl_app.run.run_lock import run_lock
-from hafl_app.run.setup import known_label_names, wait_for_nodes
+from hafl_app.run.setup import known_label_names, wait_for_nodes, warn_of_random_weights
 from hafl_app.server.checkpoint_store import Checkpoint
 from hafl_app.server.held_out_clients import evaluate_unseen
 from hafl_app.server.local_baseline import AloneResult, train_alone
@@ -69,6 +69,7 @@ def run(
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folder = output_folder(settings)
     print(f"Output folder: {folder}", flush=True)  # noqa: T201  the log must name it
+    warn_of_random_weights(settings.model)
     with run_lock(folder):
         _run(grid, settings, folder, overrides, on_round)
 

@@ -3,9 +3,44 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TextIO
+from types import TracebackType
+from typing import Final, TextIO
 
-FORMAT = "%(levelname)s %(name)s: %(message)s"
+from hafl_app.printable import printable
+
+_FORMAT: Final = "%(levelname)s %(name)s: %(message)s"
+_LONGEST_MESSAGE: Final = 4000
+_INDENT: Final = "    "
+
+
+class LogFormatter(logging.Formatter):
+    """One line a record, whatever the message quotes; a traceback follows indented.
+
+    Messages quote what others wrote: names of devices, labels, paths, reasons of errors. No line
+    of a log that starts at its margin is theirs, and none moves a cursor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_FORMAT)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the record on one line."""
+        record.message = printable(record.message, _LONGEST_MESSAGE)
+        return super().formatMessage(record)
+
+    def formatException(
+        self,
+        ei: tuple[type[BaseException], BaseException, TracebackType | None]
+        | tuple[None, None, None],
+    ) -> str:
+        """Return the traceback, its lines indented and without control characters."""
+        lines = super().formatException(ei).splitlines()
+        return "\n".join(_INDENT + _indented(line) for line in lines)
+
+
+def _indented(line: str) -> str:
+    text = line.lstrip()
+    return line[: len(line) - len(text)].replace("\t", _INDENT) + printable(text, _LONGEST_MESSAGE)
 
 
 def show_log() -> None:
@@ -15,7 +50,7 @@ def show_log() -> None:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(FORMAT))
+        handler.setFormatter(LogFormatter())
         logger.addHandler(handler)
 
 
@@ -24,7 +59,7 @@ def output_to(log: TextIO) -> Iterator[None]:
     """Send what this project prints and logs to a file."""
     logger = logging.getLogger("hafl_app")
     handler = logging.StreamHandler(log)
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(LogFormatter())
     logger.addHandler(handler)
     try:
         with redirect_stdout(log):

@@ -20,7 +20,7 @@ from hafl_app.publishing.card import add_card
 from hafl_app.run import build
 from hafl_app.run.device_gains import device_gains
 from hafl_app.run.evaluation import CentralEvaluation
-from hafl_app.run.summary import bytes_by_phase, device_facts, versions
+from hafl_app.run.summary import bytes_by_phase, device_facts, model_facts, versions
 from hafl_app.server.local_baseline import AloneResult
 from hafl_app.server.round_messages import STATED_EXAMPLES, Reply
 from hafl_app.server.snapshot import adapter_of, adapter_tree
@@ -269,6 +269,7 @@ class RunReport:
         return {
             "status": "finished",
             "strategy": plain_settings(self._settings)["strategy"],
+            "model": model_facts(self._settings.model),
             "seed": self._settings.seed,
             "rounds": self.rounds[-1].server_round,
             "final": dict(self.rounds[-1].metrics),
@@ -308,7 +309,7 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
 def _title(settings: Settings) -> str:
     return (
         f"{type(settings.strategy).__name__} on {settings.dataset.source}, "
-        f"{settings.partition.kind}, seed {settings.seed}"
+        f"{settings.model.title}, {settings.partition.kind}, seed {settings.seed}"
     )
 
 

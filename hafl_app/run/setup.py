@@ -1,5 +1,6 @@
 """Setup before round 1: wait for the nodes, and agree with them on the classes."""
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from flwr.serverapp import Grid
@@ -14,7 +15,18 @@ from hafl_app.run.tokenization import tokenizing
 from hafl_app.server.coordinator import Strategy
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
+from hafl_app.training.settings import ModelSettings
 from hafl_app.wire.node_profile import NodeProfile
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def warn_of_random_weights(model: ModelSettings) -> None:
+    """Log a line if the base model was never trained."""
+    if model.random_weights:
+        _LOGGER.warning(
+            "model %s has random weights: its scores only compare with its own", model.title
+        )
 
 
 def central_text(settings: Settings, label_names: Sequence[str]) -> CentralText:

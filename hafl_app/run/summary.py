@@ -1,4 +1,4 @@
-"""Parts of a run's ``summary.json``: bytes by phase and rank, devices, package versions."""
+"""Parts of a run's ``summary.json``: model, bytes by phase and rank, devices, versions."""
 
 import platform
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from hafl_app.server.traffic import Ledger
+from hafl_app.training.settings import ModelSettings
 from hafl_app.wire.node_profile import NodeProfile
 
 _PHASES = ("train", "evaluate", "alone", "unseen")
@@ -21,6 +22,11 @@ _DEVICE_FACTS = (
     "cuda_version",
 )
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "ray", "datasets")
+
+
+def model_facts(model: ModelSettings) -> dict[str, Any]:
+    """Return the base model's name, and whether its weights are random."""
+    return {"name": model.title, "random_weights": model.random_weights}
 
 
 def bytes_by_phase(ledger: Ledger) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hafl_app.metrics import Metric, task_of
+from hafl_app.printable import figure_text
 from hafl_app.tracking.base import RoundRecord
 
 MEGABYTE = 1e6
@@ -41,7 +42,7 @@ def draw_curves(rounds: Sequence[RoundRecord], path: Path, title: str) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     by_round, by_traffic = figure.subplots(1, 2, sharey=True)
 
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(figure_text(title), fontsize=13)
     by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
     metric = task_of({name for record in ordered for name in record.metrics}).primary
     _draw_panel(by_round, [record.server_round for record in ordered], ordered, metric)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hafl_app.printable import printable
 from hafl_app.tracking.base import (
     NO_HISTORY,
     ClientRecord,
@@ -19,6 +20,9 @@ from hafl_app.tracking.base import (
 
 if TYPE_CHECKING:
     from wandb import Run
+
+
+_LONGEST_NAME = 128  # that wandb takes
 
 
 class WandbTracker:
@@ -81,7 +85,7 @@ class WandbTracker:
                     entity=self._entity,
                     mode=self._mode,
                     dir=str(self._folder),
-                    name=self._name,
+                    name=printable(self._name, _LONGEST_NAME),
                     id=self._run_id,
                     resume="allow" if history.rounds else None,
                     config={**settings, "clients": [_client_config(row) for row in clients]},
@@ -152,7 +156,7 @@ def _client_config(row: ClientRow) -> dict[str, Any]:
         "partition_id": row.partition_id,
         "rank": row.rank,
         "examples": row.examples,
-        "device": row.device,
+        "device": printable(row.device),
     }
 
 

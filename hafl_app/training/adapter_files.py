@@ -3,27 +3,34 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.renames import FACTS
-from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, Tokenize, load_tokenizer
+from hafl_app.training.base_model import CAUSAL_LM, Tokenize, load_tokenizer
 from hafl_app.training.lora_model import LoraModel, LoraSpec
+from hafl_app.training.peft_format import (
+    CLS_HEAD,
+    PREFIX,
+    WEIGHTS_FILE,
+    factor_keys,
+    factor_tensors,
+    module_names,
+    peft_config,
+    tensor_keys,
+    without_padding,
+)
 from hafl_app.training.settings import BaseSpec
 from hafl_app.training.specs import lora_spec
 
-_WEIGHTS, _HEAD, _CARD = "adapter_model.safetensors", "head.safetensors", "hafl.json"
-_PREFIX = "base_model.model."
-_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
-_CLS_HEAD = "classifier"  # what models with a classification head call it
+_HEAD, _CARD = "head.safetensors", "hafl.json"
 
 
 class SavedAdapterError(ValueError):
@@ -88,12 +95,12 @@ def save_adapter(
 ) -> None:
     """Write an adapter; the folder appears whole or not at all.
 
-    ``lora_alpha`` equals the rank in the saved config, so that PEFT's scaling is 1 and ``lora_B``
-    is stored as the federation has it. With mean pooling the factors belong to the bare encoder
-    (``AutoModel``) and the head lies beside them; with ``cls`` the head is one of PEFT's
-    ``modules_to_save`` and the folder needs nothing of this project, nor does that of a causal
-    language model (``AutoModelForCausalLM``) or an image classifier
-    (``AutoModelForImageClassification``).
+    All modules are written with one rank, which ``lora_alpha`` equals, see
+    `hafl_app.training.peft_format`; `read_adapter` returns each module with its own rank again.
+    With mean pooling the factors belong to the bare encoder (``AutoModel``) and the head lies
+    beside them; with ``cls`` the head is one of PEFT's ``modules_to_save`` and the folder needs
+    nothing of this project, nor does that of a causal language model (``AutoModelForCausalLM``) or
+    an image classifier (``AutoModelForImageClassification``).
 
     Parameters
     ----------
@@ -118,6 +125,7 @@ def save_adapter(
             "target_modules": spec.target_modules,
             "label_names": list(label_names),
             "max_length": max_length,
+            "ranks": {name: factors.rank for name, factors in adapter.modules.items()},
             "facts": dict(facts or {}),
         }
         (scratch / _CARD).write_text(json.dumps(card, indent=2) + "\n")
@@ -130,32 +138,15 @@ def save_adapter(
 
 
 def _write(folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
-    ranks = {name: factors.rank for name, factors in adapter.modules.items()}
     cls = _has_stock_head(spec.base)
-    config = LoraConfig(
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
-        rank_pattern=ranks if len(set(ranks.values())) > 1 else {},
-        alpha_pattern=ranks if len(set(ranks.values())) > 1 else {},
-        target_modules=list(ranks),
-        # PEFT has no name for what an image classifier does, and wraps it right without one.
-        task_type=None if spec.base.task == IMAGE_CLASSIFICATION else task_type(spec.base),
-        modules_to_save=[_CLS_HEAD] if cls else None,
-        base_model_name_or_path=spec.base.path,
-        revision=spec.base.revision,
-        inference_mode=True,
-    )
-    config.save_pretrained(str(folder))
-    tensors = {}
-    for name, factors in adapter.modules.items():
-        tensors[f"{_PREFIX}{name}{_LORA_A}"] = factors.lora_A.contiguous()
-        tensors[f"{_PREFIX}{name}{_LORA_B}"] = factors.lora_B.contiguous()
+    peft_config(adapter, spec.base, [CLS_HEAD] if cls else None).save_pretrained(str(folder))
+    tensors = factor_tensors(adapter)
     head = {name: tensor.contiguous() for name, tensor in adapter.head.items()}
     if cls:
-        tensors |= {f"{_PREFIX}{_CLS_HEAD}.{name}": tensor for name, tensor in head.items()}
+        tensors |= {f"{PREFIX}{CLS_HEAD}.{name}": tensor for name, tensor in head.items()}
     elif _has_own_head(spec.base):
         save_file(head, folder / _HEAD)
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def _has_stock_head(base: BaseSpec) -> bool:
@@ -164,16 +155,6 @@ def _has_stock_head(base: BaseSpec) -> bool:
 
 def _has_own_head(base: BaseSpec) -> bool:
     return base.task != CAUSAL_LM and base.pooling != "cls"
-
-
-def task_type(base: BaseSpec) -> str:
-    """Return PEFT's name of what a model does: ``FEATURE_EXTRACTION`` is mean pooling.
-
-    ``SEQ_CLS`` is a classification head of the model's own, also that of an image classifier.
-    """
-    if base.task == CAUSAL_LM:
-        return "CAUSAL_LM"
-    return "SEQ_CLS" if base.pooling == "cls" else "FEATURE_EXTRACTION"
 
 
 def read_adapter(path: str | Path, *, trust_remote_code: bool = False) -> StoredAdapter:
@@ -196,18 +177,22 @@ def read_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Stored
         targets, labels = card["target_modules"], tuple(card["label_names"])
         seed, max_length = int(card["seed"]), int(card["max_length"])
         facts = _renamed(card["facts"])
-        tensors = load_file(folder / _WEIGHTS)
+        # An earlier version stored every module by its own rank.
+        ranks = {str(name): int(rank) for name, rank in card.get("ranks", {}).items()}
+        tensors = load_file(folder / WEIGHTS_FILE)
         head = load_file(folder / _HEAD) if _has_own_head(base) else {}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise SavedAdapterError(f"{folder}: not a saved adapter: {error}") from error
     if _has_stock_head(base):
-        prefix = f"{_PREFIX}{_CLS_HEAD}."
+        prefix = f"{PREFIX}{CLS_HEAD}."
         head = {
             k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)
         }
     targets = targets if isinstance(targets, str) else tuple(targets)
     spec = lora_spec(base, len(labels), targets, seed=seed)
-    return StoredAdapter(Adapter(_factors(folder, tensors), head), spec, labels, max_length, facts)
+    return StoredAdapter(
+        Adapter(_factors(folder, tensors, ranks), head), spec, labels, max_length, facts
+    )
 
 
 def _base_facts(base: BaseSpec) -> dict[str, Any]:
@@ -248,7 +233,7 @@ def load_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Loaded
     adapter, spec = stored.adapter, stored.spec
     # The seed decides whatever the base's files do not hold, random weights among them.
     model = spec.build()
-    _check_keys(folder, _keys(adapter.modules), _keys(model.layers))
+    _check_keys(folder, tensor_keys(adapter.modules), tensor_keys(model.layers))
     if set(adapter.head) != set(model.initial_head):
         raise SavedAdapterError(
             f"{folder}: the head has {sorted(adapter.head)}, expected {sorted(model.initial_head)}"
@@ -261,25 +246,21 @@ def load_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Loaded
     return LoadedAdapter(model.eval(), tokenize, stored.label_names, stored.facts)
 
 
-def _factors(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, LoraFactors]:
-    names = [
-        key.removeprefix(_PREFIX).removesuffix(_LORA_A) for key in tensors if key.endswith(_LORA_A)
-    ]
-    _check_keys(folder, set(tensors), _keys(names))
+def _factors(
+    folder: Path, tensors: Mapping[str, Tensor], ranks: Mapping[str, int]
+) -> dict[str, LoraFactors]:
+    names = module_names(tensors)
+    _check_keys(folder, set(tensors), tensor_keys(names))
     factors = {}
     for name in names:
-        lora_A, lora_B = (tensors[f"{_PREFIX}{name}{end}"] for end in (_LORA_A, _LORA_B))
+        lora_A, lora_B = (tensors[key] for key in factor_keys(name))
         try:
-            factors[name] = LoraFactors(lora_A, lora_B)
+            factors[name] = without_padding(LoraFactors(lora_A, lora_B), ranks.get(name))
         except ValueError as error:
             raise SavedAdapterError(
                 f"{folder}: does not fit the base model: module {name!r}: {error}"
             ) from error
     return factors
-
-
-def _keys(modules: Iterable[str]) -> set[str]:
-    return {f"{_PREFIX}{name}{end}" for name in modules for end in (_LORA_A, _LORA_B)}
 
 
 def _check_keys(folder: Path, found: set[str], expected: set[str]) -> None:

@@ -84,6 +84,12 @@ class ModelSettings(BaseSpec):
     head: str = choice("averaged", "averaged", "frozen", "local")
     memory_budget_mb: float | None = number(None, above=0)
 
+    @property
+    def title(self) -> str:
+        """The name in tables and files, which says so if the weights are random."""
+        is_told = not self.random_weights or "random" in self.name
+        return self.name if is_told else f"{self.name}_random"
+
 
 @dataclass
 class LoraSettings:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chaos_suite.faults import DRAWN, Kind
+from hafl_app.printable import markdown_text
 
 # Up to this share of bad replies, the accuracy may be at most so many points below fault-free. It
 # is the mean of the last rounds: from one round to the next it swings by more than the limit.
@@ -111,7 +112,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         "| fault | injected | noticed | as |",
         "|---|---:|---:|---|",
         *(
-            f"| {c['kind']} | {c['injected']} | {c['noticed']} | {c['reason'][:70]} |"
+            f"| {c['kind']} | {c['injected']} | {c['noticed']} | {markdown_text(c['reason'], 70)} |"
             for c in found["kinds"]
         ),
         "",

@@ -16,16 +16,16 @@ REQUIRED = {
     "model/encoder": ["model.path=some/encoder"],
     "partition/natural": ["partition.column=label"],
     "dataset/local": ["dataset.path=train.csv"],
-    "dataset/digits": ["model=vit_digits"],
-    "model/vit_digits": ["dataset=digits"],
+    "dataset/digits": ["model=vit_digits_random"],
+    "model/vit_digits_random": ["dataset=digits"],
     "dataset/dolly": ["dataset.path=dolly", "model=tiny_random_causal"],
     "dataset/gsm8k": ["dataset.path=gsm8k", "model=tiny_random_causal"],
     "dataset/instructions": ["dataset.path=mine.jsonl", "model=tiny_random_causal"],
     "dataset/natural_instructions": ["dataset.path=tasks", "model=tiny_random_causal"],
     "model/causal": ["model.path=some/model", *INSTRUCTIONS],
     "model/stories260k": ["model.path=stories260k", *INSTRUCTIONS],
-    "model/llama_1b": INSTRUCTIONS,
-    "model/llama_7b": INSTRUCTIONS,
+    "model/llama_1b_random": INSTRUCTIONS,
+    "model/llama_7b_random": INSTRUCTIONS,
     "model/tiny_random_causal": INSTRUCTIONS,
 }
 
@@ -176,7 +176,7 @@ class TestWhatIsHandedOut:
 
     def test_groups_that_are_frozen_take_files_and_overrides(self):
         partition = ["partition=dirichlet", "partition.min_examples=7"]
-        model = ["model=llama_1b", "model.shape.hidden_size=96", "client=sgd"]
+        model = ["model=llama_1b_random", "model.shape.hidden_size=96", "client=sgd"]
         settings = compose([*partition, *model])
         assert (settings.partition.kind, settings.partition.min_examples) == ("dirichlet", 7)
         assert settings.model.shape["hidden_size"] == 96

@@ -76,6 +76,21 @@ class TestLoraFactors:
 
         torch.testing.assert_close(factors.norm(), dense(factors).norm(), rtol=1e-9, atol=0)
 
+    def test_padding_adds_zero_components_behind(self):
+        factors = LoraFactors(torch.randn(2, 5), torch.randn(7, 2))
+
+        padded = factors.padded(4)
+
+        assert torch.equal(padded.select([0, 1]).lora_A, factors.lora_A)
+        assert torch.equal(padded.select([0, 1]).lora_B, factors.lora_B)
+        assert not padded.lora_A[2:].any()
+        assert not padded.lora_B[:, 2:].any()
+        assert torch.allclose(padded.delta_weight(), factors.delta_weight())
+
+    def test_padding_drops_nothing(self):
+        with pytest.raises(ValueError, match=r"^rank 1: the factors have 2 components$"):
+            LoraFactors(torch.randn(2, 5), torch.randn(7, 2)).padded(1)
+
 
 class TestAdapter:
     def test_map_keeps_names_and_head(self):

@@ -1,11 +1,14 @@
+import ast
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from publishing_factories import LABELS, RANK, adapter_for, bert_base, save_run, spec_of
 
+from hafl_app.printable import markdown_text, printable
 from hafl_app.publishing.card import add_card
 from hafl_app.publishing.export import ExportRequest, export_adapter
 from hafl_app.training.causal import CausalSpec
@@ -213,6 +216,126 @@ class TestText:
         text = exported_card(run, tmp_path / "out").text
 
         assert 'load_adapter("out")' in text
+
+
+NASTY = 'x|y `z`\n---\n<script>alert(1)</script> [a](javascript:b) "; import os #\x1b[2J ```'
+
+
+def imports_of(code: str) -> set[str]:
+    found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import)]
+    return {alias.name for node in found for alias in node.names}
+
+
+def code_of(content: str) -> str:
+    return content.partition("```python\n")[2].partition("```")[0]
+
+
+class TestForeignText:
+    """What a file or a setting says is shown, and marks nothing up."""
+
+    @pytest.fixture
+    def content(self, run):
+        settings = {
+            "dataset": {"source": NASTY, "hub": NASTY, "template": NASTY},
+            "partition": {"kind": NASTY},
+            "privacy": {"kind": NASTY, "delta": NASTY},
+        }
+        (run / "config.yaml").write_text(json.dumps(settings))
+        change_card(run, lambda card: card["base"].update(path=NASTY, revision=NASTY))
+        odd = {
+            "strategy": {"_target_": f"some.{NASTY}", NASTY: NASTY},
+            "server_round": NASTY,
+            "seed": NASTY,
+        }
+        change_card(run, lambda card: card["facts"].update(odd))
+        add_card(run / "adapter")
+        return (run / "adapter" / "README.md").read_text()
+
+    def test_nothing_is_marked_up(self, content):
+        parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+        found = parser.parse(ModelCard(content).text)
+        kinds = [token.type for each in found for token in (each, *(each.children or ()))]
+
+        markup = {"html_block", "html_inline", "link_open", "image", "hr", "code_inline"}
+        assert not markup & set(kinds)
+        headings = [token.tag for token in found if token.type == "heading_open"]
+        assert headings == ["h1", "h2", "h2", "h2", "h2"]
+        assert kinds.count("table_open") == 2
+        assert kinds.count("fence") == 1
+        assert "\x1b" not in content
+
+    def test_tables_stay_tables(self, content):
+        shown = markdown_text(NASTY)
+        rows = [line for line in content.splitlines() if line.startswith("| ")]
+
+        for name in ("base model", "data", "method", "round", "seed", "privacy"):
+            (row,) = [row for row in rows if row.startswith(f"| {name} | ")]
+            assert shown in row
+            assert row.replace("\\|", "").count("|") == 3
+
+    def test_the_front_matter_has_no_other_keys(self, content):
+        data = ModelCard(content).data.to_dict()
+
+        assert set(data) == {
+            *("library_name", "datasets", "metrics", "pipeline_tag", "tags", "model-index")
+        }
+        assert data["datasets"] == [printable(NASTY)]
+
+    def test_the_code_holds_it_as_text(self, content):
+        code = code_of(content)
+
+        texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        assert texts.count(NASTY) == 2  # base and revision
+        assert imports_of(code) == {"json", "torch"}
+
+    def test_so_it_does_a_folders_name(self, run):
+        folder = (run / "adapter").rename(run / 'a"; import os #`|[x](y)')
+
+        add_card(folder)
+
+        content = (folder / "README.md").read_text()
+        assert "import os" in code_of(content)
+        assert imports_of(code_of(content)) == {"json", "torch"}
+        assert ModelCard(content).data.model_name == folder.name
+
+    def test_and_a_license_of_the_base_models_card(self, run, tmp_path, base):
+        moved = Path(shutil.copytree(base, tmp_path / "bert"))
+        (moved / "README.md").write_text(f"---\nlicense: {json.dumps(NASTY)}\n---\n")
+        name_base(run, moved)
+
+        card = exported_card(run, tmp_path / "out")
+
+        assert card.data.license == printable(NASTY)
+        assert f"states it: {markdown_text(NASTY)}." in card.text
+
+
+class TestRandomWeights:
+    @pytest.fixture
+    def card(self, tmp_path):
+        spec = CausalSpec(BaseSpec("", random_weights=True, task="causal_lm"))
+        run = save_run(tmp_path / "run", spec, adapter_for(spec.build()))
+        return exported_card(run, tmp_path / "out")
+
+    def test_are_in_the_text(self, card):
+        assert "# Adapter of a built-in model with random weights\n" in card.text
+        assert "| base model | a built-in model with random weights |" in card.text
+        assert "- The base model's weights are random, it was never trained" in card.text
+
+    def test_are_where_the_hub_lists_the_model(self, card):
+        assert "random-weights" in card.data.tags
+        assert card.data.model_name == "out (random weights)"
+
+    def test_in_the_shape_of_a_model_are_not_listed_under_it(self, run):
+        change_card(run, lambda card: card["base"].update(path="some/bert", random_weights=True))
+
+        add_card(run / "adapter")
+
+        card = ModelCard.load(run / "adapter" / "README.md")
+        assert card.data.base_model is None
+        assert "# Adapter of some/bert with random weights\n" in card.text
+
+    def test_are_not_said_of_others(self, run, tmp_path):
+        assert "random" not in exported_card(run, tmp_path / "out").content
 
 
 class TestAddCard:

@@ -39,6 +39,21 @@ def test_merges(monkeypatch, run, tmp_path):
     [
         (["--rank", "9"], "error: rank 9: expected 1 to 6, the rank of the adapter"),
         (["--dtype", "int3", "--merge"], "error: --dtype int3: expected one of float32"),
+        (
+            ["--dtype", "bfloat16"],
+            "error: --dtype bfloat16: of merged weights, add --merge; an adapter stays as it is",
+        ),
+        (["--dtype", "float32"], "error: --dtype float32: of merged weights, add --merge"),
+        (["--dtype", "bfloat16", "--rank", "2"], "error: --dtype bfloat16: of merged weights"),
+        (
+            ["--dtype", "bfloat61", "--merge"],
+            "error: --dtype bfloat61: expected one of float32, bfloat16, float16; did you mean "
+            "'bfloat16'?",
+        ),
+        (["--rank", "0"], "error: rank 0: expected 1 to 6, the rank of the adapter"),
+        (["--public"], "error: --public: nothing is uploaded without --push USER/NAME"),
+        (["--base", "/home/me/llama"], "error: --base /home/me/llama: expected a name on the hub"),
+        (["--base", ""], "error: --base : expected a name on the hub"),
         (["--push", "nobody"], "error: --push nobody: expected USER/NAME"),
         (["--push", "me/it"], "error: --push me/it: HF_HUB_OFFLINE is set"),
     ],
@@ -51,6 +66,17 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(told)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["adapter/out", "summary.json/out"])
+def test_an_output_in_the_wrong_place_is_one_line(monkeypatch, run, capsys, inside):
+    before = sorted(run.rglob("*"))
+
+    assert main(monkeypatch, run, "--output", run / inside) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --output {run / inside}: ")
+    assert sorted(run.rglob("*")) == before
 
 
 def test_each_rank_has_a_repository_of_its_own(monkeypatch, run, tmp_path, capsys):

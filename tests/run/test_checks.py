@@ -29,15 +29,15 @@ NO_ANSWERS = (
 
 def images(task: str, source: str) -> str:
     return (
-        f"model.task={task} with dataset.source={source}: image_classification (model=vit_digits) "
-        "needs images, dataset=digits, and images need it"
+        f"model.task={task} with dataset.source={source}: image_classification "
+        "(model=vit_digits_random) needs images, dataset=digits, and images need it"
     )
 
 
 REFUSED = [
     # model and data
-    (["model=vit_digits"], images("image_classification", "synthetic")),
-    (["model=vit_digits", "dataset=on_device"], images("image_classification", "on_device")),
+    (["model=vit_digits_random"], images("image_classification", "synthetic")),
+    (["model=vit_digits_random", "dataset=on_device"], images("image_classification", "on_device")),
     (["dataset=digits"], images("classification", "digits")),
     (["model=tiny_random_causal", "dataset=digits"], images("causal_lm", "digits")),
     (

@@ -37,6 +37,11 @@ def legend_of(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
+@pytest.mark.parametrize("title", ["cost $x", "$x_$", "$ and $", "a\\$b$", "x^$\n_{"])
+def test_a_title_is_no_formula(untrained, tmp_path, title):
+    draw_curves([untrained], tmp_path / "curves.png", title)
+
+
 class TestDrawCurves:
     def test_is_a_png_with_something_on_it(self, drawn, untrained, round_record):
         path, _ = drawn([untrained, round_record()])

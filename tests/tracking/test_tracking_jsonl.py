@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hafl_app.tracking.jsonl import JsonlTracker
+from hafl_app.tracking.jsonl import JsonlTracker, read_history
 
 
 def read_lines(folder):
@@ -41,6 +41,15 @@ class TestLines:
             {"kind": "client", **vars(failed)},
             {"kind": "round", **vars(round_record())},
         ]
+
+    @pytest.mark.parametrize(
+        "error", ["a\u2028b\x85c", "\x1b[2J\x0b\x1c", "\ud800", 'x"}\n{"kind": "round"']
+    )
+    def test_no_text_breaks_a_line(self, tracker, folder, client_record, error):
+        tracker.log_client(client_record(error=error))
+
+        (read,) = read_history(folder, 9).clients
+        assert read.error == error
 
     def test_are_on_disk_before_the_run_ends(self, tracker, folder, round_record):
         for count in (1, 2):

@@ -105,7 +105,7 @@ class RayWorkers:
         try:
             answer: Answer = self._ray.get(worker.answer.remote(message, context, permitting))
         except self._ray.exceptions.RayTaskError as error:
-            _LOGGER.warning("%s", error)  # with the traceback of the worker
+            _LOGGER.warning("the worker failed", exc_info=error)  # with its own traceback
             raise error.cause from None  # as in this process
         except self._ray.exceptions.RayActorError as error:
             self._ray.kill(worker)  # so that its name is free at once

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-_FORMAT = "%(levelname)s %(name)s: %(message)s"
 _PACKAGE = "hafl_app"
 
 
@@ -155,7 +154,9 @@ class _CollectedLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
-        self.setFormatter(logging.Formatter(_FORMAT))
+        from hafl_app.run.logs import LogFormatter  # noqa: PLC0415  not by value
+
+        self.setFormatter(LogFormatter())
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(self.format(record))
