@@ -1,6 +1,7 @@
 """The directory of all nodes: their profiles, and those left out with the reason."""
 
 import logging
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -142,7 +143,8 @@ class NodeDirectory:
     def _expected(self, profiles: Sequence[NodeProfile]) -> int:
         if any(profile.own_data for profile in profiles):
             return self._num_nodes
-        return max(profile.num_partitions for profile in profiles)
+        # What most nodes say: one that speaks of a billion makes nobody wait for them.
+        return max(statistics.multimode(profile.num_partitions for profile in profiles))
 
     @property
     def _none_can_serve(self) -> bool:
@@ -162,7 +164,8 @@ class NodeDirectory:
                 self.refuse(node_id, reply.error.reason or f"error {reply.error.code}")
                 continue
             try:
-                answered.append(NodeProfile.from_reply(reply))
+                # The node that was asked, whatever the reply says of its sender.
+                answered.append(replace(NodeProfile.from_reply(reply), node_id=node_id))
             except ValueError as error:
                 self.refuse(node_id, str(error))
         self._admit(answered, connected)

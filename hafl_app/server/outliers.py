@@ -11,6 +11,9 @@ from hafl_app.server.update import ClientUpdate
 # More data means more steps, and a step moves an adapter as far as any other at the most. Beyond
 # this, a claim of many examples buys nothing.
 _LARGEST_ALLOWANCE = 100.0
+# Honest clients' scores differ by their data, but not by this much; and of fewer clients than
+# these, none is usual.
+_LARGEST_IMPORTANCE, _FEWEST_SCORED = 1000.0, 5
 
 
 def reject_outliers(replies: Sequence[Reply], ratio: float | None) -> list[Reply]:
@@ -19,13 +22,15 @@ def reject_outliers(replies: Sequence[Reply], ratio: float | None) -> list[Reply
     Parameters
     ----------
     ratio
-        See `norm_outliers`; None rejects none.
+        See `norm_outliers`; None rejects none, not even for its importance scores.
     """
     updates = [reply.update for reply in replies if reply.update is not None]
     if ratio is None or not updates:
         return list(replies)
     examples = [update.num_examples for update in updates]
-    reasons = iter(norm_outliers([update.size for update in updates], examples, ratio))
+    sizes = norm_outliers([update.size for update in updates], examples, ratio)
+    scores = importance_outliers([_mean_importance(update) for update in updates])
+    reasons = iter([size or score for size, score in zip(sizes, scores, strict=True)])
     return [
         reply.rejected(reason) if reply.update is not None and (reason := next(reasons)) else reply
         for reply in replies
@@ -72,3 +77,33 @@ def norm_outliers(sizes: Sequence[float], num_examples: Sequence[int], ratio: fl
         else ""
         for size, allowance in zip(sizes, allowances, strict=True)
     ]
+
+
+def importance_outliers(means: Sequence[float]) -> list[str]:
+    """Return why each client's importance scores are out of proportion, or an empty string.
+
+    A mean of scores would be that of the client with the largest: one could decide which
+    components everybody trains. Only gross claims are caught, a thousand times the median.
+
+    Parameters
+    ----------
+    means
+        Of all scores of a client, at least 0; 0 of one that measured nothing. Fewer than five
+        above 0 have no bound.
+    """
+    measured = [mean for mean in means if mean > 0]
+    if len(measured) < _FEWEST_SCORED:
+        return [""] * len(means)
+    bound = _LARGEST_IMPORTANCE * statistics.median(measured)
+    return [
+        f"importance of {mean:.3g} in the mean, expected at most {bound:.3g} in this round"
+        if mean > bound
+        else ""
+        for mean in means
+    ]
+
+
+def _mean_importance(update: ClientUpdate) -> float:
+    scores = list(update.importance.values())
+    count = sum(len(one) for one in scores)
+    return sum(float(one.double().sum()) for one in scores) / count if count else 0.0

@@ -72,20 +72,26 @@ class Participation:
         """
         self.directory = directory
         self._accept(directory.wait_for_all(grid))
+        self._check_number()
+        return directory.in_order()
+
+    def _check_number(self) -> None:
+        """Refuse a run whose rounds would all fail, for too few nodes are left to be asked."""
         federation, trained = self._method.options.federation, len(self.trainable())
         asked = sample_size(federation.fraction_train, trained)
         if federation.min_replies > asked:
+            refusals = self.directory.refusals
+            left_out = f"; {len(refusals)} nodes are left out" if refusals else ""
             raise StrategyError(
                 f"federation.min_replies={federation.min_replies}: only {asked} of {trained} "
-                "clients are asked in a round"
+                f"clients are asked in a round{left_out}"
             )
-        return directory.in_order()
 
     def _accept(self, profiles: Sequence[NodeProfile]) -> None:
         """Accept the nodes, but for odd ones that the method cannot serve beside the others.
 
         Those of the most common ranks come first, so that one odd node ends no run. Where many
-        would be left out, it is the run that does not fit, and it is refused.
+        would be left out, or all, it is the run that does not fit, and it is refused.
         """
         common = Counter(profile.ranks for profile in profiles)
         ordered = sorted(profiles, key=lambda p: (-common[p.ranks], p.partition_id, p.node_id))
@@ -94,7 +100,8 @@ class Participation:
             if reason:
                 self.directory.refuse(profile.node_id, reason)
         left_out = [reason for reason in reasons if reason]
-        if len(left_out) > _MOST_LEFT_OUT * len(profiles):
+        many = len(left_out) > max(1, _MOST_LEFT_OUT * len(profiles))
+        if left_out and (many or len(left_out) == len(profiles)):
             self._method.check([rank for profile in profiles for rank in profile.ranks])
             raise StrategyError(left_out[0])
 
@@ -104,12 +111,14 @@ class Participation:
         Raises
         ------
         StrategyError
-            If the method cannot serve any of them with it.
+            If the method cannot serve them with it, or too few of them for a round.
         """
         quarantine = self._method.options.federation.quarantine
         self.quarantine = Quarantine(quarantine.after, quarantine.rounds)
         self._accepted, self._accepted_ranks = {}, Counter()
         self._accept(self.directory.in_order())
+        if self.directory.refusals:
+            self._check_number()
 
     def trainable(self) -> list[NodeProfile]:
         """Return the known nodes that may train, in partition order."""

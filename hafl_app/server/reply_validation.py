@@ -10,6 +10,7 @@ from flwr.app import Message, MetricRecord
 from numpy.typing import NDArray
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.metrics import ACCURACY, LOSS, MACRO_F1, TOKEN_ACCURACY
 from hafl_app.plan import NUMBER_BYTES, TrainPlan, format_bits
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.faults import one_line
@@ -20,6 +21,8 @@ from hafl_app.wire.uploads import decode_upload
 # What a reply may weigh above its numbers: generous, so that only impossible sizes are rejected.
 _SIZE_SLACK, _FIXED_BYTES, _BYTES_PER_NAME = 1.5, 64 * 1024, 256
 _LONGEST_QUOTE = 60  # characters
+_SHARES = {metric.name for metric in (ACCURACY, MACRO_F1, TOKEN_ACCURACY)}
+_LARGEST_LOSS = 1e6  # so that a mean of losses says something beside a false one
 
 
 class ReplyError(ValueError):
@@ -62,13 +65,14 @@ def check_size(
 def read_metrics(reply: Message, profile: NodeProfile) -> dict[str, float]:
     """Return a reply's metrics by name, all of them finite and ``num-examples`` plausible.
 
-    A loss that is not finite means that training failed, whatever the factors are.
+    A loss that is not finite means that training failed, whatever the factors are. All
+    metrics are counts, losses, durations or shares: none is negative, and no share above 1.
 
     Raises
     ------
     ReplyError
-        If the reply is an error, has no metrics or one that is no finite number, or claims a
-        number of examples that is not whole, below 1 or above the profile's.
+        If the reply is an error, has no metrics or one that is impossible, or claims a number of
+        examples that is not whole, below 1 or above the profile's.
     """
     if reply.has_error():
         # A node writes this line: nothing that it holds may break the server's log.
@@ -80,6 +84,9 @@ def read_metrics(reply: Message, profile: NodeProfile) -> dict[str, float]:
     for name, value in record.items():
         if not (isinstance(value, int | float) and abs(value) <= sys.float_info.max):
             raise ReplyError(f"metric {_quote(name)} is {_quote(value)}, expected a finite number")
+        most = 1 if name in _SHARES else _LARGEST_LOSS if name == LOSS.name else math.inf
+        if not 0 <= value <= most:
+            raise ReplyError(f"metric {_quote(name)} is {_quote(value)}, expected 0 to {most:g}")
     examples, largest = record.get(NUM_EXAMPLES), max(profile.num_examples, 1)
     if type(examples) is not int or not 1 <= examples <= largest:
         raise ReplyError(f"{NUM_EXAMPLES} is {examples}, expected a whole number, 1 to {largest}")

@@ -9,7 +9,7 @@ from hafl_app.server.settings import FederationSettings
 from hafl_app.wire.node_profile import NodeProfile
 
 _LOGGER = logging.getLogger(__name__)
-_FEWEST_NODES = 5  # below that a median means little
+_FEWEST_NODES = 3  # of two, either may be the one that does not state the truth
 
 
 @dataclass(frozen=True)

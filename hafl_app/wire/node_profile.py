@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from textwrap import shorten
 from typing import Final, TypeVar
 
@@ -29,7 +30,7 @@ _MOST_PARTITIONS = 10**9
 T = TypeVar("T")
 # A node's regular expression runs on the server: names and a few plain repetitions, so that no
 # node can send one that runs forever.
-_MOST_REPETITIONS = 3
+_MOST_REPETITIONS, _MOST_REPETITIONS_IN_ALL = 3, 64  # of a pattern, and of a profile
 _MOST_PATTERNS, _LONGEST_PATTERNS = 256, 2**15  # of a profile, in number and in characters
 _HARMLESS = re.compile(r"(?:[\w|-]|\\?\.|\\d\+|\.\*){1,80}")
 
@@ -154,7 +155,11 @@ def _check_values(profile: NodeProfile) -> None:
                 f"node profile: {name} is {repr(text)[:80]}, expected a line of at most "
                 f"{_LONGEST_TEXT} characters"
             )
-    numbered = profile.partition_id != UNNUMBERED or not profile.own_data
+    if type(profile.own_data) is not bool:
+        raise ValueError(f"node profile: own_data is {profile.own_data!r}, expected true or false")
+    numbered = (profile.partition_id, profile.num_partitions) != (UNNUMBERED, 0) or (
+        not profile.own_data
+    )
     for name, least in (_LEAST_PARTITION if numbered else {}).items():
         _check_number(name, getattr(profile, name), least, _MOST_PARTITIONS)
     if numbered and not profile.partition_id < profile.num_partitions <= _MOST_PARTITIONS:
@@ -162,8 +167,6 @@ def _check_values(profile: NodeProfile) -> None:
             f"node profile: partition_id is {profile.partition_id}, expected below "
             f"num_partitions, {profile.num_partitions}, at most {_MOST_PARTITIONS}"
         )
-    if type(profile.own_data) is not bool:
-        raise ValueError(f"node profile: own_data is {profile.own_data!r}, expected true or false")
 
 
 def _check_number(name: str, value: object, least: int, most: int) -> None:
@@ -174,6 +177,7 @@ def _check_number(name: str, value: object, least: int, most: int) -> None:
         )
 
 
+@lru_cache(maxsize=2**16)
 def matches(pattern: str, module: str) -> bool:
     r"""Whether a pattern matches a module, as keys of PEFT's ``rank_pattern`` do.
 
@@ -185,8 +189,11 @@ def matches(pattern: str, module: str) -> bool:
 
 
 def _is_harmless(pattern: str) -> bool:
-    repetitions = pattern.count("+") + pattern.count("*")
-    return bool(_HARMLESS.fullmatch(pattern)) and repetitions <= _MOST_REPETITIONS
+    return bool(_HARMLESS.fullmatch(pattern)) and _repetitions(pattern) <= _MOST_REPETITIONS
+
+
+def _repetitions(pattern: str) -> int:
+    return pattern.count("+") + pattern.count("*")
 
 
 def _read_pattern(text: str) -> dict[str, int]:
@@ -199,12 +206,18 @@ def _read_pattern(text: str) -> dict[str, int]:
         if len(values) > _MOST_PATTERNS:
             raise ValueError(f"{len(values)} patterns, expected at most {_MOST_PATTERNS}")  # noqa: TRY301
         odd = [p for p in values if not _is_harmless(p)]
+        repetitions = sum(map(_repetitions, values))
         least, most = _RANGES["rank"]
         valid = all(type(rank) is int and least <= rank <= most for rank in values.values())
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"rank pattern {text[:80]!r}: {error}") from error
     if odd:
         raise ValueError(f"rank pattern {odd[0][:80]!r}: expected a module's name, with \\d+ or .*")
+    if repetitions > _MOST_REPETITIONS_IN_ALL:
+        raise ValueError(
+            f"rank patterns with {repetitions} repetitions, expected at most "
+            f"{_MOST_REPETITIONS_IN_ALL}"
+        )
     if not valid:
         raise ValueError(
             f"rank pattern {text[:80]!r}: ranks must be whole numbers from 1 to {most}"

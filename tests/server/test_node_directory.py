@@ -177,6 +177,23 @@ class TestRefusals:
 
         assert directory_at(clock, timeout_s=1.0).refresh(Meddling(n11=placed(0, 1))) == []
 
+    def test_a_reply_is_of_the_node_that_was_asked(self, clock):
+        class Posing(FakeGrid):
+            def pull_messages(self, message_ids):
+                replies = super().pull_messages(message_ids)
+                for reply in replies:
+                    reply.metadata.__dict__["_src_node_id"] = 11
+                return replies
+
+        grid = Posing(n11=placed(0), n12=placed(1))
+        assert ids(directory_at(clock, timeout_s=1.0).refresh(grid)) == [11, 12]
+
+    def test_what_one_says_of_the_number_of_partitions_makes_nobody_wait(self, clock):
+        grid = FakeGrid(n11=placed(0), n12=placed(1), n13=placed(2, 10**9))
+
+        assert ids(directory_at(clock).wait_for_all(grid)) == [11, 12, 13]
+        assert clock.now == 1000.0
+
 
 class TestOnePartitionOneNode:
     def test_the_second_node_of_a_partition_is_left_out_by_name(self, clock):

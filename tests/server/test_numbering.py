@@ -141,6 +141,8 @@ class TestUnknownNodes:
             ({"own-data": False, "partition-id": -1, "num-partitions": 0}, "partition_id is -1"),
             ({"partition-id": 3, "num-partitions": 3}, "expected below num_partitions, 3"),
             ({"partition-id": 3, "num-partitions": 2**62}, "at most 1000000000"),
+            ({"partition-id": -1, "num-partitions": "x"}, "partition_id is -1"),
+            ({"partition-id": -1, "num-partitions": 5}, "partition_id is -1"),
             ({"rank": 0}, "rank is 0"),
         ],
     )

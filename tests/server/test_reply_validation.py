@@ -21,7 +21,7 @@ from layout_words import change_layout, write_layout
 
 from hafl_app.engines.in_process import server_identity
 from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
-from hafl_app.server.outliers import norm_outliers
+from hafl_app.server.outliers import importance_outliers, norm_outliers
 from hafl_app.server.reply_validation import (
     ReplyError,
     check_finite,
@@ -396,3 +396,27 @@ class TestOutliers:
 
     def test_a_round_without_updates_has_none(self):
         assert norm_outliers([], [], 10.0) == []
+
+
+class TestImportanceOfAClient:
+    HONEST = (0.2, 7.0, 0.9, 3.0, 40.0)
+
+    def test_scores_that_differ_as_data_do_are_fine(self):
+        assert importance_outliers(self.HONEST) == [""] * 5
+
+    def test_a_claim_beyond_all_proportion_is_named(self):
+        reasons = importance_outliers([*self.HONEST, 1e30])
+        assert reasons[:5] == [""] * 5
+        assert reasons[5].startswith("importance of 1e+30 in the mean, expected at most 5e+03")
+
+    def test_those_that_measured_nothing_do_not_count(self):
+        assert importance_outliers([0.0, 0.0, 1.0, 1.0, 1e30]) == [""] * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("accuracy", 1.5), ("macro-f1", -0.1), ("token-accuracy", 1e9), ("loss", -1.0), ("loss", 1e9)],
+)
+def test_metrics_that_cannot_be_are_refused(name, value):
+    with pytest.raises(ReplyError, match=f"metric '{name}' is .*, expected 0 to"):
+        read_metrics(reply(**{name: value}), PROFILE)

@@ -40,8 +40,12 @@ def test_honest_nodes_count_as_they_state(caplog):
     assert not caplog.text
 
 
-def test_four_nodes_have_no_median_to_go_by():
-    assert bound(1, 1, 1, 1000).count(1000, ATTACKER) == 1000
+def test_of_three_nodes_the_median_is_honest():
+    assert bound(30, 50, 10**12).count(10**12, ATTACKER) == 10 * 50
+
+
+def test_two_nodes_have_no_median_to_go_by():
+    assert bound(1, 1000).count(1000, ATTACKER) == 1000
 
 
 def test_the_operators_bound_holds_however_few_there_are(caplog):

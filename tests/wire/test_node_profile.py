@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -128,6 +129,8 @@ class TestWire:
             ("torch-version", b"2.13"),
             ("cuda-version", ["12"]),
             ("rank-pattern", '{"query": 70000}'),
+            ("rank-pattern", json.dumps({f"layer{i}": 2 for i in range(20_000)})),
+            ("rank-pattern", json.dumps({f"{i}.*.*.*Q": 2 for i in range(22)})),
         ],
     )
     def test_a_stranger_cannot_say_anything(self, key, value):
