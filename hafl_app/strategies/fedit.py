@@ -18,7 +18,8 @@ from hafl_app.wire.node_profile import NodeProfile
 class FedIt(ComponentMean):
     """``lora_A <- sum_k w_k lora_A_k``, ``lora_B <- sum_k w_k lora_B_k``, ``w_k ~ num_examples``.
 
-    The product of averages is not the average of products: the cross terms remain.
+    The product of averages is not the average of products: the cross terms remain. All ranks are
+    one, and so are the scalings that lora_B has folded in: a mean of raw factors is the same.
     """
 
     traits = Traits(serves_mixed_ranks=False, not_robust="", dp_division="contributors")

@@ -26,8 +26,10 @@ class FfaLora(ComponentMean):
     Differs from the paper: it has one rank for all. Here a client of rank r holds and trains the
     first r components, and a component is averaged over the clients that hold it. Zero padding
     would be the exact mean of products, but it shrinks ``b_i`` each round by the share of the
-    clients that hold it; at equal ranks both are the paper's mean. lora_A travels down with every
-    request, although it never changes.
+    clients that hold it; at equal ranks both are the paper's mean. ``b_{k,i}`` has the client's
+    scaling folded in, so that the mean is of what clients add to the base also where
+    ``lora.scaling`` makes scalings differ. lora_A travels down with every request, although it
+    never changes.
     """
 
     traits = Traits(not_robust="", dp_division="contributors")

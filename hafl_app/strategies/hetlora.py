@@ -49,10 +49,11 @@ class HetLora(HeterogeneousLora):
     While local change is small, the product of component i shrinks each round by ``f_i^2``,
     where ``f_i`` is the phi of the clients that hold it: norm weights change f, not the law.
 
-    Norms and tails are of the factors that a client trains, without PEFT's scaling, which this
-    project folds into lora_B. With one scaling for all it cancels in phi; under
-    ``lora.scaling=per_rank`` or ``rslora`` it does not. What is averaged has it folded in, in both
-    cases: raw factors learned under different scalings are not of one kind.
+    The paper writes ``Delta W_k = B_k A_k`` and no scaling. Here ``B_k`` has PEFT's folded in,
+    in the average and in phi, so that ``Delta W_k`` is what client k adds to the base; with one
+    scaling for all it cancels. Under ``lora.scaling=per_rank`` or ``rslora`` it does not, and a
+    mean of raw factors would be another method: see `ZeroPadding` for why it is not this one. The
+    tail's norms alone are of the factors that a client trains, where its loss has them.
 
     Differs from the paper: its body was not available to us, so the form is that of accounts and
     re-implementations of it. Each module prunes for itself, where the paper has one rank
@@ -184,10 +185,10 @@ class HetLora(HeterogeneousLora):
         return dict.fromkeys(norms, sum(norms.values())) if self.norm_scope == "client" else norms
 
     def _norm(self, update: ClientUpdate, name: str) -> float:
-        """Return the norm of a client's update of a module, with the scaling unfolded."""
-        factors, scaling = update.adapter.modules[name], update.plan.modules[name].scaling
+        """Return the norm of what a client adds to a module of the base, scaling included."""
+        factors = update.adapter.modules[name]
         if self.norm_of == "state":
-            return float(factors.norm()) / scaling
+            return float(factors.norm())
         change = WeightedStack().append(factors, 1.0).append(update.sent.modules[name], -1.0)
         # Gram matrices would turn the rounding error of two equal products into its square root.
-        return float(torch.linalg.vector_norm(singular_values(change.factors()))) / scaling
+        return float(torch.linalg.vector_norm(singular_values(change.factors())))

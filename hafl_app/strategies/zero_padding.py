@@ -20,6 +20,14 @@ class ZeroPadding(ComponentMean):
 
     Each factor of component i shrinks by its coverage ``f_i = sum_{r_k >= i} w_k`` a round, the
     product by ``f_i^2``: high components are diluted.
+
+    Where scalings differ (``lora.scaling=per_rank`` or ``rslora``) the padded lora_B is
+    ``s_k B_k``. The papers write ``Delta W_k = B_k A_k`` without a scaling, and FLoRA's code
+    (arXiv:2409.05976) pads clients of one scaling, ``lora_alpha = 2 r_k``: there both readings
+    are the same. Of two scalings only the folded factors are of one kind: ``s_k B_k A_k`` is what
+    client k adds to the base, the global adapter has one function, and a client starts from its
+    slice of that. A mean of raw B would have no scaling of its own, and reach a client of rank 2
+    as a function four times as strong as one of rank 8.
     """
 
     traits = Traits(
