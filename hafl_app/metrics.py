@@ -59,6 +59,7 @@ PERPLEXITY: Final = Metric("perplexity", "perplexity", False, False, "ppl")
 TOKEN_ACCURACY: Final = Metric("token-accuracy", "token accuracy")
 ROUGE_L: Final = Metric("rouge-l", "Rouge-L")
 EXACT_MATCH: Final = Metric("exact-match", "exact match")
+_ALL: Final = (ACCURACY, MACRO_F1, LOSS, PERPLEXITY, TOKEN_ACCURACY, ROUGE_L, EXACT_MATCH)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Task:
     name
         As in the settings.
     primary
-        Rounds and learning rates are chosen by it.
+        Rounds and learning rates are chosen by it, but see `Choice`.
     second
         Shown beside it.
     averaged
@@ -102,6 +103,79 @@ CLASSIFICATION: Final = Task("classification", ACCURACY, MACRO_F1, ("accuracy", 
 CAUSAL_LM: Final = Task("causal_lm", PERPLEXITY, TOKEN_ACCURACY, ("loss", "token-accuracy"))
 IMAGE_CLASSIFICATION: Final = replace(CLASSIFICATION, name="image_classification")
 TASKS: Final = {task.name: task for task in (CLASSIFICATION, CAUSAL_LM, IMAGE_CLASSIFICATION)}
+
+
+_UNBALANCED: Final = 1.5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """By what the best round is chosen: one metric, and among equals the lower loss.
+
+    It is the task's primary metric. A classifier's rounds are chosen by macro F1 instead where the
+    largest class has more than 1.5 times the share of a balanced one, since accuracy then rewards
+    a model that says nothing else; and by the clients' macro F1, since the server does not know
+    their classes' sizes. Not by loss, of which a single false one decides a mean.
+
+    Parameters
+    ----------
+    metric
+        That decides.
+    phase
+        ``validation`` or ``clients``: whose scores.
+    largest_share
+        Of a class in the validation rows, in [0, 1]; 0 where there are none, or no classes.
+    """
+
+    metric: Metric
+    phase: str
+    largest_share: float = 0.0
+
+    @classmethod
+    def by_validation(cls, task: Task, class_sizes: Iterable[int], num_classes: int) -> "Choice":
+        """Return the choice by the server's validation rows.
+
+        Parameters
+        ----------
+        class_sizes
+            Rows of each class that occurs; ignored for a task without classes.
+        num_classes
+            Of the task, at least 1.
+        """
+        sizes = list(class_sizes)
+        if task.second != MACRO_F1 or not sizes:
+            return cls(task.primary, "validation")
+        share = max(sizes) / sum(sizes)
+        unbalanced = share * num_classes > _UNBALANCED
+        return cls(MACRO_F1 if unbalanced else task.primary, "validation", share)
+
+    @classmethod
+    def by_clients(cls, task: Task) -> "Choice":
+        """Return the choice by the clients' mean scores."""
+        return cls(MACRO_F1 if task.second == MACRO_F1 else task.primary, "clients")
+
+    @property
+    def key(self) -> str:
+        """The metric's name in records."""
+        return self.metric.key(self.phase)
+
+    def merit(self, metrics: Mapping[str, float]) -> tuple[float, float]:
+        """Return what the best round has most of; minus infinity where the score is unknown."""
+        score, loss = (metrics.get(m.key(self.phase), math.nan) for m in (self.metric, LOSS))
+        if not math.isfinite(score):
+            return -math.inf, -math.inf
+        return self.metric.merit(score), -loss if math.isfinite(loss) else -math.inf
+
+
+def metric_named(name: str) -> Metric:
+    """Return a metric by its name in records.
+
+    Raises
+    ------
+    KeyError
+        If there is none.
+    """
+    return {metric.name: metric for metric in _ALL}[name]
 
 
 def task_of(recorded: Iterable[str]) -> Task:

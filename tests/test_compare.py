@@ -210,7 +210,7 @@ class TestTuning:
         for method, entry in found.items():
             scores = {
                 rate: records(folder / "tuning" / method / f"lr{rate}", "round")[-1]["metrics"][
-                    "validation/accuracy"
+                    f"validation/{entry['metric']}"
                 ]
                 for rate in (0.003, 0.02)
             }

@@ -82,6 +82,7 @@ class TestScore:
         assert result["metrics"]["accuracy"] == summary["final"]["test/accuracy"]
         assert result["metrics"]["loss"] == pytest.approx(summary["final"]["test/loss"], rel=1e-5)
         assert result["scored"] == result["rows"] == 40
+        assert result["left_out"] == {}
 
     def test_so_does_a_classifier_of_images(self, tmp_path):
         images = ("dataset=digits", "dataset.max_examples=60", "dataset.max_test_examples=30")
@@ -123,6 +124,9 @@ class TestScore:
         assert set(both["metrics"]) == {*plain["metrics"], "rouge-l", "exact-match"}
         assert set(one["metrics"]) == {"exact-match"}
         assert one["rows"] == 2
+        (drawn, count), *_ = one["left_out"].items()
+        assert ("max_examples" in drawn, count) == (True, 4)
+        assert one["scored"] == one["generated"]
         (prompts, references, options), _ = given
         assert len(prompts) == 6
         assert all(reference.startswith("it is\n#### ") for reference in references)
@@ -135,6 +139,11 @@ class TestScore:
         assert json.loads(file.read_text()) == result
         lines = table(result).splitlines()
         assert f"test data       local, {result['scored']} of 6 rows" in lines
+        without = 6 - result["scored"]
+        assert f"left out        {without}: no room for an answer within 20 tokens" in "\n".join(
+            lines
+        )
+        assert sum(result["left_out"].values()) == without > 0
         assert f"perplexity      {result['metrics']['perplexity']:.2f}" in lines
         assert lines[0].endswith("round 1")
 

@@ -8,7 +8,9 @@ from hafl_app.metrics import (
     ACCURACY,
     CAUSAL_LM,
     CLASSIFICATION,
+    MACRO_F1,
     PERPLEXITY,
+    Choice,
     perplexity,
     task_of,
     with_perplexity,
@@ -74,3 +76,50 @@ def test_perplexity_is_the_exponential_of_the_loss():
     assert perplexity(2.0) == math.exp(2.0)
     assert perplexity(1e4) == math.inf
     assert with_perplexity({"loss": 0.0}) == {"perplexity": 1.0, "loss": 0.0}
+
+
+class TestChoice:
+    """Of which round is the best: the issue's case had 13.7 % macro F1 in round 1, 20.6 % in 3."""
+
+    ROUNDS = (
+        {"validation/accuracy": 0.6, "validation/macro-f1": 0.137, "validation/loss": 1.5},
+        {"validation/accuracy": 0.55, "validation/macro-f1": 0.15, "validation/loss": 1.4},
+        {"validation/accuracy": 0.575, "validation/macro-f1": 0.206, "validation/loss": 1.3},
+    )
+
+    def best(self, choice, rounds=ROUNDS):
+        return max(range(len(rounds)), key=lambda i: choice.merit(rounds[i])) + 1
+
+    def test_unbalanced_classes_are_chosen_by_macro_f1(self):
+        choice = Choice.by_validation(CLASSIFICATION, [24, 10, 3, 3], 4)
+
+        assert (choice.metric, choice.largest_share) == (MACRO_F1, 0.6)
+        assert self.best(choice) == 3
+
+    def test_balanced_ones_by_accuracy(self):
+        choice = Choice.by_validation(CLASSIFICATION, [12, 10, 9, 9], 4)
+
+        assert choice.metric == ACCURACY
+        assert self.best(choice) == 1
+
+    @pytest.mark.parametrize(("largest", "metric"), [(15, ACCURACY), (16, MACRO_F1)])
+    def test_the_border_is_one_and_a_half_times_a_balanced_share(self, largest, metric):
+        sizes = [largest, 9, 8, 40 - largest - 17]
+        assert Choice.by_validation(CLASSIFICATION, sizes, 4).metric == metric
+
+    def test_of_equal_scores_the_lower_loss_wins(self):
+        equal = [{**r, "validation/accuracy": 0.6} for r in self.ROUNDS]
+        choice = Choice.by_validation(CLASSIFICATION, [10, 10], 2)
+
+        assert self.best(choice, equal) == 3
+
+    def test_clients_are_asked_for_macro_f1(self):
+        assert Choice.by_clients(CLASSIFICATION).key == "clients/macro-f1"
+        assert Choice.by_clients(CAUSAL_LM).key == "clients/perplexity"
+
+    def test_a_language_model_by_its_perplexity_however_its_categories_are(self):
+        assert Choice.by_validation(CAUSAL_LM, [39, 1], 2).metric == PERPLEXITY
+
+    def test_an_unknown_score_is_never_the_best(self):
+        choice = Choice.by_validation(CLASSIFICATION, [10, 10], 2)
+        assert choice.merit({}) < choice.merit({"validation/accuracy": 0.0})

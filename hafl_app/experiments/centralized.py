@@ -1,7 +1,7 @@
 """Centralized LoRA: all clients' training data in one place, the upper reference."""
 
-import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from hafl_app.config.schema import Settings
 from hafl_app.data.images import EncodedImages
 from hafl_app.data.text import EncodedText
 from hafl_app.lowrank.factors import Adapter, initial_adapter
-from hafl_app.metrics import Metric, Task
+from hafl_app.metrics import Choice, Metric, Task
 from hafl_app.plan import TrainPlan
 from hafl_app.run import build
 from hafl_app.run.logs import show_log
@@ -112,7 +112,9 @@ def train_centralized(
             settings.seed,
             on_epoch,
         )
-    summary = _summary(settings, plan, result, records)
+    labels = Counter(text.validation.labels.tolist())
+    choice = Choice.by_validation(task, labels.values(), len(text.label_names) or 1)
+    summary = _summary(settings, plan, result, records, choice, len(text.validation))
     tracker.finish(summary)
     save_adapter(
         folder / "adapter",
@@ -142,14 +144,14 @@ def _start(settings: Settings, model: LoraModel) -> tuple[Adapter, TrainPlan]:
 
 
 def _summary(
-    settings: Settings, plan: TrainPlan, result: TrainResult, records: Sequence[RoundRecord]
+    settings: Settings,
+    plan: TrainPlan,
+    result: TrainResult,
+    records: Sequence[RoundRecord],
+    choice: Choice,
+    num_rows: int,
 ) -> dict[str, Any]:
-    metric = build.task(settings).primary
-
-    def merit(record: RoundRecord) -> float:
-        return metric.merit(record.metrics.get(metric.key("validation"), metric.merit(-math.inf)))
-
-    chosen = max(records, key=merit)
+    chosen = max(records, key=lambda record: choice.merit(record.metrics))
     return {
         "status": "finished",
         "kind": "centralized",
@@ -161,7 +163,12 @@ def _summary(
         "steps": result.steps,
         "num_examples": result.num_examples,
         "final": dict(records[-1].metrics),
-        "best_validation": {"pass": chosen.server_round, **chosen.metrics},
+        "best_validation": {
+            "pass": chosen.server_round,
+            "chosen_by": choice.metric.name,
+            "rows": num_rows,
+            **chosen.metrics,
+        },
         "each_pass": [
             {"pass": r.server_round, "loss": r.train_loss, "seconds": r.seconds, **r.metrics}
             for r in records

@@ -25,6 +25,7 @@ from hafl_app.experiments.tuning import (
     tuned_line,
     write_tuning,
 )
+from hafl_app.metrics import Metric, metric_named
 from hafl_app.run import preflight
 from hafl_app.training.device import cpu_name
 
@@ -70,7 +71,7 @@ def compare(command: Command, command_line: str, say: Say) -> int:
         write_tuning(folder / "tuning.json", record)
         for line in map(tuned_line, record):
             say(line)
-        tuning = _tuning_line(comparison)
+        tuning = _tuning_line(comparison, metric_named(record[0]["metric"]))
     outcomes = _run_all(comparison.jobs(learning_rates), command.workers, say, lambda j: j.name)
     source = Provenance(
         title=command.experiment,
@@ -126,7 +127,7 @@ def _outcome_line(outcome: Outcome) -> str:
     return f"{scores}  {curve.sent[-1]:.2f} MB  {when}{failed}"
 
 
-def _tuning_line(comparison: Comparison) -> str:
+def _tuning_line(comparison: Comparison, metric: Metric) -> str:
     tuning = comparison.plan.tuning
     rounds = f"{tuning.num_rounds} rounds of " if tuning.num_rounds else ""
     where = f"{rounds}seed {tuning.seed}"
@@ -134,7 +135,7 @@ def _tuning_line(comparison: Comparison) -> str:
     if cells and not tuning.per_cell:
         where += f" in {cells[0]}"
     grid = ", ".join(f"{rate:g}" for rate in tuning.learning_rates)
-    return f"best of {grid} by validation {comparison.metric.title}, per method, on {where}"
+    return f"best of {grid} by validation {metric.title}, per method, on {where}"
 
 
 def _write_results(comparison: Comparison, outcomes: Sequence[Outcome], source: Provenance) -> str:

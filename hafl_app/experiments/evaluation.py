@@ -60,9 +60,9 @@ def score(request: EvaluationRequest) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``metrics`` by name, over ``scored`` of the ``rows`` of the test set: the others leave no
-        room for an answer, or for a token of it; ``tasks`` as ``lm-eval`` returns them; and what
-        was scored.
+        ``metrics`` by name, over ``scored`` of the ``rows`` of the test set; ``left_out`` has the
+        number of the others by reason; ``generated`` how many answers were written, if any;
+        ``tasks`` as ``lm-eval`` returns them; and what was scored.
 
     Raises
     ------
@@ -90,6 +90,7 @@ def score(request: EvaluationRequest) -> dict[str, Any]:
             "rows": len(text.test),
             **_scores(request, subject, text),
         }
+        result["left_out"] = _left_out(result, text)
         if request.tasks:
             tasks = run_tasks(subject.model, subject.base, request.tasks, request.max_examples)
             result["tasks"] = tasks
@@ -107,6 +108,10 @@ def table(result: Mapping[str, Any]) -> str:
         "base model": _base_line(result),
         "test data": f"{result['dataset']}, {result['scored']:,} of {result['rows']:,} rows",
     }
+    if left_out := result["left_out"]:
+        rows["left out"] = "; ".join(f"{count:,}: {why}" for why, count in left_out.items())
+    if result.get("generated", result["scored"]) != result["scored"]:
+        rows["answers"] = f"{result['generated']:,} were generated"
     metrics = result["metrics"]
     rows |= {m.title: m.text(metrics[m.name]) for m in _SHOWN if m.name in metrics}
     for task, scores in result.get("tasks", {}).items():
@@ -178,7 +183,21 @@ def _scores(request: EvaluationRequest, subject: _Subject, text: LabeledText) ->
         )
         scored = scored or generated.num_examples
         metrics |= {name: generated.to_json()[name] for name in request.generated}
+        return {"scored": scored, "metrics": metrics, "generated": generated.num_examples}
     return {"scored": scored, "metrics": metrics}
+
+
+def _left_out(result: Mapping[str, Any], text: LabeledText) -> dict[str, int]:
+    """Return how many rows of the test file were not scored, by reason; none of them 0."""
+    counts = {
+        "not among those that max_examples or dataset.max_test_examples draws": (
+            text.num_read[1] - result["rows"]
+        ),
+        f"no room for an answer within {result['max_length']} tokens (dataset.max_length)": (
+            result["rows"] - result["scored"]
+        ),
+    }
+    return {reason: count for reason, count in counts.items() if count > 0}
 
 
 def _encoded(subject: _Subject, text: LabeledText) -> EncodedText:

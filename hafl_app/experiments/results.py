@@ -18,7 +18,8 @@ MEGABYTE = 1e6
 class Curve:
     """Curve of a run from round 0: values of `metric` (NaN if unknown), and bytes so far.
 
-    `failures` counts the trainings, of all rounds, that did not count.
+    `failures` counts the trainings, of all rounds, that did not count; `chosen_round` is the best
+    as the run chose it, if it did.
     """
 
     test: tuple[float, ...]
@@ -27,6 +28,7 @@ class Curve:
     bytes_up: tuple[int, ...]
     failures: int = 0
     metric: Metric = ACCURACY
+    chosen_round: int | None = None
 
     @property
     def sent(self) -> list[float]:
@@ -35,7 +37,9 @@ class Curve:
 
     @property
     def best_round(self) -> int:
-        """The first round of training with the best validation score; the last without."""
+        """The run's own choice, else the first with the best validation score, else the last."""
+        if self.chosen_round is not None:
+            return self.chosen_round
         known = [r for r, value in enumerate(self.validation) if r and math.isfinite(value)]
         merit = self.metric.merit
         return max(known, key=lambda r: merit(self.validation[r]), default=len(self.test) - 1)
@@ -55,14 +59,7 @@ def read_curve(folder: Path) -> Curve:
     ValueError
         If there is no such file, or no round in it.
     """
-    try:
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no readable metrics.jsonl: {error}") from error
-    rounds = [line for line in lines if line.get("kind") == "round"]
-    if not rounds:
-        raise ValueError(f"{folder}: metrics.jsonl has no round")
+    rounds = _rounds(folder)
     metric = task_of({name for line in rounds for name in line["metrics"]}).primary
     return Curve(
         test=_metric(rounds, metric.key("test")),
@@ -71,7 +68,28 @@ def read_curve(folder: Path) -> Curve:
         bytes_up=tuple(accumulate(r["bytes_up"] for r in rounds)),
         failures=sum(r.get("failures", 0) for r in rounds),
         metric=metric,
+        chosen_round=best_entry(folder).get("round"),
     )
+
+
+def best_entry(folder: Path) -> dict[str, Any]:
+    """Return what a run's summary says of its best validation round; empty if nothing."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(summary.get("best_validation", {}))
+
+
+def last_validation(folder: Path, metric: Metric) -> float:
+    """Return a run's validation score in its last round; NaN if it is not known.
+
+    Raises
+    ------
+    ValueError
+        As `read_curve`.
+    """
+    return _metric(_rounds(folder), metric.key("validation"))[-1]
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,18 @@ def make_row(
         mb_down=Spread(tuple(run.bytes_down[-1] / MEGABYTE for run in runs)),
         mb_up=Spread(tuple(run.bytes_up[-1] / MEGABYTE for run in runs)),
     )
+
+
+def _rounds(folder: Path) -> list[dict[str, Any]]:
+    try:
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no readable metrics.jsonl: {error}") from error
+    rounds = [line for line in lines if line.get("kind") == "round"]
+    if not rounds:
+        raise ValueError(f"{folder}: metrics.jsonl has no round")
+    return rounds
 
 
 def _metric(rounds: Sequence[Mapping[str, Any]], name: str) -> tuple[float, ...]:

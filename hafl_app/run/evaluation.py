@@ -1,6 +1,7 @@
 """Central evaluation: adapters on the server's own data, and the answers that they write."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
@@ -10,7 +11,7 @@ from hafl_app.config.schema import Settings
 from hafl_app.data.shares import CentralText
 from hafl_app.data.text import EncodedText
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.metrics import TASKS
+from hafl_app.metrics import TASKS, Choice
 from hafl_app.run import build
 from hafl_app.training.device import threads
 from hafl_app.training.evaluate import Scores, adapter_evaluator
@@ -54,6 +55,13 @@ class CentralEvaluation:
     def chooses_best(self) -> bool:
         """Whether there is validation data to choose the best round by."""
         return self.of_rounds and len(self.text.validation) > 0
+
+    @cached_property
+    def choice(self) -> Choice:
+        """By what of the validation rows the best round is chosen."""
+        labels = Counter(self.text.validation.labels.tolist())
+        task = TASKS[self._settings.model.task]
+        return Choice.by_validation(task, labels.values(), len(self.text.label_names) or 1)
 
     def metrics(self, adapter: Adapter) -> dict[str, float]:
         """Return an adapter's metrics on the test and validation data, as ``split/name``."""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from hafl_app.config.compose import strategy_arguments
 from hafl_app.config.schema import Settings
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.metrics import TASKS
+from hafl_app.metrics import TASKS, Choice
 from hafl_app.publishing.card import add_card
 from hafl_app.run import build
 from hafl_app.run.device_gains import device_gains
@@ -41,6 +41,15 @@ from hafl_app.training.adapter_files import save_adapter
 from hafl_app.wire.node_profile import NodeProfile
 
 
+@dataclass(frozen=True)
+class _Best:
+    """The best round so far: which, chosen on how many rows, and its global adapter."""
+
+    server_round: int
+    rows: int
+    adapter: Adapter
+
+
 class RunReport:
     """Records of a run: evaluates the global adapter after every round and writes the results.
 
@@ -61,7 +70,8 @@ class RunReport:
         folder: Path,
     ) -> None:
         self._settings = settings
-        self._metric = TASKS[settings.model.task].primary
+        self._task = TASKS[settings.model.task]
+        self._metric = self._task.primary
         self._strategy, self._coordinator = strategy, strategy.coordinator
         self._folder = folder
         self._run_id = uuid4().hex
@@ -69,7 +79,7 @@ class RunReport:
         self._started = time.perf_counter()
         self._outcomes: list[Reply] = []
         self.rounds: list[RoundRecord] = []
-        self._best: tuple[float, int, Adapter] | None = None
+        self._best: _Best | None = None
 
     @cached_property
     def _trackers(self) -> Trackers:
@@ -92,14 +102,14 @@ class RunReport:
         """Whether the server evaluates adapters on test data."""
         return self._evaluation.has_test
 
-    @property
-    def _chosen_by(self) -> str | None:
-        """The metric that the best round is chosen by; None if there is none."""
+    @cached_property
+    def _choice(self) -> Choice | None:
+        """By what the best round is chosen; None if there is nothing."""
         if self._evaluation.chooses_best:
-            return self._metric.key("validation")
+            return self._evaluation.choice
         # Scores of clients carry no noise, so that a choice by them would cost privacy.
         none_private = self._strategy.options.privacy.kind == "none"
-        return self._metric.key("clients") if none_private else None
+        return Choice.by_clients(self._task) if none_private else None
 
     def clients(self, profiles: Sequence[NodeProfile]) -> None:
         """Start the trackers with the clients of the run."""
@@ -118,16 +128,16 @@ class RunReport:
 
     def state(self) -> dict[str, Any]:
         """Return the report's part of a checkpoint, as plain values."""
-        validation, best_round, _ = self._best or (math.nan, 0, None)
+        best = self._best
         return {
             "run_id": self._run_id,
             "seconds": time.perf_counter() - self._started,
-            "best": {"validation": validation, "round": best_round} if self._best else None,
+            "best": {"round": best.server_round, "rows": best.rows} if best else None,
         }
 
     def tensors(self) -> dict[str, Any]:
         """Return the adapter of the best round, as a tree of tensors."""
-        return {"best": adapter_tree(self._best[2])} if self._best else {}
+        return {"best": adapter_tree(self._best.adapter)} if self._best else {}
 
     def resume(self, last_round: int, state: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
         """Resume an earlier run's report after its round ``last_round``.
@@ -142,7 +152,7 @@ class RunReport:
         self._history = read_history(self._folder, last_round)
         self.rounds = list(self._history.rounds)
         if best := state["best"]:
-            self._best = (best["validation"], best["round"], adapter_of(tensors["best"]))
+            self._best = _Best(best["round"], best.get("rows", 0), adapter_of(tensors["best"]))
         self.clients(self._coordinator.directory.in_order())
 
     def on_reply(self, reply: Reply) -> None:
@@ -200,11 +210,22 @@ class RunReport:
         self._outcomes = []
         self.rounds.append(record)
         self._trackers.log_round(record)
-        score = metrics.get(self._chosen_by or "", math.nan)
-        best = self._metric.merit(self._best[0]) if self._best else -math.inf
-        if server_round and self._metric.merit(score) > best:
-            self._best = (score, server_round, self._strategy.global_adapter)
+        if server_round and self._choice and self._is_best(record, self._choice):
+            central = self._choice.phase == "validation"
+            rows = len(self._evaluation.text.validation) if central else 0
+            rows = rows or self._coordinator.scored_examples
+            self._best = _Best(server_round, rows, self._strategy.global_adapter)
         return MetricRecord(dict(metrics))
+
+    def _is_best(self, record: RoundRecord, choice: Choice) -> bool:
+        """Say whether a round's score is known, and better than that of the best before it."""
+        merit = choice.merit(record.metrics)
+        if merit[0] == -math.inf:
+            return False
+        return self._best is None or merit > choice.merit(self._best_record(self._best).metrics)
+
+    def _best_record(self, best: "_Best") -> RoundRecord:
+        return next(r for r in self.rounds if r.server_round == best.server_round)
 
     def finish(self, alone: Sequence[AloneResult], unseen: Mapping[str, Any] | None = None) -> None:
         """Write adapters, curves and the summary.
@@ -220,8 +241,8 @@ class RunReport:
         head = last.head or self._evaluation.initial_head
         self._save("adapter", last.with_head(head), self.rounds[-1])
         if self._best is not None:
-            _, best_round, adapter = self._best
-            record = next(r for r in self.rounds if r.server_round == best_round)
+            adapter = self._best.adapter
+            record = self._best_record(self._best)
             self._save("adapter-best", adapter.with_head(adapter.head or head), record)
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
         generation = self._evaluation.generation(last)
@@ -257,12 +278,21 @@ class RunReport:
         )
 
     def _best_entry(self) -> dict[str, Any]:
-        """Return the best round's metrics, named by the kind that chose it; empty without one."""
-        if self._best is None or self._chosen_by is None:
+        """Return the best round's metrics, named by whose scores chose it; empty without one.
+
+        ``chosen_by`` names the metric, ``rows`` on how many rows it was measured, and
+        ``largest_class`` the share of the largest class in them, null where it is not known.
+        """
+        if self._best is None or self._choice is None:
             return {}
-        chosen = next(r for r in self.rounds if r.server_round == self._best[1])
-        kind = self._chosen_by.partition("/")[0]
-        return {f"best_{kind}": {"round": chosen.server_round, **chosen.metrics}}
+        entry = {
+            "round": self._best.server_round,
+            "chosen_by": self._choice.metric.name,
+            "rows": self._best.rows,
+            "largest_class": self._choice.largest_share or None,
+        }
+        metrics = self._best_record(self._best).metrics
+        return {f"best_{self._choice.phase}": {**entry, **metrics}}
 
     def _summary(self, alone: Sequence[AloneResult]) -> dict[str, Any]:
         ledger = self._coordinator.ledger

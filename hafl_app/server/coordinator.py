@@ -15,7 +15,7 @@ from hafl_app.server.method import Method
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.outliers import clip_updates, reject_outliers
 from hafl_app.server.participation import Participation
-from hafl_app.server.round_messages import Reply, RoundMessages
+from hafl_app.server.round_messages import STATED_EXAMPLES, Reply, RoundMessages
 from hafl_app.server.traffic import Ledger
 from hafl_app.server.update import ClientUpdate
 from hafl_app.server.weights import ExampleBound
@@ -52,6 +52,8 @@ class Coordinator:
         Mean over the last round's clients by number of examples; NaN before the first.
     client_scores
         Means over the clients that evaluated last; empty if none did.
+    scored_examples
+        On how many examples those were, as the clients state it.
     round_started
         When the current round was configured first, on the performance counter; 0 before round 1.
     """
@@ -63,6 +65,7 @@ class Coordinator:
         self.task = CLASSIFICATION
         self.train_loss = math.nan
         self.client_scores: Mapping[str, float] = {}
+        self.scored_examples = 0
         self.round_started = 0.0
         self._on_reply: Callable[[Reply], None] = lambda _: None
         self._messages = RoundMessages(self.ledger, 0, "train")
@@ -198,6 +201,7 @@ class Coordinator:
         metrics = [reply.metrics for reply in checked if not reply.error]
         if metrics:
             self.client_scores = self.task.of_clients(metrics, NUM_EXAMPLES)
+            self.scored_examples = sum(int(one[STATED_EXAMPLES]) for one in metrics)
         return self.client_scores if metrics else {}
 
     # ---- messages --------------------------------------------------------------------------

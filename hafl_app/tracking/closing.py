@@ -1,9 +1,9 @@
-"""Closing lines of a summary: unseen clients, and generated answers."""
+"""Closing lines of a summary: the choice of a round, unseen clients, and generated answers."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from hafl_app.metrics import EXACT_MATCH, ROUGE_L, Task, task_of
+from hafl_app.metrics import EXACT_MATCH, ROUGE_L, Task, metric_named, task_of
 
 
 def closing_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -12,11 +12,15 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     Parameters
     ----------
     summary
-        ``clients`` with the metrics of ``seen`` and ``unseen`` ones, and ``generation``, as
-        `hafl_app.run.reporting.RunReport` writes them.
+        ``best_validation`` or ``best_clients``, ``clients`` with the metrics of ``seen`` and
+        ``unseen`` ones, and ``generation``, as `hafl_app.run.reporting.RunReport` writes them.
     """
     clients, generation = summary.get("clients", {}), summary.get("generation")
-    lines = []
+    lines = [
+        _choice(summary[f"best_{phase}"], phase)
+        for phase in ("validation", "clients")
+        if "chosen_by" in summary.get(f"best_{phase}", {})
+    ]
     task = task_of([str(summary.get("metric", ""))])
     if seen := clients.get("seen"):
         lines.append(f"clients that trained: {_scores(seen, task)}")
@@ -30,6 +34,17 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
             f"{EXACT_MATCH.title} {EXACT_MATCH.text(generation[EXACT_MATCH.name])}"
         )
     return lines
+
+
+def _choice(best: Mapping[str, Any], phase: str) -> str:
+    """Return by what the best round was chosen, and on how many rows that rests."""
+    metric = metric_named(best["chosen_by"])
+    share = best.get("largest_class")
+    largest = f", the largest class {share:.1%} of them" if share else ""
+    rows = "rows of the clients" if phase == "clients" else "validation rows"
+    return (
+        f"best round {best['round']}: chosen by {metric.title} on {best['rows']:,} {rows}{largest}"
+    )
 
 
 def _scores(metrics: Mapping[str, float], task: Task) -> str:

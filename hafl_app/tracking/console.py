@@ -91,7 +91,7 @@ class ConsoleTracker:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the results, the traffic and, from ``device_ranks``, what each device gains."""
         if self._rounds:
-            self._print_table("Results", *_results(self._rounds))
+            self._print_table("Results", *_results(self._rounds, summary))
         if self._trainings:
             title = "Traffic by client rank"
             self._print_table(title, _TRAFFIC_COLUMNS, _traffic_rows(self._trainings))
@@ -283,7 +283,9 @@ def _rows_by_rank(clients: Sequence[ClientRow]) -> list[list[str]]:
     return rows
 
 
-def _results(rounds: Sequence[RoundRecord]) -> tuple[dict[str, str], list[list[str]]]:
+def _results(
+    rounds: Sequence[RoundRecord], summary: Mapping[str, Any]
+) -> tuple[dict[str, str], list[list[str]]]:
     """Return columns and rows: the last round and the best, by the server's data if it has any."""
     seen = {name for record in rounds for name in record.metrics}
     task = task_of(seen)
@@ -292,7 +294,8 @@ def _results(rounds: Sequence[RoundRecord]) -> tuple[dict[str, str], list[list[s
     phases = ["validation", "test"] if central else ["clients"]
     shown = [*((phase, task.primary) for phase in phases), (phases[-1], task.second)]
     chosen = {"last round": rounds[-1]}
-    if best := _best(rounds, task.primary, phases[0]):
+    chosen_round = summary.get(f"best_{phases[0]}", {}).get("round")
+    if best := _best(rounds, task.primary, phases[0], chosen_round):
         chosen[f"best {phases[0]}"] = best
     rows = [
         [
@@ -311,7 +314,12 @@ def _word(metric: Metric) -> str:
     return "" if metric is ACCURACY else f" {metric.title}"
 
 
-def _best(rounds: Sequence[RoundRecord], metric: Metric, phase: str) -> RoundRecord | None:
+def _best(
+    rounds: Sequence[RoundRecord], metric: Metric, phase: str, chosen: int | None
+) -> RoundRecord | None:
+    """Return the round that the run chose, else that with the best score."""
+    if chosen is not None:
+        return next((record for record in rounds if record.server_round == chosen), None)
     key = metric.key(phase)
     scored = [
         record

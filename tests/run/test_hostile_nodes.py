@@ -116,7 +116,7 @@ class TestProfiles:
             {"own-data": True},
             {"rank-pattern": json.dumps({"dense|" + "|".join("abcdef"): 1})},
         ],
-        ids=lambda profile: "-".join(profile),
+        ids="-".join,
     )
     @pytest.mark.parametrize("strategy", ["hafl", "haflq"])
     def test_an_odd_one_that_can_be_used_ends_no_run(self, tmp_path, profile, strategy):

@@ -112,8 +112,10 @@ class TestAWholeRun:
         assert scores[0] == {}  # no node is asked before the first round
         assert all({name.partition("/")[0] for name in s} == {"clients"} for s in scores[1:])
         assert "best_validation" not in summary
-        best = max(scores[1:], key=lambda s: s["clients/accuracy"])
-        assert summary["best_clients"]["clients/accuracy"] == best["clients/accuracy"]
+        best = max(scores[1:], key=lambda s: (s["clients/macro-f1"], -s["clients/loss"]))
+        entry = summary["best_clients"]
+        assert entry.items() >= best.items()
+        assert (entry["chosen_by"], entry["rows"]) == ("macro-f1", 3)  # 2 of 21 rows, and 1 of 9
         assert summary["device_ranks"] == []
         assert (folder / "adapter-best" / "hafl.json").exists()
         assert (folder / "curves.png").exists()
