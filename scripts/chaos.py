@@ -2,8 +2,9 @@
 
 Runs conf/experiment/chaos.yaml without faults, and again with a seeded share of faulty replies and
 a server that is killed and resumed; then with clients that flip the sign of what they learn,
-without and with a robust rule. Prints what was injected, what was noticed and what it cost, and
-fails if a malformed reply went unnoticed, a round was lost, or accuracy fell. Arguments:
+without and with a robust rule. Before that, nodes with hostile profiles and runs with hostile
+settings are tried without training. Prints what was injected, what was noticed and what it cost,
+and fails if a malformed reply went unnoticed, a round was lost, or accuracy fell. Arguments:
 
     seed=0              of the runs, the faults and the kills
     bad=0.1             share of faulty replies

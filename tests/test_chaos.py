@@ -244,11 +244,14 @@ class TestExitStatus:
             "bad": 0.1,
             "kinds": [{"kind": Kind.SIGN_FLIPPED, "injected": 2, "noticed": 0}],
             "rounds_lost": [],
+            "attempts": [{"kind": "profile: x", "detected": True, "reason": "no"}],
             "kills": [{}],
             "kills_wanted": 1,
             "points": {"mean of last rounds": -0.9},
         }
         assert problems(fine) == []
+        failed = [{"kind": "profile: x", "detected": False, "reason": ""}]
+        assert problems({**fine, "attempts": failed}) == ["profile: x: nobody rejected it"]
         assert "lost" in problems({**fine, "rounds_lost": [3]})[0]
         assert "0 of 1 kills" in problems({**fine, "kills": []})[0]
         assert "-1.10 points" in problems({**fine, "points": {"mean of last rounds": -1.1}})[0]

@@ -87,7 +87,7 @@ class FederationSettings:
     max_examples_per_node
         Most examples that a node may count for; null: no limit. What it claims cannot be checked.
     max_examples_ratio
-        From five nodes on, most examples that a node may count for, over the median of all nodes;
+        From three nodes on, most examples that a node may count for, over the median of all nodes;
         null: no limit.
     streaming
         Whether replies are folded in as they arrive, in partition order, and dropped, instead of

@@ -93,6 +93,11 @@ def problems(found: Mapping[str, Any]) -> list[str]:
         for count in found["kinds"]
         if Kind(count["kind"]).is_malformed and count["noticed"] < count["injected"]
     ]
+    reasons += [
+        f"{attempt['kind']}: {attempt['reason'] or 'nobody rejected it'}"
+        for attempt in found["attempts"]
+        if not attempt["detected"]
+    ]
     if found["rounds_lost"]:
         reasons.append(f"rounds lost to bad replies: {list(found['rounds_lost'])}")
     if len(found["kills"]) < found["kills_wanted"]:
@@ -114,6 +119,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         *(
             f"| {c['kind']} | {c['injected']} | {c['noticed']} | {markdown_text(c['reason'], 70)} |"
             for c in found["kinds"]
+        ),
+        *(
+            f"| {a['kind']} | 1 | {int(a['detected'])} | {a['reason'][:70]} |"
+            for a in found["attempts"]
         ),
         "",
         f"Honest replies rejected: {found['honest_refused']}. "

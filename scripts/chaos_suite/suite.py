@@ -12,6 +12,7 @@ from chaos_suite.faults import Kind, NoFaults, RandomFaults, SignFlippers
 from chaos_suite.grid import read_journal
 from chaos_suite.report import LAST_ROUNDS, markdown, problems, tally
 from chaos_suite.runs import Part, run_part, run_with_kills
+from chaos_suite.strangers import try_profiles, try_run_configs
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.experiments.command import Reader, split_arguments
 from hafl_app.experiments.compare import hardware, output_folder
@@ -115,6 +116,8 @@ def chaos(command: ChaosCommand, command_line: str, say: Say) -> list[str]:
         preflight.check(compose(part.overrides))
     folder.mkdir(parents=True, exist_ok=True)
     say(f"Output folder: {folder}")
+    attempts = [*try_profiles(parts["fault-free"].overrides), *try_run_configs()]
+    say(f"{sum(a.detected for a in attempts)} of {len(attempts)} hostile nodes and runs rejected")
     scores: dict[str, dict[str, float]] = {}
     kills: list[dict[str, Any]] = []
     for name, part in parts.items():
@@ -133,6 +136,7 @@ def chaos(command: ChaosCommand, command_line: str, say: Say) -> list[str]:
         "num_clients": settings.num_clients,
         "num_rounds": settings.num_rounds,
         **asdict(tally(read_journal(parts["faulty"].folder))),
+        "attempts": [asdict(attempt) for attempt in attempts],
         "kills_wanted": command.kills,
         "kills": kills,
         "accuracy": scores,

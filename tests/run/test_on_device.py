@@ -231,6 +231,20 @@ class TestClasses:
         )
         assert {m.metadata.dst_node_id for m in training_requests(grid)} == {2, 3}
 
+    def test_a_node_that_overflows_the_classes_is_left_out(self, nodes, tmp_path):
+        many = [{"text": f"{i} rain", "label": f"kind {i}"} for i in range(9_998)]
+        nodes[0]["data-path"] = write(tmp_path / "many.jsonl", many)
+
+        summary, grid = run_on(nodes, tmp_path / "out", "federation.num_rounds=1")
+
+        assert "its 9998 classes and those of the other nodes are 10001" in summary["left_out"]["1"]
+        assert {m.metadata.dst_node_id for m in training_requests(grid)} == {2, 3}
+        assert load_adapter(tmp_path / "out" / "adapter").label_names == (
+            "food",
+            "music",
+            "weather",
+        )
+
     def test_one_class_in_all_is_no_classification(self, nodes, tmp_path):
         with pytest.raises(DataError, match=r"dataset\.label_names=null.*: 1 label names"):
             run_on(nodes[2:], tmp_path / "out", "federation.num_clients=1")
