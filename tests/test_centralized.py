@@ -51,8 +51,11 @@ def test_is_scored_after_every_pass(finished):
     assert summary["each_pass"][-1]["loss"] < summary["each_pass"][0]["loss"]
     assert len(lines) == 1 + 6
     assert json.loads((folder / "summary.json").read_text())["final"] == summary["final"]
-    best = max(summary["each_pass"], key=lambda p: p["validation/accuracy"])
+    best = max(
+        summary["each_pass"], key=lambda p: (p["validation/accuracy"], -p["validation/loss"])
+    )
     assert summary["best_validation"]["pass"] == best["pass"]
+    assert summary["best_validation"]["chosen_by"] == "accuracy"
 
 
 def test_the_saved_adapter_scores_the_last_pass(finished):
