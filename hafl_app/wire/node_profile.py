@@ -29,7 +29,7 @@ _MOST_PARTITIONS = 10**9
 T = TypeVar("T")
 # A node's regular expression runs on the server: names and a few plain repetitions, so that no
 # node can send one that runs forever.
-_MOST_REPETITIONS = 3
+_MOST_REPETITIONS, _MOST_WILDCARDS = 3, 32  # of one pattern; of .* in all patterns together
 _MOST_PATTERNS, _LONGEST_PATTERNS = 256, 2**15  # of a profile, in number and in characters
 _HARMLESS = re.compile(r"(?:[\w|-]|\\?\.|\\d\+|\.\*){1,80}")
 
@@ -198,6 +198,8 @@ def _read_pattern(text: str) -> dict[str, int]:
         values: dict[str, int] = json.loads(text)
         if len(values) > _MOST_PATTERNS:
             raise ValueError(f"{len(values)} patterns, expected at most {_MOST_PATTERNS}")  # noqa: TRY301
+        if (wildcards := sum(p.count("*") for p in values)) > _MOST_WILDCARDS:
+            raise ValueError(f"{wildcards} times .*, expected at most {_MOST_WILDCARDS}")  # noqa: TRY301
         odd = [p for p in values if not _is_harmless(p)]
         least, most = _RANGES["rank"]
         valid = all(type(rank) is int and least <= rank <= most for rank in values.values())
