@@ -147,7 +147,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("kind", ["text", "label"])
     def test_a_missing_column_is_named_to_the_node_alone(self, tmp_path, kind):
-        with pytest.raises(UnfitDataError, match=f"this node's file has no {kind} column") as caught:
+        with pytest.raises(
+            UnfitDataError, match=f"this node's file has no {kind} column"
+        ) as caught:
             own(write(tmp_path, ROWS), **{f"{kind}_column": "absent"}).share()
 
         assert f"{kind}-column in its --node-config" in str(caught.value)
