@@ -12,6 +12,8 @@ from hafl_app.client_app import app
 from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.wire.faults import Fault, fault_of
 
+pytestmark = pytest.mark.slow  # half a second each: composing the settings
+
 SECRET = "hunter2-of-the-environment"
 OWN_DATA = ("dataset=on_device", "model=tiny_random", "strategy=zero_padding")
 REPOSITORY = str(Path(__file__).parents[2])

@@ -137,7 +137,7 @@ class TestPaths:
         assert "absolute" in refusal("model=encoder model.path=./encoder", listed)
 
     def test_a_malformed_list_stops_the_node(self):
-        with pytest.raises(NodeConfigError, match="allowed-paths .*expected absolute") as caught:
+        with pytest.raises(NodeConfigError, match=r"allowed-paths .*expected absolute") as caught:
             check("", {"allowed-paths": "/data:models"})
         assert "models" not in str(caught.value)
 
@@ -176,7 +176,7 @@ class TestRemoteCode:
         )
 
     def test_a_word_that_is_neither(self):
-        with pytest.raises(NodeConfigError, match="allow-remote-code .*expected true or false"):
+        with pytest.raises(NodeConfigError, match=r"allow-remote-code .*expected true or false"):
             check("", {"allow-remote-code": "yes please"})
 
 

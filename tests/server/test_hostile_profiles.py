@@ -132,7 +132,7 @@ def test_patterns_that_would_cost_the_server_time_are_refused_at_once(patterns):
 
 
 def test_the_costliest_patterns_that_are_taken_in_cost_little():
-    patterns = {f".*{'abcdefghij'[i]}.*z.*{i}q": 2 for i in range(10)}
+    patterns = {f".*.*.*{i}q": 2 for i in range(10)}
     patterns |= {rf"layer.\d+.x{i}.\d+.\d+": 2 for i in range(246)}
     record = OTHER.to_record()
     record["rank-pattern"] = json.dumps(patterns)
@@ -143,4 +143,4 @@ def test_the_costliest_patterns_that_are_taken_in_cost_little():
     ranks = [profile.rank_of(module) for module in MODULES]
 
     assert ranks == [8] * len(MODULES)
-    assert time.process_time() - started < 3
+    assert time.process_time() - started < 2  # 0.04 s on an idle core; 1.1 s with 256 of the first
