@@ -2,7 +2,7 @@
 
 Given where the node is started::
 
-    flower-supernode --node-config "least-privacy=local_dp max-clip-norm=1.0 \
+    flower-supernode --node-config "least-privacy='local_dp' max-clip-norm=1.0 \
         min-noise-multiplier=1.0 share='losses,times'"
 
 A run that offers less is refused with the reason, and the server leaves the node out. Paths,
