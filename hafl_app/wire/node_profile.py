@@ -124,7 +124,8 @@ class NodeProfile:
             values = dict(reply.content.config_records[PROFILE].items())
             known = {k.replace("-", "_"): v for k, v in values.items()}
             pattern = _read_pattern(str(known.pop("rank_pattern", "{}")))
-            if known.get("own_data") is True and not set(_LEAST_PARTITION) & set(known):
+            unnumbered = known.get("own_data") is True and not set(_LEAST_PARTITION) & set(known)
+            if unnumbered:
                 known |= {"partition_id": UNNUMBERED, "num_partitions": 0}
             labels = _read_labels(known.pop("label_names", []))
             node_id = reply.metadata.src_node_id
@@ -132,6 +133,8 @@ class NodeProfile:
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a node profile: {shorten(str(error), 300)}") from error
         _check_values(profile)
+        if not unnumbered:  # not by its value: a node may send that of an unnumbered one
+            _check_partition(profile)
         return profile
 
 
@@ -154,16 +157,19 @@ def _check_values(profile: NodeProfile) -> None:
                 f"node profile: {name} is {repr(text)[:80]}, expected a line of at most "
                 f"{_LONGEST_TEXT} characters"
             )
-    numbered = profile.partition_id != UNNUMBERED or not profile.own_data
-    for name, least in (_LEAST_PARTITION if numbered else {}).items():
+    if type(profile.own_data) is not bool:
+        own_data = repr(profile.own_data)[:80]
+        raise ValueError(f"node profile: own_data is {own_data}, expected true or false")
+
+
+def _check_partition(profile: NodeProfile) -> None:
+    for name, least in _LEAST_PARTITION.items():
         _check_number(name, getattr(profile, name), least, _MOST_PARTITIONS)
-    if numbered and not profile.partition_id < profile.num_partitions <= _MOST_PARTITIONS:
+    if not profile.partition_id < profile.num_partitions:
         raise ValueError(
             f"node profile: partition_id is {profile.partition_id}, expected below "
-            f"num_partitions, {profile.num_partitions}, at most {_MOST_PARTITIONS}"
+            f"num_partitions, {profile.num_partitions}"
         )
-    if type(profile.own_data) is not bool:
-        raise ValueError(f"node profile: own_data is {profile.own_data!r}, expected true or false")
 
 
 def _check_number(name: str, value: object, least: int, most: int) -> None:

@@ -96,6 +96,17 @@ def test_the_node_is_left_out_or_the_value_is_harmless(field, value, caplog):
     check_harmless(profile, field)
 
 
+@pytest.mark.parametrize("num_partitions", [8, 0, 10**18, "many", 1.5])
+def test_a_node_does_not_say_that_it_is_unnumbered(num_partitions):
+    record = OTHER.to_record()
+    record["partition-id"], record["num-partitions"] = -1, num_partitions
+
+    directory, present, _ = taken_in(record)
+
+    assert "partition_id is -1, expected a whole number" in directory.refusals[12]
+    assert [profile.node_id for profile in present] == [11]
+
+
 def check_harmless(profile, field):
     """A value that was taken in is as an honest node's: in range, short, printable."""
     numbers = (profile.num_examples, profile.memory_total_mb, profile.memory_free_mb)
