@@ -157,9 +157,10 @@ def _check_values(profile: NodeProfile) -> None:
                 f"node profile: {name} is {repr(text)[:80]}, expected a line of at most "
                 f"{_LONGEST_TEXT} characters"
             )
-    if type(profile.own_data) is not bool:
-        own_data = repr(profile.own_data)[:80]
-        raise ValueError(f"node profile: own_data is {own_data}, expected true or false")
+    own_data: object = profile.own_data
+    if type(own_data) is not bool:
+        given = repr(own_data)[:80]
+        raise ValueError(f"node profile: own_data is {given}, expected true or false")
 
 
 def _check_partition(profile: NodeProfile) -> None:
