@@ -198,8 +198,9 @@ def with_perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def weighted_mean(clients: Sequence[Mapping[str, float]], name: str, weight: str) -> float:
-    """Return the mean of a metric over clients; NaN without weights."""
-    total = sum(one[weight] for one in clients)
+    """Return the mean of a metric over the clients that report it; NaN without weights."""
+    reporting = [one for one in clients if name in one]  # a node may withhold it
+    total = sum(one[weight] for one in reporting)
     if not total:
         return math.nan
-    return sum(one.get(name, math.nan) * one[weight] for one in clients) / total
+    return sum(one[name] * one[weight] for one in reporting) / total

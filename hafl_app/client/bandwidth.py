@@ -1,10 +1,9 @@
 """Bandwidth of a node's uplink, from ``flower-supernode --node-config``."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from hafl_app.config.compose import SettingsError
+from hafl_app.client.node_config import whole_number
 
 BANDWIDTH_KBPS = "bandwidth-kbps"
 _MOST_KBPS = 10**9
@@ -15,16 +14,7 @@ def bandwidth_kbps(node_config: Mapping[str, Any]) -> int:
 
     Raises
     ------
-    SettingsError
+    hafl_app.client.node_config.NodeConfigError
         If it is no whole number from 1 to 10^9.
     """
-    value = node_config.get(BANDWIDTH_KBPS)
-    if value is None:
-        return 0
-    whole = re.fullmatch("[0-9]{1,10}", str(value))
-    if not whole or not 1 <= int(value) <= _MOST_KBPS:
-        raise SettingsError(
-            f"this node's {BANDWIDTH_KBPS}={str(value)[:40]}: expected a whole number from 1 to "
-            f"{_MOST_KBPS}"
-        )
-    return int(value)
+    return whole_number(node_config, BANDWIDTH_KBPS, 1, _MOST_KBPS) or 0

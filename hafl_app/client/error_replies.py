@@ -7,24 +7,35 @@ from collections.abc import Callable, Iterator
 
 from flwr.app import Context, Message
 
+from hafl_app.client.node_config import NodeConfigError
 from hafl_app.client.permissions import NotAllowedError
+from hafl_app.client.terms import DEVICE, Terms
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError, UnfitDataError
+from hafl_app.printable import printable
 from hafl_app.privacy.mechanism import PrivacyError
 from hafl_app.run.logs import show_log
 from hafl_app.training.base_model import ModelError
 from hafl_app.training.batches import is_out_of_memory
+from hafl_app.training.device import DeviceError
 from hafl_app.training.local import DeviceMemoryError, LossNotFiniteError, TrainingError
+from hafl_app.training.lora_model import AdapterFitError
 from hafl_app.wire.arrays import RecordError
-from hafl_app.wire.faults import Fault, error_reply
+from hafl_app.wire.faults import Fault, error_reply, unexpected
 
 _LOGGER = logging.getLogger(__name__)
+_LONGEST_LOGGED = 1000  # characters
 
 Handler = Callable[[Message, Context], Message]
 
 
-def fault_behind(error: Exception) -> tuple[Fault, str] | None:
+def fault_behind(error: Exception, *, names_device: bool = True) -> tuple[Fault, str] | None:
     """Return an exception's kind of fault, and a reason that may leave the node.
+
+    Parameters
+    ----------
+    names_device
+        Whether a reason may say what the device is and how much memory it has.
 
     Returns
     -------
@@ -33,6 +44,8 @@ def fault_behind(error: Exception) -> tuple[Fault, str] | None:
     """
     if any(isinstance(e, OSError) and e.errno in _NO_SPACE for e in _chain(error)):
         return Fault.DISK_FULL, "no space left on a disk of this node"
+    if isinstance(error, DeviceMemoryError) and not names_device:
+        return Fault.OUT_OF_MEMORY, _NO_MEMORY
     for kind, fault in _QUOTABLE.items():
         if isinstance(error, kind):
             return fault, str(error)
@@ -40,19 +53,24 @@ def fault_behind(error: Exception) -> tuple[Fault, str] | None:
         # These messages may quote a file's path, a label or a cell, for the owner of the data.
         return Fault.DATA_UNAVAILABLE, "this node cannot read its data; its own log says why"
     if is_out_of_memory(error):  # outside of training, where there is nothing to halve
-        return Fault.OUT_OF_MEMORY, "this node's memory does not suffice"
+        return Fault.OUT_OF_MEMORY, _NO_MEMORY
     return None
 
 
+_NO_MEMORY = "this node's memory does not suffice"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Their messages are made of settings and plans, which come from the server, and of counts.
+# Their messages are made of settings, plans and requests, which come from the server, of counts,
+# and of keys of the node's config: no value of that config, no path, label or text of the node.
 _QUOTABLE: dict[type[Exception], Fault] = {
     DeviceMemoryError: Fault.OUT_OF_MEMORY,
     UnfitDataError: Fault.DATA_UNAVAILABLE,
     LossNotFiniteError: Fault.LOSS_NOT_FINITE,
     ModelError: Fault.MODEL_UNAVAILABLE,
+    NodeConfigError: Fault.BAD_REQUEST,
     NotAllowedError: Fault.REFUSED,
     PrivacyError: Fault.REFUSED,
+    AdapterFitError: Fault.BAD_REQUEST,
+    DeviceError: Fault.BAD_REQUEST,
     RecordError: Fault.BAD_REQUEST,
     SettingsError: Fault.BAD_REQUEST,
     TrainingError: Fault.BAD_REQUEST,
@@ -69,7 +87,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def errors_as_replies(handler: Handler) -> Handler:
     """Make a handler of a ClientApp reply with the fault instead of raising it.
 
-    Unexpected exceptions are raised; Flower replies for them.
+    An unexpected exception is a fault too: Flower would send its text to the server.
     """
 
     @functools.wraps(handler)
@@ -78,17 +96,25 @@ def errors_as_replies(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except Exception as error:
-            found = fault_behind(error)
+            kind, names_device = message.metadata.message_type, _names_device(context)
+            found = fault_behind(error, names_device=names_device)
             if found is None:
-                raise
+                _LOGGER.exception("%s: unexpected error", kind)
+                return unexpected(message, error)
             fault, reason = found
+            # For the operator; what the server wrote must not forge lines in this log either.
+            details = "; ".join(filter(None, (str(error), getattr(error, "details", ""))))
             _LOGGER.warning(
                 "%s: %s (%s: %s)",
-                message.metadata.message_type,
-                fault.name,
-                type(error).__name__,
-                error,
+                *(kind, fault.name, type(error).__name__, printable(details, _LONGEST_LOGGED)),
             )
             return error_reply(message, fault, reason)
 
     return answer
+
+
+def _names_device(context: Context) -> bool:
+    try:
+        return Terms.of(context.node_config).shares(DEVICE)
+    except NodeConfigError:
+        return False

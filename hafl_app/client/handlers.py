@@ -5,9 +5,13 @@ from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
 from hafl_app.client.bandwidth import bandwidth_kbps
 from hafl_app.client.error_replies import Handler, errors_as_replies
 from hafl_app.client.node import Node
+from hafl_app.client.terms import DEVICE, SCORES
 from hafl_app.client.training_reply import training_reply
+from hafl_app.data.errors import UnfitDataError
+from hafl_app.data.shares import Share
 from hafl_app.privacy.mechanism import PrivacyError, check_local_plan
-from hafl_app.training.device import device_facts, resolve_device, threads
+from hafl_app.training.batches import Examples
+from hafl_app.training.device import UNKNOWN_DEVICE, device_facts, resolve_device, threads
 from hafl_app.training.evaluate import evaluate as score
 from hafl_app.training.local import train as train_locally
 from hafl_app.wire.node_profile import PROFILE, NodeProfile
@@ -22,7 +26,8 @@ def query(message: Message, context: Context) -> Message:
     share = node.share(request.label_names)
     tier = node.rank_budget(len(share.label_names))
     device = device_facts(resolve_device(node.settings.client.device))
-    has_own_data = node.own is not None
+    if not node.terms.shares(DEVICE):
+        device = UNKNOWN_DEVICE
     profile = NodeProfile(
         partition_id=node.partition_id,
         num_partitions=node.num_partitions,
@@ -36,9 +41,9 @@ def query(message: Message, context: Context) -> Message:
         torch_version=device.torch_version,
         cuda_version=device.cuda_version,
         bandwidth_kbps=bandwidth_kbps(context.node_config),
-        own_data=has_own_data,
+        own_data=node.own is not None,
         # Only on request: the classes reveal something about a node's texts.
-        label_names=share.label_names if has_own_data and request.label_names is None else (),
+        label_names=share.label_names if node.own and request.label_names is None else (),
     )
     return Message(RecordDict({PROFILE: profile.to_record()}), reply_to=message)
 
@@ -62,11 +67,21 @@ def evaluate(message: Message, context: Context) -> Message:
     node, request = Node.of(context), read_request(message)
     if node.is_private:
         raise PrivacyError("scores on private data carry no noise: refused under local_dp")
+    node.terms.check_field(SCORES, "evaluation")
     job = node.prepare(request)
     with threads(node.settings.client.num_threads):
         job.model.load(job.adapter, job.plan)
-        scores = score(job.model, job.share.holdout(), node.settings.client.precision)
+        scores = score(job.model, _held_out(node, job.share), node.settings.client.precision)
     return Message(RecordDict({METRICS: MetricRecord({**scores.to_wire()})}), reply_to=message)
+
+
+def _held_out(node: Node, share: Share) -> Examples:
+    examples = share.holdout()
+    if not len(examples.labels):
+        fraction = node.settings.dataset.holdout_fraction
+        reason = f"dataset.holdout_fraction={fraction}: this node has no row to evaluate on"
+        raise UnfitDataError(reason, f"{share.num_examples} rows in all")
+    return examples
 
 
 HANDLERS: dict[str, Handler] = {

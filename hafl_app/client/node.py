@@ -1,19 +1,21 @@
 """The node that answers a message: its settings, its data and its model in the run."""
 
-import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flwr.app import ArrayRecord, Context, RecordDict
 from safetensors import SafetensorError
 
 from hafl_app.client.base_precision import base_precision
+from hafl_app.client.node_config import whole_number
 from hafl_app.client.own_data import DATA_PATH, own_file, own_share
 from hafl_app.client.permissions import Permissions
 from hafl_app.client.rank_budget import NodeLimits, rank_budget
+from hafl_app.client.terms import LABELS, Terms
 from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import RankTier, Settings
-from hafl_app.data.errors import UnfitDataError
 from hafl_app.data.own_file import OwnFile
 from hafl_app.data.shares import Share
 from hafl_app.data.sources import ON_DEVICE
@@ -29,8 +31,9 @@ from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.node_profile import UNNUMBERED
 from hafl_app.wire.requests import TrainRequest
 
-_LOGGER = logging.getLogger(__name__)
 _OWN_HEAD = "local-head"
+PARTITION, NUM_PARTITIONS = "partition-id", "num-partitions"
+_MOST_PARTITIONS = 10**9
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Node:
         0 for an unnumbered node.
     state
         Kept between the node's messages.
+    terms
+        Of the node's operator; the settings meet them.
     """
 
     settings: Settings
@@ -93,6 +98,7 @@ class Node:
     partition_id: int
     num_partitions: int
     state: RecordDict
+    terms: Terms
 
     @classmethod
     def of(cls, context: Context) -> "Node":
@@ -102,11 +108,15 @@ class Node:
         ------
         SettingsError
             If the settings are wrong, or the node's config is incomplete.
+        hafl_app.client.node_config.NodeConfigError
+            If a value in the node's config is malformed.
         hafl_app.client.permissions.NotAllowedError
-            If the node's operator does not permit the settings.
+            If the node's operator does not permit the settings, or they do not meet the terms.
         """
         config = context.node_config
         settings = build.settings_of_run(context.run_config)
+        terms = Terms.of(config)
+        terms.check(settings)
         own = own_file(settings, config)
         Permissions.of(config, os.environ).check(_as_read_here(settings, own))
         if own is None and settings.dataset.source == ON_DEVICE:
@@ -115,16 +125,10 @@ class Node:
                 "names them"
             )
         partition_id, num_partitions = UNNUMBERED, 0
-        if own is None or "partition-id" in config:
-            if not {"partition-id", "num-partitions"} <= set(config):
-                raise SettingsError(
-                    "this node's --node-config needs partition-id and num-partitions, or "
-                    f"{DATA_PATH}"
-                )
-            partition_id = int(config["partition-id"])
-            num_partitions = int(config["num-partitions"])
+        if own is None or PARTITION in config:
+            partition_id, num_partitions = _partition(config)
         limits = NodeLimits.of(config)
-        return cls(settings, limits, own, partition_id, num_partitions, context.state)
+        return cls(settings, limits, own, partition_id, num_partitions, context.state, terms)
 
     @property
     def is_private(self) -> bool:
@@ -138,9 +142,12 @@ class Node:
         ------
         RecordError
             If the node has no number, and the request gives none.
+        hafl_app.client.permissions.NotAllowedError
+            If the plan asks for what the node withholds.
         hafl_app.data.errors.DataError, ModelError
             See `share` and `model`.
         """
+        self.terms.check_plan(request.plan)
         settings, number = self.settings, self._number(request)
         share = self.share(request.label_names)
         plan = self.limits.limit_plan(request.plan)
@@ -179,14 +186,14 @@ class Node:
         ------
         hafl_app.data.errors.DataError
             If the data cannot be read, or do not fit the classes.
+        hafl_app.client.permissions.NotAllowedError
+            If the classes in the node's own file are withheld, and the run has none.
         """
         if self.own is None:
             return build.federated_text(self.settings, self.num_partitions).share(self.partition_id)
-        try:
-            return own_share(self.settings, self.own, label_names)
-        except UnfitDataError as error:
-            _LOGGER.warning("%s; %s", error, error.details)
-            raise
+        if label_names is None:
+            self.terms.check_field(LABELS, "dataset.label_names=null")
+        return own_share(self.settings, self.own, label_names)
 
     def model(self, share: Share) -> LoraModel:
         """Return the base model with LoRA layers, loaded once in a process.
@@ -223,6 +230,17 @@ class Node:
             return None
         rank = self.rank_budget(len(share.label_names)).rank
         return base_precision(self.settings, self.limits, rank, share, self.state)
+
+
+def _partition(node_config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return which partition a node has, from 0, and how many there are."""
+    total = whole_number(node_config, NUM_PARTITIONS, 1, _MOST_PARTITIONS)
+    if total is None or PARTITION not in node_config:
+        raise SettingsError(
+            f"this node's --node-config needs {PARTITION} and {NUM_PARTITIONS}, or {DATA_PATH}"
+        )
+    number = whole_number(node_config, PARTITION, 0, total - 1)
+    return int(number or 0), total
 
 
 def _as_read_here(settings: Settings, own: OwnFile | None) -> Settings:

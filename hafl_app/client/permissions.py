@@ -24,6 +24,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from hafl_app.client.node_config import NodeConfigError
 from hafl_app.config.compose import CONF
 from hafl_app.config.schema import Settings
 
@@ -92,7 +93,7 @@ class Permissions:
 
         Raises
         ------
-        NotAllowedError
+        hafl_app.client.node_config.NodeConfigError
             If a list is malformed: a node must not answer with other permissions than intended.
         """
         given = {
@@ -206,7 +207,7 @@ def _names(value: Any, default: frozenset[str]) -> frozenset[str]:
 def _allowed_path(part: str) -> str:
     path = Path(part).expanduser()
     if part != _ALL and not path.is_absolute():
-        raise NotAllowedError(f"{PATHS}={part!r} of this node: expected absolute paths")
+        raise NodeConfigError(PATHS, "absolute paths", part)
     return part if part == _ALL else str(path.resolve())
 
 
@@ -214,5 +215,5 @@ def _switch(value: Any) -> bool:
     words = {"true": True, "1": True, "false": False, "0": False, "": False, "none": False}
     word = str(value).strip().lower()
     if word not in words:
-        raise NotAllowedError(f"{REMOTE_CODE}={value!r} of this node: expected true or false")
+        raise NodeConfigError(REMOTE_CODE, "true or false", value)
     return words[word]

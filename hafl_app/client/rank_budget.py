@@ -1,10 +1,10 @@
 """A node's budget: its rank, and the length of its training."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hafl_app.client.node_config import positive_number, whole_number
 from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import RankTier, Settings
 from hafl_app.plan import TrainPlan
@@ -14,6 +14,7 @@ from hafl_app.training.local import DeviceMemoryError
 from hafl_app.training.settings import TrainOptions
 
 RANK, MEMORY_MB, MAX_STEPS, MAX_SECONDS = "rank", "memory-mb", "max-steps", "max-seconds"
+_MOST = 10**9
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class NodeLimits:
 
         Raises
         ------
-        SettingsError
+        hafl_app.client.node_config.NodeConfigError
             Naming the key, if a value is no number or too small.
         """
         return cls(
-            rank=_whole(node_config, RANK),
-            memory_mb=_whole(node_config, MEMORY_MB),
-            max_steps=_whole(node_config, MAX_STEPS),
-            max_seconds=_seconds(node_config),
+            rank=whole_number(node_config, RANK, 1, _MOST),
+            memory_mb=whole_number(node_config, MEMORY_MB, 1, _MOST),
+            max_steps=whole_number(node_config, MAX_STEPS, 1, _MOST),
+            max_seconds=positive_number(node_config, MAX_SECONDS),
         )
 
     def limit_plan(self, plan: TrainPlan) -> TrainPlan:
@@ -71,28 +72,6 @@ class NodeLimits:
         rounds = max(1, plan.local_epochs // local_epochs)
         seconds = [s for s in (rounds * options.max_seconds, self.max_seconds) if s]
         return replace(options, max_seconds=min(seconds, default=0.0))
-
-
-def _whole(node_config: Mapping[str, Any], key: str) -> int | None:
-    value = node_config.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
-        raise SettingsError(f"this node's {key}={value}: expected a whole number from 1")
-    return int(value)
-
-
-def _seconds(node_config: Mapping[str, Any]) -> float | None:
-    value = node_config.get(MAX_SECONDS)
-    if value is None:
-        return None
-    try:
-        seconds = math.nan if isinstance(value, bool) else float(value)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise SettingsError(f"this node's {MAX_SECONDS}={value}: expected a number above 0")
-    return seconds
 
 
 def rank_from_memory(settings: Settings, limits: NodeLimits, most: int, num_labels: int) -> int:

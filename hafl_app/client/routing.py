@@ -16,7 +16,8 @@ def answer(message: Message, context: Context) -> Message:
 
     A node whose config names a worker is answered by it. Without Ray the message is answered in
     this process, which takes longer; a worker that fails is an error reply, for the same training
-    would make this process fail likewise.
+    would make this process fail likewise. No exception is left to Flower, which sends its text to
+    the server.
     """
     try:
         options = WorkerOptions.of(context.node_config, context.node_id)
@@ -30,8 +31,13 @@ def answer(message: Message, context: Context) -> Message:
     except (WorkerOptionsError, WorkerFailedError) as error:
         from hafl_app.wire.faults import Fault, error_reply  # noqa: PLC0415  imports torch
 
-        _LOGGER.warning("%s", error)
+        _LOGGER.warning("%s; %s", error, getattr(error, "details", ""))
         return error_reply(message, Fault.WORKER_FAILED, str(error))
+    except Exception as error:
+        from hafl_app.wire.faults import unexpected  # noqa: PLC0415
+
+        _LOGGER.exception("%s: unexpected error", message.metadata.message_type)
+        return unexpected(message, error)
 
 
 def answer_here(message: Message, context: Context) -> Message:

@@ -4,6 +4,7 @@ from flwr.app import MetricRecord, RecordDict
 
 from hafl_app.client.error_feedback import encode_with_feedback
 from hafl_app.client.node import Job, Node
+from hafl_app.client.terms import DEVICE, LOSSES, TIMES
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.privacy.mechanism import NoiseSource, privatize_upload, trained_part
 from hafl_app.run import build
@@ -23,7 +24,7 @@ def training_reply(node: Node, job: Job, result: TrainResult) -> RecordDict:
         upload = _privatized(node, job, upload)
     importance = {name: scores.numpy() for name, scores in result.importance.items()}
     arrays = encode_with_feedback(node.state, upload, job.adapter, job.plan, importance, job.seed)
-    return adapter_content(arrays, **{METRICS: _metrics(result, node.is_private)})
+    return adapter_content(arrays, **{METRICS: _metrics(result, node)})
 
 
 def _privatized(node: Node, job: Job, upload: Adapter) -> Adapter:
@@ -33,18 +34,22 @@ def _privatized(node: Node, job: Job, upload: Adapter) -> Adapter:
     return privatize_upload(upload, trained_part(job.adapter, job.plan), privacy, generator)
 
 
-def _metrics(result: TrainResult, private: bool) -> MetricRecord:
-    if private:  # losses, times and memory follow from the texts, and carry no noise
-        return MetricRecord({NUM_EXAMPLES: result.num_examples})
-    return MetricRecord(
-        {
-            NUM_EXAMPLES: result.num_examples,
-            "loss": result.loss,
+def _metrics(result: TrainResult, node: Node) -> MetricRecord:
+    metrics: dict[str, int | float] = {NUM_EXAMPLES: result.num_examples}
+    if node.is_private:  # losses, times and memory follow from the texts, and carry no noise
+        return MetricRecord(dict(metrics))
+    if node.terms.shares(LOSSES):
+        metrics["loss"] = result.loss
+    if node.terms.shares(TIMES):
+        metrics |= {
             "steps": result.steps,
             SECONDS: result.seconds,
             "probe-seconds": result.probe_seconds,
-            "peak-memory-mb": result.peak_memory_mb,
-            "micro-batch-size": result.micro_batch_size,
             "out-of-time": int(result.out_of_time),
         }
-    )
+    if node.terms.shares(DEVICE):
+        metrics |= {
+            "peak-memory-mb": result.peak_memory_mb,
+            "micro-batch-size": result.micro_batch_size,
+        }
+    return MetricRecord(dict(metrics))

@@ -86,6 +86,8 @@ def _compose(overrides: tuple[str, ...]) -> Settings:
         return to_settings(merge_files(overrides))
     except SettingsError:
         raise
+    except RecursionError as error:
+        raise SettingsError("the overrides are nested too deep") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise SettingsError(_explain(error, overrides)) from error
 
@@ -199,7 +201,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """Name the wrong override in one line; Hydra takes several, and gives no near names."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as problem:
+    except (HydraException, ValueError) as problem:  # also of a number with too many digits
         return _first_line(problem)
     groups = _groups()
     known = _known_keys(tuple(o for o in overrides if o.partition("=")[0] in groups))

@@ -106,7 +106,9 @@ def method_class(target: Any) -> type:
     try:
         found = getattr(import_module(module), name, None)
     except ImportError as error:
-        raise ValueError(f"strategy._target_={target}: cannot be imported ({error})") from error
+        # Other messages of Python's name the file: on a node they would go to the server.
+        reason = str(error) if isinstance(error, ModuleNotFoundError) else type(error).__name__
+        raise ValueError(f"strategy._target_={target}: cannot be imported ({reason})") from error
     if not isinstance(found, type) or not _is_method(found):
         raise ValueError(f"strategy._target_={target}: expected a dataclass made from {_METHOD}")
     return found

@@ -19,6 +19,7 @@ from hafl_app.data.splits import Rows, split_off
 from hafl_app.data.tables import index_labels, shuffled, sorted_label_names, standardize
 from hafl_app.data.text import EncodedText, Tokenize, encode
 
+_ROWS_PER_LABEL = 2  # on average, from which on labels look like classes
 _MOST_NAMED = 20  # columns or labels in a node's own log
 
 
@@ -36,6 +37,8 @@ class OwnFile:
         Size of a random subset, at least 1; None for all.
     data_seed
         Seed, not negative, of the order and the subset.
+    max_labels, max_label_length
+        Most classes, and characters of each, whose names may leave the node; at least 1.
     """
 
     path: str
@@ -43,6 +46,8 @@ class OwnFile:
     label_column: str = "label"
     max_examples: int | None = None
     data_seed: int = 0
+    max_labels: int = 200
+    max_label_length: int = 60
 
     def version(self) -> tuple[int, int]:
         """Return a version that changes with the file: time of change in ns, and size in bytes.
@@ -101,11 +106,12 @@ class OwnText:
         Raises
         ------
         UnfitDataError
-            If a column is missing, or a label is not among the run's.
+            If a column is missing, a label is not among the run's, or the node's own labels do not
+            look like names of classes, which may leave.
         DataError
             If the file cannot be read, has no rows, or a text or label is null.
         """
-        names = self._own_names if label_names is None else tuple(label_names)
+        names = self._released_names if label_names is None else tuple(label_names)
         self._refuse_unknown(names)
         train, holdout = self._split
         return Share(
@@ -135,12 +141,29 @@ class OwnText:
         # Of all rows: which of them a run takes must not decide what the classes are.
         names = sorted_label_names(self._table["label"])
         if fault := label_fault(names) or class_fault(self._table["label"]):
-            column = self._file.label_column
-            raise UnfitDataError(
-                f"column {column!r} of this node's file: {fault}; is it the label column?",
-                f"the first label is {names[0][:80]!r}",
-            )
+            raise self._wrong_column(fault, names)
         return names
+
+    @cached_property
+    def _released_names(self) -> tuple[str, ...]:
+        """The classes, once they are few, short and repeated enough to leave the node."""
+        names, rows, file = self._own_names, len(self._table), self._file
+        longest = max(map(len, names))
+        if len(names) > file.max_labels:
+            fault = f"{len(names)} labels, max-labels lets {file.max_labels} leave"
+        elif longest > file.max_label_length:
+            fault = f"a label of {longest} characters, max-label-length is {file.max_label_length}"
+        elif _ROWS_PER_LABEL * len(names) > rows:
+            fault = f"{len(names)} labels in {rows} rows, expected {_ROWS_PER_LABEL} rows of each"
+        else:
+            return names
+        raise self._wrong_column(f"{fault} (with dataset.label_names none would)", names)
+
+    def _wrong_column(self, fault: str, names: Sequence[str]) -> UnfitDataError:
+        return UnfitDataError(
+            f"this node's labels: {fault}; does label-column in its --node-config name the labels?",
+            f"column {self._file.label_column!r}, the first label is {names[0][:80]!r}",
+        )
 
     @cached_property
     def _split(self) -> tuple[Rows, Rows]:
@@ -159,18 +182,18 @@ class OwnText:
         ):
             if column not in known:
                 raise UnfitDataError(
-                    f"dataset.{kind}_column: this node's file has no column {column!r}; "
-                    f"{kind}-column in its --node-config names another",
-                    f"it has {_listed(known)}",
+                    f"this node's file has no {kind} column; {kind}-column in its --node-config "
+                    f"names it, {kind!r} by default",
+                    f"no column {column!r}, it has {_listed(known)}",
                 )
 
     def _refuse_unknown(self, names: tuple[str, ...]) -> None:
         unknown = sorted(set(self._own_names) - set(map(normal_name, names)))
         if unknown:
             raise UnfitDataError(
-                f"dataset.label_names: {len(unknown)} of the {len(self._own_names)} labels in "
-                f"column {self._file.label_column!r} of this node's file are not among the "
-                f"{len(names)} of the run",
+                # Not how many: who may guess names would be told which are right, one by one.
+                f"dataset.label_names: labels of this node are not among the {len(names)} of the "
+                "run; its own log names them",
                 f"unknown: {_listed(unknown)}",
             )
 

@@ -81,7 +81,13 @@ def _nodes(options: argparse.Namespace) -> list[LocalNode]:
         given = ",".join(map(str, ranks))
         raise ValueError(f"--ranks {given}: expected {count} numbers from 1, one for each node")
     return [
-        LocalNode(f"node-{i}", rank, data[i].absolute() if data else None)
+        LocalNode(
+            f"node-{i}",
+            rank,
+            data[i].absolute() if data else None,
+            text_column=options.text_column,
+            label_column=options.label_column,
+        )
         for i, rank in enumerate(ranks)
     ]
 
@@ -139,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a node's own data file; once per node, in their order (default: generated text)",
     )
+    for kind in ("text", "label"):
+        parser.add_argument(
+            f"--{kind}-column",
+            default=kind,
+            metavar="COLUMN",
+            help=f"with the {kind}s in these files (default: %(default)s)",
+        )
     parser.add_argument(
         "--credentials",
         type=Path,

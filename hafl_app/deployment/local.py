@@ -50,16 +50,27 @@ class LocalNode:
         Its rank budget, at least 1.
     data
         Its own data file, if it does not take its part of the common data.
+    text_column, label_column
+        Of that file.
     """
 
     name: str
     rank: int
     data: Path | None = None
+    text_column: str = "text"
+    label_column: str = "label"
 
     def config(self, partition_id: int, num_partitions: int) -> str:
         """Return its ``--node-config``."""
         words = f"partition-id={partition_id} num-partitions={num_partitions} rank={self.rank}"
-        return words if self.data is None else f"{words} data-path={json.dumps(str(self.data))}"
+        if self.data is None:
+            return words
+        own = {
+            "data-path": str(self.data),
+            "text-column": self.text_column,
+            "label-column": self.label_column,
+        }
+        return " ".join([words, *(f"{key}={json.dumps(value)}" for key, value in own.items())])
 
 
 @dataclass

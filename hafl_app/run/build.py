@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from hafl_app.config.compose import compose, strategy_arguments
+from hafl_app.config.compose import SettingsError, compose, strategy_arguments
 from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
@@ -52,8 +52,16 @@ def overrides_of_run(run_config: Mapping[str, Any]) -> list[str]:
     run_config
         ``overrides``, a string of Hydra overrides, and the everyday knobs, which come after and
         win; empty means "as in conf/".
+
+    Raises
+    ------
+    hafl_app.config.compose.SettingsError
+        If a quotation mark is not closed.
     """
-    overrides = shlex.split(str(run_config.get("overrides", "")))
+    try:
+        overrides = shlex.split(str(run_config.get("overrides", "")))
+    except ValueError as error:
+        raise SettingsError(f"overrides of the run config: {error}") from error
     for knob, setting in KNOBS.items():
         if str(run_config.get(knob, "")):
             overrides.append(f"{setting}={run_config[knob]}")

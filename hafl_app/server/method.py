@@ -44,6 +44,8 @@ class Traits:
         Reason for None: the influences beside clipped changes and the plans' denominators.
     allocates_bits
         Whether its plans give each component bits of its own (``federation.upload=mixed``).
+    uploads_importance
+        Whether its plans ask clients for importance scores, which they measure on their data.
     breaks
         Laws of the conformance suite that the method breaks by its paper, with the source.
     """
@@ -58,6 +60,7 @@ class Traits:
         "does not declare them"
     )
     allocates_bits: bool = False
+    uploads_importance: bool = False
     breaks: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -95,6 +95,7 @@ class Hafl(ComponentMean):
         by_uploads = self.selection == "importance" and self.importance != "magnitude"
         return replace(
             self.traits,
+            uploads_importance=self.scores.from_gradients,
             not_robust=""
             if adaptive
             else "aggregation=zero_padding counts missing components as zeros, use adaptive",

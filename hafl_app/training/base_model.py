@@ -122,7 +122,8 @@ def _downloaded(spec: BaseSpec) -> Path:
 @functools.cache
 def _check_sha256(file: Path, expected: str) -> None:
     if not file.is_file():
-        raise ModelError(f"{file.parent}: no {file.name}, whose SHA-256 should be {expected}")
+        # Not the folder: on a node this reason goes to the server.
+        raise ModelError(f"the base model has no {file.name}, whose SHA-256 should be {expected}")
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -255,7 +256,7 @@ def _from_weights(config: Any, spec: BaseSpec) -> Any:
     folder = locate(spec)
     if not list(folder.glob("*.safetensors")):
         # The older formats are pickles, which can carry code.
-        raise ModelError(f"model.path={spec.path}: no weights in safetensors format in {folder}")
+        raise ModelError(f"model.path={spec.path}: no weights in safetensors format")
     with _refusing_code(spec), _quiet_transformers():
         return _auto(spec).from_pretrained(
             folder,

@@ -15,18 +15,22 @@ _MEGABYTE = 1e6
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
+class DeviceError(ValueError):
+    """A device that was asked for and is not there."""
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu`` or ``cuda``.
 
     Raises
     ------
-    ValueError
+    DeviceError
         If CUDA is asked for and there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("client.device=cuda, but no CUDA device is available")
+        raise DeviceError("client.device=cuda, but no CUDA device is available")
     return torch.device(name)
 
 
@@ -44,7 +48,7 @@ class DeviceFacts:
     Parameters
     ----------
     kind, name
-        ``cpu`` or ``cuda``, and the model's name.
+        ``cpu``, ``cuda`` or ``unknown``, and the model's name.
     memory_total_mb, memory_free_mb
         In MB of 10^6 bytes; on the CPU no more than the container or service may use.
     torch_version, cuda_version
@@ -57,6 +61,10 @@ class DeviceFacts:
     memory_free_mb: int
     torch_version: str
     cuda_version: str
+
+
+UNKNOWN_DEVICE = DeviceFacts("unknown", "", 0, 0, "", "")
+"""Facts of a device whose operator gives none."""
 
 
 def device_facts(device: torch.device) -> DeviceFacts:

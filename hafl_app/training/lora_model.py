@@ -25,6 +25,10 @@ from hafl_app.training.settings import BaseSpec
 TRAINABLE, FROZEN = "trainable_components", "frozen_components"
 
 
+class AdapterFitError(ValueError):
+    """An adapter or a plan for other layers than the model's."""
+
+
 class LoraSpec(Protocol):
     """Identity of a model's weights before training; one class for each task."""
 
@@ -174,15 +178,15 @@ class LoraModel(nn.Module, ABC):
 
         Raises
         ------
-        ValueError
+        AdapterFitError
             If adapter, plan and model disagree about modules, shapes or ranks.
         """
         for name in {**adapter.modules, **plan.modules}:
             if name not in self.layers:
-                raise ValueError(f"module {name!r} is none of the adapted ones")
+                raise AdapterFitError(f"module {name!r} is none of the adapted ones")
         for name, layer in self.layers.items():
             if name not in adapter.modules or name not in plan.modules:
-                raise ValueError(f"module {name!r} is missing in the adapter or in the plan")
+                raise AdapterFitError(f"module {name!r} is missing in the adapter or in the plan")
             factors, module = adapter.modules[name], plan.modules[name]
             _check_fit(name, layer, factors, module)
             active = []
@@ -321,12 +325,12 @@ def _freeze_untrained(layer: LoraLayer, module: ModulePlan) -> None:
 
 def _check_fit(name: str, layer: LoraLayer, factors: LoraFactors, module: ModulePlan) -> None:
     if (factors.out_features, factors.in_features) != (layer.out_features, layer.in_features):
-        raise ValueError(
+        raise AdapterFitError(
             f"module {name!r}: factors of a ({factors.out_features}, {factors.in_features}) weight "
             f"for a layer of ({layer.out_features}, {layer.in_features})"
         )
     if factors.rank != len(module.held):
-        raise ValueError(
+        raise AdapterFitError(
             f"module {name!r}: rank {factors.rank}, the plan holds {len(module.held)} components"
         )
 

@@ -27,6 +27,7 @@ class Fault(IntEnum):
     REFUSED = 1006  # the node's owner does not allow it
     BAD_REQUEST = 1007  # the message or the settings are wrong for this node
     WORKER_FAILED = 1008  # the node's own warm process died, or cannot be used
+    UNEXPECTED = 1009  # an error without a kind of its own
 
 
 def error_reply(message: Message, fault: Fault, reason: str) -> Message:
@@ -41,6 +42,15 @@ def error_reply(message: Message, fault: Fault, reason: str) -> Message:
         nothing of the node's data, and no secret.
     """
     return Message(Error(int(fault), one_line(reason)), reply_to=message)
+
+
+def unexpected(message: Message, error: BaseException) -> Message:
+    """Return the error reply for an exception that has no kind of its own.
+
+    Flower would send the exception's text to the server, which may quote a path or a text.
+    """
+    reason = f"unexpected {type(error).__name__} on this node; its own log has the traceback"
+    return error_reply(message, Fault.UNEXPECTED, reason)
 
 
 def one_line(reason: str) -> str:

@@ -31,6 +31,7 @@ T = TypeVar("T")
 # A node's regular expression runs on the server: names and a few plain repetitions, so that no
 # node can send one that runs forever.
 _MOST_REPETITIONS, _MOST_REPETITIONS_IN_ALL = 3, 64  # of a pattern, and of a profile
+_MOST_WILDCARDS = 32  # .* in all patterns together, which cost the most
 _MOST_PATTERNS, _LONGEST_PATTERNS = 256, 2**15  # of a profile, in number and in characters
 _HARMLESS = re.compile(r"(?:[\w|-]|\\?\.|\\d\+|\.\*){1,80}")
 
@@ -125,7 +126,8 @@ class NodeProfile:
             values = dict(reply.content.config_records[PROFILE].items())
             known = {k.replace("-", "_"): v for k, v in values.items()}
             pattern = _read_pattern(str(known.pop("rank_pattern", "{}")))
-            if known.get("own_data") is True and not set(_LEAST_PARTITION) & set(known):
+            unnumbered = known.get("own_data") is True and not set(_LEAST_PARTITION) & set(known)
+            if unnumbered:
                 known |= {"partition_id": UNNUMBERED, "num_partitions": 0}
             labels = _read_labels(known.pop("label_names", []))
             node_id = reply.metadata.src_node_id
@@ -133,6 +135,8 @@ class NodeProfile:
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a node profile: {shorten(str(error), 300)}") from error
         _check_values(profile)
+        if not unnumbered:  # not by its value: a node may send that of an unnumbered one
+            _check_partition(profile)
         return profile
 
 
@@ -155,17 +159,19 @@ def _check_values(profile: NodeProfile) -> None:
                 f"node profile: {name} is {repr(text)[:80]}, expected a line of at most "
                 f"{_LONGEST_TEXT} characters"
             )
-    if type(profile.own_data) is not bool:
-        raise ValueError(f"node profile: own_data is {profile.own_data!r}, expected true or false")
-    numbered = (profile.partition_id, profile.num_partitions) != (UNNUMBERED, 0) or (
-        not profile.own_data
-    )
-    for name, least in (_LEAST_PARTITION if numbered else {}).items():
+    own_data: object = profile.own_data
+    if type(own_data) is not bool:
+        given = repr(own_data)[:80]
+        raise ValueError(f"node profile: own_data is {given}, expected true or false")
+
+
+def _check_partition(profile: NodeProfile) -> None:
+    for name, least in _LEAST_PARTITION.items():
         _check_number(name, getattr(profile, name), least, _MOST_PARTITIONS)
-    if numbered and not profile.partition_id < profile.num_partitions <= _MOST_PARTITIONS:
+    if not profile.partition_id < profile.num_partitions:
         raise ValueError(
             f"node profile: partition_id is {profile.partition_id}, expected below "
-            f"num_partitions, {profile.num_partitions}, at most {_MOST_PARTITIONS}"
+            f"num_partitions, {profile.num_partitions}"
         )
 
 
@@ -205,6 +211,8 @@ def _read_pattern(text: str) -> dict[str, int]:
         values: dict[str, int] = json.loads(text)
         if len(values) > _MOST_PATTERNS:
             raise ValueError(f"{len(values)} patterns, expected at most {_MOST_PATTERNS}")  # noqa: TRY301
+        if (wildcards := sum(p.count("*") for p in values)) > _MOST_WILDCARDS:
+            raise ValueError(f"{wildcards} times .*, expected at most {_MOST_WILDCARDS}")  # noqa: TRY301
         odd = [p for p in values if not _is_harmless(p)]
         repetitions = sum(map(_repetitions, values))
         least, most = _RANGES["rank"]

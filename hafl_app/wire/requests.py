@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, ConfigRecordValues, Message
 
+from hafl_app.data.labels import label_fault
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.training.adapter_arrays import from_arrays
@@ -18,6 +19,8 @@ from hafl_app.wire.records import (
     read_adapter,
     read_plan,
 )
+
+_LONGEST_QUOTE = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def read_query(message: Message) -> QueryRequest:
     Raises
     ------
     RecordError
-        If the class names are not a list of text.
+        If the class names are not a list of text, or none that a run can have.
     """
     return QueryRequest(_label_names(config_of(message.content, CONFIG)))
 
@@ -116,10 +119,15 @@ def _label_names(config: ConfigRecord) -> tuple[str, ...] | None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RecordError(f"config: {LABEL_NAMES!r} is not a list of text")
-    return tuple(str(name) for name in names)
+    labels = tuple(str(name) for name in names)
+    if fault := label_fault(labels):  # they decide the size of the head
+        raise RecordError(f"config: {LABEL_NAMES!r}: {fault}")
+    return labels
 
 
 def _number(key: str, value: ConfigRecordValues | None) -> int:
     if type(value) is not int or value < 0:
-        raise RecordError(f"config: {key!r} is {value!r}, expected a whole number from 0")
+        raise RecordError(
+            f"config: {key!r} is {repr(value)[:_LONGEST_QUOTE]}, expected a whole number from 0"
+        )
     return value

@@ -10,6 +10,7 @@ import transformers.dynamic_module_utils
 from flwr.app import Message, MessageType, RecordDict
 from running import TINY
 
+from hafl_app.client.node_config import NodeConfigError
 from hafl_app.client.permissions import (
     OWN_MACHINE,
     NotAllowedError,
@@ -136,7 +137,9 @@ class TestPaths:
         assert "absolute" in refusal("model=encoder model.path=./encoder", listed)
 
     def test_a_malformed_list_stops_the_node(self):
-        assert "expected absolute paths" in refusal("", {"allowed-paths": "/data:models"})
+        with pytest.raises(NodeConfigError, match=r"allowed-paths .*expected absolute") as caught:
+            check("", {"allowed-paths": "/data:models"})
+        assert "models" not in str(caught.value)
 
     def test_everything(self):
         check("dataset=local dataset.path=train.csv", {"allowed-paths": "*"})
@@ -173,7 +176,8 @@ class TestRemoteCode:
         )
 
     def test_a_word_that_is_neither(self):
-        assert "expected true or false" in refusal("", {"allow-remote-code": "yes please"})
+        with pytest.raises(NodeConfigError, match=r"allow-remote-code .*expected true or false"):
+            check("", {"allow-remote-code": "yes please"})
 
 
 class TestEnvironment:

@@ -9,6 +9,7 @@ from running import TINY
 
 from hafl_app.client import rank_budget as budget
 from hafl_app.client.handlers import query
+from hafl_app.client.node_config import NodeConfigError
 from hafl_app.client.permissions import own_machine
 from hafl_app.client.rank_budget import NodeLimits, rank_budget
 from hafl_app.config.compose import SettingsError, compose
@@ -50,8 +51,9 @@ class TestLimits:
     @pytest.mark.parametrize("key", ["rank", "memory-mb", "max-steps", "max-seconds"])
     @pytest.mark.parametrize("value", ["many", "", 0, -3, "-1", True, "nan", "inf", "1e400"])
     def test_anything_else_is_refused_by_name(self, key, value):
-        with pytest.raises(SettingsError, match=f"{key}={value}: expected"):
+        with pytest.raises(NodeConfigError, match=f"^{key} in .*: expected") as caught:
             NodeLimits.of({key: value})
+        assert caught.value.details == f"it is '{value}'"
 
     @pytest.mark.parametrize(
         ("of_plan", "of_node", "smaller"),
@@ -195,4 +197,5 @@ class TestQuery:
         reply = self.ask(rank="eight")
 
         assert fault_of(reply) is Fault.BAD_REQUEST
-        assert "rank=eight: expected a whole number from 1" in reply.error.reason
+        assert "rank in this node's --node-config: expected a whole number" in reply.error.reason
+        assert "eight" not in reply.error.reason

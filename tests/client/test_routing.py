@@ -90,9 +90,23 @@ def test_a_worker_that_fails_is_an_error_reply_with_its_reason(here, ray):
     assert here == []
 
 
-def test_a_node_config_that_means_nothing_is_an_error_reply(here, ray):
+def test_a_node_config_that_means_nothing_is_an_error_reply(here, ray, caplog):
     reply = dispatch.answer(request(), context({"worker": "10.0.0.5:6390"}))
 
     assert fault_of(reply) is Fault.WORKER_FAILED
-    assert "10.0.0.5:6390" in reply.error.reason
+    assert "worker in this node's --node-config" in reply.error.reason
+    assert "10.0.0.5" not in reply.error.reason  # the operator's log has it
+    assert "10.0.0.5:6390" in caplog.text
     assert (here, ray.ports) == ([], [])
+
+
+def test_no_exceptions_text_is_left_to_flower(here, ray, caplog):
+    ray.fails = RuntimeError("row 3: a private note in /home/ada/diary.csv")
+
+    reply = dispatch.answer(request("train"), context(WORKER))
+
+    assert fault_of(reply) is Fault.UNEXPECTED
+    assert reply.error.reason == (
+        "unexpected RuntimeError on this node; its own log has the traceback"
+    )
+    assert "a private note" in caplog.text

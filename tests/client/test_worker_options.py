@@ -46,5 +46,5 @@ def test_an_address_that_is_not_on_the_loopback_is_refused(address):
     ],
 )
 def test_values_that_mean_nothing_are_refused_by_name(key, value):
-    with pytest.raises(WorkerOptionsError, match=f"{key}="):
+    with pytest.raises(WorkerOptionsError, match=f"^{key} in this node's"):
         WorkerOptions.of(ADDRESS | {key: value}, 7)

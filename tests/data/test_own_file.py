@@ -135,28 +135,29 @@ class TestShare:
 
 
 class TestRefusals:
-    def test_unknown_labels_are_counted_but_named_to_the_node_alone(self, tmp_path):
+    def test_unknown_labels_are_named_to_the_node_alone(self, tmp_path):
         with pytest.raises(UnfitDataError) as caught:
             own(write(tmp_path, ROWS)).share(("a", "x"))
 
         assert str(caught.value) == (
-            "dataset.label_names: 2 of the 3 labels in column 'label' of this node's file are not "
-            "among the 2 of the run"
+            "dataset.label_names: labels of this node are not among the 2 of the run; its own log "
+            "names them"
         )
         assert caught.value.details == "unknown: 'b', 'c'"
 
     @pytest.mark.parametrize("kind", ["text", "label"])
-    def test_a_missing_column_is_named_but_not_the_others(self, tmp_path, kind):
-        with pytest.raises(UnfitDataError, match=rf"dataset\.{kind}_column: .* 'absent'") as caught:
+    def test_a_missing_column_is_named_to_the_node_alone(self, tmp_path, kind):
+        with pytest.raises(UnfitDataError, match=f"file has no {kind} column") as caught:
             own(write(tmp_path, ROWS), **{f"{kind}_column": "absent"}).share()
 
         assert f"{kind}-column in its --node-config" in str(caught.value)
-        assert caught.value.details == "it has 'text', 'label'"
+        assert "absent" not in str(caught.value)
+        assert caught.value.details == "no column 'absent', it has 'text', 'label'"
 
     def test_too_many_labels_are_the_wrong_column(self, tmp_path):
         rows = [{"text": "t 1", "label": f"secret {i}"} for i in range(MOST_LABELS + 1)]
 
-        with pytest.raises(UnfitDataError, match="is it the label column") as caught:
+        with pytest.raises(UnfitDataError, match=r"does label-column .* name the label") as caught:
             own(write(tmp_path, rows)).share()
 
         assert "secret" not in str(caught.value)
@@ -208,6 +209,46 @@ class TestRefusals:
         write(tmp_path, ROWS[:-1])
 
         assert file.version() != before
+
+
+class TestWhatMayLeave:
+    """Names of classes leave only if they look like such; texts of a wrong column do not."""
+
+    def refused(self, path, **settings):
+        with pytest.raises(UnfitDataError, match=r"does label-column .* name the label") as caught:
+            own(path, **settings).share()
+        assert "secret" not in str(caught.value)
+        assert "secret" in caught.value.details
+        # Under the run's own classes nothing is asked out, so nothing is refused.
+        with pytest.raises(UnfitDataError, match="are not among"):
+            own(path, **settings).share(["other"])
+        return str(caught.value)
+
+    def rows(self, tmp_path, labels, times):
+        return write(tmp_path, [{"text": "t 1", "label": name} for name in labels] * times)
+
+    def test_more_classes_than_the_node_lets_out(self, tmp_path):
+        path = self.rows(tmp_path, [f"secret {i}" for i in range(201)], times=3)
+
+        assert "201 labels, max-labels lets 200 leave" in self.refused(path)
+        assert len(own(path, max_labels=201).share().label_names) == 201
+
+    def test_longer_ones(self, tmp_path):
+        path = self.rows(tmp_path, ["secret " + "x" * 54, "z"], times=4)
+
+        assert "a label of 61 characters, max-label-length is 60" in self.refused(path)
+        assert len(own(path, max_label_length=61).share().label_names) == 2
+
+    @pytest.mark.parametrize(("labels", "times", "rows"), [(9, 1, 9), (30, 1, 30), (45, 1, 45)])
+    def test_labels_that_hardly_repeat(self, tmp_path, labels, times, rows):
+        path = self.rows(tmp_path, [f"secret {i}" for i in range(labels)], times)
+
+        assert f"{labels} labels in {rows} rows, expected 2 rows of each" in self.refused(path)
+
+    def test_two_rows_of_each_are_enough(self, tmp_path):
+        path = self.rows(tmp_path, ["a", "b", "c"], times=2)
+
+        assert own(path).share().label_names == ("a", "b", "c")
 
 
 class TestLabelNames:

@@ -210,8 +210,8 @@ class TestClasses:
 
         # Not by name: under a wrong label-column a label is somebody's text.
         assert summary["left_out"] == {
-            "2": "dataset.label_names: 1 of the 3 labels in column 'label' of this node's file are "
-            "not among the 3 of the run"
+            "2": "dataset.label_names: labels of this node are not among the 3 of the run; its own "
+            "log names them"
         }
         assert "unknown: 'weather'" in caplog.text  # in the node's own log
         assert load_adapter(tmp_path / "out" / "adapter").label_names == ("music", "food", "other")
@@ -225,10 +225,7 @@ class TestClasses:
         summary, grid = run_on(nodes, tmp_path / "out", "federation.num_rounds=1")
 
         assert list(summary["left_out"]) == ["1"]
-        assert (
-            "dataset.text_column: this node's file has no column 'text'"
-            in (summary["left_out"]["1"])
-        )
+        assert "this node's file has no text column" in summary["left_out"]["1"]
         assert {m.metadata.dst_node_id for m in training_requests(grid)} == {2, 3}
 
     def test_a_node_that_overflows_the_classes_is_left_out(self, nodes, tmp_path, caplog):
@@ -263,7 +260,7 @@ class TestClasses:
 
         summary, grid = run_on(nodes, tmp_path / "out", "federation.num_clients=2")
 
-        assert "1 of the 3 labels" in summary["left_out"]["2"]
+        assert "are not among the 2 of the run" in summary["left_out"]["2"]
         # The first query asks for the classes, the later ones say them.
         queries = [m for m in grid.sent if m.metadata.message_type == MessageType.QUERY]
         assert [CONFIG in m.content for m in queries][:3] == [False, False, True]
@@ -400,6 +397,56 @@ class TestAnswers:
 
         assert fault_of(reply) is Fault.BAD_REQUEST
         assert words in reply.error.reason
+
+    @pytest.mark.parametrize("column", ["text", "note", "absent"])
+    def test_a_run_asks_no_column_out(self, nodes, tmp_path, column):
+        rows = [{**row, "note": f"private note {i // 2}"} for i, row in enumerate(self.rows())]
+        nodes[0]["data-path"] = write(tmp_path / "notes.jsonl", rows)
+        asks = (f"dataset.label_column={column}", "dataset.text_column=label")
+
+        silent = self.ask(nodes[0], overrides=asks)
+        decided = self.ask(
+            nodes[0] | {"label-column": "label", "text-column": "text"}, overrides=asks
+        )
+
+        assert fault_of(silent) is Fault.REFUSED
+        assert "a run names no column of this node's file" in silent.error.reason
+        assert decided.content[PROFILE]["label-names"] == ["food", "music"]
+
+    def test_a_wrong_column_of_the_operators_is_held_back(self, nodes, tmp_path):
+        rows = [{**row, "note": f"private note {i}"} for i, row in enumerate(self.rows())]
+        nodes[0]["data-path"] = write(tmp_path / "notes.jsonl", rows)
+
+        reply = self.ask(nodes[0] | {"label-column": "note"})
+
+        assert fault_of(reply) is Fault.DATA_UNAVAILABLE
+        assert "24 labels in 24 rows" in reply.error.reason
+        assert "private" not in reply.error.reason
+
+    def test_withheld_classes_are_not_asked_out_by_any_message(self, nodes):
+        node = nodes[0] | {"share": "scores,importance"}
+        content = adapter_content(
+            AdapterArrays({}),
+            **{
+                PLAN: plan_record(TrainPlan({})),
+                CONFIG: ConfigRecord({SERVER_ROUND: 1, PARTITION_ID: 0}),
+            },
+        )
+
+        asked = self.ask(node)
+        trained = self.ask(node, MessageType.TRAIN, content)
+        told = self.ask(
+            node, content=RecordDict({CONFIG: ConfigRecord({LABEL_NAMES: ["food", "music"]})})
+        )
+
+        for reply in (asked, trained):
+            assert fault_of(reply) is Fault.REFUSED
+            assert "dataset.label_names=null needs the labels of this node" in reply.error.reason
+        assert told.content[PROFILE]["label-names"] == []
+
+    @staticmethod
+    def rows():
+        return rows_of("music", "food", number=24)
 
     def test_a_missing_file_is_not_named_to_the_server(self, tmp_path):
         reply = self.ask({"rank": 2, "data-path": str(tmp_path / "secret.jsonl")})

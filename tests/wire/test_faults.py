@@ -1,6 +1,7 @@
 import errno
 import pickle
 
+import node_factories
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
@@ -8,6 +9,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 
 from hafl_app.client.error_replies import errors_as_replies, fault_behind
+from hafl_app.client.node_config import NodeConfigError
 from hafl_app.client.permissions import NotAllowedError
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError, UnfitDataError
@@ -42,6 +44,7 @@ class TestCodes:
             "REFUSED": 1006,
             "BAD_REQUEST": 1007,
             "WORKER_FAILED": 1008,
+            "UNEXPECTED": 1009,
         }
 
 
@@ -68,7 +71,7 @@ class TestErrorReply:
     def test_nothing_else_is_a_fault(self, request_message):
         content = RecordDict({"fault": ConfigRecord({"code": 1001})})
         assert fault_of(Message(content, reply_to=request_message)) is None
-        for code in (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, 0, 1000, 1009, -1001):
+        for code in (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, 0, 1000, 1010, -1001):
             assert fault_of(Message(Error(code, "?"), reply_to=request_message)) is None
 
 
@@ -135,12 +138,12 @@ class TestFaultBehind:
 
 
 class TestAnsweringFaults:
-    def answer(self, message, error):
+    def answer(self, message, error, config=None):
         @errors_as_replies
         def handler(message, context):
             raise error
 
-        return handler(message, None)
+        return handler(message, node_factories.context(config))
 
     def test_a_fault_is_the_reply(self, request_message, caplog):
         reply = self.answer(request_message, DataError("row 3: 'a private text'"))
@@ -149,9 +152,40 @@ class TestAnsweringFaults:
         assert "private" not in reply.error.reason
         assert "row 3: 'a private text'" in caplog.text  # for the node's owner
 
-    def test_anything_else_is_raised(self, request_message):
-        with pytest.raises(ZeroDivisionError):
-            self.answer(request_message, ZeroDivisionError())
+    def test_anything_else_is_a_fixed_sentence(self, request_message, caplog):
+        reply = self.answer(request_message, ZeroDivisionError("label 'HIV' in /home/ada/x.csv"))
+
+        assert fault_of(reply) is Fault.UNEXPECTED
+        assert reply.error.reason == (
+            "unexpected ZeroDivisionError on this node; its own log has the traceback"
+        )
+        assert "label 'HIV'" in caplog.text
+        assert "Traceback" in caplog.text
+
+    def test_the_device_is_named_unless_it_is_withheld(self, request_message):
+        error = DeviceMemoryError("cuda: NVIDIA L4: rank 1 needs 920 MB, and 810 MB are usable")
+
+        named = self.answer(request_message, error, {"share": "device"})
+        hidden = self.answer(request_message, error, {"share": "losses"})
+
+        assert "L4" in named.error.reason
+        assert hidden.error.reason == "this node's memory does not suffice"
+        assert fault_of(hidden) is Fault.OUT_OF_MEMORY
+
+    def test_a_server_forges_no_line_in_the_nodes_log(self, request_message, caplog):
+        self.answer(request_message, SettingsError("x\nINFO all is well\x1b[2J" + "y" * 10**6))
+
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert "\n" not in line
+        assert "\x1b" not in line
+        assert len(line) < 1200
+
+    def test_the_details_are_for_the_nodes_own_log(self, request_message, caplog):
+        reply = self.answer(request_message, NodeConfigError("rank", "a number", "/home/ada"))
+
+        assert fault_of(reply) is Fault.BAD_REQUEST
+        assert "ada" not in reply.error.reason
+        assert "ada" in caplog.text
 
     def test_an_answer_is_passed_on(self, request_message):
         @errors_as_replies

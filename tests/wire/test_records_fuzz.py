@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layout_words import change_layout, layout_of, write_layout
 
+from hafl_app.data.labels import label_fault
 from hafl_app.engines.in_process import server_identity
 from hafl_app.plan import ModulePlan, TailPruning, TrainPlan, format_bits, parse_indices
 from hafl_app.wire.arrays import RecordError
@@ -106,6 +107,8 @@ ONE_FACTOR_PLAN = replace(
     },
 )
 NODE = NodeProfile(3, 8, 4, 120, "cuda", rank_pattern={"output.dense": 2}, bandwidth_kbps=900)
+OWN_DATA_NODE = replace(NODE, own_data=True, label_names=("food", "music"))
+UNNUMBERED_NODE = replace(OWN_DATA_NODE, partition_id=-1, num_partitions=0)
 
 integers = st.integers(-3, 12) | st.sampled_from([-(2**63), 2**31, 2**62, 2**63 - 1, 10**30])
 floats = st.floats() | st.sampled_from([2.0, -0.0])
@@ -739,7 +742,7 @@ class TestPlans:
 
 @st.composite
 def damaged_profiles(draw):
-    record = NODE.to_record()
+    record = draw(st.sampled_from([NODE, OWN_DATA_NODE, UNNUMBERED_NODE])).to_record()
     for _ in range(draw(st.integers(1, 2))):
         key = draw(st.sampled_from(sorted(record)))
         if key == "rank-pattern" and draw(st.booleans()):
@@ -760,6 +763,7 @@ def check_profile(record):
         profile = NodeProfile.from_reply(reply)
     except ValueError as error:
         assert "\n" not in str(error)
+        assert len(str(error)) < 500
         return
     said = {key: repr(value) for key, value in record.items() if key != "rank-pattern"}
     got = {key: repr(value) for key, value in profile.to_record().items() if key in said}
@@ -768,7 +772,9 @@ def check_profile(record):
     whole = (profile.partition_id, profile.num_partitions, profile.num_examples, *profile.ranks)
     assert all(type(number) is int for number in whole)
     assert min(profile.ranks) >= 1
-    assert 0 <= profile.partition_id < profile.num_partitions
+    unnumbered = profile.own_data and not {"partition-id", "num-partitions"} & set(record)
+    assert unnumbered or 0 <= profile.partition_id < profile.num_partitions
+    assert not label_fault(profile.label_names)
     assert profile.num_examples >= 0
     assert type(profile.device) is str
 
@@ -776,6 +782,8 @@ def check_profile(record):
 class TestProfiles:
     def test_what_is_not_damaged_passes_the_check(self):
         check_profile(NODE.to_record())
+        check_profile(OWN_DATA_NODE.to_record())
+        check_profile(UNNUMBERED_NODE.to_record())
 
     @settings(max_examples=400)
     @given(damaged_profiles())

@@ -104,6 +104,22 @@ class TestQuery:
         assert read_query(query).label_names == ("food", "music")
         assert read_query(message(RecordDict(), MessageType.QUERY)).label_names is None
 
+    @pytest.mark.parametrize(
+        ("names", "words"),
+        [
+            (["a", "a"], "repeated"),
+            (["a", "x" * 201], "a label name of 201 characters"),
+            (["a", "b\nERROR forged"], "control characters"),
+            ([f"{i}" for i in range(10_001)], "10001 label names, expected at most 10000"),
+        ],
+    )
+    def test_classes_that_no_run_can_have_are_rejected(self, names, words):
+        content = RecordDict({CONFIG: ConfigRecord({LABEL_NAMES: names})})
+
+        with pytest.raises(RecordError, match=f"'label-names': .*{words}") as caught:
+            read_query(message(content, MessageType.QUERY))
+        assert "forged" not in str(caught.value)
+
     @pytest.mark.parametrize("names", ["food", [1, 2], 3])
     def test_other_values_are_rejected(self, names):
         content = RecordDict({CONFIG: ConfigRecord({LABEL_NAMES: names})})

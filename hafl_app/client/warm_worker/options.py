@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hafl_app.client.node_config import NodeConfigError
+
 WORKER, NAME, IDLE, GPUS = "worker", "worker-name", "worker-idle-s", "worker-gpus"
 _LOOPBACK = ("127.0.0.1", "localhost")
 _IDLE_SECONDS = 1800.0
 
 
-class WorkerOptionsError(ValueError):
-    """A node config with malformed worker options; the message is one line."""
+class WorkerOptionsError(NodeConfigError):
+    """A node config with malformed worker options."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class WorkerOptions:
             return None
         idle_s = _number(node_config, IDLE, _IDLE_SECONDS)
         if idle_s == 0:
-            raise WorkerOptionsError(f"{IDLE}=0 of this node: expected seconds above 0")
+            raise WorkerOptionsError(IDLE, "seconds above 0", 0)
         return cls(
             port=_port(address),
             name=_name(node_config, node_id),
@@ -70,14 +72,14 @@ def _port(address: str) -> int:
     host, _, port = address.rpartition(":")
     if host not in _LOOPBACK or not port.isdecimal() or not 0 < int(port) < 65536:
         # What listens elsewhere could be reached, and could read the node's data, from elsewhere.
-        raise WorkerOptionsError(f"{WORKER}={address!r} of this node: expected 127.0.0.1:PORT")
+        raise WorkerOptionsError(WORKER, "127.0.0.1:PORT", address)
     return int(port)
 
 
 def _name(node_config: Mapping[str, Any], node_id: int) -> str:
     name = str(node_config.get(NAME, f"node-{node_id}"))
     if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise WorkerOptionsError(f"{NAME}={name!r} of this node: expected letters, digits and .-_")
+        raise WorkerOptionsError(NAME, "letters, digits and .-_", name)
     return name
 
 
@@ -88,5 +90,5 @@ def _number(node_config: Mapping[str, Any], key: str, default: float) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
-        raise WorkerOptionsError(f"{key}={given!r} of this node: expected a number from 0")
+        raise WorkerOptionsError(key, "a number from 0", given)
     return number
