@@ -14,7 +14,9 @@ INTERRUPTED = 130
 _INTERRUPTING = (signal.SIGTERM, signal.SIGHUP)
 
 
-def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
+def run_script(
+    job: Callable[[], int], interrupted: str | Callable[[], str] = "interrupted"
+) -> int:
     """Run a program and return its exit code; a user's mistake is one line, never a traceback.
 
     Parameters
@@ -24,7 +26,7 @@ def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
         `RuntimeError` or `OSError` is a failure (1), and Ctrl-C, SIGTERM or a closed
         terminal an interruption (130).
     interrupted
-        Printed after an interruption.
+        Printed after an interruption, or called for what is printed.
     """
     # What is ignored stays so: under nohup a closed terminal ends nothing.
     numbers = [n for n in _INTERRUPTING if signal.getsignal(n) is not signal.SIG_IGN]
@@ -39,7 +41,8 @@ def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
         print(f"error: {type(error).__name__}: {printable(error, 2000)}", file=sys.stderr)  # noqa: T201
         return FAILED
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)  # noqa: T201
+        line = interrupted if isinstance(interrupted, str) else interrupted()
+        print(line, file=sys.stderr)  # noqa: T201
         return INTERRUPTED
     finally:
         for number, handler in before.items():
@@ -47,7 +50,9 @@ def run_script(job: Callable[[], int], interrupted: str = "interrupted") -> int:
 
 
 def run_program(
-    description: str | None, job: Callable[[list[str]], int], interrupted: str = "interrupted"
+    description: str | None,
+    job: Callable[[list[str]], int],
+    interrupted: str | Callable[[], str] = "interrupted",
 ) -> int:
     """Run a program with its arguments as they were typed, see `run_script`.
 

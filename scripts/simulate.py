@@ -9,48 +9,31 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hafl_app.cli import FAILED, run_script  # noqa: E402
-from hafl_app.config.compose import SettingsError, compose, quoted, register_schema  # noqa: E402
+from hafl_app.config.compose import compose, quoted, register_schema  # noqa: E402
+from hafl_app.config.overrides import unquoted  # noqa: E402
 from hafl_app.config.schema import Settings  # noqa: E402
+from hafl_app.printable import printable  # noqa: E402
+from hafl_app.run.command_line import CommandLine  # noqa: E402
+from hafl_app.run.going_on import key  # noqa: E402
 
+_typed: list[str] = []
 _failures: list[str] = []
+_interruptions: list[str] = []
 
 
-def jobs_of(arguments: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of every job that the command line asks for.
-
-    Raises
-    ------
-    SettingsError
-        If an argument is no override.
-    """
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    except HydraException as error:
-        lines = str(error).splitlines()
-        raise SettingsError(lines[0] if lines else "not an override") from error
-    jobs = [job for batch in batches for job in batch]
-    if len(jobs) > 1 and not {"-m", "--multirun"} & set(arguments):
-        raise SettingsError(f"{shlex.join(overrides)}: {len(jobs)} jobs; add -m to run a sweep")
-    return [[o for o in job if not o.startswith("hydra.")] for job in jobs]
-
-
-def resumed(arguments: Sequence[str]) -> list[str]:
-    """Return the command line of the run that ``resume=...`` asks for, else the same arguments.
+def resumed(line: CommandLine) -> CommandLine:
+    """Return the command line of the run that ``resume=...`` asks for, else the same one.
 
     The settings are those of the run that goes on, then what else stands on the command line.
 
@@ -59,22 +42,29 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     hafl_app.run.resuming.ResumeError
         If there is no such run, or it has no whole checkpoint, or these settings do not fit it.
     """
-    given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    given = [o.partition("=")[2] for o in line.overrides if key(o) == "resume"]
     if not given:
-        return list(arguments)
+        return line
     from hafl_app.run.resuming import ResumeError, check_resumable, latest_run, load_checkpoint
+    from hafl_app.run.run_folder import absolute
 
-    if {"-m", "--multirun"} & set(arguments):
+    if line.multirun:
         raise ResumeError("resume= resumes one run: leave out -m")
-    folder = latest_run(Path("outputs")) if given[-1] == "latest" else Path(given[-1]).absolute()
+    if any(key(o) == "output_dir" for o in line.overrides):
+        raise ResumeError("resume= goes on in the run's own folder: leave out output_dir=")
+    name = unquoted(given[-1])
+    if not name:
+        raise ResumeError("resume=: expected the folder of a run, or latest")
+    folder = latest_run(Path("outputs")) if name == "latest" else absolute(name)
     if (folder / "checkpoints").is_dir():
         _stop_what_is_left(folder)
     checkpoint = load_checkpoint(folder)
-    own = ("resume=", "output_dir=")
-    overrides = [o for o in checkpoint.state["overrides"] if not o.startswith(own)]
-    overrides += [o for o in arguments if not o.startswith(own)]
-    check_resumable(checkpoint, compose([o for o in overrides if not o.startswith("hydra.")]))
-    return [*overrides, f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}"]
+    own = ("resume", "output_dir")
+    overrides = [o for o in checkpoint.state["overrides"] if key(o) not in own]
+    overrides += [o for o in line.overrides if key(o) not in own]
+    line = replace(line, overrides=(*overrides, f"resume={quoted(folder)}"))
+    check_resumable(checkpoint, compose(line.jobs()[0]))
+    return line
 
 
 def _stop_what_is_left(folder: Path) -> None:
@@ -110,12 +100,21 @@ def with_absolute_paths(overrides: Sequence[str], settings: Settings) -> list[st
 
 
 def run_job(overrides: Sequence[str], folder: Path) -> None:
-    """Run one federation and leave its results in ``folder``."""
-    settings = compose(overrides)
-    overrides = [*with_absolute_paths(overrides, settings), f"output_dir={quoted(folder)}"]
-    from hafl_app.run.run_lock import check_unlocked
+    """Run one federation and leave its results in ``folder``.
 
-    check_unlocked(folder)
+    Raises
+    ------
+    hafl_app.run.run_folder.RunFolderError
+        If an earlier run would be lost; nothing is written then.
+    hafl_app.run.run_lock.RunLockedError
+        If another process is still writing the folder.
+    """
+    from hafl_app.run.run_folder import check_new
+
+    settings = compose(overrides)
+    if not settings.resume:
+        check_new(folder)
+    overrides = [*with_absolute_paths(overrides, settings), f"output_dir={quoted(folder)}"]
     folder.mkdir(parents=True, exist_ok=True)
     if settings.engine == "inprocess":
         from hafl_app.engines.in_process import run_federation
@@ -159,32 +158,46 @@ def _run_on_ray(overrides: Sequence[str], settings: Settings, folder: Path) -> N
 def _hydra_job(config: DictConfig) -> None:
     """Run one job of the command line; a failed one does not stop a sweep."""
     del config  # composed again from the overrides, checked, wherever the apps run
+    from hafl_app.run.going_on import RunWatch
+
     hydra_config = HydraConfig.get()
-    overrides = [o for o in hydra_config.overrides.task if not o.startswith("output_dir=")]
+    overrides = [o for o in hydra_config.overrides.task if key(o) != "output_dir"]
     folder = Path(hydra_config.runtime.output_dir)
-    given = [
-        o.partition("=")[2] for o in hydra_config.overrides.task if o.startswith("output_dir=")
-    ]
+    watch = RunWatch(folder, ("python", sys.argv[0]), _typed)
     try:
-        run_job(overrides, Path(given[0]).absolute() if given else folder)
+        run_job(overrides, folder)
+    except KeyboardInterrupt:
+        _interruptions.append(watch.interrupted())
+        raise
+    except ValueError as error:  # refused: nothing was lost
+        _failures.append(f"{type(error).__name__}: {error}")
+        print(f"error: {printable(_failures[-1], 2000)}", file=sys.stderr, flush=True)
     except Exception as error:
         # One line: the log above it has the details.
         _failures.append(f"{type(error).__name__}: {error}")
-        print(f"error: {_failures[-1]}", file=sys.stderr, flush=True)
+        line = f"{printable(_failures[-1], 2000)}{watch.failed()}"
+        print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
     """Check every job before the first one starts, run them, and say how it went."""
-    return run_script(_run_jobs, "interrupted: everything that was started is stopped")
+    _typed[:] = sys.argv[1:]
+    return run_script(_run_jobs, lambda: "; ".join(_interruptions) or "interrupted")
 
 
 def _run_jobs() -> int:
-    sys.argv[1:] = arguments = resumed(sys.argv[1:])
-    if not {"--help", "-h", "--cfg", "-c", "--info", "--hydra-help"} & set(arguments):
-        from hafl_app.run.preflight import check
+    line = CommandLine.of(sys.argv[1:])
+    placed: list[str] = []
+    if line.shows != "hydra":
+        line = resumed(line)
+        jobs = [compose(job) for job in line.jobs()]
+        if not line.shows:
+            from hafl_app.run.preflight import check
 
-        for job in jobs_of(arguments):
-            check(compose(job))
+            for settings in jobs:
+                check(settings)
+            placed = line.placed(jobs)
+    sys.argv[1:] = [*line.overrides, *placed, *line.flags]  # Hydra wants the flags together
     register_schema()
     _hydra_job()
     return FAILED if _failures else 0

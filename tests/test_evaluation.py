@@ -224,7 +224,7 @@ class TestRefusals:
 
     def test_rouge_without_its_package(self, monkeypatch):
         monkeypatch.setattr(answers.importlib.util, "find_spec", lambda _: None)
-        with pytest.raises(MissingPackageError, match=r"hafl-app\[generation\]"):
+        with pytest.raises(MissingPackageError, match=r"pip install -e '\.\[generation\]'"):
             read_request(["adapter=x", "metrics=rouge-l"])
         read_request(["adapter=x", "metrics=loss,exact-match"])
 

@@ -3,12 +3,14 @@
 import errno
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 
 from flwr.app import Context, Message
 
 from hafl_app.client.node_config import NodeConfigError
-from hafl_app.client.permissions import NotAllowedError
+from hafl_app.client.own_data import DATA_PATH
+from hafl_app.client.permissions import NotAllowedError, shows_details
 from hafl_app.client.terms import DEVICE, Terms
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError, UnfitDataError
@@ -29,27 +31,35 @@ _LONGEST_LOGGED = 1000  # characters
 Handler = Callable[[Message, Context], Message]
 
 
-def fault_behind(error: Exception, *, names_device: bool = True) -> tuple[Fault, str] | None:
+def fault_behind(
+    error: Exception, *, names_device: bool = True, names_files: bool = False
+) -> tuple[Fault, str] | None:
     """Return an exception's kind of fault, and a reason that may leave the node.
 
     Parameters
     ----------
     names_device
         Whether a reason may say what the device is and how much memory it has.
+    names_files
+        Whether it may quote files and rows.
 
     Returns
     -------
     tuple of Fault and str, or None
         None for an unexpected exception: that is for the node's own log, with its traceback.
     """
-    if any(isinstance(e, OSError) and e.errno in _NO_SPACE for e in _chain(error)):
-        return Fault.DISK_FULL, "no space left on a disk of this node"
+    for one in _chain(error):
+        if isinstance(one, OSError) and one.errno in _NO_SPACE:
+            where = f": {one.filename}" if names_files and one.filename else ""
+            return Fault.DISK_FULL, f"no space left on a disk of this node{where}"
     if isinstance(error, DeviceMemoryError) and not names_device:
         return Fault.OUT_OF_MEMORY, _NO_MEMORY
     for kind, fault in _QUOTABLE.items():
         if isinstance(error, kind):
             return fault, str(error)
     if isinstance(error, DataError):
+        if names_files:
+            return Fault.DATA_UNAVAILABLE, str(error)
         # These messages may quote a file's path, a label or a cell, for the owner of the data.
         return Fault.DATA_UNAVAILABLE, "this node cannot read its data; its own log says why"
     if is_out_of_memory(error):  # outside of training, where there is nothing to halve
@@ -96,8 +106,12 @@ def errors_as_replies(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except Exception as error:
-            kind, names_device = message.metadata.message_type, _names_device(context)
-            found = fault_behind(error, names_device=names_device)
+            kind, own = message.metadata.message_type, DATA_PATH in context.node_config
+            found = fault_behind(
+                error,
+                names_device=_names_device(context),
+                names_files=shows_details(os.environ, has_own_data=own),
+            )
             if found is None:
                 _LOGGER.exception("%s: unexpected error", kind)
                 return unexpected(message, error)

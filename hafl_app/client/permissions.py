@@ -38,8 +38,13 @@ def variable(key: str) -> str:
     return f"HAFL_{key.upper().replace('-', '_')}"
 
 
+ERROR_DETAILS = variable("allow-error-details")
+"""Environment variable of simulated nodes: ``true`` lets their error replies name files and rows of
+the run's own data set."""
+
 OWN_MACHINE = {variable(key): _ALL for key in (PATHS, MODELS, DATASETS)} | {
-    variable(REMOTE_CODE): "true"
+    variable(REMOTE_CODE): "true",
+    ERROR_DETAILS: "true",
 }
 """Environment of nodes whose user starts the run: the files are that user's own."""
 
@@ -136,6 +141,14 @@ class Permissions:
         real = Path(path).resolve()
         if not any(real.is_relative_to(allowed) for allowed in self.paths):
             raise _refused(setting, path, PATHS)
+
+
+def shows_details(environ: Mapping[str, str], *, has_own_data: bool) -> bool:
+    """Say whether a node's errors may quote its files: its user's own, as the run names them.
+
+    Never for a node with data of its own.
+    """
+    return environ.get(ERROR_DETAILS) == "true" and not has_own_data
 
 
 @contextmanager

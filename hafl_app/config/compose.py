@@ -12,16 +12,18 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hafl_app.config.overrides import SettingsError, parse_overrides, quoted, sweep_refusal
 from hafl_app.config.schema import Settings
 from hafl_app.config.untrusted import bad_overrides, bad_values, method_class
 from hafl_app.fields import LIMIT_WORDS
 from hafl_app.renames import refusal
+
+__all__ = ["CONF", "SettingsError", "compose", "quoted"]
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -31,10 +33,6 @@ _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "at_most": operator.le,
     "below": operator.lt,
 }
-
-
-class SettingsError(ValueError):
-    """A setting that does not exist, has the wrong type, or is out of its range."""
 
 
 def register_schema() -> None:
@@ -82,25 +80,35 @@ def _own_copy(value: Any) -> Any:
 @functools.lru_cache(maxsize=16)
 def _compose(overrides: tuple[str, ...]) -> Settings:
     try:
-        _check_overrides(overrides)
-        return to_settings(merge_files(overrides))
+        parsed = _checked(overrides)
+        settings = to_settings(merge_files(overrides))
     except SettingsError:
         raise
     except RecursionError as error:
         raise SettingsError("the overrides are nested too deep") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise SettingsError(_explain(error, overrides)) from error
+    except (AssertionError, AttributeError) as error:
+        if problem := _unmergeable(overrides):
+            raise SettingsError(problem) from error
+        raise
+    # Hydra forgets a removed setting without a word where the schema has a default for it.
+    for problem in (_removes(override) for override in parsed if override.is_delete()):
+        raise SettingsError(problem)
+    return settings
 
 
-def quoted(value: str | Path) -> str:
-    """Quote a value for an override that sets exactly this text."""
-    return QuotedString(str(value), Quote.single).with_quotes()
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    for problem, name, known in bad_overrides(parsed, _groups()):
+def _checked(overrides: Sequence[str]) -> list[Override]:
+    parsed = parse_overrides(overrides)
+    for problem in filter(None, map(sweep_refusal, parsed)):
+        raise SettingsError(problem)
+    groups = _groups()
+    for problem, name, known in bad_overrides(parsed, groups):
         raise SettingsError(problem + _nearest(name, known))
+    for override in parsed:
+        if override.is_delete() and override.key_or_group in groups:
+            raise SettingsError(_removes(override))
+    return parsed
 
 
 def _groups() -> dict[str, list[str]]:
@@ -109,8 +117,23 @@ def _groups() -> dict[str, list[str]]:
     return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folders}
 
 
-def merge_files(overrides: Sequence[str]) -> DictConfig:
-    """Merge the files of `conf/` with Hydra, unchecked.
+def check_hydra(overrides: Sequence[str]) -> None:
+    """Check overrides of Hydra's own settings, which the command line of a simulation may have.
+
+    Raises
+    ------
+    SettingsError
+        In one line.
+    """
+    for override in overrides:
+        try:
+            merge_files([override], with_hydra=True)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise SettingsError(f"{override}: {_first_line(error)}") from error
+
+
+def merge_files(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
+    """Let Hydra merge the files of `conf/`, unchecked, also with its own settings.
 
     Also inside a Hydra job, whose own state comes back after.
     """
@@ -119,7 +142,7 @@ def merge_files(overrides: Sequence[str]) -> DictConfig:
     running, singleton.hydra = singleton.hydra, None
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra_compose("config", overrides=list(overrides))
+            return hydra_compose("config", list(overrides), return_hydra_config=with_hydra)
     finally:
         singleton.hydra = running
 
@@ -145,8 +168,13 @@ def to_settings(composed: DictConfig) -> Settings:
     return settings
 
 
-def _unknown(node: DictConfig, prefix: str) -> Iterator[str]:
+def _unknown(node: Container, prefix: str) -> Iterator[str]:
     """Find settings that the schema does not have: an override with + adds anything."""
+    if isinstance(node, ListConfig):
+        for position in range(len(node)):
+            if isinstance(child := node._get_node(position), Container):
+                yield from _unknown(child, f"{prefix}{position}.")
+        return
     declared = OmegaConf.get_type(node)
     if not dataclasses.is_dataclass(declared):
         return
@@ -156,7 +184,7 @@ def _unknown(node: DictConfig, prefix: str) -> Iterator[str]:
         if key not in known:
             hint = _nearest(name, [f"{prefix}{other}" for other in known])
             yield refusal(name) or f"{name}: no such setting{hint}"
-        elif isinstance(child, DictConfig):
+        elif isinstance(child, Container) and not child._is_none() and not child._is_missing():
             yield from _unknown(child, f"{name}.")
 
 
@@ -185,8 +213,8 @@ def _typed_strategy(strategy: DictConfig) -> DictConfig:
 def _out_of_range(settings: Any, prefix: str) -> Iterator[str]:
     for setting in dataclasses.fields(settings):
         name, value = f"{prefix}{setting.name}", getattr(settings, setting.name, None)
-        if dataclasses.is_dataclass(value):
-            yield from _out_of_range(value, f"{name}.")
+        for place, group in _groups_in(value):
+            yield from _out_of_range(group, f"{name}{place}.")
         if value is None:
             continue
         choices = setting.metadata.get("choices")
@@ -197,20 +225,22 @@ def _out_of_range(settings: Any, prefix: str) -> Iterator[str]:
                 yield f"{name}={value}: must be {LIMIT_WORDS[kind]} {limit}"
 
 
+def _groups_in(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the groups of settings in a value, and their places: itself, or its items."""
+    if isinstance(value, list | dict):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        yield from ((f".{key}", item) for key, item in items if dataclasses.is_dataclass(item))
+    elif dataclasses.is_dataclass(value):
+        yield "", value
+
+
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """Name the wrong override in one line; Hydra takes several, and gives no near names."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except (HydraException, ValueError) as problem:  # also of a number with too many digits
-        return _first_line(problem)
     groups = _groups()
     known = _known_keys(tuple(o for o in overrides if o.partition("=")[0] in groups))
-    for override in parsed:
-        if known and override.key_or_group not in (*groups, *known):
-            if old := refusal(override.key_or_group):
-                return old
-            hint = _nearest(override.key_or_group, known)
-            return f"{override.input_line}: no such setting{hint}"
+    for override in parse_overrides(overrides):
+        if known and (problem := _misnamed(override, [*groups, *known])):
+            return problem
     name = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     if old := refusal(name or ""):
         return old
@@ -218,11 +248,43 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     return f"{name}: {text}" if name and name not in text else text
 
 
+def _unmergeable(overrides: Sequence[str]) -> str:
+    """Say which override sets keys below a setting that is null, on which OmegaConf crashes."""
+    for override in parse_overrides(overrides):
+        if override.is_add() or isinstance(override.value(), dict):
+            return (
+                f"{override.input_line}: keys cannot be added to a setting that is null; write "
+                "them into a file of conf/"
+            )
+    return ""
+
+
+def _misnamed(override: Override, known: Sequence[str]) -> str:
+    """Say what is wrong with an override's name or with the sign before it; empty if nothing is."""
+    name, line = override.key_or_group, override.input_line
+    if old := refusal(name):
+        return old
+    if name not in known:
+        return f"{line}: no such setting{_nearest(name, known)}"
+    if override.is_delete():
+        return _removes(override)
+    if override.is_add() and not override.is_force_add():
+        return f"{line}: {name} exists already; leave out the +"
+    if override.package is not None:
+        return f"{line}: a group has one place; leave out the @{override.package}"
+    return ""
+
+
+def _removes(override: Override) -> str:
+    name = override.key_or_group
+    return f"{override.input_line}: a setting cannot be removed; {name}=... gives it another value"
+
+
 def _known_keys(group_overrides: tuple[str, ...]) -> list[str]:
     """List every setting that exists under these group choices, leaves and branches."""
     try:
         composed = merge_files(group_overrides)
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ValueError):
         return []
 
     def walk(node: Any, prefix: str) -> Iterator[str]:

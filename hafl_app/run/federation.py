@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 
 from flwr.serverapp import Grid
 
 from hafl_app.config.schema import Settings
+from hafl_app.data.shares import CentralText
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.run import build
 from hafl_app.run.checks import check_settings
@@ -23,6 +23,8 @@ from hafl_app.run.resuming import (
     load_checkpoint,
     resume,
 )
+from hafl_app.run.requirements import check_packages
+from hafl_app.run.run_folder import output_folder
 from hafl_app.run.run_lock import run_lock
 from hafl_app.run.setup import known_label_names, wait_for_nodes, warn_of_random_weights
 from hafl_app.server.checkpoint_store import Checkpoint
@@ -31,6 +33,7 @@ from hafl_app.server.local_baseline import AloneResult, train_alone
 from hafl_app.server.numbering import Numbering
 from hafl_app.server.rounds import run_rounds
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.tracking.base import INTERRUPTED
 from hafl_app.training.lora_model import adapter_shapes
 
 
@@ -60,10 +63,15 @@ def run(
         If a round failed, however often it was repeated.
     hafl_app.run.resuming.ResumeError
         If the run cannot be resumed, or not with these settings.
+    hafl_app.run.run_folder.RunFolderError
+        If the folder holds a run that would be lost; it stays as it is.
+    ValueError
+        If the settings need a package that is not installed, see `hafl_app.run.requirements`.
     hafl_app.run.run_lock.RunLockedError
         If another process is still writing the folder.
     """
     check_settings(settings)
+    check_packages(settings, nodes_too=False)
     show_log()
     # Flower logs a dozen lines a round; the trackers report rounds here.
     logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -92,20 +100,27 @@ def _run(
         checkpoints.save(strategy, report, grid, server_round)
 
     try:
-        checkpoint = load_checkpoint(Path(settings.resume)) if settings.resume else None
+        checkpoint = load_checkpoint(folder) if settings.resume else None
         if checkpoint is not None:
             check_resumable(checkpoint, settings)
-        report.start()
-        initial = _prepare(grid, settings, strategy, report, checkpoint, folder)
+            checkpoints.check_base_model(checkpoint)
+        initial, text = _prepare(grid, settings, strategy, report, checkpoint)
+        profiles = strategy.coordinator.directory.in_order()
+        # Up to here nothing has been written: a run that is refused leaves its folder as it was.
         if checkpoint is None:
             checkpoints.forget()
+            report_data(settings, text, profiles, folder)
             after_round(0)
         else:
             resume(checkpoint, strategy, report, grid)
+            report_data(settings, text, profiles, folder)
         run_rounds(strategy, grid, checkpoint.server_round + 1 if checkpoint else 1, after_round)
         unseen = evaluate_unseen(strategy, grid, report.rounds[-1].server_round)
         alone = _alone(grid, settings, strategy, initial) if report.has_test else []
         report.finish(alone, unseen)
+    except (KeyboardInterrupt, SystemExit):  # Flower's processes end themselves by the latter
+        report.fail("interrupted", INTERRUPTED)
+        raise
     except BaseException as error:
         report.fail(f"{type(error).__name__}: {error}")
         raise
@@ -117,9 +132,8 @@ def _prepare(
     strategy: HeterogeneousLora,
     report: RunReport,
     checkpoint: Checkpoint | None,
-    folder: Path,
-) -> Adapter:
-    """Wait for the nodes, agree on the classes, and return the adapter of round 0.
+) -> tuple[Adapter, CentralText]:
+    """Wait for the nodes, agree on the classes; return the adapter of round 0 and the data.
 
     The base model's weights are loaded when the first adapter is scored, if any is.
     """
@@ -127,7 +141,6 @@ def _prepare(
     if checkpoint is not None:
         label_names, numbering = agreed_before(checkpoint, label_names)
     text = wait_for_nodes(grid, settings, strategy, label_names, numbering)
-    report_data(settings, text, strategy.coordinator.directory.in_order(), folder)
     spec = build.model_spec(settings, len(text.label_names))
     head = spec.initial_head()
     initial = initial_adapter(adapter_shapes(spec), strategy.max_rank, settings.seed).with_head(
@@ -136,7 +149,7 @@ def _prepare(
     evaluation = CentralEvaluation(settings, text, head)
     report.evaluate_with(evaluation)
     strategy.coordinator.prepare(initial, report.on_reply)
-    return initial
+    return initial, text
 
 
 def _alone(
@@ -148,12 +161,3 @@ def _alone(
     if lone and settings.federation.alone_at_max_rank:
         alone += train_alone(strategy, grid, initial, lone, strategy.max_rank)
     return alone
-
-
-def output_folder(settings: Settings) -> Path:
-    """Return the absolute folder of the run: `output_dir`, else one named by time and method."""
-    if settings.output_dir is not None:
-        return Path(settings.output_dir).expanduser().absolute()
-    method = type(settings.strategy).__module__.rpartition(".")[2]
-    now = datetime.now().astimezone()
-    return Path("outputs").absolute() / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{method}"

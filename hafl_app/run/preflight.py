@@ -1,12 +1,15 @@
-"""Preflight: check settings, model and data before anything starts."""
+"""Preflight: check settings, packages, model and data before anything starts."""
 
+from hafl_app.config.overrides import SettingsError
 from hafl_app.config.schema import Settings
 from hafl_app.run import build
 from hafl_app.run.checks import check_settings
+from hafl_app.run.requirements import check_packages
 from hafl_app.server.compatibility import private_division
 from hafl_app.training.base_model import locate
 from hafl_app.training.device import resolve_device
 from hafl_app.training.lora_model import adapter_shapes
+from hafl_app.training.quantization.block_precision import BLOCKWISE
 
 
 def check(settings: Settings) -> None:
@@ -18,6 +21,8 @@ def check(settings: Settings) -> None:
         In one line: the value, the expected one, and the setting.
     """
     check_settings(settings)
+    _check_block_budget(settings)
+    check_packages(settings, nodes_too=True)
     strategy = build.strategy(settings)
     if settings.privacy.kind == "central_dp":
         private_division(strategy)
@@ -32,3 +37,13 @@ def check(settings: Settings) -> None:
     adapter_shapes(build.model_spec(settings, len(text.label_names)))
     text.sizes()
     text.require_answers()
+
+
+def _check_block_budget(settings: Settings) -> None:
+    # A node of a deployment may state its own budget; the nodes of a simulation cannot.
+    model = settings.model
+    if model.quantization == BLOCKWISE and model.memory_budget_mb is None:
+        raise SettingsError(
+            "model.quantization=blockwise needs a budget: model.memory_budget_mb=..., the MB that "
+            "the base model may take on a client"
+        )

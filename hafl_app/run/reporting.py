@@ -1,5 +1,6 @@
 """Report of a run: the trackers' records, the best round, and the output files."""
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from hafl_app.server.round_messages import STATED_EXAMPLES, Reply
 from hafl_app.server.snapshot import adapter_of, adapter_tree
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.tracking.base import (
+    FAILED,
     NO_HISTORY,
     ClientRecord,
     ClientRow,
@@ -35,10 +37,12 @@ from hafl_app.tracking.base import (
 )
 from hafl_app.tracking.console import ConsoleTracker
 from hafl_app.tracking.curves import draw_curves
-from hafl_app.tracking.jsonl import JsonlTracker, read_history
+from hafl_app.tracking.jsonl import SUMMARY_FILE, JsonlTracker, read_history, replace_file
 from hafl_app.tracking.wandb import WandbTracker
 from hafl_app.training.adapter_files import save_adapter
 from hafl_app.wire.node_profile import NodeProfile
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,6 @@ class RunReport:
         # Made at the first record, since a resumed run keeps its id.
         return _trackers(self._settings, self._folder, self._run_id)
 
-    def start(self) -> None:
-        """Write the resolved settings. The clients follow once they have answered."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(
-            OmegaConf.create(plain_settings(self._settings)), self._folder / "config.yaml"
-        )
-
     def evaluate_with(self, evaluation: CentralEvaluation) -> None:
         """Set the central evaluation before round 0, once the classes are known."""
         self._evaluation = evaluation
@@ -112,7 +109,7 @@ class RunReport:
         return Choice.by_clients(self._task) if none_private else None
 
     def clients(self, profiles: Sequence[NodeProfile]) -> None:
-        """Start the trackers with the clients of the run."""
+        """Start the trackers with the clients of the run, and write the resolved settings."""
         rows = [
             ClientRow(
                 p.partition_id,
@@ -125,6 +122,12 @@ class RunReport:
             for p in profiles
         ]
         self._trackers.start(plain_settings(self._settings), rows, self._history)
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        text = OmegaConf.to_yaml(OmegaConf.create(plain_settings(self._settings)))
+        replace_file(self._folder / "config.yaml", text)
 
     def state(self) -> dict[str, Any]:
         """Return the report's part of a checkpoint, as plain values."""
@@ -257,9 +260,20 @@ class RunReport:
         seen = dict(self._coordinator.client_scores)
         return {"seen": seen, "unseen": dict(unseen)} if unseen else {}
 
-    def fail(self, reason: str) -> None:
-        """Report to the trackers that the run failed, with the reason."""
-        self._trackers.fail(reason)
+    def fail(self, reason: str, status: str = FAILED) -> None:
+        """Report to the trackers that the run did not finish, with the reason.
+
+        A summary in the folder is an earlier run's, which this one has not replaced: it stays. An
+        error of the disk is logged, so that the one behind the failure is raised.
+        """
+        if (self._folder / SUMMARY_FILE).exists():
+            return
+        try:
+            self._trackers.fail(reason, status)
+            if not (self._folder / "config.yaml").exists():
+                self._write_settings()
+        except OSError as error:
+            _LOGGER.warning("the end of the run could not be written: %s", error)
 
     def _save(self, name: str, adapter: Adapter, record: RoundRecord) -> None:
         save_adapter(

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,11 +19,13 @@ from flwr.serverapp import Grid
 
 from hafl_app.config.schema import Settings, resumable_settings
 from hafl_app.renames import renamed_overrides, renamed_settings
+from hafl_app.run import build
 from hafl_app.run.reporting import RunReport, plain_settings
 from hafl_app.server.checkpoint_store import Checkpoint, CheckpointStore
 from hafl_app.server.coordinator import Strategy
 from hafl_app.server.numbering import Numbering
 from hafl_app.server.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
+from hafl_app.training.base_files import BaseFiles
 
 _LOGGER = logging.getLogger(__name__)
 _JITTER_S = 5.0  # by which a file server's clock may be ahead
@@ -30,6 +33,10 @@ _JITTER_S = 5.0  # by which a file server's clock may be ahead
 
 class ResumeError(ValueError):
     """A run that cannot be resumed, or not with these settings."""
+
+
+class BaseModelChangedError(RuntimeError):
+    """A base model whose files changed while the run was going on."""
 
 
 @runtime_checkable
@@ -59,6 +66,30 @@ class RunCheckpoints:
     settings: Settings
     overrides: tuple[str, ...]
 
+    @cached_property
+    def _base_files(self) -> BaseFiles:
+        return BaseFiles(build.base_spec(self.settings))
+
+    @cached_property
+    def _began_with(self) -> str:
+        """The hash of the base model's files when the run began or was resumed."""
+        return self._base_files.fingerprint()
+
+    def check_base_model(self, checkpoint: Checkpoint) -> None:
+        """Reject a base model whose files are not those of the run to resume.
+
+        Raises
+        ------
+        ResumeError
+            The adapter was trained on the former.
+        """
+        then, now = checkpoint.state.get("base_files"), self._began_with
+        if then and now and then != now:
+            raise ResumeError(
+                f"model.path={self.settings.model.path}: its files are not those that the run to "
+                "resume was trained on; put those back, or start a new run"
+            )
+
     def save(self, strategy: Strategy, report: RunReport, grid: Grid, server_round: int) -> None:
         """Write a checkpoint if one is due: every so many rounds, and after the last.
 
@@ -66,12 +97,20 @@ class RunCheckpoints:
         ------
         OSError
             If it cannot be written; earlier checkpoints are unchanged.
+        BaseModelChangedError
+            If the files of the base model are no longer those that the run began with.
         """
         federation = self.settings.federation
         every = federation.checkpoint_every
         due = every and (server_round % every == 0 or server_round == federation.num_rounds)
         if not due:
             return
+        began_with = self._began_with
+        if self._base_files.fingerprint() != began_with:
+            raise BaseModelChangedError(
+                f"model.path={self.settings.model.path}: its files changed before the end of round "
+                f"{server_round}, which is not kept; put those back that the run began with"
+            )
         snapshot = take_snapshot(strategy)
         clients = grid.client_states() if isinstance(grid, KeepsClientState) else None
         state = {
@@ -83,6 +122,7 @@ class RunCheckpoints:
             "epsilon": report.rounds[-1].metrics.get("privacy/epsilon"),
             "client_states_kept": clients is not None,
             "label_names": list(strategy.coordinator.directory.label_names or ()),
+            "base_files": began_with,
             "node_numbers": strategy.coordinator.directory.numbering.to_json(),
         }
         tree = {

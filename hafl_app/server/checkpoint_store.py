@@ -108,6 +108,10 @@ class CheckpointStore:
         _remove(past[self._keep :])
         return path
 
+    def newest_round(self) -> int | None:
+        """Return the round of the newest file, whole or not; None if there is none."""
+        return next((number for number, _ in self._newest_first()), None)
+
     def latest(self) -> Checkpoint | None:
         """Return the newest whole checkpoint, or None if the folder never had one.
 
@@ -234,8 +238,10 @@ def _write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # written bytes know no file
+            error.filename = error.filename or str(path)
         raise
 
 

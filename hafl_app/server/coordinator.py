@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from flwr.serverapp import Grid
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import CLASSIFICATION, weighted_mean
+from hafl_app.printable import printable
 from hafl_app.server.aggregation import merge
 from hafl_app.server.method import Method
 from hafl_app.server.node_directory import NodeDirectory
@@ -70,6 +72,7 @@ class Coordinator:
         self._on_reply: Callable[[Reply], None] = lambda _: None
         self._messages = RoundMessages(self.ledger, 0, "train")
         self._server_round, self._attempt, self._num_asked = 0, 0, 0
+        self._errors: list[str] = []  # of the current attempt
 
     def prepare(self, initial: Adapter, on_reply: Callable[[Reply], None]) -> None:
         """Get ready for the first round with the nodes that are known.
@@ -103,7 +106,7 @@ class Coordinator:
         else:
             self._server_round, self._attempt = server_round, 0
             self.round_started = time.perf_counter()
-        self.client_scores = {}
+        self.client_scores, self._errors = {}, []
         selected = self.participation.select_for_training(server_round, self._attempt, grid)
         return self._ask(selected, server_round, MessageType.TRAIN)
 
@@ -156,6 +159,8 @@ class Coordinator:
     def _record(self, replies: Sequence[Reply]) -> None:
         for reply in replies:
             self.participation.record([reply])
+            if reply.error:
+                self._errors.append(reply.error)
             self._on_reply(reply)
 
     def _check_count(self, server_round: int, counted: int) -> None:
@@ -165,6 +170,7 @@ class Coordinator:
             raise TooFewRepliesError(
                 f"round {server_round}: the replies of {counted} of {self._num_asked} clients "
                 f"count, federation.min_replies={options.federation.min_replies}"
+                f"{_most_common(self._errors)}"
             )
 
     def _advance(self, server_round: int, updates: Iterable[ClientUpdate]) -> None:
@@ -224,6 +230,14 @@ class Coordinator:
         plans = [self.method.plan(profile, server_round) for profile in profiles]
         make = self._messages.each_message if streaming else self._messages.messages
         return make(profiles, plans, self.method.dispatch, phase)
+
+
+def _most_common(errors: Sequence[str]) -> str:
+    """Return the reason that most clients failed for, to be appended to a message."""
+    if not errors:
+        return ""
+    reason, count = Counter(errors).most_common(1)[0]
+    return f"; {count} of {len(errors)} failed alike: {printable(reason)}"
 
 
 class Strategy(Method, Protocol):

@@ -73,7 +73,7 @@ def _train(strategy: Strategy, grid: Grid, server_round: int) -> None:
             _LOGGER.warning("%s (attempt %d of %d)", error, attempt, attempts)
             if attempt == attempts:
                 raise RoundFailedError(
-                    f"{error}, in the last of {attempts} attempts; the log names each reason"
+                    f"{error} (the last of {attempts} attempts; the log names each reason)"
                 ) from error
         else:
             return

@@ -8,6 +8,10 @@ from typing import Any, Protocol
 logger = logging.getLogger(__name__)
 
 
+FAILED, INTERRUPTED = "failed", "interrupted"
+"""How a run ended that did not finish: by an error, or by its user."""
+
+
 class TrackingError(RuntimeError):
     """A tracker cannot work with the settings it was given; trying again will not help."""
 
@@ -143,8 +147,8 @@ class Tracker(Protocol):
     def finish(self, summary: Mapping[str, Any]) -> None:
         """End a run that went well."""
 
-    def fail(self, reason: str) -> None:
-        """End a run that did not; may be called before `start`."""
+    def fail(self, reason: str, status: str = FAILED) -> None:
+        """End a run that did not, `FAILED` or `INTERRUPTED`; may be called before `start`."""
 
 
 class Trackers:
@@ -173,8 +177,16 @@ class Trackers:
         clients: Sequence[ClientRow],
         history: History = NO_HISTORY,
     ) -> None:
-        """Begin a run, or resume one."""
-        self._call_each(lambda tracker: tracker.start(settings, clients, history))
+        """Begin a run, or resume one.
+
+        External trackers first: what they refuse leaves the files of an earlier run as they are.
+        """
+
+        def start(tracker: Tracker) -> None:
+            tracker.start(settings, clients, history)
+
+        self._call_each(start, self._external)
+        self._call_each(start, self._required)
 
     def log_round(self, record: RoundRecord) -> None:
         """Record one round."""
@@ -182,19 +194,24 @@ class Trackers:
 
     def log_client(self, record: ClientRecord, *, external: bool = True) -> None:
         """Record one client's part of a round; `external` trackers may be left out."""
-        self._call_each(lambda tracker: tracker.log_client(record), external=external)
+        also = self._external if external else ()
+        self._call_each(lambda tracker: tracker.log_client(record), [*self._required, *also])
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """End a run that went well."""
         self._call_each(lambda tracker: tracker.finish(summary))
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, status: str = FAILED) -> None:
         """End a run that did not."""
-        self._call_each(lambda tracker: tracker.fail(reason))
+        self._call_each(lambda tracker: tracker.fail(reason, status))
 
-    def _call_each(self, call: Callable[[Tracker], None], *, external: bool = True) -> None:
+    def _call_each(
+        self, call: Callable[[Tracker], None], trackers: Sequence[Tracker] | None = None
+    ) -> None:
         errors: list[Exception] = []
-        for tracker in [*self._required, *(self._external if external else ())]:
+        for tracker in list(
+            [*self._required, *self._external] if trackers is None else trackers
+        ):
             try:
                 call(tracker)
             except Exception as error:

@@ -12,7 +12,14 @@ from rich.text import Text
 
 from hafl_app.metrics import ACCURACY, Metric, task_of
 from hafl_app.printable import printable
-from hafl_app.tracking.base import NO_HISTORY, ClientRecord, ClientRow, History, RoundRecord
+from hafl_app.tracking.base import (
+    FAILED,
+    NO_HISTORY,
+    ClientRecord,
+    ClientRow,
+    History,
+    RoundRecord,
+)
 from hafl_app.tracking.closing import closing_lines
 
 LOG_WIDTH = 100
@@ -118,9 +125,10 @@ class ConsoleTracker:
             self._print(Text(printable(line, 2000)))
         self._print(Text(f"\n{self._totals()}", style="bold"))
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, status: str = FAILED) -> None:
         """Print the reason."""
-        self._print(Text(f"The run failed: {printable(reason, 2000)}", style="red"))
+        ended = "The run failed" if status == FAILED else f"The run was {status}"
+        self._print(Text(f"{ended}: {printable(reason, 2000)}", style="red"))
 
     def _out_of_time(self, server_round: int) -> int:
         trained = (one for one in self._trainings if one.server_round == server_round)

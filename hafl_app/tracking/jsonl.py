@@ -3,14 +3,22 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TextIO
 
-from hafl_app.tracking.base import NO_HISTORY, ClientRecord, ClientRow, History, RoundRecord
+from hafl_app.tracking.base import (
+    FAILED,
+    NO_HISTORY,
+    ClientRecord,
+    ClientRow,
+    History,
+    RoundRecord,
+)
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 
 
 class JsonlTracker:
@@ -44,13 +52,13 @@ class JsonlTracker:
     ) -> None:
         """Open ``metrics.jsonl`` with the history's lines, and remove an earlier summary."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "summary.json").unlink(missing_ok=True)
+        (self._folder / SUMMARY_FILE).unlink(missing_ok=True)
         path = self._folder / METRICS_FILE
         lines = [*map(_line, history.clients), *map(_line, history.rounds)]
         if lines:
             # In the order in which they were logged: the clients of a round, then the round.
             lines.sort(key=lambda line: line["server_round"])
-            _replace(path, "".join(_text(line) for line in lines))
+            replace_file(path, "".join(_text(line) for line in lines))
         self._file = path.open("a" if lines else "w", encoding="utf-8")
 
     def log_round(self, record: RoundRecord) -> None:
@@ -65,22 +73,24 @@ class JsonlTracker:
         """Write ``summary.json``: the summary, and ``"status": "finished"``."""
         self._end({"status": "finished", **summary})
 
-    def fail(self, reason: str) -> None:
-        """Write ``summary.json``: ``"status": "failed"`` and the reason."""
-        self._end({"status": "failed", "reason": reason})
+    def fail(self, reason: str, status: str = FAILED) -> None:
+        """Write ``summary.json``: the status and the reason."""
+        self._end({"status": status, "reason": reason})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
             raise RuntimeError(f"{self._folder}: a record came before start or after the end")
-        self._file.write(_text(line))
-        self._file.flush()
+        with _naming(self._folder / METRICS_FILE):
+            self._file.write(_text(line))
+            self._file.flush()
 
     def _end(self, summary: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_plain(summary), indent=2, sort_keys=True, allow_nan=False)
-        _replace(self._folder / "summary.json", text + "\n")
+        replace_file(self._folder / SUMMARY_FILE, text + "\n")
         if self._file is not None:
-            self._file.close()
+            with _naming(self._folder / METRICS_FILE):
+                self._file.close()
             self._file = None
 
 
@@ -117,17 +127,27 @@ def _text(line: Mapping[str, Any]) -> str:
     return json.dumps(_plain(line), allow_nan=False) + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with _naming(path), temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in errors of writing, which speak of the disk alone."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _plain(value: Any) -> Any:

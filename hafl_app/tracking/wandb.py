@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hafl_app.printable import printable
 from hafl_app.tracking.base import (
+    FAILED,
     NO_HISTORY,
     ClientRecord,
     ClientRow,
@@ -129,10 +130,10 @@ class WandbTracker:
         """Write the summary and close the run with exit code 0."""
         self._close({"status": "finished", **summary}, exit_code=0)
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, status: str = FAILED) -> None:
         """Write the reason and close the run, if one was opened, with exit code 1."""
         if self._run is not None:
-            self._close({"status": "failed", "reason": reason}, exit_code=1)
+            self._close({"status": status, "reason": reason}, exit_code=1)
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
         # wandb keeps a step open until a later one comes, so the lines of a round become one.

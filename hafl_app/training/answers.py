@@ -64,7 +64,7 @@ def require_rouge() -> None:
     """
     if importlib.util.find_spec("rouge_score") is None:
         raise MissingPackageError(
-            "rouge-l needs the package rouge-score: pip install 'hafl-app[generation]'"
+            "rouge-l needs the package rouge-score: pip install -e '.[generation]' in the checkout"
         )
 
 

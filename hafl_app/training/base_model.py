@@ -60,6 +60,14 @@ def locate(spec: BaseSpec) -> Path:
     return folder
 
 
+def present(spec: BaseSpec) -> Path | None:
+    """Return the folder with the model's files if this machine has them, whatever they hash to."""
+    try:
+        return _local(spec) or _cached(spec) or _packaged(spec)
+    except ModelError:
+        return None
+
+
 def _local(spec: BaseSpec) -> Path | None:
     if not spec.path:
         raise ModelError("model.path must be given: a hub name or a local folder")

@@ -30,7 +30,7 @@ class Recorder:
     def finish(self, summary):
         self._note("finish", summary)
 
-    def fail(self, reason):
+    def fail(self, reason, status="failed"):
         self._note("fail", reason)
 
 

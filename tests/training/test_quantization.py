@@ -142,7 +142,7 @@ class TestQuantizedLinear:
     def test_a_missing_library_is_named(self, monkeypatch):
         monkeypatch.setattr(quantized_linear.importlib.util, "find_spec", lambda name: None)
 
-        with pytest.raises(ModelError, match=r"nf4 needs bitsandbytes: pip install") as caught:
+        with pytest.raises(ModelError, match=r"pip install -e '\.\[quantized\]'") as caught:
             with_quantization(SPEC, "nf4").build()
         assert "\n" not in str(caught.value)
         QuantizedLinear(IN, OUT, "bf16")

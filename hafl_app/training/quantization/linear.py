@@ -53,7 +53,7 @@ class QuantizedLinear(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, precision: str, *, bias: bool = True
     ) -> None:
-        _require_library(precision)
+        require_library(precision)
         super().__init__(in_features, out_features, bias=bias, device="meta")
         self.requires_grad_(False)
         self.precision = precision
@@ -157,12 +157,20 @@ def _empty(out_features: int, in_features: int, precision: str) -> tuple[Tensor,
     return rounded, torch.empty(blocks, device="meta")
 
 
-def _require_library(precision: str) -> None:
-    if precision != "bf16" and importlib.util.find_spec("bitsandbytes") is None:
-        raise QuantizationError(
-            f"model.quantization={precision} needs bitsandbytes: pip install 'hafl-app[quantized]' "
-            "(the extra that was called quantised)"
-        )
+def require_library(quantization: str) -> None:
+    """Refuse ``model.quantization`` where its package is missing.
+
+    Raises
+    ------
+    QuantizationError
+        In one line, with the command that installs it from the checkout.
+    """
+    if quantization in ("none", "bf16") or importlib.util.find_spec("bitsandbytes") is not None:
+        return
+    raise QuantizationError(
+        f"model.quantization={quantization} needs the package bitsandbytes: "
+        "pip install -e '.[quantized]' in the checkout"
+    )
 
 
 @functools.cache

@@ -1,0 +1,123 @@
+"""Command line of a simulation: Hydra's flags, the jobs it asks for, and the folder of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+
+from hafl_app.config.compose import check_hydra
+from hafl_app.config.overrides import SettingsError, parse_overrides, quoted, sweep_refusal
+from hafl_app.config.schema import Settings
+from hafl_app.run.going_on import key
+from hafl_app.run.run_folder import absolute, check_new, default_folder, output_folder
+
+_REFUSED = {
+    "config_path": "--config-path",
+    "config_name": "--config-name",
+    "config_dir": "--config-dir",
+    "experimental_rerun": "--experimental-rerun",
+}
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line as Hydra reads it.
+
+    Parameters
+    ----------
+    overrides
+        Of settings and of Hydra itself, as typed.
+    multirun
+        Whether it is a sweep.
+    shows
+        What it asks to be shown instead of a run: ``"settings"``, which must be right, or
+        ``"hydra"``; empty for a run.
+    flags
+        As typed, with their values.
+    """
+
+    overrides: tuple[str, ...]
+    multirun: bool
+    shows: str
+    flags: tuple[str, ...]
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> "CommandLine":
+        """Read a command line.
+
+        Raises
+        ------
+        SettingsError
+            If a flag is unknown, has no value, or would name another `conf/`.
+        """
+        parser = get_args_parser()
+        parser.error = _refuse  # type: ignore[method-assign]
+        read = parser.parse_intermixed_args(list(arguments))
+        for name, flag in _REFUSED.items():
+            if getattr(read, name) is not None:
+                raise SettingsError(
+                    f"{flag}: the settings come from conf/ and from overrides alone; a file of your "
+                    "own goes into a folder of conf/, for instance conf/experiment/NAME.yaml for "
+                    "experiment=NAME"
+                )
+        shows = "hydra" if read.hydra_help or read.shell_completion else ""
+        if not shows and (read.help or read.cfg or read.info):
+            shows = "settings"
+        flags = tuple(argument for argument in arguments if argument not in read.overrides)
+        return cls(tuple(read.overrides), bool(read.multirun), shows, flags)
+
+    def jobs(self) -> list[list[str]]:
+        """Return the overrides of every job, without those of Hydra itself.
+
+        Raises
+        ------
+        SettingsError
+            If an argument is no override, or has several values without ``-m``, or one of Hydra's own
+            settings is wrong.
+        """
+        parsed = parse_overrides(self.overrides)
+        if not self.multirun:
+            for problem in filter(None, map(sweep_refusal, parsed)):
+                raise SettingsError(problem)
+        check_hydra([o for o in self.overrides if _is_hydras(o)])
+        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        jobs = [job for batch in batches for job in batch]
+        return [[o for o in job if not _is_hydras(o)] for job in jobs]
+
+    def placed(self, jobs: Sequence[Settings]) -> list[str]:
+        """Return Hydra's overrides that give every job its folder, all of them new.
+
+        Nothing is written. A sweep's ``output_dir`` has a folder for each job; Hydra's own settings
+        of folders hold as they are.
+
+        Raises
+        ------
+        SettingsError
+            If the jobs differ in ``output_dir``.
+        hafl_app.run.run_folder.RunFolderError
+            If an earlier run would be lost.
+        """
+        if any(key(override) in _FOLDERS for override in self.overrides):
+            return []
+        if not self.multirun:
+            return [f"hydra.run.dir={quoted(output_folder(jobs[0]))}"]
+        given = {settings.output_dir for settings in jobs}
+        if given == {None}:
+            return [f"hydra.sweep.dir={quoted(default_folder('sweep'))}"]
+        if len(given) > 1:
+            raise SettingsError("output_dir: expected one for the sweep; each job gets a folder in it")
+        folder = absolute(str(given.pop()))
+        for number in range(len(jobs)):
+            check_new(folder / str(number))
+        return [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweep.subdir=${hydra.job.num}"]
+
+
+def _is_hydras(override: str) -> bool:
+    return key(override).startswith(("hydra.", "hydra/"))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise SettingsError(f"{message}; --hydra-help lists the flags")
