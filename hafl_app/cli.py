@@ -14,9 +14,7 @@ INTERRUPTED = 130
 _INTERRUPTING = (signal.SIGTERM, signal.SIGHUP)
 
 
-def run_script(
-    job: Callable[[], int], interrupted: str | Callable[[], str] = "interrupted"
-) -> int:
+def run_script(job: Callable[[], int], interrupted: str | Callable[[], str] = "interrupted") -> int:
     """Run a program and return its exit code; a user's mistake is one line, never a traceback.
 
     Parameters

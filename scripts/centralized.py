@@ -22,13 +22,15 @@ def main() -> int:
 def _train(arguments: list[str]) -> int:
     from hafl_app.config.compose import compose
     from hafl_app.experiments.centralized import train_centralized
-    from hafl_app.experiments.compare import output_folder
     from hafl_app.run.preflight import check
+    from hafl_app.run.run_folder import absolute, check_new, default_folder
 
     settings = compose(arguments)
     check(settings)
-    given = Path(settings.output_dir).expanduser() if settings.output_dir else None
-    folder = output_folder(given, "centralized")
+    given = absolute(settings.output_dir) if settings.output_dir else None
+    if given is not None:
+        check_new(given)
+    folder = given or default_folder("centralized")
     print(f"Output folder: {folder}", flush=True)
     summary = train_centralized(settings, folder, lambda text: print(text, flush=True))
     print(

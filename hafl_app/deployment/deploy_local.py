@@ -4,7 +4,6 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import datetime
 from pathlib import Path
 
 from hafl_app.cli import run_script
@@ -12,7 +11,7 @@ from hafl_app.config.compose import quoted
 from hafl_app.deployment.credentials import Credentials, make_credentials
 from hafl_app.deployment.local import Deployment, LocalNode, local_deployment
 from hafl_app.deployment.own_folder import own_folder, remove_abandoned
-from hafl_app.run.run_lock import check_unlocked
+from hafl_app.run.run_folder import check_new, default_folder
 
 TINY = (
     *("model=tiny_random", "dataset.max_length=16", "client.batch_size=16"),
@@ -31,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def job() -> int:
         with ExitStack() as stack:
             nodes = _nodes(options)
-            output = (options.output or _default_output()).absolute()
-            check_unlocked(output)
+            output = options.output.absolute() if options.output else default_folder("deployed")
+            check_new(output)
             if count := remove_abandoned():
                 _say(f"Stopped and removed what {count} killed deployment(s) had left behind")
             credentials = _credentials(options, nodes, stack)
@@ -113,11 +112,6 @@ def _overrides(
     # The last one of a setting counts: the user's go before ours, but for what is settled here.
     settled = (f"federation.num_clients={len(nodes)}", f"output_dir={quoted(output)}")
     return (*data, *TINY, *options.overrides, *settled)
-
-
-def _default_output() -> Path:
-    now = datetime.now().astimezone()
-    return Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-deployed"
 
 
 def _say(line: str) -> None:

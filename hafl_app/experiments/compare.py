@@ -5,7 +5,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from hafl_app.experiments.tuning import (
 )
 from hafl_app.metrics import Metric, metric_named
 from hafl_app.run import preflight
+from hafl_app.run.run_folder import default_folder
 from hafl_app.training.device import cpu_name
 
 Say = Callable[[str], None]
@@ -90,11 +90,8 @@ def compare(command: Command, command_line: str, say: Say) -> int:
 
 
 def output_folder(given: Path | None, name: str) -> Path:
-    """Return the given folder, else ``outputs/<date>/<time>-<name>``, absolute."""
-    if given is not None:
-        return given.absolute()
-    now = datetime.now().astimezone()
-    return Path("outputs").absolute() / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{name}"
+    """Return the given folder, else a new one named by time, absolute."""
+    return default_folder(name) if given is None else given.absolute()
 
 
 def hardware() -> str:

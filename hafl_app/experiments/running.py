@@ -21,6 +21,7 @@ from hafl_app.printable import printable
 from hafl_app.renames import renamed_settings
 from hafl_app.run.logs import output_to
 from hafl_app.run.reporting import plain_settings
+from hafl_app.run.run_folder import set_aside
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def is_finished(folder: Path, settings: Settings) -> bool:
 def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) -> Outcome:
     """Run a job; what the run prints and logs goes to ``run.log`` in its folder.
 
+    A finished run of other settings there is kept under another name.
+
     Parameters
     ----------
     on_round
@@ -55,6 +58,7 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
     """
     started = time.perf_counter()
     try:
+        set_aside(job.folder)
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / "run.log").open("w", encoding="utf-8") as log, output_to(log):
             # One number of threads throughout: results must not depend on how many jobs share

@@ -59,9 +59,9 @@ class CommandLine:
         for name, flag in _REFUSED.items():
             if getattr(read, name) is not None:
                 raise SettingsError(
-                    f"{flag}: the settings come from conf/ and from overrides alone; a file of your "
-                    "own goes into a folder of conf/, for instance conf/experiment/NAME.yaml for "
-                    "experiment=NAME"
+                    f"{flag}: the settings come from conf/ and from overrides alone; a file of "
+                    "your own goes into a folder of conf/, for instance "
+                    "conf/experiment/NAME.yaml for experiment=NAME"
                 )
         shows = "hydra" if read.hydra_help or read.shell_completion else ""
         if not shows and (read.help or read.cfg or read.info):
@@ -75,8 +75,8 @@ class CommandLine:
         Raises
         ------
         SettingsError
-            If an argument is no override, or has several values without ``-m``, or one of Hydra's own
-            settings is wrong.
+            If an argument is no override, or has several values without ``-m``, or one of Hydra's
+            own settings is wrong.
         """
         parsed = parse_overrides(self.overrides)
         if not self.multirun:
@@ -104,11 +104,13 @@ class CommandLine:
             return []
         if not self.multirun:
             return [f"hydra.run.dir={quoted(output_folder(jobs[0]))}"]
-        given = {settings.output_dir for settings in jobs}
+        given = {settings.output_dir or None for settings in jobs}
         if given == {None}:
             return [f"hydra.sweep.dir={quoted(default_folder('sweep'))}"]
         if len(given) > 1:
-            raise SettingsError("output_dir: expected one for the sweep; each job gets a folder in it")
+            raise SettingsError(
+                "output_dir: expected one for the sweep; each job gets a folder in it"
+            )
         folder = absolute(str(given.pop()))
         for number in range(len(jobs)):
             check_new(folder / str(number))

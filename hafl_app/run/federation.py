@@ -16,6 +16,7 @@ from hafl_app.run.device_gains import lone_clients
 from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.run.logs import show_log
 from hafl_app.run.reporting import RunReport
+from hafl_app.run.requirements import check_packages
 from hafl_app.run.resuming import (
     RunCheckpoints,
     agreed_before,
@@ -23,7 +24,6 @@ from hafl_app.run.resuming import (
     load_checkpoint,
     resume,
 )
-from hafl_app.run.requirements import check_packages
 from hafl_app.run.run_folder import output_folder
 from hafl_app.run.run_lock import run_lock
 from hafl_app.run.setup import known_label_names, wait_for_nodes, warn_of_random_weights

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hafl_app.config.schema import Settings
-from hafl_app.server.checkpoint_store import CheckpointStore
+from hafl_app.run.run_lock import check_unlocked
+from hafl_app.server.checkpoint_files import newest_first
 from hafl_app.tracking.jsonl import SUMMARY_FILE
 
 FINISHED = "finished"
@@ -65,7 +66,10 @@ def check_new(folder: Path) -> None:
     ------
     RunFolderError
         With what to do instead.
+    hafl_app.run.run_lock.RunLockedError
+        If a run is going on in it.
     """
+    check_unlocked(folder)
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"output_dir={folder}: a file; expected a folder, or a new name")
     last = last_round(folder)
@@ -106,7 +110,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def last_round(folder: Path) -> int | None:
     """Return the round of a folder's newest checkpoint; None if there is none."""
-    return CheckpointStore(folder / "checkpoints").newest_round()
+    return next((number for number, _ in newest_first(folder / "checkpoints")), None)
 
 
 def _numbered(path: Path) -> Path:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hafl_app.server.checkpoint_files import checkpoint_file, newest_first
+
 _LOGGER = logging.getLogger(__name__)
 _FORMAT, _VERSION = "hafl-checkpoint", 1
-_FILE_NAME = re.compile(r"round-([0-9]{5,})\.safetensors")
 # Names in the file; the prefix keeps a tensor of any name apart from state and header.
 _STATE, _PREFIX = "state", "tensor/"
 # What safetensors, JSON and torch raise for content that they cannot write or read.
@@ -100,17 +100,13 @@ class CheckpointStore:
             If it cannot be written, for instance because the disk is full.
         """
         data = _encode(server_round, tensors, state)
-        path = self._folder / f"round-{server_round:05d}.safetensors"
+        path = checkpoint_file(self._folder, server_round)
         self._folder.mkdir(parents=True, exist_ok=True)
         _remove(self._folder.glob(".round-*.tmp"))  # left by a process that was killed
         _write_atomically(path, data)
-        past = [file for number, file in self._newest_first() if number <= server_round]
+        past = [file for number, file in newest_first(self._folder) if number <= server_round]
         _remove(past[self._keep :])
         return path
-
-    def newest_round(self) -> int | None:
-        """Return the round of the newest file, whole or not; None if there is none."""
-        return next((number for number, _ in self._newest_first()), None)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest whole checkpoint, or None if the folder never had one.
@@ -123,7 +119,7 @@ class CheckpointStore:
             If there are files but none is whole, with the reason for each.
         """
         reasons = []
-        for number, path in self._newest_first():
+        for number, path in newest_first(self._folder):
             try:
                 return _read(path, number)
             except CheckpointError as error:
@@ -132,12 +128,6 @@ class CheckpointStore:
         if reasons:
             raise CheckpointError(f"{self._folder}: no whole checkpoint: {'; '.join(reasons)}")
         return None
-
-    def _newest_first(self) -> list[tuple[int, Path]]:
-        if not self._folder.exists():
-            return []
-        names = ((_FILE_NAME.fullmatch(path.name), path) for path in self._folder.iterdir())
-        return sorted(((int(name[1]), path) for name, path in names if name), reverse=True)
 
 
 def _encode(server_round: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> bytes:

@@ -209,9 +209,7 @@ class Trackers:
         self, call: Callable[[Tracker], None], trackers: Sequence[Tracker] | None = None
     ) -> None:
         errors: list[Exception] = []
-        for tracker in list(
-            [*self._required, *self._external] if trackers is None else trackers
-        ):
+        for tracker in list([*self._required, *self._external] if trackers is None else trackers):
             try:
                 call(tracker)
             except Exception as error:

@@ -18,6 +18,7 @@ from hafl_app.experiments.command import Reader, split_arguments
 from hafl_app.experiments.compare import hardware, output_folder
 from hafl_app.experiments.results import read_curve
 from hafl_app.run import preflight
+from hafl_app.run.run_folder import check_new
 
 Say = Callable[[str], None]
 _DECIDED = {"engine", "resume", "federation.robust", "federation.alone_clients_per_rank"}
@@ -113,6 +114,7 @@ def chaos(command: ChaosCommand, command_line: str, say: Say) -> list[str]:
     folder = output_folder(command.output_dir, "chaos")
     parts = _parts(command, folder)
     for part in parts.values():
+        check_new(part.folder)
         preflight.check(compose(part.overrides))
     folder.mkdir(parents=True, exist_ok=True)
     say(f"Output folder: {folder}")

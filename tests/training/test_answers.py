@@ -77,7 +77,9 @@ class TestRougeL:
 
     def test_without_its_package_is_refused_in_one_line(self, monkeypatch):
         monkeypatch.setattr(answers.importlib.util, "find_spec", lambda _: None)
-        with pytest.raises(MissingPackageError, match=r"pip install -e '\.\[generation\]'") as caught:
+        with pytest.raises(
+            MissingPackageError, match=r"pip install -e '\.\[generation\]'"
+        ) as caught:
             score_answers(["a"], ["a"])
         assert "\n" not in str(caught.value)
 
