@@ -55,4 +55,4 @@ def unquoted(text: str) -> str:
         value = parse_overrides([f"key={text}"])[0].value()
     except SettingsError:
         return text  # a path may have characters that an override may not
-    return value.text if isinstance(value, QuotedString) else text
+    return value if isinstance(value, str) else text

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hafl_app.disk import naming
 from hafl_app.server.checkpoint_files import checkpoint_file, newest_first
 
 _LOGGER = logging.getLogger(__name__)
@@ -222,16 +223,14 @@ def _write_atomically(path: Path, data: bytes) -> None:
     try:
         # Readable by its owner alone: it may hold the key of a private run's noise.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # written bytes know no file
-            error.filename = error.filename or str(path)
         raise
 
 

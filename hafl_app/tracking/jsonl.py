@@ -3,12 +3,12 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TextIO
 
+from hafl_app.disk import naming
 from hafl_app.tracking.base import (
     FAILED,
     NO_HISTORY,
@@ -80,7 +80,7 @@ class JsonlTracker:
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
             raise RuntimeError(f"{self._folder}: a record came before start or after the end")
-        with _naming(self._folder / METRICS_FILE):
+        with naming(self._folder / METRICS_FILE):
             self._file.write(_text(line))
             self._file.flush()
 
@@ -89,7 +89,7 @@ class JsonlTracker:
         text = json.dumps(_plain(summary), indent=2, sort_keys=True, allow_nan=False)
         replace_file(self._folder / SUMMARY_FILE, text + "\n")
         if self._file is not None:
-            with _naming(self._folder / METRICS_FILE):
+            with naming(self._folder / METRICS_FILE):
                 self._file.close()
             self._file = None
 
@@ -131,23 +131,13 @@ def replace_file(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with _naming(path), temporary.open("w", encoding="utf-8") as file:
+        with naming(path), temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in errors of writing, which speak of the disk alone."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Settings that cannot work are refused before a client is asked for anything."""
 
+import importlib.util
 import shlex
 
 import pytest
@@ -11,6 +12,7 @@ from hafl_app.engines.in_process import InProcessGrid
 from hafl_app.run.build import settings_of_run
 from hafl_app.run.federation import run
 from hafl_app.run.preflight import check
+from hafl_app.run.requirements import check_packages
 from hafl_app.server.method import StrategyError
 
 KIND_ALONE = ("strategy=zero_padding", "privacy.kind=central_dp")  # not conf/privacy/central_dp
@@ -50,3 +52,50 @@ def test_a_robust_rule_without_meaning_for_the_method_is_refused(method):
 
     with pytest.raises(StrategyError, match=r"federation\.robust=median is refused"):
         check(compose([*overrides, "federation.robust=median"]))
+
+
+class TestMissingPackages:
+    @pytest.fixture(autouse=True)
+    def nothing_installed(self, monkeypatch):
+        find = importlib.util.find_spec
+        gone = {"bitsandbytes", "rouge_score", "wandb"}
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *a: None if name in gone else find(name, *a)
+        )
+
+    NEEDS = (
+        ("model.quantization=nf4", r"bitsandbytes: pip install -e '\.\[quantized\]'"),
+        ("model.quantization=int8", r"bitsandbytes: pip install -e '\.\[quantized\]'"),
+        ("federation.generate_examples=2", r"rouge-score: pip install -e '\.\[generation\]'"),
+        ("tracking=wandb", r"wandb: pip install -e \."),
+    )
+
+    def settings(self, override, *more):
+        model = ["model=tiny_random_causal", "dataset=dolly", "dataset.path=none"]
+        return compose([*TINY, *(model if "generate" in override else []), override, *more])
+
+    @pytest.mark.parametrize(("override", "words"), NEEDS)
+    def test_one_is_named_with_the_command_before_anything_is_written(
+        self, override, words, tmp_path
+    ):
+        settings = self.settings(override, f"output_dir={tmp_path / 'out'}")
+        with pytest.raises(ValueError, match=words) as caught:
+            check(settings)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match=words):
+            run(UnusedGrid(client_app, 5, {}), settings)
+        assert not list(tmp_path.iterdir())
+
+    def test_only_what_the_nodes_need_does_not_stop_a_server(self):
+        blocks = ("model.quantization=blockwise", "model.memory_budget_mb=9")
+        settings = self.settings(*blocks)
+        check_packages(settings, nodes_too=False)
+        with pytest.raises(ValueError, match="bitsandbytes"):
+            check_packages(settings, nodes_too=True)
+
+
+def test_blocks_of_mixed_bits_need_a_budget_in_a_simulation():
+    settings = compose([*TINY, "model.quantization=blockwise"])
+    with pytest.raises(SettingsError, match=r"needs a budget: model\.memory_budget_mb="):
+        check(settings)
+    settings_of_run({"overrides": "model.quantization=blockwise"})  # nodes may have their own

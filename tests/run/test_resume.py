@@ -16,7 +16,12 @@ from safetensors.torch import load_file
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import resumable_settings
 from hafl_app.engines.in_process import InProcessGrid
-from hafl_app.run.resuming import ResumeError, check_resumable, load_checkpoint
+from hafl_app.run.resuming import (
+    BaseModelChangedError,
+    ResumeError,
+    check_resumable,
+    load_checkpoint,
+)
 from hafl_app.server.checkpoint_store import CheckpointStore
 
 STRATEGIES = ["zero_padding", "hafl", "hetlora", "flexlora", "flexlora_change"]
@@ -130,11 +135,11 @@ class TestSettings:
             run_tiny(stopped, "seed=9", f"resume={stopped}")
 
         changed = [p.name for p, data in before.items() if p.read_bytes() != data]
-        assert changed in ([], ["summary.json"])  # which then tells of the refusal
+        assert changed == []
 
     def test_a_folder_without_a_run_is_refused(self, tmp_path):
         with pytest.raises(ResumeError, match="no checkpoint there"):
-            run_tiny(tmp_path / "out", f"resume={tmp_path}")
+            run_tiny(tmp_path, f"resume={tmp_path}")
 
 
 @pytest.mark.slow
@@ -143,11 +148,15 @@ class TestWhatIsKept:
         names = sorted(p.name for p in (three_rounds / "checkpoints").iterdir())
         assert names == ["round-00002.safetensors", "round-00003.safetensors"]
 
-    def test_a_new_run_in_the_folder_forgets_the_old_checkpoints(self, stopped):
-        run_tiny(stopped, "federation.num_rounds=1", "seed=5")
+    def test_a_new_run_forgets_those_of_one_that_never_trained(self, stopped):
+        (stopped / "summary.json").write_text('{"status": "failed"}')
+        first, second = sorted((stopped / "checkpoints").iterdir())
+        second.unlink()
+        first.rename(first.with_name("round-00000.safetensors"))
 
-        names = sorted(p.name for p in (stopped / "checkpoints").iterdir())
-        assert names == ["round-00000.safetensors", "round-00001.safetensors"]
+        run_tiny(stopped, "federation.num_rounds=1", "seed=5", "federation.checkpoint_every=0")
+
+        assert not list((stopped / "checkpoints").iterdir())
 
     def test_tensors_keep_their_names_in_the_file(self, two_rounds):
         """Or the runs of an older version could not go on."""
@@ -283,3 +292,31 @@ def test_what_may_change_is_declared_by_the_fields():
         "federation.alone_clients_per_rank",
         "federation.alone_at_max_rank",
     } == resumable_settings()
+
+
+@pytest.mark.slow
+class TestBaseModel:
+    @pytest.fixture
+    def hashes(self, monkeypatch):
+        """The hashes of the base model's files, one after another; the last one stays."""
+        found = ["first"]
+        next_hash = lambda _: found.pop(0) if len(found) > 1 else found[0]  # noqa: E731
+        monkeypatch.setattr("hafl_app.training.base_files.BaseFiles.fingerprint", next_hash)
+        return found
+
+    def test_another_one_than_before_is_refused(self, tmp_path, hashes):
+        folder = tmp_path / "out"
+        run_tiny(folder, "federation.num_rounds=1")
+        hashes[:] = ["other"]
+        with pytest.raises(ResumeError, match="its files are not those that the run to resume"):
+            run_tiny(folder, f"resume={folder}")
+        hashes[:] = ["first"]
+        run_tiny(folder, f"resume={folder}")
+
+    def test_one_that_changes_between_rounds_ends_the_run_at_its_last_checkpoint(
+        self, tmp_path, hashes
+    ):
+        hashes[:] = ["first", "first", "first", "other"]  # at the start, after rounds 0, 1 and 2
+        with pytest.raises(BaseModelChangedError, match="changed before the end of round 2"):
+            run_tiny(tmp_path / "out")
+        assert load_checkpoint(tmp_path / "out").server_round == 1

@@ -51,7 +51,10 @@ class TestRepeats:
         rounds = records(tmp_path / "out", "round")
         assert [r["server_round"] for r in rounds] == [0, 1, 2]
         assert (rounds[1]["replies"], rounds[1]["failures"]) == (5, 5)
-        assert "0 of 5 clients count, federation.min_replies=5 (attempt 1 of 3)" in caplog.text
+        line = (
+            "0 of 5 clients count, federation.min_replies=5; 5 of 5 failed alike: broken on purpose"
+        )
+        assert f"{line} (attempt 1 of 3)" in caplog.text
 
     def test_a_repeat_asks_nodes_that_have_not_failed_in_the_round(self, tmp_path):
         asked = []

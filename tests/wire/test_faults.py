@@ -10,7 +10,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 
 from hafl_app.client.error_replies import errors_as_replies, fault_behind
 from hafl_app.client.node_config import NodeConfigError
-from hafl_app.client.permissions import NotAllowedError
+from hafl_app.client.permissions import ERROR_DETAILS, NotAllowedError
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.engines.in_process import server_identity
@@ -144,6 +144,19 @@ class TestAnsweringFaults:
             raise error
 
         return handler(message, node_factories.context(config))
+
+    def test_on_its_users_own_machine_a_reply_names_files(
+        self, request_message, monkeypatch, tmp_path
+    ):
+        monkeypatch.setenv(ERROR_DETAILS, "true")
+        full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+        reasons = {DataError("train.csv, row 3: no label"): "train.csv, row 3: no label"}
+        reasons[full] = f"no space left on a disk of this node: {tmp_path}"
+        for error, reason in reasons.items():
+            assert self.answer(request_message, error).error.reason == reason
+            # Not of a file that is the node's own, whatever the environment says.
+            own = self.answer(request_message, error, {"data-path": "/home/ada/private.csv"})
+            assert reason not in own.error.reason
 
     def test_a_fault_is_the_reply(self, request_message, caplog):
         reply = self.answer(request_message, DataError("row 3: 'a private text'"))
