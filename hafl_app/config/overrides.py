@@ -41,7 +41,7 @@ def sweep_refusal(override: Override) -> str:
     """Return the line that refuses several values of one setting; empty for a single value."""
     if not override.is_sweep_override():
         return ""
-    return f"{override.input_line}: several values of one setting; only -m runs a job for each"
+    return f"{override.input_line}: several values of one setting; add -m to run a job for each"
 
 
 def quoted(value: object) -> str:

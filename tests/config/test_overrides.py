@@ -44,9 +44,9 @@ REFUSED = [
     ("~client.learning_rate", "a setting cannot be removed"),
     ("~dataset.path", "a setting cannot be removed"),
     # several values
-    ("seed=1,2", "only -m runs a job for each"),
-    ("seed=choice(1,2)", "only -m runs a job for each"),
-    ("strategy=hafl,fedit", "only -m runs a job for each"),
+    ("seed=1,2", "add -m to run a job for each"),
+    ("seed=choice(1,2)", "add -m to run a job for each"),
+    ("strategy=hafl,fedit", "add -m to run a job for each"),
 ]
 
 
