@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import runpy
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,10 +59,25 @@ def run_program(program: str, *arguments: object) -> Done:
 @contextlib.contextmanager
 def _own_process(*command: str) -> Iterator[None]:
     """Give a program its command line, and undo what it changes in this process."""
-    path, threads = list(sys.path), torch.get_num_threads()
+    path, threads, logging_before = list(sys.path), torch.get_num_threads(), _logging_state()
     with mock.patch.object(sys, "argv", list(command)), mock.patch.dict(os.environ):
         try:
             yield
         finally:
             sys.path[:] = path
             torch.set_num_threads(threads)
+            GlobalHydra.instance().clear()
+            for logger, state in logging_before.items():
+                logger.__dict__.update(state)
+            logging.root.setLevel(logging.root.level)  # forgets which levels were enabled
+
+
+def _logging_state() -> dict[logging.Logger, dict[str, object]]:
+    """Return what Hydra and a run change in every logger."""
+    known = logging.root.manager.loggerDict.values()
+    loggers = [logging.root, *(one for one in known if isinstance(one, logging.Logger))]
+    kept = ("level", "propagate", "disabled")
+    return {
+        one: {**{name: getattr(one, name) for name in kept}, "handlers": list(one.handlers)}
+        for one in loggers
+    }
