@@ -58,16 +58,16 @@ def fault_behind(
         if isinstance(error, kind):
             return fault, str(error)
     if isinstance(error, DataError):
-        if names_files:
-            return Fault.DATA_UNAVAILABLE, str(error)
         # These messages may quote a file's path, a label or a cell, for the owner of the data.
-        return Fault.DATA_UNAVAILABLE, "this node cannot read its data; its own log says why"
+        reason = str(error) if names_files else _NO_DATA
+        return Fault.DATA_UNAVAILABLE, reason
     if is_out_of_memory(error):  # outside of training, where there is nothing to halve
         return Fault.OUT_OF_MEMORY, _NO_MEMORY
     return None
 
 
 _NO_MEMORY = "this node's memory does not suffice"
+_NO_DATA = "this node cannot read its data; its own log says why"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Their messages are made of settings, plans and requests, which come from the server, of counts,
 # and of keys of the node's config: no value of that config, no path, label or text of the node.
