@@ -14,11 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from absl.logging import PythonHandler
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Named axes in signatures are checked at run time, in the tests only.
 install_import_hook("hafl_app.lowrank", "beartype.beartype")
+
+# Hydra sets up logging anew and closes all handlers; absl's would close pytest's own stream.
+PythonHandler.close = lambda self: None
 
 torch.set_num_threads(1)
 settings.register_profile("hafl", deadline=None)
