@@ -159,7 +159,7 @@ class TestScore:
 )
 def test_the_table_says_what_the_base_is(base, is_random, line):
     found = {"adapter": "a\nb", "round": 3, "base": base, "random_weights": is_random}
-    found |= {"dataset": "d", "scored": 9, "rows": 20, "metrics": {"loss": 1.0}}
+    found |= {"dataset": "d", "scored": 9, "rows": 20, "metrics": {"loss": 1.0}, "left_out": {}}
 
     lines = table(found).splitlines()
 

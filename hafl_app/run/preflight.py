@@ -1,5 +1,7 @@
 """Preflight: check settings, packages, model and data before anything starts."""
 
+from collections.abc import Sequence
+
 from hafl_app.config.overrides import SettingsError
 from hafl_app.config.schema import Settings
 from hafl_app.run import build
@@ -10,6 +12,7 @@ from hafl_app.training.base_model import locate
 from hafl_app.training.device import resolve_device
 from hafl_app.training.lora_model import adapter_shapes
 from hafl_app.training.quantization.block_precision import BLOCKWISE
+from hafl_app.wire.node_profile import matches
 
 
 def check(settings: Settings) -> None:
@@ -34,9 +37,20 @@ def check(settings: Settings) -> None:
     if not (spec.random_weights and not spec.path):
         locate(spec)
     text = build.federated_text(settings, num_clients)
-    adapter_shapes(build.model_spec(settings, len(text.label_names)))
+    modules = adapter_shapes(build.model_spec(settings, len(text.label_names)))
+    _check_rank_patterns(settings, list(modules))
     text.sizes()
     text.require_answers()
+
+
+def _check_rank_patterns(settings: Settings, modules: Sequence[str]) -> None:
+    # A node with such a pattern of its own is left out; here it is the user's typo.
+    for pattern in (pattern for tier in settings.ranks.tiers for pattern in tier.rank_pattern):
+        if not any(matches(pattern, name) for name in modules):
+            raise SettingsError(
+                f"ranks.tiers: rank_pattern {pattern!r} matches none of the {len(modules)} adapted "
+                f"modules, such as {modules[-1]!r}"
+            )
 
 
 def _check_block_budget(settings: Settings) -> None:

@@ -39,6 +39,14 @@ def command_in(line):
     return script, arguments
 
 
+@pytest.fixture(autouse=True)
+def _signals_arrive():
+    """Take Ctrl-C also where the tests were started in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_printed_command_goes_on_with_the_run(tmp_path, number):

@@ -189,6 +189,11 @@ class TestRun:
             grid._contexts[2].node_config.pop("rank")
             assert [p.ranks for p in NodeDirectory(9).refresh(grid)] == [(1,), (2, 5)]
 
-    def test_a_pattern_without_effect_is_refused(self, tmp_path):
-        with pytest.raises(StrategyError, match=r"ffn\.lin1.*matches none"):
-            run_tiny(tmp_path, "federation.num_clients=2", self.TIERS % "ffn.lin1")
+    def test_a_pattern_without_effect_is_refused(self):
+        settings = compose([*TINY, "federation.num_clients=2", self.TIERS % "ffn.lin1"])
+        with pytest.raises(ValueError, match=r"ranks\.tiers: .*ffn\.lin1.*matches none"):
+            check(settings)
+
+    def test_a_node_with_such_a_pattern_is_left_out(self, tmp_path):
+        summary = run_tiny(tmp_path, "federation.num_clients=2", self.TIERS % "ffn.lin1")
+        assert "ffn.lin1" in summary["left_out"]["1"]
