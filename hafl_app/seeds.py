@@ -1,7 +1,6 @@
 """Seeds and draws derived from names: the same on every machine and in every engine."""
 
 import random
-from collections.abc import Sequence
 
 
 def client_seed(seed: int, server_round: int, partition_id: int) -> int:
@@ -20,10 +19,3 @@ def sample_positions(count: int, size: int, *names: object) -> list[int]:
     # A string seed is hashed with SHA-512: the same on every machine.
     label = "/".join(map(str, names))
     return sorted(random.Random(label).sample(range(count), size))
-
-
-def shuffled(values: Sequence[int], *names: object) -> list[int]:
-    """Return the values shuffled by a generator that the names seed."""
-    order = list(values)
-    random.Random("/".join(map(str, names))).shuffle(order)
-    return order

@@ -249,7 +249,7 @@ class TestExitStatus:
         }
         assert problems(fine) == []
         failed = [{"kind": "profile: x", "detected": False, "reason": ""}]
-        assert problems({**fine, "attempts": failed}) == ["profile: x: nobody rejected it"]
+        assert problems({**fine, "attempts": failed}) == ["profile: x: not rejected"]
         assert "lost" in problems({**fine, "rounds_lost": [3]})[0]
         assert "0 of 1 kills" in problems({**fine, "kills": []})[0]
         assert "-1.10 points" in problems({**fine, "points": {"mean of last rounds": -1.1}})[0]

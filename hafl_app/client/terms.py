@@ -125,7 +125,7 @@ class Terms:
         if offered.kind not in _ENOUGH[self.least_privacy]:
             raise _too_little(f"kind={offered.kind}", self.least_privacy, LEAST_PRIVACY)
         if offered.noise_seed is not None:
-            raise _too_little("noise_seed", "null, noise that nobody can compute", LEAST_PRIVACY)
+            raise _too_little("noise_seed", "null, noise that cannot be computed", LEAST_PRIVACY)
         most, least = self.max_clip_norm, self.min_noise_multiplier
         if most is not None and offered.clip_norm > most:
             raise _too_little(f"clip_norm={offered.clip_norm}", f"at most {most}", MAX_CLIP_NORM)

@@ -143,7 +143,7 @@ class NodeDirectory:
     def _expected(self, profiles: Sequence[NodeProfile]) -> int:
         if any(profile.own_data for profile in profiles):
             return self._num_nodes
-        # What most nodes say: one that speaks of a billion makes nobody wait for them.
+        # The number that most nodes state: one that states a billion must not make the others wait.
         return max(statistics.multimode(profile.num_partitions for profile in profiles))
 
     @property

@@ -83,7 +83,7 @@ def importance_outliers(means: Sequence[float]) -> list[str]:
     """Return why each client's importance scores are out of proportion, or an empty string.
 
     A mean of scores would be that of the client with the largest: one could decide which
-    components everybody trains. Only gross claims are caught, a thousand times the median.
+    components that all clients train. Only gross claims are caught, a thousand times the median.
 
     Parameters
     ----------

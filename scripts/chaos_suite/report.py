@@ -94,7 +94,7 @@ def problems(found: Mapping[str, Any]) -> list[str]:
         if Kind(count["kind"]).is_malformed and count["noticed"] < count["injected"]
     ]
     reasons += [
-        f"{attempt['kind']}: {attempt['reason'] or 'nobody rejected it'}"
+        f"{attempt['kind']}: {attempt['reason'] or 'not rejected'}"
         for attempt in found["attempts"]
         if not attempt["detected"]
     ]

@@ -18,7 +18,7 @@ from hafl_app.run import build
 from hafl_app.server.numbering import Numbering
 from hafl_app.wire.node_profile import PROFILE
 
-# What a hostile node states of itself; it must be left out, and nobody else.
+# What a hostile node states of itself; it alone must be left out.
 PROFILES: Mapping[str, Mapping[str, Any]] = {
     "profile: control characters": {"device-name": "\x1b[2J\x1b]0;pwned\x07"},
     "profile: forged line": {"device": "cpu\nround 1/1  val 99.9%"},
