@@ -253,6 +253,8 @@ def _complete_rows(
     the others orthogonal to them to rounding, however close the Gaussian comes to ``rows``.
     """
     in_features = rows.shape[1]
+    if len(rows) < rank:
+        rows = rows.double()
     while len(rows) < rank:
         block = rows[len(rows) // in_features * in_features :]  # not yet a full basis
         missing = min(rank - len(rows), in_features - len(block))

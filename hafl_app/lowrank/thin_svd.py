@@ -16,6 +16,11 @@ _GRAM_ERROR = 64 * _EPS
 _CLEARLY_ABOVE = 1e4
 _NEGLIGIBLE = 1e-10
 _ORTHONORMAL = 1e-9
+# How much cancellation may enlarge the rounding of float32: in the product, to some 1e-6 of its norm,
+# and in a single row of V^T, to some 1e-5.
+_CANCELLATION, _ROW_CANCELLATION = 16.0, 512.0
+# Rows converted to float64 at a time: they stay in the cache.
+_ROWS_AT_ONCE = 512
 
 
 def leading_triplets(
@@ -29,24 +34,27 @@ def leading_triplets(
     rows. Both square the condition number; a matrix for which that would show takes the third: QR
     of both factors (or the dense matrix), and an SVD of the small core.
 
+    Everything is decided in float64. The second route multiplies its result out in the factors'
+    own dtype where so little cancels that float32 is as good.
+
     Returns
     -------
     list of Triplets
-        In float64, largest first: up to ``rank``, fewer where the matrix has less rank. Rows of
-        ``V^T`` are orthonormal to 1e-9; the product is off by less than 1e-7 of its norm.
+        In float64 or the factors' dtype, largest first: up to ``rank``, fewer where the matrix has
+        less rank. Rows of ``V^T`` are orthonormal to 1e-9, and the product is off by less than
+        1e-7 of its norm; in float32 by some 1e-5 and 1e-6.
 
     Raises
     ------
     torch.linalg.LinAlgError
         If the factors are not finite.
     """
-    lora_A, lora_B = lora_A.double(), lora_B.double()
     out_features, R, in_features = *lora_B.shape[1:], lora_A.shape[2]
     kept = min(rank, R, out_features, in_features)
     if not kept:
         return [exact_triplets(A, B, rank) for A, B in zip(lora_A, lora_B, strict=True)]
     if is_dense(out_features, R, in_features):
-        left, right, good = _by_dense_gram(lora_B @ lora_A, kept)
+        left, right, good = _by_dense_gram(lora_B.double() @ lora_A.double(), kept)
     else:
         left, right, good = _by_gram(lora_A, lora_B, kept)
     return [
@@ -77,17 +85,51 @@ def _by_gram(
     lora_A: Float[Tensor, "batch R in"], lora_B: Float[Tensor, "batch out R"], kept: int
 ) -> tuple[Float[Tensor, "batch out k"], Float[Tensor, "batch k in"], Bool[Tensor, " batch"]]:
     """Return ``(U S, V^T)`` of every matrix, and which of them can be relied upon."""
-    gram_A, gram_B = lora_A @ lora_A.mT, lora_B.mT @ lora_B  # (batch, R, R)
+    gram_A, gram_B = _gram(lora_A.mT), _gram(lora_B)  # (batch, R, R)
     L, failed = torch.linalg.cholesky_ex(gram_A)
     L = torch.where((failed > 0)[:, None, None], torch.eye(L.shape[1]).to(L), L)
     core = _without_nan(L.mT @ gram_B @ L)
     energy, vectors = torch.linalg.eigh(core)  # S^2, smallest first
     vectors = vectors[..., -kept:].flip(-1)
-    left = lora_B @ (L @ vectors)
-    right = torch.linalg.solve_triangular(L.mT, vectors, upper=True).mT @ lora_A
-    error = _GRAM_ERROR * torch.linalg.matrix_norm(gram_A) * torch.linalg.matrix_norm(gram_B)
-    good = (failed == 0) & _is_above_error(energy, kept, error) & _is_orthonormal(right)
-    return left, right, good
+    to_left = L @ vectors  # (batch, R, k): left = lora_B @ to_left
+    to_right = torch.linalg.solve_triangular(L.mT, vectors, upper=True)  # right^T = lora_A^T @ it
+    size = torch.linalg.matrix_norm(gram_A) * torch.linalg.matrix_norm(gram_B)
+    error = _GRAM_ERROR * size
+    good = (failed == 0) & _is_above_error(energy, kept, error)
+    good &= _is_identity(to_right.mT @ gram_A @ to_right)
+    if lora_A.dtype != torch.float32 or bool(_cancels(gram_A, size, energy, to_right).any()):
+        lora_A, lora_B = lora_A.double(), lora_B.double()
+    return lora_B @ to_left.to(lora_B), to_right.to(lora_A).mT @ lora_A, good
+
+
+def _cancels(
+    gram_A: Float[Tensor, "batch R R"],
+    size: Float[Tensor, " batch"],
+    energy: Float[Tensor, "batch R"],
+    to_right: Float[Tensor, "batch R k"],
+) -> Bool[Tensor, " batch"]:
+    """Whether float32 would lose digits of ``(U S, V^T)``, for every matrix."""
+    rows = torch.linalg.matrix_norm(gram_A)[:, None] * to_right.square().sum(dim=1)  # (batch, k)
+    kept = energy[:, -rows.shape[1] :].flip(-1)
+    product = torch.maximum(size, (rows * kept).sum(dim=1)) / energy.sum(dim=1)
+    return (product > _CANCELLATION**2) | (rows.amax(dim=1) > _ROW_CANCELLATION**2)
+
+
+def _gram(columns: Float[Tensor, "batch n R"]) -> Float[Tensor, "batch R R"]:
+    """Return ``columns^T columns`` of every matrix, in float64."""
+    if columns.device.type != "cpu":
+        columns = columns.double()
+        return columns.mT @ columns
+    return torch.stack([_gram_on_cpu(matrix) for matrix in columns])
+
+
+def _gram_on_cpu(columns: Float[Tensor, "n R"]) -> Float[Tensor, "R R"]:
+    """Return the Gram matrix by NumPy, which knows that it is symmetric: half of the products."""
+    gram = torch.zeros(columns.shape[1], columns.shape[1], dtype=torch.float64)
+    for rows in columns.split(_ROWS_AT_ONCE):
+        block = rows.double().numpy()
+        gram += torch.from_numpy(block.T @ block)
+    return gram
 
 
 def _by_dense_gram(
@@ -105,7 +147,7 @@ def _by_dense_gram(
     else:
         left, right = dense @ vectors, vectors.mT
     good = _is_above_error(energy, kept, _GRAM_ERROR * torch.linalg.matrix_norm(gram))
-    return left, right, good & _is_orthonormal(right)
+    return left, right, good & _is_identity(right @ right.mT)
 
 
 def _is_above_error(
@@ -119,9 +161,9 @@ def _is_above_error(
     return clear & (error < _NEGLIGIBLE * energy.sum(dim=1))
 
 
-def _is_orthonormal(rows: Float[Tensor, "batch k in"]) -> Bool[Tensor, " batch"]:
-    identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return (rows @ rows.mT - identity).abs().amax(dim=(1, 2)) < _ORTHONORMAL
+def _is_identity(gram: Float[Tensor, "batch k k"]) -> Bool[Tensor, " batch"]:
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return (gram - identity).abs().amax(dim=(1, 2)) < _ORTHONORMAL
 
 
 def _without_nan(matrices: Float[Tensor, "batch n n"]) -> Float[Tensor, "batch n n"]:
@@ -138,6 +180,7 @@ def exact_triplets(
     With thin QRs ``lora_B = Q_B R_B``, ``lora_A^T = Q_A R_A`` and the small core
     ``R_B R_A^T = U S V^T``, ``lora_B lora_A = (Q_B U) S (Q_A V)^T`` is its exact thin SVD.
     """
+    lora_A, lora_B = lora_A.double(), lora_B.double()
     noise = rounding_error(LoraFactors(lora_A, lora_B))
     if is_dense(lora_B.shape[0], *lora_A.shape):
         return _dense_svd(lora_B @ lora_A, rank, noise)

@@ -118,6 +118,26 @@ def test_pieces_that_nearly_cancel_stay_exact(size, kept):
         assert (dense(result) - expected).norm() < 2e-9 * change.norm()
 
 
+@pytest.mark.parametrize("distance", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("amplified", [False, True])
+def test_float32_loses_no_more_than_rounding_where_rows_are_nearly_parallel(distance, amplified):
+    """What differs between clients that started from one lora_A is a difference of like rows."""
+    for seed in range(10):
+        shared, own = random_factors(4, seed, 60, 40), random_factors(8, 100 + seed, 60, 40)
+        lora_A = torch.cat([shared.lora_A, shared.lora_A]) + distance * own.lora_A
+        lora_B = own.lora_B.clone()
+        if amplified:  # so that the difference is as large as what is shared
+            lora_B[:, 4:] = (shared.lora_B - distance * lora_B[:, :4]) / distance
+            lora_B[:, :4] -= lora_B[:, 4:]
+        factors = LoraFactors(lora_A.float(), lora_B.float())
+
+        result = truncated_svd(factors, 8)
+
+        assert (dense(result) - dense(factors)).norm() < 3e-6 * dense(factors).norm()
+        rows = result.lora_A.double()
+        torch.testing.assert_close(rows @ rows.T, torch.eye(8).double(), rtol=0, atol=2e-5)
+
+
 def test_one_bad_matrix_sends_no_other_the_slow_way(exact_calls):
     good, poor = random_factors(8, 0, 60, 40), graded(8, 1e-12, seed=2)
 
