@@ -16,8 +16,8 @@ _GRAM_ERROR = 64 * _EPS
 _CLEARLY_ABOVE = 1e4
 _NEGLIGIBLE = 1e-10
 _ORTHONORMAL = 1e-9
-# How much cancellation may enlarge the rounding of float32: in the product, to some 1e-6 of its norm,
-# and in a single row of V^T, to some 1e-5.
+# How much cancellation may enlarge the rounding of float32: in the product, to some 1e-6 of its
+# norm, and in a single row of V^T, to some 1e-5.
 _CANCELLATION, _ROW_CANCELLATION = 16.0, 512.0
 # Rows converted to float64 at a time: they stay in the cache.
 _ROWS_AT_ONCE = 512
@@ -126,8 +126,8 @@ def _gram(columns: Float[Tensor, "batch n R"]) -> Float[Tensor, "batch R R"]:
 def _gram_on_cpu(columns: Float[Tensor, "n R"]) -> Float[Tensor, "R R"]:
     """Return the Gram matrix by NumPy, which knows that it is symmetric: half of the products."""
     gram = torch.zeros(columns.shape[1], columns.shape[1], dtype=torch.float64)
-    for rows in columns.split(_ROWS_AT_ONCE):
-        block = rows.double().numpy()
+    for start in range(0, len(columns), _ROWS_AT_ONCE):
+        block = columns[start : start + _ROWS_AT_ONCE].double().numpy()
         gram += torch.from_numpy(block.T @ block)
     return gram
 
