@@ -112,7 +112,8 @@ def _cancels(
     rows = torch.linalg.matrix_norm(gram_A)[:, None] * to_right.square().sum(dim=1)  # (batch, k)
     kept = energy[:, -rows.shape[1] :].flip(-1)
     product = torch.maximum(size, (rows * kept).sum(dim=1)) / energy.sum(dim=1)
-    return (product > _CANCELLATION**2) | (rows.amax(dim=1) > _ROW_CANCELLATION**2)
+    lost: Tensor = (product > _CANCELLATION**2) | (rows.amax(dim=1) > _ROW_CANCELLATION**2)
+    return lost
 
 
 def _gram(columns: Float[Tensor, "batch n R"]) -> Float[Tensor, "batch R R"]:
