@@ -34,12 +34,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6, metavar="N")
     parser.add_argument("--repeats", type=int, default=2, metavar="N")
     parser.add_argument("--settings", nargs="*", default=[], help="of the clients that train")
+    parser.add_argument("--costs", action="store_true", help="what each step of a round costs")
     parser.add_argument("--scale", action="store_true", help="cost against registered clients")
     parser.add_argument("--registered", type=int, nargs="+", default=[10, 100, 1000, 10000])
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the costs of --scale")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    return run_script(lambda: _scale(options) if options.scale else _measure(options))
+    measure = _scale if options.scale else _costs if options.costs else _measure
+    return run_script(lambda: measure(options))
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -50,18 +52,34 @@ def _measure(options: argparse.Namespace) -> int:
     wanted = [name for name in options.harness or NAMES if not (options.no_ray and name in RAY)]
     for name in set(wanted) - set(NAMES):
         raise ValueError(f"--harness {name}: expected among {', '.join(NAMES)}")
-    tasks = {
-        f"nothing, {megabytes:g} MB": SimulationTask(
-            options.clients, options.rounds, int(megabytes * 1e6)
-        )
-        for megabytes in options.payloads
-    }
+    tasks = _idle(options)
     if not options.no_training:
         settings = (*TRAINING, f"dataset.num_train={PER_CLIENT * options.clients}")
         tasks["training"] = SimulationTask(
             options.clients, options.rounds, 0, (*settings, *options.settings)
         )
     _print(options, report(tasks, wanted, ways(wanted), options.repeats))
+    return 0
+
+
+def _idle(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the tasks whose clients do nothing."""
+    from benchmarks.simulation_task import SimulationTask
+
+    return {
+        f"nothing, {megabytes:g} MB": SimulationTask(
+            options.clients, options.rounds, int(megabytes * 1e6)
+        )
+        for megabytes in options.payloads
+    }
+
+
+def _costs(options: argparse.Namespace) -> int:
+    import torch
+    from benchmarks.simulation_costs import report
+
+    torch.set_num_threads(1)
+    _print(options, report(_idle(options)))
     return 0
 
 
