@@ -58,6 +58,7 @@ def causal(tmp_path_factory) -> tuple[str, ...]:
         "client.learning_rate=1e-2",
         "client.local_epochs=2",
         "client.batch_size=8",
+        "federation.test_every=1",
     )
 
 
@@ -119,9 +120,7 @@ class TestRun:
 
     @pytest.mark.parametrize("strategy", ["hetlora", "flexlora"])
     def test_other_methods(self, tmp_path, causal, strategy):
-        final = run_tiny(
-            tmp_path, *causal, f"strategy={strategy}", "federation.alone_clients_per_rank=0"
-        )["final"]
+        final = run_tiny(tmp_path, *causal, f"strategy={strategy}")["final"]
         first = records(tmp_path, "round")[0]["metrics"]
         assert final["test/perplexity"] < 0.98 * first["test/perplexity"]
 
@@ -244,7 +243,7 @@ def test_dolly_with_stories260k(tmp_path, strategy):
         "federation.num_rounds=1",
         "dataset.max_examples=600",
         "dataset.max_length=128",
-        "federation.alone_clients_per_rank=0",
+        "federation.test_every=1",
     )
     first, last = (records(tmp_path, "round")[i]["metrics"] for i in (0, -1))
     assert last["test/perplexity"] < 0.9 * first["test/perplexity"]

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"
-SMALL = ("federation.num_rounds=1", "federation.alone_clients_per_rank=0")
+SMALL = ("federation.num_rounds=1", "federation.test_every=1")
 
 
 @pytest.fixture(scope="module")

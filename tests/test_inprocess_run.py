@@ -15,6 +15,7 @@ from hafl_app.server.method import StrategyError
 from hafl_app.server.rounds import RoundFailedError
 from hafl_app.training import lora_model
 from hafl_app.training.adapter_files import load_adapter
+from hafl_app.training.device import usable_cpus
 from hafl_app.training.evaluate import evaluate
 from hafl_app.wire.records import METRICS
 
@@ -72,8 +73,8 @@ class TestOutput:
         for row in rows:
             assert row["gain"] == pytest.approx(row["federated"] - row["alone"])
 
-    def test_no_lone_client_on_request(self, tmp_path):
-        assert run_tiny(tmp_path / "a", "federation.alone_clients_per_rank=0")["device_ranks"] == []
+    def test_without_asking_no_client_trains_alone(self, tmp_path):
+        assert run_tiny(tmp_path / "a")["device_ranks"] == []
 
 
 class TestDeterminism:
@@ -239,7 +240,7 @@ def test_clients_train_with_the_threads_they_are_given(tmp_path, monkeypatch, nu
 
     monkeypatch.setattr(handlers, "train_locally", spy)
     run_tiny(tmp_path / "a", f"client.num_threads={num_threads}", "federation.num_rounds=1")
-    assert seen == {num_threads}
+    assert seen == {min(num_threads, usable_cpus())}
 
 
 def test_devices_with_ranks_per_layer_type_are_a_class_of_their_own(tmp_path, capsys):

@@ -16,12 +16,7 @@ from hafl_app.training.lora_model import resident_model
 
 pytestmark = pytest.mark.slow
 
-VISION = (
-    "experiment=digits",
-    "model=vit_digits_random",
-    "dataset=digits",
-    "federation.alone_clients_per_rank=0",
-)
+VISION = ("experiment=digits", "model=vit_digits_random", "dataset=digits")
 CHANCE = 0.1
 
 

@@ -15,7 +15,7 @@ from hafl_app.run.run_folder import check_new, default_folder
 
 TINY = (
     *("model=tiny_random", "dataset.max_length=16", "client.batch_size=16"),
-    *("federation.num_rounds=2", "federation.alone_clients_per_rank=0"),
+    "federation.num_rounds=2",
 )
 """Overrides of the trial run: random weights, seconds of training."""
 _GENERATED_DATA = ("dataset=synthetic", "dataset.num_train=160", "dataset.num_test=40")

@@ -119,9 +119,9 @@ class Comparison:
         return list(self.cells) if self.plan.tuning.per_cell else list(self.cells)[:1]
 
     def tuning_jobs(self) -> list[Job]:
-        """Return the runs of the search: every method at every rate, without local baselines."""
+        """Return the runs of the search: every method at every rate, on validation data alone."""
         tuning = self.plan.tuning
-        extra = ["federation.alone_clients_per_rank=0"]
+        extra = ["federation.alone_clients_per_rank=0", "federation.test_every=0"]
         if tuning.num_rounds is not None:
             extra.append(f"federation.num_rounds={tuning.num_rounds}")
         return [

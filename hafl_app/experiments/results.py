@@ -18,6 +18,7 @@ MEGABYTE = 1e6
 class Curve:
     """Curve of a run from round 0: values of `metric` (NaN if unknown), and bytes so far.
 
+    Unless ``federation.test_every=1``, `test` is known of the last and the best round at least.
     `failures` counts the trainings, of all rounds, that did not count; `chosen_round` is the best
     as the run chose it, if it did.
     """
@@ -45,7 +46,12 @@ class Curve:
         return max(known, key=lambda r: merit(self.validation[r]), default=len(self.test) - 1)
 
     def first_round_at(self, score: float) -> int | None:
-        """Return the first round whose test score is at least as good as this one."""
+        """Return the first round whose test score is at least as good as this one.
+
+        None if there is none, or not every round since the first has a test score.
+        """
+        if not all(map(math.isfinite, self.test[1:])):
+            return None
         merit = self.metric.merit
         wanted = merit(score)
         return next((r for r, value in enumerate(self.test) if merit(value) >= wanted), None)
@@ -59,8 +65,12 @@ def read_curve(folder: Path) -> Curve:
     ValueError
         If there is no such file, or no round in it.
     """
-    rounds = _rounds(folder)
+    rounds, best = _rounds(folder), best_entry(folder)
     metric = task_of({name for line in rounds for name in line["metrics"]}).primary
+    for line in rounds:
+        if "round" in best and line["server_round"] == best["round"]:
+            line["metrics"] = {**best, **line["metrics"]}  # its test scores came later
+    rounds[-1]["metrics"] = {**_summary(folder).get("final", {}), **rounds[-1]["metrics"]}
     return Curve(
         test=_metric(rounds, metric.key("test")),
         validation=_metric(rounds, metric.key("validation")),
@@ -68,17 +78,8 @@ def read_curve(folder: Path) -> Curve:
         bytes_up=tuple(accumulate(r["bytes_up"] for r in rounds)),
         failures=sum(r.get("failures", 0) for r in rounds),
         metric=metric,
-        chosen_round=best_entry(folder).get("round"),
+        chosen_round=best.get("round"),
     )
-
-
-def best_entry(folder: Path) -> dict[str, Any]:
-    """Return what a run's summary says of its best validation round; empty if nothing."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return dict(summary.get("best_validation", {}))
 
 
 def last_validation(folder: Path, metric: Metric) -> float:
@@ -171,6 +172,19 @@ def make_row(
         mb_down=Spread(tuple(run.bytes_down[-1] / MEGABYTE for run in runs)),
         mb_up=Spread(tuple(run.bytes_up[-1] / MEGABYTE for run in runs)),
     )
+
+
+def best_entry(folder: Path) -> dict[str, Any]:
+    """Return what a run's summary says of its best validation round; empty if nothing."""
+    return dict(_summary(folder).get("best_validation", {}))
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """Return a run's summary; empty before its end."""
+    try:
+        return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def _rounds(folder: Path) -> list[dict[str, Any]]:

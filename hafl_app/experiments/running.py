@@ -61,10 +61,7 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
         set_aside(job.folder)
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / "run.log").open("w", encoding="utf-8") as log, output_to(log):
-            # One number of threads throughout: results must not depend on how many jobs share
-            # the machine.
-            num_threads = compose(job.overrides).client.num_threads
-            run_federation([*job.overrides, f"federation.server_threads={num_threads}"], on_round)
+            run_federation(job.overrides, on_round)
     except Exception as error:  # the other runs of the comparison go on
         reason = f"{type(error).__name__}: {printable(error)}"
         return Outcome(job, time.perf_counter() - started, error=reason)
@@ -107,7 +104,5 @@ def _outcome(future: Future[Outcome], job: Job) -> Outcome:
 
 
 def _comparable(config: Any) -> Any:
-    # The folder may have been moved since, and `run_job` decides the server's threads.
-    federation = {k: v for k, v in config["federation"].items() if k != "server_threads"}
-    rest = {k: v for k, v in config.items() if k not in {"output_dir", "federation"}}
-    return rest | {"federation": federation}
+    # The folder may have been moved since.
+    return {k: v for k, v in config.items() if k != "output_dir"}

@@ -28,6 +28,7 @@ def lone_clients(settings: Settings, profiles: Sequence[NodeProfile]) -> list[No
 
 def device_gains(
     global_adapter: Adapter,
+    whole_score: float,
     alone: Sequence[AloneResult],
     score_of: Callable[[Adapter], float],
     metric: Metric,
@@ -38,6 +39,8 @@ def device_gains(
     ----------
     global_adapter
         The federation's last; a device gets its best approximation of the device's ranks.
+    whole_score
+        Of the global adapter itself, which a device of the largest ranks gets.
     alone
         Results of clients trained alone.
     score_of
@@ -55,7 +58,9 @@ def device_gains(
     rows = []
     for ranks in sorted({result.profile.ranks for result in alone}):
         same = [result for result in alone if result.profile.ranks == ranks]
-        federated = score_of(_cut(global_adapter, same[0].profile))
+        profile = same[0].profile
+        whole = all(f.rank <= profile.rank_of(n) for n, f in global_adapter.modules.items())
+        federated = whole_score if whole else score_of(_cut(global_adapter, profile))
         each = [score_of(result.adapter) for result in same if result.at_own_rank]
         at_max = [score_of(result.adapter) for result in same if not result.at_own_rank]
         mean = _mean(each)

@@ -1,8 +1,7 @@
 """Central evaluation: adapters on the server's own data, and the answers that they write."""
 
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
 from torch import Tensor
@@ -36,7 +35,8 @@ class CentralEvaluation:
         self, settings: Settings, text: CentralText, initial_head: Mapping[str, Tensor]
     ) -> None:
         self._settings = settings
-        self._num_threads = settings.federation.server_threads or os.cpu_count() or 1
+        # Not one for each CPU of the machine: it may be busy, and float sums differ by threads.
+        self._num_threads = settings.federation.server_threads or settings.client.num_threads
         self.text = text
         self.initial_head = initial_head
 
@@ -47,7 +47,7 @@ class CentralEvaluation:
 
     @property
     def of_rounds(self) -> bool:
-        """Whether every round's adapter is evaluated; with local heads there is no global model."""
+        """Whether the adapters of rounds are evaluated; local heads leave no global model."""
         settings = self._settings
         return settings.federation.central_evaluation and settings.model.head != "local"
 
@@ -63,10 +63,16 @@ class CentralEvaluation:
         task = TASKS[self._settings.model.task]
         return Choice.by_validation(task, labels.values(), len(self.text.label_names) or 1)
 
-    def metrics(self, adapter: Adapter) -> dict[str, float]:
-        """Return an adapter's metrics on the test and validation data, as ``split/name``."""
+    def metrics(self, adapter: Adapter, splits: Iterable[str]) -> dict[str, float]:
+        """Return an adapter's metrics as ``split/name``.
+
+        Parameters
+        ----------
+        splits
+            ``test``, ``validation``; one without rows is left out.
+        """
         found: dict[str, float] = {}
-        for split in ("test", "validation"):
+        for split in splits:
             if len(getattr(self.text, split)):
                 found |= self._score_on(adapter, split).named(split)
         return found
@@ -102,6 +108,5 @@ class CentralEvaluation:
         return adapter_evaluator(self._model, self._settings.client.precision)
 
     def _score_on(self, adapter: Adapter, split: str) -> Scores:
-        # A fixed number of threads: float sums differ by it.
         with threads(self._num_threads):
             return self._evaluator(adapter, getattr(self.text, split))

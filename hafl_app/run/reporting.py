@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,11 @@ class _Best:
 
 
 class RunReport:
-    """Records of a run: evaluates the global adapter after every round and writes the results.
+    """Records of a run: evaluates the global adapter after rounds and writes the results.
+
+    A round is scored on validation data where `RunOptions.is_evaluated` says so, and on test data
+    every ``federation.test_every`` rounds; the last round is scored on both. The best round's test
+    scores come at the end: `finish` adds them to its record, and they stand in the summary.
 
     Parameters
     ----------
@@ -185,12 +189,13 @@ class RunReport:
         self._trackers.log_client(record, external=not hidden)
 
     def evaluate(self, server_round: int) -> MetricRecord:
-        """Evaluate the global adapter on the server's data and log the round."""
+        """Evaluate the global adapter on the server's data, if it is due, and log the round."""
         if server_round == 0:
             self.clients(self._coordinator.directory.in_order())
         metrics = {f"clients/{k}": v for k, v in self._coordinator.client_scores.items()}
+        splits = self._splits(server_round)
         if self._evaluation.of_rounds:
-            metrics |= self._evaluation.metrics(self._strategy.global_adapter)
+            metrics |= self._evaluation.metrics(self._strategy.global_adapter, splits)
         privacy = self._strategy.options.privacy
         private = privacy.kind != "none"
         if private:
@@ -220,6 +225,13 @@ class RunReport:
             self._best = _Best(server_round, rows, self._strategy.global_adapter)
         return MetricRecord(dict(metrics))
 
+    def _splits(self, server_round: int) -> list[str]:
+        """Return the server's data that the adapter after this round is scored on."""
+        options = self._strategy.options
+        every, last = options.federation.test_every, server_round == options.last_round
+        splits = ["test"] if last or (every and server_round % every == 0) else []
+        return [*splits, "validation"] if options.is_evaluated(server_round) else splits
+
     def _is_best(self, record: RoundRecord, choice: Choice) -> bool:
         """Say whether a round's score is known, and better than that of the best before it."""
         merit = choice.merit(record.metrics)
@@ -241,6 +253,9 @@ class RunReport:
             Scores of clients that never trained, see `hafl_app.server.held_out_clients`.
         """
         last = self._strategy.global_adapter
+        self._complete(self.rounds[-1], last, "test", "validation")
+        if self._best is not None:
+            self._complete(self._best_record(self._best), self._best.adapter, "test")
         head = last.head or self._evaluation.initial_head
         self._save("adapter", last.with_head(head), self.rounds[-1])
         if self._best is not None:
@@ -254,6 +269,14 @@ class RunReport:
         for name in ("adapter", "adapter-best"):
             if (self._folder / name).is_dir():
                 add_card(self._folder / name)  # reads the summary
+
+    def _complete(self, record: RoundRecord, adapter: Adapter, *splits: str) -> None:
+        """Add the scores on these data that a round's record lacks."""
+        missing = [s for s in splits if self._metric.key(s) not in record.metrics]
+        if self._evaluation.of_rounds and missing:
+            scores = self._evaluation.metrics(adapter, missing)
+            completed = replace(record, metrics={**record.metrics, **scores})
+            self.rounds[self.rounds.index(record)] = completed
 
     def _clients(self, unseen: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the last scores of trained and of unseen clients; empty without unseen ones."""
@@ -320,6 +343,7 @@ class RunReport:
             **self._best_entry(),
             "device_ranks": device_gains(
                 self._strategy.global_adapter,
+                self.rounds[-1].metrics.get(self._metric.key("test"), math.nan),
                 alone,
                 self._evaluation.primary_test_metric,
                 self._metric,

@@ -192,9 +192,7 @@ class Coordinator:
 
     def ask_to_evaluate(self, server_round: int, grid: Grid) -> Iterable[Message]:
         """Ask clients to score their next slice of the global adapter on held-out data."""
-        federation = self.method.options.federation
-        last = server_round == federation.num_rounds
-        if server_round % federation.evaluate_every and not last:
+        if not self.method.options.is_evaluated(server_round):
             self._messages = self.messages(server_round, MessageType.EVALUATE)
             return []
         selected = self.participation.select_for_evaluation(server_round, grid)

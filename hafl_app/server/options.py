@@ -1,6 +1,7 @@
 """Settings of a whole run, the same for every strategy."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from hafl_app.plan import HeadPolicy
 from hafl_app.privacy.mechanism import PrivacyOptions
@@ -34,3 +35,18 @@ class RunOptions:
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     head: HeadPolicy = "averaged"
     seed: int = 0
+
+    @cached_property
+    def last_round(self) -> int:
+        """The last round that the privacy budget allows; 0 if it does not suffice for any."""
+        if self.privacy.kind == "none":
+            return self.federation.num_rounds
+        from hafl_app.privacy.accounting import rounds_within  # noqa: PLC0415  takes a second
+
+        rate = self.federation.fraction_train
+        return rounds_within(self.privacy, rate, self.federation.num_rounds)
+
+    def is_evaluated(self, server_round: int) -> bool:
+        """Whether the global adapter after this round is evaluated, by nodes and server."""
+        due = server_round % self.federation.evaluate_every == 0
+        return due or server_round == self.last_round

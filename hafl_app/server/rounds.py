@@ -46,14 +46,8 @@ def run_rounds(
 
 
 def _last_round(options: RunOptions) -> int:
-    """Return the last round that the privacy budget allows."""
-    if options.privacy.kind == "none":
-        return options.federation.num_rounds
-    from hafl_app.privacy.accounting import rounds_within  # noqa: PLC0415  takes a second
-
-    last = rounds_within(
-        options.privacy, options.federation.fraction_train, options.federation.num_rounds
-    )
+    """Return the number of the last round, and say so if the privacy budget ends before."""
+    last = options.last_round
     limit = f"privacy.max_epsilon={options.privacy.max_epsilon}"
     if last == 0:
         raise StrategyError(f"{limit}: the first round would already spend more")

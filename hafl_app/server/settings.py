@@ -37,7 +37,11 @@ class FederationSettings:
     fraction_evaluate
         Share of the nodes that evaluate the global adapter on their own data.
     evaluate_every
-        Rounds between evaluations on the nodes; the last round always counts.
+        Rounds between evaluations, by the nodes and on the server's validation data; round 0 and
+        the last round are always evaluated.
+    test_every
+        Rounds between evaluations on the test data, which choose nothing. 0: none but that of the
+        last round and of the best one, after the end.
     central_evaluation
         Whether the server scores the global adapter. Without it the server needs no weights of
         the base model, and rounds are chosen by the clients' scores.
@@ -51,7 +55,7 @@ class FederationSettings:
         Most tokens of a generated answer.
     alone_clients_per_rank
         Clients of every rank that are also trained alone, to measure what the federation gains
-        them. 0: none.
+        them. 0: none. Each costs as much as its part of the whole federation.
     alone_at_max_rank
         Whether they train alone once more at ``lora.max_rank``, to separate the cost of
         their rank from that of their little data.
@@ -105,7 +109,7 @@ class FederationSettings:
     checkpoint_every
         Rounds between checkpoints; 0: none is written.
     server_threads
-        Threads that score the global adapter; null: one per CPU.
+        Threads that score the global adapter; null: ``client.num_threads``.
     client_cpus
         CPUs of one simulated client; null: ``client.num_threads``.
     client_gpus
@@ -120,11 +124,12 @@ class FederationSettings:
     fraction_train: float = number(1.0, above=0, at_most=1)
     fraction_evaluate: float = number(1.0, at_least=0, at_most=1, resumable=True)
     evaluate_every: int = number(1, at_least=1, resumable=True)
+    test_every: int = number(0, at_least=0, resumable=True)
     central_evaluation: bool = setting(True, resumable=True)
     unseen_clients: int = number(0, at_least=0)
     generate_examples: int = number(0, at_least=0, resumable=True)
     generate_tokens: int = number(64, at_least=1, resumable=True)
-    alone_clients_per_rank: int = number(1, at_least=0, resumable=True)
+    alone_clients_per_rank: int = number(0, at_least=0, resumable=True)
     alone_at_max_rank: bool = setting(False, resumable=True)
     partition_owner: str = choice("connected", "connected", "node")
     round_timeout_s: float = number(3600.0, above=0, resumable=True)

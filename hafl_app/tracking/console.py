@@ -224,11 +224,16 @@ def _standard_output() -> Console:
 
 
 def _scores(metrics: Mapping[str, float]) -> list[str]:
-    """Return a round's central scores, or, where the server has no data, the clients'."""
+    """Return a round's central scores, or, where the server has no data, the clients'.
+
+    The test data are not scored in every round, so that they have no column of their own.
+    """
     metric = task_of(metrics).primary
     shown = {"val": metric.key("validation"), "test": metric.key("test")}
     if metric.key("clients") in metrics and not set(shown.values()) & set(metrics):
         shown = {"clients": metric.key("clients")}
+    elif shown["test"] not in metrics:
+        del shown["test"]
     unit = f" {metric.unit}" if metric.unit else ""
     return [f"{name}{unit} {metric.text(metrics.get(key)):>6}" for name, key in shown.items()]
 
@@ -301,17 +306,18 @@ def _results(
     central = task.primary.key("clients") not in seen or bool(seen & keys)
     phases = ["validation", "test"] if central else ["clients"]
     shown = [*((phase, task.primary) for phase in phases), (phases[-1], task.second)]
-    chosen = {"last round": rounds[-1]}
-    chosen_round = summary.get(f"best_{phases[0]}", {}).get("round")
-    if best := _best(rounds, task.primary, phases[0], chosen_round):
-        chosen[f"best {phases[0]}"] = best
+    entry = summary.get(f"best_{phases[0]}", {})
+    # The summary has scores that came after the round's record.
+    chosen = {"last round": (rounds[-1], {**summary.get("final", {}), **rounds[-1].metrics})}
+    if best := _best(rounds, task.primary, phases[0], entry.get("round")):
+        chosen[f"best {phases[0]}"] = best, {**entry, **best.metrics}
     rows = [
         [
             label,
             str(record.server_round),
-            *(metric.text(record.metrics.get(metric.key(phase))) for phase, metric in shown),
+            *(metric.text(metrics.get(metric.key(phase))) for phase, metric in shown),
         ]
-        for label, record in chosen.items()
+        for label, (record, metrics) in chosen.items()
     ]
     titles = [f"{phase}{_word(metric)}" for phase, metric in shown]
     return {"": "left", **dict.fromkeys(["round", *titles], "right")}, rows

@@ -18,8 +18,12 @@ from hafl_app.config.compose import quoted
 from hafl_app.engines.in_process import run_federation
 from hafl_app.run.logs import output_to
 
-# They train after the rounds, and a schedule covers only rounds.
-_NO_LONE_CLIENTS = "federation.alone_clients_per_rank=0"
+_OVERRIDES = (
+    # Lone clients train after the rounds, and a schedule covers only rounds.
+    "federation.alone_clients_per_rank=0",
+    # The report has the mean score of the last rounds.
+    "federation.test_every=1",
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def run_part(part: Part, life: int = 0, kill_round: int | None = None) -> None:
     part.folder.mkdir(parents=True, exist_ok=True)
     if not life:
         (part.folder / JOURNAL).unlink(missing_ok=True)
-    overrides = [*part.overrides, _NO_LONE_CLIENTS, f"output_dir={quoted(part.folder)}"]
+    overrides = [*part.overrides, *_OVERRIDES, f"output_dir={quoted(part.folder)}"]
     if life:
         overrides.append(f"resume={quoted(part.folder)}")
     with _recorded(part.folder, "a" if life else "w") as journal:

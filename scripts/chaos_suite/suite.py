@@ -21,7 +21,13 @@ from hafl_app.run import preflight
 from hafl_app.run.run_folder import check_new
 
 Say = Callable[[str], None]
-_DECIDED = {"engine", "resume", "federation.robust", "federation.alone_clients_per_rank"}
+_DECIDED = {
+    "engine",
+    "resume",
+    "federation.robust",
+    "federation.alone_clients_per_rank",
+    "federation.test_every",
+}
 
 
 @dataclass(frozen=True)

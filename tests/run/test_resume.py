@@ -286,6 +286,7 @@ def test_what_may_change_is_declared_by_the_fields():
         "federation.ray_address",
         "federation.central_evaluation",
         "federation.evaluate_every",
+        "federation.test_every",
         "federation.generate_examples",
         "federation.generate_tokens",
         "federation.fraction_evaluate",

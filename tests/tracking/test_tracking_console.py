@@ -87,7 +87,7 @@ class TestRound:
     def test_missing_metrics_are_dashes(self, log, round_record):
         log.tracker.log_round(round_record(metrics={}))
 
-        assert "val - test - loss" in log.rows[0]
+        assert "val - loss" in log.rows[0]  # the test data are not scored in every round
 
     def test_counts_failures(self, log, round_record):
         log.tracker.log_round(round_record(replies=3, failures=2))
@@ -116,6 +116,18 @@ class TestFinish:
         assert "best validation 1 70.0% 66.0% 60.0%" in log.rows
         # 2.0 + 8.4 + 8.4 s; 2 x 12.34 MB and 2 x 4.1 MB.
         assert log.rows[-1] == "2 rounds in 19 s, 24.7 MB down and 8.20 MB up."
+
+    def test_scores_that_came_after_a_rounds_record_are_the_summarys(self, log, round_record):
+        for number, accuracy in ((1, 0.7), (2, 0.6)):
+            metrics = {"validation/accuracy": accuracy}
+            log.tracker.log_round(round_record(server_round=number, metrics=metrics))
+
+        best = {"round": 1, "test/accuracy": 0.66, "test/macro-f1": 0.6}
+        final = {"test/accuracy": 0.5, "test/macro-f1": 0.4}
+        log.tracker.finish({"best_validation": best, "final": final})
+
+        assert "last round 2 60.0% 50.0% 40.0%" in log.rows
+        assert "best validation 1 70.0% 66.0% 60.0%" in log.rows
 
     def test_without_validation_there_is_no_best(self, log, round_record):
         metrics = {"test/accuracy": 0.5, "validation/accuracy": math.nan}
