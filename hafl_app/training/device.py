@@ -1,6 +1,10 @@
 """The device to train on: its kind and memory, its precision, and how many threads it may use."""
 
 import contextlib
+import functools
+import logging
+import math
+import os
 import platform
 import resource
 import sys
@@ -11,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
+_LOGGER = logging.getLogger(__name__)
 _MEGABYTE = 1e6
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -114,14 +119,20 @@ def _own_cgroup() -> str:
 
 def _cgroup_memory(root: Path, own: str) -> Iterator[tuple[int, int]]:
     """Yield the limit and the use, in bytes, of every group around a process that has a limit."""
+    for group in _groups_around(root, own):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit here
+            limit = int((group / "memory.max").read_text(encoding="utf-8"))
+            yield limit, _cgroup_use(group)
+
+
+def _groups_around(root: Path, own: str) -> Iterator[Path]:
+    """Yield the folders of a process's own group and of those that it lies in."""
     folder = root / own.strip("/")
     # A container may be shown the host's path under a mount that begins at its own group.
     for group in (folder, *folder.parents):
         if not group.is_relative_to(root):
             return
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit here
-            limit = int((group / "memory.max").read_text(encoding="utf-8"))
-            yield limit, _cgroup_use(group)
+        yield group
 
 
 def _cgroup_use(group: Path) -> int:
@@ -150,15 +161,41 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use, by its affinity and its cgroups."""
+    affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min([cpus, *_cgroup_cpus(_CGROUPS, _own_cgroup())])
+
+
+def _cgroup_cpus(root: Path, own: str) -> Iterator[int]:
+    """Yield the CPUs, rounded up, of every group around a process that has a quota."""
+    for group in _groups_around(root, own):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no quota here
+            quota, period = map(int, (group / "cpu.max").read_text(encoding="utf-8").split())
+            yield math.ceil(quota / period)
+
+
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Run with ``number`` CPU threads: float sums differ by thread count."""
+    """Run with ``number`` CPU threads, since float sums differ by their number.
+
+    With no more than there are CPUs, though: threads that wait for each other's turn cost several
+    times the CPU time of one.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(_bounded(number, usable_cpus()))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@functools.cache
+def _bounded(number: int, cpus: int) -> int:
+    if number > cpus:
+        _LOGGER.warning("%d threads on %d usable CPUs would wait for each other", number, cpus)
+    return min(number, cpus)
 
 
 def reset_peak_memory(device: torch.device) -> None:

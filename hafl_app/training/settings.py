@@ -179,7 +179,7 @@ class ClientSettings(TrainOptions):
         Most steps of a client in a round; 0: no limit. ``max-steps`` in a node's config wins
         where it is smaller. Privacy accounting is per round and does not see it.
     num_threads
-        CPU threads of one client.
+        CPU threads of one client, as many at most as its process may use CPUs.
     device
         ``cpu``, ``cuda``, or ``auto``: CUDA where there is any.
     """

@@ -1,3 +1,5 @@
+import os
+
 import psutil
 import pytest
 import torch
@@ -39,7 +41,8 @@ def test_precision_on_the_cpu(precision, dtype):
         assert (weight @ weight.T).dtype == dtype
 
 
-def test_threads_are_given_back_even_after_an_error():
+def test_threads_are_given_back_even_after_an_error(monkeypatch):
+    monkeypatch.setattr(device, "usable_cpus", lambda: 64)
     before = torch.get_num_threads()
 
     with pytest.raises(KeyError), threads(before + 1):
@@ -47,6 +50,38 @@ def test_threads_are_given_back_even_after_an_error():
         raise KeyError
 
     assert torch.get_num_threads() == before
+
+
+class TestUsableCpus:
+    @pytest.fixture
+    def root(self, tmp_path, monkeypatch):
+        """Cgroups without a quota, for a process in /a/b that may run on eight CPUs."""
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
+        monkeypatch.setattr(device, "_CGROUPS", tmp_path)
+        monkeypatch.setattr(device, "_own_cgroup", lambda: "/a/b")
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("quota", "cpus"), [("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1)]
+    )
+    def test_a_quota_of_a_group_around_counts(self, root, quota, cpus):
+        (root / "a" / "cpu.max").write_text(f"{quota}\n")
+
+        assert device.usable_cpus() == cpus
+
+    def test_no_more_threads_run_and_it_is_said_once(self, root, caplog):
+        (root / "a" / "cpu.max").write_text("100000 100000\n")
+        device._bounded.cache_clear()
+
+        for _ in range(2):
+            with threads(6):
+                assert torch.get_num_threads() == 1
+
+        assert [r.getMessage() for r in caplog.records] == [
+            "6 threads on 1 usable CPUs would wait for each other"
+        ]
 
 
 def test_the_cpu_knows_its_kind_and_its_memory():
