@@ -178,8 +178,8 @@ def _footer(source: Provenance) -> str:
         [
             f"Test {name}{unit}: mean ± standard deviation over the seeds. To baseline: until the "
             f"test {name} of {source.baseline}'s last round on the same seed is reached, mean over "
-            "the seeds that reach it (-: none, or unknown without federation.test_every=1). MB of 10^6 bytes: all messages of training and "
-            "evaluation, over all clients and rounds.",
+            "the seeds that reach it (-: none, or unknown without federation.test_every=1). MB of "
+            "10^6 bytes: all messages of training and evaluation, over all clients and rounds.",
             "",
             f"- command: {markdown_code(source.command, _LONGEST_COMMAND)}",
             *([f"- model: {markdown_text(', '.join(source.models))}"] if source.models else []),
