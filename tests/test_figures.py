@@ -1,8 +1,11 @@
 """Figures of comparisons: names of cells and methods are drawn as they are."""
 
-import pytest
+import math
 
-from hafl_app.experiments.figures import Line, draw_comparison, draw_shares
+import pytest
+from matplotlib.figure import Figure
+
+from hafl_app.experiments.figures import Line, draw_comparison, draw_lines, draw_shares
 from hafl_app.experiments.results import Curve
 
 
@@ -15,3 +18,15 @@ def test_no_name_is_a_formula(name, tmp_path):
 
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_points_that_a_seed_does_not_know_are_left_out():
+    axes = Figure().subplots()
+    unknown = math.nan
+    seeds = [[unknown, 0.2, unknown, 0.4], [unknown, 0.4, 0.5, 0.8]]
+
+    draw_lines(axes, {"m": Line(range(4), seeds)}, ["m"])
+
+    (line,) = axes.lines
+    assert line.get_xdata().tolist() == [1, 3]
+    assert line.get_ydata().tolist() == pytest.approx([0.3, 0.6])

@@ -76,6 +76,8 @@ def draw_lines(
 ) -> None:
     """Draw a mean line a method, and a band from the lowest to the highest seed.
 
+    A point that a seed does not know is left out.
+
     Parameters
     ----------
     order
@@ -87,8 +89,10 @@ def draw_lines(
         place = order.index(method)
         color, marker = _COLORS[place % len(_COLORS)], _MARKERS[place % len(_MARKERS)]
         values = np.asarray(line.values, dtype=float)  # (seeds, points)
+        known = np.isfinite(values).all(axis=0)
+        xs, values = np.asarray(line.xs)[known], values[:, known]
         axes.plot(
-            line.xs,
+            xs,
             values.mean(axis=0),
             color=color,
             marker=marker,
@@ -98,7 +102,7 @@ def draw_lines(
         )
         if len(values) >= _SEEDS_FOR_A_BAND:
             axes.fill_between(
-                line.xs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0
+                xs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0
             )
     axes.spines[["top", "right"]].set_visible(False)
     if percent:
