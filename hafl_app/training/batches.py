@@ -1,5 +1,6 @@
 """Rows to batches of similar length, token ids padded, and to parts where memory is short."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,11 +125,30 @@ def training_batches(
         yield batches[index]
 
 
-def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Yield all rows in batches, sorted by length."""
-    order = np.argsort(np.diff(examples.offsets), kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def evaluation_batches(
+    examples: Examples, batch_size: int, most_padding: float = math.inf
+) -> Iterator[NDArray[np.int64]]:
+    """Yield all rows in batches, sorted by length.
+
+    Parameters
+    ----------
+    batch_size
+        Most rows of a batch.
+    most_padding
+        Tokens of padding that one more row may cost the rows before it; a longer one begins the
+        next batch.
+    """
+    lengths = np.diff(examples.offsets)
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    for end in range(1, len(order) + 1):
+        size = end - start
+        if size < batch_size and end < len(order):
+            longer = int(lengths[order[end]] - lengths[order[end - 1]])
+            if size * longer <= most_padding:
+                continue
+        yield order[start:end]
+        start = end
 
 
 class MicroBatches:

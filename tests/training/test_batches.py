@@ -77,3 +77,16 @@ class TestEvaluationBatches:
         assert sorted(order) == list(range(number))
         lengths = np.diff(rows.offsets)[order]
         assert (np.diff(lengths) >= 0).all()
+
+    def test_a_row_that_would_pad_those_before_it_too_much_begins_a_batch(self):
+        rows = rows_of([[1] * length for length in (9, 2, 3, 2, 9, 30)], [0] * 6)
+
+        def lengths(*limits):
+            batches = evaluation_batches(rows, *limits)
+            return [np.diff(rows.offsets)[batch].tolist() for batch in batches]
+
+        assert lengths(6) == [[2, 2, 3, 9, 9, 30]]
+        # 3 after two of 2 costs 2 tokens, 9 after three costs 18, 30 after two of 9 costs 42.
+        assert lengths(6, 41) == [[2, 2, 3, 9, 9], [30]]
+        assert lengths(6, 2) == [[2, 2, 3], [9, 9], [30]]
+        assert lengths(2, 41) == [[2, 2], [3, 9], [9, 30]]
