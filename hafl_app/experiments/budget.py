@@ -34,8 +34,8 @@ def mean_bytes(strategy: HeterogeneousLora, ranks: Sequence[int], head_parameter
     """Return the mean bytes of a client's first round, down and up, as the method plans it.
 
     ``4 (sum_m (held_m + trained_m) (out_m + in_m) + 2 head)``, averaged over the clients; up only
-    the factors that are trained. Message headers, importance scores and what a client prunes later
-    are left out.
+    the factors that are trained. Message headers, importance scores, what a client prunes later and
+    what a method later merges into the base are left out.
 
     Parameters
     ----------

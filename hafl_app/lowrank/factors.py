@@ -119,6 +119,12 @@ class LoraFactors:
             torch.cat([self.lora_B, self.lora_B.new_zeros(self.out_features, more)], dim=1),
         )
 
+    def joined(self, other: "LoraFactors") -> "LoraFactors":
+        """Return these components, and behind them those of ``other``: the sum of both."""
+        return LoraFactors(
+            torch.cat([self.lora_A, other.lora_A]), torch.cat([self.lora_B, other.lora_B], dim=1)
+        )
+
     def scale(self, factor: float) -> "LoraFactors":
         """Return factors whose ``delta_weight`` is ``factor`` times this one's."""
         return LoraFactors(self.lora_A, self.lora_B * factor)

@@ -71,12 +71,17 @@ class WeightedStack:
             )
         return WeightedStack((*self.pieces, (factors, float(weight))))
 
-    def factors(self) -> LoraFactors:
+    def factors(self, dtype: torch.dtype | None = None) -> LoraFactors:
         """Return the sum as one pair of factors, of rank ``sum_k rank_k``.
 
         ``lora_B = [sign(c_k) sqrt|c_k| lora_B_k]_k`` side by side and
         ``lora_A = [sqrt|c_k| lora_A_k]_k`` on top of each other: the split keeps both factors at
         the same scale.
+
+        Parameters
+        ----------
+        dtype
+            To compute in; None is that of the pieces.
 
         Raises
         ------
@@ -85,9 +90,12 @@ class WeightedStack:
         """
         if not self.pieces:
             raise ValueError("an empty stack has no factors: append at least one piece")
+        dtype = dtype or self.pieces[0][0].lora_A.dtype
         return LoraFactors(
-            torch.cat([f.lora_A * sqrt(abs(c)) for f, c in self.pieces], dim=0),
-            torch.cat([f.lora_B * (sqrt(abs(c)) * _sign(c)) for f, c in self.pieces], dim=1),
+            torch.cat([f.lora_A.to(dtype) * sqrt(abs(c)) for f, c in self.pieces], dim=0),
+            torch.cat(
+                [f.lora_B.to(dtype) * (sqrt(abs(c)) * _sign(c)) for f, c in self.pieces], dim=1
+            ),
         )
 
 
@@ -240,11 +248,11 @@ def _padded(
         sign = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()  # (1, k)
         left, right = left * sign, right * sign.T
     lora_B = torch.nn.functional.pad(left, (0, rank - left.shape[1]))
-    lora_A = _complete_rows(right, rank, generator or torch.Generator().manual_seed(0))
+    lora_A = complete_rows(right, rank, generator or torch.Generator().manual_seed(0))
     return LoraFactors(lora_A.to(dtype), lora_B.to(dtype))
 
 
-def _complete_rows(
+def complete_rows(
     rows: Float[Tensor, "k in"], rank: int, generator: torch.Generator
 ) -> Float[Tensor, "rank in"]:
     """Return orthonormal ``rows`` with unit rows appended, orthogonal while there is room.

@@ -28,8 +28,9 @@ class Traits:
     Parameters
     ----------
     homogeneous_form
-        Result of a federation of equal ranks, weighted by the number of examples. The
-        conformance suite holds the method to it.
+        Result of a federation of equal ranks, weighted by the number of examples: the mean of the
+        factors, the best approximation of rank ``max_rank`` of the mean of their products, or all
+        of that mean. The conformance suite holds the method to it.
     keeps_components
         Whether component i of one round is component i of the next. Where every round makes new
         ones, what rounding lost of the old ones has nothing to be added to.
@@ -44,13 +45,16 @@ class Traits:
         Reason for None: the influences beside clipped changes and the plans' denominators.
     allocates_bits
         Whether its plans give each component bits of its own (``federation.upload=mixed``).
+    changes_base
+        Whether its global adapter has frozen components behind the first ``max_rank``, which every
+        client holds and none trains: a change of the base, see `hafl_app.strategies.base_change`.
     uploads_importance
         Whether its plans ask clients for importance scores, which they measure on their data.
     breaks
         Laws of the conformance suite that the method breaks by its paper, with the source.
     """
 
-    homogeneous_form: Literal["factor mean", "product mean"] = "factor mean"
+    homogeneous_form: Literal["factor mean", "product mean", "exact mean"] = "factor mean"
     keeps_components: bool = True
     serves_mixed_ranks: bool = True
     not_robust: str = "it does not average components over those who trained them"
@@ -60,6 +64,7 @@ class Traits:
         "does not declare them"
     )
     allocates_bits: bool = False
+    changes_base: bool = False
     uploads_importance: bool = False
     breaks: Mapping[str, str] = field(default_factory=dict)
 

@@ -1,11 +1,13 @@
 """Drive a strategy without Flower: plan, dispatch, a client's reply, the fold."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hafl_app.config.compose import CONF, compose
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
@@ -19,6 +21,7 @@ from hafl_app.wire.node_profile import NodeProfile
 
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 MAX_RANK = 4
+BASE_RANK = 2  # of what a method has merged into the base before the test starts
 # Never square, and modules that differ: a transposed or swapped factor must fail.
 SHAPES = {"query": ModuleShape(7, 5), "dense": ModuleShape(6, 9)}
 HEAD = {"weight": (3, 7), "bias": (3,)}
@@ -28,12 +31,15 @@ Change = Callable[[LoraFactors, torch.Generator], LoraFactors]
 
 
 def strategy_named(name: str, *overrides: str) -> HeterogeneousLora:
-    """Return the strategy of a file in conf/strategy, small, with a global adapter that works."""
+    """Return the strategy of a file in conf/strategy, small, with a global adapter that works.
+
+    A method that changes the base is in the middle of a run: it has changed it.
+    """
     settings = compose([f"strategy={name}", f"lora.max_rank={MAX_RANK}", *overrides])
     strategy = build.strategy(settings)
     strategy.options = run_options(seed=3, num_rounds=5)
     generator = torch.Generator().manual_seed(11)
-    start = initial_adapter(SHAPES, MAX_RANK, seed=1)
+    start = initial_adapter(SHAPES, MAX_RANK + BASE_RANK * strategy.traits.changes_base, seed=1)
     strategy.global_adapter = Adapter(
         {
             n: LoraFactors(f.lora_A, torch.randn(f.lora_B.shape, generator=generator))
@@ -64,6 +70,15 @@ class Client:
     @property
     def profile(self) -> NodeProfile:
         return NodeProfile(self.partition_id, 99, self.rank, self.num_examples, "cpu")
+
+
+def clients_for(name: str) -> list[Client]:
+    """Return four clients, of mixed ranks where the method serves them."""
+    ranks = (1, 2, 4, 3) if serves_mixed_ranks(name) else (3, 3, 3, 3)
+    return [
+        Client(rank, examples, partition_id)
+        for partition_id, (rank, examples) in enumerate(zip(ranks, (10, 25, 7, 31), strict=True))
+    ]
 
 
 def nothing(factors: LoraFactors, generator: torch.Generator) -> LoraFactors:
@@ -103,9 +118,39 @@ def update_of(
     )
 
 
+def model_after(update: ClientUpdate) -> dict[str, LoraFactors]:
+    """Return all that a client's model has after training: what it trained, and what it held."""
+    return {
+        name: sent.replace(update.plan.modules[name].trainable_slots, update.adapter.modules[name])
+        for name, sent in update.sent.modules.items()
+    }
+
+
 def merge(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> dict[str, LoraFactors]:
     """Merge the updates and return the next factors; the strategy's own adapter stays."""
     return dict(merge_into(strategy, strategy.global_adapter, updates).modules)
+
+
+def advance(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> None:
+    """Merge the updates into the strategy's own adapter."""
+    set_modules(strategy, merge(strategy, updates))
+
+
+def set_modules(strategy: HeterogeneousLora, modules: Mapping[str, LoraFactors]) -> None:
+    """Replace the factors of the global adapter."""
+    strategy.global_adapter = Adapter(modules, strategy.global_adapter.head)
+
+
+def at_start(strategy: HeterogeneousLora) -> HeterogeneousLora:
+    """Return the strategy as it is before round 1: lora_B is 0, the base as it was."""
+    set_modules(strategy, initial_adapter(SHAPES, MAX_RANK, seed=1).modules)
+    return strategy
+
+
+def dense(factors: LoraFactors) -> NDArray[np.float64]:
+    """Return the product, for oracles that are written in numpy."""
+    product: NDArray[np.float64] = factors.lora_B.double().numpy() @ factors.lora_A.double().numpy()
+    return product
 
 
 def run_options(options: RunOptions | None = None, **changes: Any) -> RunOptions:

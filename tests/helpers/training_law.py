@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from driving import run_options
+from driving import BASE_RANK, run_options
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from training_factories import LABELS, TINY, random_adapter, random_rows
 
@@ -64,12 +64,14 @@ class Trained:
 def strategy_on(model: LoraClassifier, name: str, head: HeadPolicy) -> HeterogeneousLora:
     """Return the method of a file in conf/strategy with the settings that the file brings along.
 
-    Its global adapter has no zeros: with lora_B at 0 lora_A would have no gradient.
+    Its global adapter has no zeros: with lora_B at 0 lora_A would have no gradient. A method that
+    changes the base has changed it.
     """
     settings = _settings(name)
     strategy = build.strategy(settings)
     strategy.options = run_options(build.run_options(settings), head=head, max_steps=STEPS)
-    strategy.global_adapter = random_adapter(model, MAX_RANK, seed=11)
+    rank = MAX_RANK + BASE_RANK * strategy.traits.changes_base
+    strategy.global_adapter = random_adapter(model, rank, seed=11)
     if head == "frozen":  # it follows from the seed
         strategy.global_adapter = strategy.global_adapter.with_head(model.initial_head)
     return strategy

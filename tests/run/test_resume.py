@@ -24,7 +24,7 @@ from hafl_app.run.resuming import (
 )
 from hafl_app.server.checkpoint_store import CheckpointStore
 
-STRATEGIES = ["zero_padding", "hafl", "hetlora", "flexlora", "flexlora_change"]
+STRATEGIES = ["zero_padding", "hafl", "hetlora", "flexlora", "flexlora_change", "flora"]
 VARIANTS = {
     **{name: (f"strategy={name}",) for name in STRATEGIES},
     "fedit": ("strategy=fedit", "ranks=homogeneous"),

@@ -9,11 +9,12 @@ from driving import (
     MAX_RANK,
     STRATEGIES,
     Client,
+    clients_for,
     merge,
+    model_after,
     noise,
     nothing,
     scaled_examples,
-    serves_mixed_ranks,
     strategy_named,
     update_of,
 )
@@ -22,14 +23,6 @@ from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import TrainPlan
 
 TOLERANCE = 1e-6
-
-
-def clients_for(name: str) -> list[Client]:
-    ranks = (1, 2, 4, 3) if serves_mixed_ranks(name) else (3, 3, 3, 3)
-    return [
-        Client(rank, examples, partition_id)
-        for partition_id, (rank, examples) in enumerate(zip(ranks, (10, 25, 7, 31), strict=True))
-    ]
 
 
 def relative_difference(got: LoraFactors, expected: torch.Tensor) -> float:
@@ -73,6 +66,7 @@ class TestLaws:
 
     @pytest.mark.parametrize("copies", [1, 3])
     def test_clients_that_change_nothing_change_nothing(self, name, copies):
+        skip_if_broken(name, "nothing lost")
         strategy = strategy_named(name)
         before = dict(strategy.global_adapter.modules)
         clients = [Client(MAX_RANK, 5 + 3 * i, i) for i in range(copies)]
@@ -82,21 +76,23 @@ class TestLaws:
         assert_same_products(after, before)
 
     def test_one_client_is_returned_as_it_is(self, name):
+        skip_if_broken(name, "nothing lost")
         strategy = strategy_named(name)
         update = update_of(strategy, Client(MAX_RANK, 9, 0), noise)
 
         after = merge(strategy, [update])
 
-        assert_same_products(after, dict(update.adapter.modules))
+        assert_same_products(after, model_after(update))
 
     def test_identical_clients_are_returned_as_one(self, name):
+        skip_if_broken(name, "nothing lost")
         strategy = strategy_named(name)
         clients = [Client(MAX_RANK, n, i, noise_seed=5) for i, n in enumerate((4, 9, 30))]
         updates = [update_of(strategy, client, noise) for client in clients]
 
         after = merge(strategy, updates)
 
-        assert_same_products(after, dict(updates[0].adapter.modules))
+        assert_same_products(after, model_after(updates[0]))
 
     def test_equal_ranks_reduce_to_the_stated_form(self, name):
         skip_if_broken(name, "homogeneous form")
@@ -108,20 +104,18 @@ class TestLaws:
 
         total = sum(u.num_examples for u in updates)
         for module in after:
-            shares = [(u.num_examples / total, u.adapter.modules[module]) for u in updates]
-            if strategy.traits.homogeneous_form == "product mean":
-                expected = sum(w * (f.lora_B.double() @ f.lora_A.double()) for w, f in shares)
-            else:
-                assert strategy.traits.homogeneous_form == "factor mean"
+            shares = [(u.num_examples / total, model_after(u)[module]) for u in updates]
+            if strategy.traits.homogeneous_form == "factor mean":
                 expected = sum(w * f.lora_B.double() for w, f in shares) @ sum(
                     w * f.lora_A.double() for w, f in shares
                 )
-                assert relative_difference(after[module], expected) < TOLERANCE
-                continue
-            # More directions than the global rank holds: the best approximation is what is left.
-            u, s, vt = torch.linalg.svd(expected)
-            best = u[:, :MAX_RANK] * s[:MAX_RANK] @ vt[:MAX_RANK]
-            assert relative_difference(after[module], best) < TOLERANCE
+            else:
+                expected = sum(w * (f.lora_B.double() @ f.lora_A.double()) for w, f in shares)
+            if strategy.traits.homogeneous_form == "product mean":
+                # More directions than the global rank holds: the best approximation is left.
+                u, s, vt = torch.linalg.svd(expected)
+                expected = u[:, :MAX_RANK] * s[:MAX_RANK] @ vt[:MAX_RANK]
+            assert relative_difference(after[module], expected) < TOLERANCE
 
     def test_scaling_all_num_examples_changes_nothing(self, name):
         strategy = strategy_named(name)
@@ -177,8 +171,12 @@ class TestLaws:
 
         for module, before in strategy.global_adapter.modules.items():
             assert after[module].lora_A.dtype == after[module].lora_B.dtype == torch.float32
-            assert after[module].lora_A.shape == before.lora_A.shape
-            assert after[module].lora_B.shape == before.lora_B.shape
+            assert after[module].in_features == before.in_features
+            assert after[module].out_features == before.out_features
+            most = MAX_RANK + strategy.traits.changes_base * min(
+                before.out_features, before.in_features
+            )
+            assert MAX_RANK <= after[module].rank <= most
 
     def test_a_component_without_content_can_still_learn(self, name):
         strategy = strategy_named(name)

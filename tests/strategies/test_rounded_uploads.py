@@ -17,7 +17,10 @@ from hafl_app.wire.records import METRICS, NUM_EXAMPLES, adapter_content
 from hafl_app.wire.uploads import encode_upload
 
 CLIENT = Client(rank=3, num_examples=30, partition_id=1)
-NEW_COMPONENTS_EACH_ROUND = ("flexlora", "flexlora_change")
+NEW_COMPONENTS_EACH_ROUND = (
+    *("flexlora", "flexlora_change", "hlora", "raflora"),
+    *("flora", "florist", "fedmomentum"),
+)
 
 
 def with_options(name, **options):
