@@ -27,8 +27,8 @@ class FedPLora(ComponentMean):
     likewise; what nobody drew keeps its value. It is `Hafl` with ``scheme=freezing`` and
     ``selection=random``, without a score; `FedIt` where every client has rank ``max_rank``.
 
-    Differs from the paper, which was read in its abstract and in accounts of it: the server draws,
-    from seed, round and client, with the same distribution. Frozen components stand beside the base
+    Reconstruction: the paper was read in its abstract and in accounts of it. The server draws, from
+    seed, round and client, with the same distribution. Frozen components stand beside the base
     as factors; added to the weight itself they would give the same sums, and take a copy of it.
     """
 

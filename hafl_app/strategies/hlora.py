@@ -22,7 +22,7 @@ class HLora(ProductMean):
     one learning rate a step turns the other factor. Where M has less rank, lora_A is 0 and lora_B
     completes the orthonormal basis, so that the component can learn.
 
-    Differs from the paper: it was read in accounts of it, so the split is second-hand. The SVD
+    Reconstruction: the paper was read in accounts of it, so the split is second-hand. The SVD
     works on the stacked factors in float64; lora_B has each client's own scaling folded in.
     """
 

@@ -33,7 +33,7 @@ class RaFlora(HeterogeneousLora):
     ``max_rank`` singular values as ``lora_B = U S``, ``lora_A = V^T``; a client of rank r receives
     the first r.
 
-    Differs from the paper, which was read in its abstract and in re-implementations: a block that
+    Reconstruction: the paper was read in its abstract and in re-implementations. A block that
     nobody covers in a round stays as it was, where a plain sum would lose it. All components of
     a block have the same clients, so the mean is taken component by component, and the blocks are
     the same whoever takes part. A re-implementation splits the singular values' square root between

@@ -23,8 +23,8 @@ class Rbla(ComponentMean):
     clients of the largest rank alone decide the last components. It is HAFL's adaptive aggregation
     over prefixes, and `FedIt` at equal ranks.
 
-    Differs from the paper: where scalings differ, lora_B has each client's own folded in, see
-    `ZeroPadding`.
+    Reconstruction: the paper was read in its abstract, the rule in re-implementations. Where
+    scalings differ, lora_B has each client's own folded in, see `ZeroPadding`.
     """
 
     traits = Traits(not_robust="", dp_division="contributors")
