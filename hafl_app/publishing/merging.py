@@ -1,5 +1,6 @@
 """A base model with an adapter merged into its weights, as an ordinary Transformers folder."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +36,8 @@ def merged_model(stored: StoredAdapter) -> Any:
     with torch.random.fork_rng(devices=[]):
         # The seed decides whatever the base's files do not hold, random weights among them.
         torch.manual_seed(spec.seed)
-        model: Any = load_base(spec.base, spec.num_labels)
+        # The files keep the dropout of the base model's configuration.
+        model: Any = load_base(replace(spec.base, dropout=True), spec.num_labels)
         dequantize(model)  # merged into the weights that the factors were trained on
     try:
         with torch.no_grad():

@@ -25,8 +25,12 @@ _PACKAGES = ("flwr", "torch", "transformers", "peft", "ray", "datasets")
 
 
 def model_facts(model: ModelSettings) -> dict[str, Any]:
-    """Return the base model's name, and whether its weights are random."""
-    return {"name": model.title, "random_weights": model.random_weights}
+    """Return the base model's name, whether its weights are random, and whether it drops out."""
+    return {
+        "name": model.title,
+        "random_weights": model.random_weights,
+        "dropout": model.dropout,
+    }
 
 
 def bytes_by_phase(ledger: Ledger) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from hafl_app.training.base_dropout import switch_off_dropout, without_dropout
 from hafl_app.training.quantization.blocks import NOT_QUANTIZED, quantize
 from hafl_app.training.quantization.linear import QuantizationError
 from hafl_app.training.settings import BaseSpec
@@ -190,7 +191,7 @@ def _config(spec: BaseSpec, num_labels: int) -> Any:
         config.use_cache = False
     elif spec.pooling == "cls":
         config.num_labels = num_labels
-    return config
+    return config if spec.dropout else without_dropout(config)
 
 
 def _shape(spec: BaseSpec) -> Any:
@@ -231,7 +232,8 @@ def load_base(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
     """Load the base model, frozen and in float32; with ``pooling=cls`` including its head.
 
     What ``spec.quantization`` asks for is rounded while the files are read; random weights are
-    drawn as if it were not there, and then rounded.
+    drawn as if it were not there, and then rounded. Without ``spec.dropout`` no layer of it drops
+    anything, and its configuration says so.
 
     Raises
     ------
@@ -244,6 +246,8 @@ def load_base(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
         model = _random(config, spec) if spec.random_weights else _from_weights(config, spec)
     except QuantizationError as error:
         raise ModelError(str(error)) from error
+    if not spec.dropout:
+        switch_off_dropout(model)
     return _without_pooler(model, spec).requires_grad_(False)
 
 

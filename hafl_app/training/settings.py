@@ -42,6 +42,9 @@ class BaseSpec:
         Precision of the transformer blocks' weights: ``bf16``, ``int8`` or ``nf4`` (4
         bits), or ``none``, see docs/quantized.md. ``blockwise``: every node chooses for every
         block, by its own data, within ``memory_budget_mb``.
+    dropout
+        Train with the dropout of the base model's own configuration. False: without any, since its
+        weights are frozen. ``lora.lora_dropout``, before the trained factors, is another matter.
     """
 
     path: str = ""
@@ -55,6 +58,7 @@ class BaseSpec:
     task: str = choice("classification", "classification", "causal_lm", "image_classification")
     shape: dict[str, Any] | None = setting(None, hashed=False)
     quantization: str = choice("none", "none", "bf16", "int8", "nf4", "blockwise")
+    dropout: bool = setting(False)
 
     @property
     def is_without_files(self) -> bool:

@@ -19,6 +19,7 @@ from publishing_factories import (
     spec_of,
 )
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -253,6 +254,13 @@ class TestMerged:
         with torch.no_grad():
             logits = merged.float().eval()(IDS, MASK).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=0.1)
+
+    def test_keeps_the_dropout_that_training_left_out(self, made, tmp_path):
+        run, model, _ = made("cls")
+        assert model.base.config.hidden_dropout_prob == 0.0
+        export_adapter(ExportRequest(run, tmp_path / "out", merge=True))
+
+        assert AutoConfig.from_pretrained(tmp_path / "out").hidden_dropout_prob == 0.1
 
     def test_a_base_without_files(self, tmp_path):
         spec = CausalSpec(BaseSpec("", random_weights=True, task="causal_lm"), seed=9)

@@ -35,7 +35,11 @@ def test_a_file_is_called_random_if_its_weights_are(file):
 def test_the_name_says_so_whoever_gave_it(name, is_random, title):
     model = ModelSettings(name=name, random_weights=is_random)
 
-    assert model_facts(model) == {"name": title, "random_weights": is_random}
+    assert model_facts(model) == {
+        "name": title,
+        "random_weights": is_random,
+        "dropout": False,
+    }
 
 
 def test_one_line_warns(caplog):
@@ -58,7 +62,11 @@ def test_a_run_says_so(tmp_path, caplog):
         "model tiny_random has random weights"
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["model"] == {"name": "tiny_random", "random_weights": True}
+    assert summary["model"] == {
+        "name": "tiny_random",
+        "random_weights": True,
+        "dropout": False,
+    }
     assert "random-weights" in (tmp_path / "adapter" / "README.md").read_text()
 
 

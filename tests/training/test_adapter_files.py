@@ -405,6 +405,7 @@ class TestFilesOfOtherVersions:
             "task",
             "shape",
             "quantization",
+            "dropout",
         }
         assert json.loads(card["base"]["shape"]) == self.SHAPE
         assert load_adapter(folder).model.layers.keys() == LoraClassifier(spec).layers.keys()
