@@ -11,6 +11,9 @@ if "HAFL_CACHE" not in os.environ:
     os.environ["HAFL_CACHE"] = tempfile.mkdtemp(prefix="hafl-cache-")
     atexit.register(shutil.rmtree, os.environ["HAFL_CACHE"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests compute in float32 on every processor, in processes that they start as well, unless they ask
+# for bf16: oneDNN's own setting, by which client.precision=auto goes.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
 
 import pytest
 import torch

@@ -11,7 +11,13 @@ from hafl_app.data.errors import UnfitDataError
 from hafl_app.data.shares import Share
 from hafl_app.privacy.mechanism import PrivacyError, check_local_plan
 from hafl_app.training.batches import Examples
-from hafl_app.training.device import UNKNOWN_DEVICE, device_facts, resolve_device, threads
+from hafl_app.training.device import (
+    UNKNOWN_DEVICE,
+    device_facts,
+    resolve_device,
+    resolve_precision,
+    threads,
+)
 from hafl_app.training.evaluate import evaluate as score
 from hafl_app.training.local import train as train_locally
 from hafl_app.wire.node_profile import PROFILE, NodeProfile
@@ -25,9 +31,11 @@ def query(message: Message, context: Context) -> Message:
     node, request = Node.of(context), read_query(message)
     share = node.share(request.label_names)
     tier = node.rank_budget(len(share.label_names))
-    device = device_facts(resolve_device(node.settings.client.device))
+    client = node.settings.client
+    where = resolve_device(client.device)
+    device, precision = device_facts(where), resolve_precision(client.precision, where)
     if not node.terms.shares(DEVICE):
-        device = UNKNOWN_DEVICE
+        device, precision = UNKNOWN_DEVICE, ""
     profile = NodeProfile(
         partition_id=node.partition_id,
         num_partitions=node.num_partitions,
@@ -41,6 +49,7 @@ def query(message: Message, context: Context) -> Message:
         torch_version=device.torch_version,
         cuda_version=device.cuda_version,
         bandwidth_kbps=bandwidth_kbps(context.node_config),
+        precision=precision,
         own_data=node.own is not None,
         # Only on request: the classes reveal something about a node's texts.
         label_names=share.label_names if node.own and request.label_names is None else (),

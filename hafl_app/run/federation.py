@@ -112,7 +112,7 @@ def _run(
             report_data(settings, text, profiles, folder)
             after_round(0)
         else:
-            resume(checkpoint, strategy, report, grid)
+            resume(checkpoint, settings, strategy, report, grid)
             report_data(settings, text, profiles, folder)
         run_rounds(strategy, grid, checkpoint.server_round + 1 if checkpoint else 1, after_round)
         unseen = evaluate_unseen(strategy, grid, report.rounds[-1].server_round)

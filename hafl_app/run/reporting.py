@@ -21,6 +21,7 @@ from hafl_app.publishing.card import add_card
 from hafl_app.run import build
 from hafl_app.run.device_gains import device_gains
 from hafl_app.run.evaluation import CentralEvaluation
+from hafl_app.run.precisions import server_precision
 from hafl_app.run.summary import bytes_by_phase, device_facts, model_facts, versions
 from hafl_app.server.local_baseline import AloneResult
 from hafl_app.server.round_messages import STATED_EXAMPLES, Reply
@@ -337,6 +338,7 @@ class RunReport:
             "status": "finished",
             "strategy": plain_settings(self._settings)["strategy"],
             "model": model_facts(self._settings.model),
+            "precision": server_precision(self._settings),
             "seed": self._settings.seed,
             "rounds": self.rounds[-1].server_round,
             "final": dict(self.rounds[-1].metrics),

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from hafl_app.config.schema import Settings, resumable_settings
 from hafl_app.renames import renamed_overrides, renamed_settings
 from hafl_app.run import build
+from hafl_app.run.precisions import SETTING, changed_precision, precisions
 from hafl_app.run.reporting import RunReport, plain_settings
 from hafl_app.server.checkpoint_store import Checkpoint, CheckpointStore
 from hafl_app.server.coordinator import Strategy
@@ -123,6 +124,7 @@ class RunCheckpoints:
             "client_states_kept": clients is not None,
             "label_names": list(strategy.coordinator.directory.label_names or ()),
             "base_files": began_with,
+            "precisions": precisions(self.settings, strategy.coordinator.directory.in_order()),
             "node_numbers": strategy.coordinator.directory.numbering.to_json(),
         }
         tree = {
@@ -197,7 +199,10 @@ def check_resumable(checkpoint: Checkpoint, settings: Settings) -> None:
     """
     then = flatten(checkpoint.state["settings"], ".")
     now = flatten(plain_settings(settings), ".")
-    free = resumable_settings()
+    free = set(resumable_settings())
+    # What was decided by itself may be named.
+    if now.get(SETTING) in checkpoint.state.get("precisions", {}).values():
+        free |= {SETTING} if then.get(SETTING) == "auto" else set()
     for name in sorted({*then, *now}):
         if name not in free and then.get(name) != now.get(name):
             if name not in then:
@@ -242,14 +247,20 @@ def agreed_before(
     return then, Numbering.from_json(checkpoint.state.get("node_numbers", {}))
 
 
-def resume(checkpoint: Checkpoint, strategy: Strategy, report: RunReport, grid: Grid) -> None:
+def resume(
+    checkpoint: Checkpoint, settings: Settings, strategy: Strategy, report: RunReport, grid: Grid
+) -> None:
     """Restore a prepared run from its checkpoint.
 
     Raises
     ------
     ResumeError
-        If the clients' states are lost, by name of the setting.
+        If the clients' states are lost, or ``client.precision=auto`` now means another precision.
     """
+    then = checkpoint.state.get("precisions", {})
+    profiles = strategy.coordinator.directory.in_order()
+    if changed := changed_precision(then, settings, profiles):
+        raise ResumeError(changed)
     tree = unflatten(checkpoint.tensors)
     _restore_client_states(checkpoint, tree.get("clients", {}), grid)
     restore(strategy, Snapshot(tree["strategy"], checkpoint.state["strategy"]))

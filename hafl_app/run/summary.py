@@ -20,6 +20,7 @@ _DEVICE_FACTS = (
     "memory_free_mb",
     "torch_version",
     "cuda_version",
+    "precision",
 )
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "ray", "datasets")
 

@@ -18,6 +18,7 @@ import torch
 _LOGGER = logging.getLogger(__name__)
 _MEGABYTE = 1e6
 _CGROUPS = Path("/sys/fs/cgroup")
+_ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 class DeviceError(ValueError):
@@ -155,9 +156,30 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Return ``fp32`` or ``bf16`` for ``auto``, ``fp32`` or ``bf16``: what ``device`` computes in.
+
+    ``auto`` is bf16 where products in it are faster: on CUDA from compute capability 8.0, on
+    processors with AVX-512-BF16 or AMX.
+    """
+    if name != "auto":
+        return name
+    return "bf16" if _multiplies_bf16(device) else "fp32"
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Products in bf16 are oneDNN's, whose user may keep it from such instructions.
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _ISAS_WITHOUT_BF16:
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the autocast context for ``auto``, ``fp32`` or ``bf16``; auto is bf16 on CUDA."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    """Return the autocast context for ``auto``, ``fp32`` or ``bf16``."""
+    enabled = resolve_precision(precision, device) == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 

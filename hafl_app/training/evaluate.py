@@ -15,7 +15,6 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import with_perplexity
 from hafl_app.training.batches import Batch, Examples, evaluation_batches
 from hafl_app.training.causal import IGNORED, LoraCausalLM
-from hafl_app.training.device import autocast
 from hafl_app.training.lora_model import LoraModel
 
 _BATCH_SIZE = 64  # on a CPU a fifth faster than 128
@@ -127,7 +126,7 @@ def predict_logits(
     rows_seen, chunks = [], []
     for rows in _batches(model, examples):
         batch = model.batch(examples, rows)
-        with autocast(model.device, precision):
+        with model.computing(precision):
             logits = model(*batch.inputs)
         rows_seen.append(rows)
         chunks.append(logits.float().cpu().numpy())
@@ -154,7 +153,7 @@ def _score_answers(model: LoraCausalLM, examples: Examples, precision: str) -> A
     model.eval()
     loss, right, tokens = 0.0, 0, 0
     for rows in _bounded_batches(model, examples):
-        with autocast(model.device, precision):
+        with model.computing(precision):
             batch = model.batch(examples, rows)
             batch_loss, batch_right, batch_tokens = _token_sums(model, batch)
         loss += float(batch_loss)

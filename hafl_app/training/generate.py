@@ -11,7 +11,6 @@ from transformers import GenerationConfig
 from hafl_app.training.answers import GenerationScores, score_answers
 from hafl_app.training.base_model import CAUSAL_LM, hub_tokenizer
 from hafl_app.training.causal import LoraCausalLM
-from hafl_app.training.device import autocast
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.prompts import load_pair_tokenizer
 from hafl_app.training.settings import BaseSpec
@@ -168,7 +167,7 @@ def _continued(
         eos_token_id=-1 if end is None else end,
         pad_token_id=_PAD if end is None else end,
     )
-    with autocast(model.device, options.precision):
+    with model.computing(options.precision):
         made = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
     tokens: list[list[int]] = made[:, longest:].tolist()
     return tokens

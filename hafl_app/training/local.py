@@ -19,12 +19,7 @@ from hafl_app.training.batches import (
     is_out_of_memory,
     training_batches,
 )
-from hafl_app.training.device import (
-    autocast,
-    describe_device,
-    peak_memory_mb,
-    reset_peak_memory,
-)
+from hafl_app.training.device import describe_device, peak_memory_mb, reset_peak_memory
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.rank_pruning import prune_tail, tail_norms, tail_penalty
@@ -251,7 +246,7 @@ def _backward_in_parts(task: _Task, rows: NDArray[np.int64], tail: TailPruning |
     model.clear_gradients()
     for index, part in enumerate(task.micro_batches.split(rows)):
         batch = model.batch(task.examples, part)
-        with autocast(model.device, task.options.precision):
+        with model.computing(task.options.precision):
             mean = model.loss(batch)
         # Its share of the batch's mean: the mean of the parts' means would favor small parts.
         loss = mean * (model.num_targets(task.examples, part) / targets)

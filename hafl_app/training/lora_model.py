@@ -1,9 +1,10 @@
 """A base model with swappable LoRA factors, resident in a process: what every task shares."""
 
+import contextlib
 import functools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -19,7 +20,9 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.training.base_model import ModelError, base_without_weights, load_base
 from hafl_app.training.batches import Batch, Examples, ImageBatch
+from hafl_app.training.device import autocast, resolve_precision
 from hafl_app.training.fused_lora import fuse
+from hafl_app.training.half_precision import restore_weights, round_weights
 from hafl_app.training.settings import BaseSpec
 
 TRAINABLE, FROZEN = "trainable_components", "frozen_components"
@@ -102,6 +105,8 @@ class LoraModel(nn.Module, ABC):
         self.initial_head = {
             k: v.detach().clone() for k, v in self.head_module.state_dict().items()
         }
+        self._spec = spec
+        self._precision = "fp32"
         self._with_gradients: list[nn.Parameter] = []
         self._checkpoints_gradients = False
 
@@ -129,6 +134,31 @@ class LoraModel(nn.Module, ABC):
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.base.parameters()).device
+
+    @contextlib.contextmanager
+    def computing(self, precision: str) -> Iterator[None]:
+        """Compute in ``auto``, ``fp32`` or ``bf16``, see `resolve_precision`.
+
+        For bf16 the base model's frozen weights are rounded, and stay so; to go back to fp32 they
+        are loaded again.
+        """
+        precision = resolve_precision(precision, self.device)
+        self.hold_weights(precision)
+        with autocast(self.device, precision):
+            yield
+
+    def hold_weights(self, precision: str) -> None:
+        """Hold the base model's frozen weights in ``fp32`` or ``bf16`` from now on."""
+        if precision == self._precision:
+            return
+        if precision == "bf16":
+            round_weights(self.base, self.head_module)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._spec.seed)
+                whole = load_base(self._spec.base, self._spec.num_labels)
+            restore_weights(self.base, self.head_module, whole)
+        self._precision = precision
 
     def checkpoint_gradients(self, enabled: bool) -> None:
         """Compute activations again on the way back instead of keeping them, or keep them.

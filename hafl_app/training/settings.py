@@ -151,7 +151,9 @@ class TrainOptions:
         wins where it is smaller. A client that stopped early keeps the weight of all its data.
         The result then depends on the clock.
     precision
-        ``fp32``, ``bf16``, or ``auto``: bf16 on CUDA and fp32 on the CPU.
+        ``fp32``, ``bf16``, or ``auto``: each machine by itself bf16 on processors with AVX-512-BF16
+        or AMX and on CUDA from compute capability 8.0, else fp32. bf16 rounds the base model's
+        frozen weights and the activations; factors, head and importance stay in float32.
     """
 
     batch_size: int = number(32, at_least=1)

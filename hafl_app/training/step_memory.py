@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TrainedFactors, TrainPlan
 from hafl_app.training.batches import Batch
-from hafl_app.training.device import autocast
+from hafl_app.training.device import resolve_precision
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.local import build_optimizer
 from hafl_app.training.lora_model import LoraModel, LoraSpec
@@ -125,7 +125,8 @@ def step_memory(
         "spec": asdict(spec),  # type: ignore[call-overload]
         "config": _config_digest(spec.base.path),
         "max_rank": max_rank,
-        "batch": [options.texts_at_once, length, options.optimizer, options.precision],
+        "batch": [options.texts_at_once, length, options.optimizer],
+        "precision": resolve_precision(options.precision, device),
         "checkpointing": options.gradient_checkpointing,
         "device": device.type,
         "versions": [str(torch.__version__), transformers.__version__],
@@ -184,6 +185,7 @@ def count_step(
     """
     module = ModulePlan(tuple(range(held)), tuple(range(rank)), factors=factors)
     model, plan = _weightless(spec, module)
+    model.hold_weights(resolve_precision(options.precision, device))
     model.checkpoint_gradients(options.gradient_checkpointing)
     longest = getattr(model.base.config, "max_position_embeddings", length)
     shape = (options.texts_at_once, min(length, longest))
@@ -243,7 +245,7 @@ def _step(
     input_ids, mask = (torch.ones(shape, dtype=torch.long, device=model.device) for _ in "im")
     labels = torch.zeros(model.labels_shape(shape), dtype=torch.long, device=model.device)
     model.zero_grad(set_to_none=True)
-    with autocast(model.device, options.precision):
+    with model.computing(options.precision):
         loss = model.loss(Batch(input_ids, mask, labels))
     loss.backward()  # type: ignore[no-untyped-call]
     meter.update(model)

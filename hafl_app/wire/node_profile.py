@@ -23,7 +23,7 @@ _RANGES = {
     "memory_free_mb": (0, 10**9),
     "bandwidth_kbps": (0, 10**9),
 }
-_TEXTS = ("device", "device_name", "torch_version", "cuda_version")
+_TEXTS = ("device", "device_name", "torch_version", "cuda_version", "precision")
 _LONGEST_TEXT = 100
 _LEAST_PARTITION = {"partition_id": 0, "num_partitions": 1}
 _MOST_PARTITIONS = 10**9
@@ -69,6 +69,8 @@ class NodeProfile:
         Of PyTorch, and of the CUDA that it was built with if any.
     bandwidth_kbps
         Bandwidth of its uplink in 1000 bit/s, as its operator states it; 0 is unknown.
+    precision
+        What it computes in: ``fp32`` or ``bf16``; empty is unknown.
     """
 
     partition_id: int
@@ -86,6 +88,7 @@ class NodeProfile:
     torch_version: str = ""
     cuda_version: str = ""
     bandwidth_kbps: int = 0
+    precision: str = ""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -94,10 +97,11 @@ class NodeProfile:
 
     @property
     def device_line(self) -> str:
-        """The device in a few words, with its free memory in GB of 10^9 bytes."""
+        """The device in a few words, with precision and free memory in GB of 10^9 bytes."""
         name = self.device if self.device == "cpu" else self.device_name or self.device
         free = self.memory_free_mb / 1000
-        return f"{name}, {free:.{0 if free >= 100 else 1}f} GB free" if free else name
+        memory = f"{free:.{0 if free >= 100 else 1}f} GB free" if free else ""
+        return ", ".join(part for part in (name, self.precision, memory) if part)
 
     def rank_of(self, module: str) -> int:
         """Return the rank budget of a module."""

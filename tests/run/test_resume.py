@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from hafl_app.run.resuming import (
     load_checkpoint,
 )
 from hafl_app.server.checkpoint_store import CheckpointStore
+from hafl_app.training import device as device_module
 
 STRATEGIES = ["zero_padding", "hafl", "hetlora", "flexlora", "flexlora_change", "flora"]
 VARIANTS = {
@@ -119,6 +121,33 @@ class TestSettings:
     def test_a_changed_setting_is_refused_by_name(self, stopped):
         with pytest.raises(ResumeError, match=r"client.learning_rate=0.01: .* has 0.003"):
             run_tiny(stopped, "client.learning_rate=0.01", f"resume={stopped}")
+
+    def test_another_machines_precision_is_refused(self, stopped, monkeypatch):
+        assert json.loads((stopped / "summary.json").read_text())["precision"] == "fp32"
+        monkeypatch.setattr(device_module, "_multiplies_bf16", lambda device: True)
+
+        with pytest.raises(ResumeError) as caught:
+            run_tiny(stopped, f"resume={stopped}", "federation.num_rounds=3")
+
+        assert str(caught.value) == (
+            "client.precision=auto: server computed in fp32 in the run to resume and would now "
+            "compute in bf16 on this machine (cpu); resume with client.precision=fp32"
+        )
+
+    def test_the_precision_that_was_chosen_may_be_named(self, stopped, monkeypatch):
+        checkpoint = load_checkpoint(stopped)
+        settings = compose([*TINY, "federation.alone_clients_per_rank=0"])
+
+        def named(precision):
+            client = replace(settings.client, precision=precision)
+            return replace(settings, client=client)
+
+        assert checkpoint.state["precisions"] == dict.fromkeys(("server", *"01234"), "fp32")
+        then = checkpoint.state["settings"]
+        then["output_dir"], then["federation"]["alone_clients_per_rank"] = None, 0
+        check_resumable(checkpoint, named("fp32"))
+        with pytest.raises(ResumeError, match=r"client.precision=bf16: .* has auto"):
+            check_resumable(checkpoint, named("bf16"))
 
     def test_another_method_is_refused(self, stopped):
         with pytest.raises(ResumeError, match=r"strategy.*FlexLora: .* has .*Hafl"):

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 
 BATCH, LENGTH, HELD = 6, 11, 8
 OPTIONS = TrainOptions(batch_size=BATCH)
-# One text of a batch is shorter, so that there is something to mask.
-ROWS = rows_of([[5] * (LENGTH - (i % 3 == 0)) for i in range(3 * BATCH)], [0, 1, 2] * BATCH)
+# One text alone is shorter, so that in its batch there is something to mask.
+ROWS = rows_of([[5] * (LENGTH - (i == 0)) for i in range(3 * BATCH)], [0, 1, 2] * BATCH)
 MEGABYTE = 1e6
 
 
@@ -34,6 +34,7 @@ def folder_with(tmp_path, **settings):
 def trained_bytes(rank, options):
     """Return the peak bytes of what a whole real training allocates, its weights left out."""
     classifier = LoraClassifier(SPEC)
+    classifier.hold_weights(options.precision)
     adapter = random_adapter(classifier, HELD)
     plan = plan_for(adapter, range(rank), importance="smoothed")
     with LiveBytes() as live:
@@ -44,14 +45,24 @@ def trained_bytes(rank, options):
 class TestCount:
     @pytest.mark.parametrize("rank", [1, 3, HELD])
     @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-    def test_is_what_a_real_training_allocates(self, rank, optimizer):
-        options = replace(OPTIONS, optimizer=optimizer)
+    @pytest.mark.parametrize(("precision", "close"), [("fp32", 0.03), ("bf16", 0.05)])
+    def test_is_what_a_real_training_allocates(self, rank, optimizer, precision, close):
+        options = replace(OPTIONS, optimizer=optimizer, precision=precision)
 
         counted = count_step(SPEC, rank, HELD, options, LENGTH, CPU)
 
         assert counted.peak - counted.weights == pytest.approx(
-            trained_bytes(rank, options), rel=0.03
+            trained_bytes(rank, options), rel=close
         )
+
+    def test_rounded_weights_take_half_the_bytes(self):
+        whole, rounded = (
+            count_step(SPEC, 2, HELD, replace(OPTIONS, precision=p), LENGTH, CPU)
+            for p in ("fp32", "bf16")
+        )
+
+        assert rounded.weights * 2 == whole.weights
+        assert rounded.peak < whole.peak - rounded.weights
 
     def test_adamw_takes_two_numbers_more_for_each_trained_one(self):
         # The tiny batch's peak is where the optimizer steps; moments are there in any case.

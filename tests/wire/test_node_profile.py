@@ -145,6 +145,7 @@ class TestWire:
 
     def test_the_device_in_a_few_words(self):
         assert GPU.device_line == "NVIDIA L4, 21.5 GB free"
+        assert replace(GPU, precision="bf16").device_line == "NVIDIA L4, bf16, 21.5 GB free"
         cpu = replace(GPU, device="cpu", device_name="Some(R) CPU @ 2.20GHz", memory_free_mb=640)
         assert cpu.device_line == "cpu, 0.6 GB free"
         assert NodeProfile(0, 2, 4, 9, "cpu").device_line == "cpu"

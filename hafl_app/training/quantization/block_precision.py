@@ -81,7 +81,8 @@ def salience(model: LoraModel, batches: Iterable[Batch | ImageBatch]) -> list[fl
         for batch in batches:
             for influence in influences:
                 influence.mask = batch.attention_mask if isinstance(batch, Batch) else None
-            model(*batch.inputs)
+            with model.computing("fp32"):
+                model(*batch.inputs)
     finally:
         for hook in hooks:
             hook.remove()
