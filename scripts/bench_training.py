@@ -1,6 +1,8 @@
 """Time one client's local training by rank, beside plain PEFT in Hugging Face's Trainer.
 
 All ways must first have the same loss and gradients. Peak memory comes from a process for each.
+`--compare-precisions 2 6` instead times fp32, with and without the base model's own dropout, and
+bf16, whose rounding must first be small.
 """
 
 import argparse
@@ -45,12 +47,21 @@ def main() -> int:
     parser.add_argument("--repeats", type=_positive, default=3, metavar="N")
     parser.add_argument("--threads", type=_positive, default=1, metavar="N")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--compare-precisions",
+        type=_positive,
+        nargs="+",
+        metavar="LAYERS",
+        help="time fp32 and bf16 with so many layers of the base model instead, without Trainer",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--padded", action="store_true", help="time batches of 48 tokens as well")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--memory-of", metavar="WAY", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.compare_precisions:
+        return run_script(lambda: _compare_precisions(options))
     return run_script(lambda: _memory(options) if options.memory_of else _measure(options))
 
 
@@ -87,6 +98,35 @@ def _measure(options: argparse.Namespace) -> int:
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         rows.append(row)
         results.append(result)
+    print(f"\n{table(rows)}")
+    if options.json:
+        write_json(options.json, {"machine": where, "cases": results})
+    return 0
+
+
+def _compare_precisions(options: argparse.Namespace) -> int:
+    import torch
+    from benchmarks.precision import BF16, FP32, check_rounding, clients, compare
+    from benchmarks.timing import describe, machine, table, write_json
+    from benchmarks.training import Case
+
+    torch.set_num_threads(options.threads)
+    where, folder = machine(), _folder(options.model)
+    print(describe(where), flush=True)
+    rows, results = [], []
+    for layers in options.compare_precisions:
+        ways = clients(folder, layers, options.steps, options.batch_size)
+        for case in (Case(*pair) for pair in options.cases):
+            loss, gradients = check_rounding(ways[FP32], ways[BF16], case)
+            timings = compare(ways, case, options.repeats)
+            row = {"layers": str(layers), "components": case.name}
+            row |= {f"{way}, ms a step": str(timing) for way, timing in timings.items()}
+            row["fp32 / bf16"] = f"{timings[FP32].median / timings[BF16].median:.2f}"
+            row |= {"loss differs by": f"{loss:.1e}", "gradients by": f"{gradients:.1e}"}
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+            rows.append(row)
+            seconds = {way: timing.seconds for way, timing in timings.items()}
+            results.append({"layers": layers, "case": case.name, "seconds": seconds})
     print(f"\n{table(rows)}")
     if options.json:
         write_json(options.json, {"machine": where, "cases": results})

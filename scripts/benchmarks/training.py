@@ -100,7 +100,11 @@ class Client:
 
 
 def make_client(
-    folder: Path | None, steps: int, options: TrainOptions, device: str = "cpu"
+    folder: Path | None,
+    steps: int,
+    options: TrainOptions,
+    device: str = "cpu",
+    **base_settings: Any,
 ) -> Client:
     """Return a classifier of BANKING77's classes and texts of its lengths.
 
@@ -108,13 +112,15 @@ def make_client(
     ----------
     folder
         A base model in Hugging Face's format; None is the built-in random one.
+    base_settings
+        Other fields of the base model's `BaseSpec`.
 
     Raises
     ------
     hafl_app.training.base_model.ModelError
         If the folder has no model.
     """
-    base = BaseSpec(str(folder)) if folder else BaseSpec("", random_weights=True)
+    base = BaseSpec(str(folder or ""), random_weights=folder is None, **base_settings)
     model = LoraClassifier(spec := ClassifierSpec(base, NUM_LABELS)).to(device)
     texts = random_texts(
         banking_lengths(steps * options.batch_size), int(model.base.config.vocab_size)
@@ -192,13 +198,14 @@ def check_agreement(client: Client, case: Case) -> None:
     """
     model, rows = client.model, np.arange(min(4, len(client.texts.labels)))
     model.load(case.adapter(model), case.plan(model))
-    batch = model.eval().batch(client.texts, rows)
-    ours = _gradients(model.loss(batch), list(model.trainable_factors().values()))
+    with model.eval().computing("fp32"):
+        loss = model.loss(model.batch(client.texts, rows))
+    ours = gradients_of(loss, list(model.trainable_factors().values()))
     peer = plain_peft(client, case).eval()
     few = [row for row, _ in zip(rows_of(model, client.texts), rows, strict=False)]
     for longest in (None, LONGEST):
         inputs = {k: v.to(model.device) for k, v in padded(few, longest).items()}
-        theirs = _gradients(peer(**inputs)["loss"], peer.factors())
+        theirs = gradients_of(peer(**inputs)["loss"], peer.factors())
         for what, mine, other in zip(("loss", "gradients"), ours, theirs, strict=True):
             error = float((mine - other).norm() / mine.norm())
             if not error <= TOLERANCE:
@@ -208,7 +215,7 @@ def check_agreement(client: Client, case: Case) -> None:
                 )
 
 
-def _gradients(loss: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def gradients_of(loss: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return the loss, and all gradients end to end, in float64."""
     gradients = torch.autograd.grad(loss, [tensor for pair in factors for tensor in pair])
     return loss.detach().double(), torch.cat([g.double().flatten() for g in gradients])
