@@ -151,14 +151,18 @@ class LoraModel(nn.Module, ABC):
         """Hold the base model's frozen weights in ``fp32`` or ``bf16`` from now on."""
         if precision == self._precision:
             return
-        if precision == "bf16":
-            round_weights(self.base, self.head_module)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._spec.seed)
-                whole = load_base(self._spec.base, self._spec.num_labels)
-            restore_weights(self.base, self.head_module, whole)
+        # Weights made in inference mode could not be trained through.
+        with torch.inference_mode(False):
+            if precision == "bf16":
+                round_weights(self.base, self.head_module)
+            else:
+                restore_weights(self.base, self.head_module, self._loaded_anew())
         self._precision = precision
+
+    def _loaded_anew(self) -> PreTrainedModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._spec.seed)
+            return load_base(self._spec.base, self._spec.num_labels)
 
     def checkpoint_gradients(self, enabled: bool) -> None:
         """Compute activations again on the way back instead of keeping them, or keep them.

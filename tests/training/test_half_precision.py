@@ -145,6 +145,17 @@ class TestResults:
             assert factors.lora_B.bfloat16().float().ne(factors.lora_B).any()  # not rounded
         assert all(t.dtype == torch.float32 for t in half.adapter.head.values())
 
+    @pytest.mark.parametrize("precisions", [("bf16",), ("bf16", "fp32")])
+    def test_a_model_that_was_scored_first_is_trained(self, precisions):
+        model, rows = SPEC.build(), random_rows(6)
+        adapter = random_adapter(model, 2)
+        model.load_whole(adapter)
+        for precision in precisions:
+            predict_logits(model, rows, precision)
+
+        options = TrainOptions(batch_size=6, precision=precisions[-1])
+        assert train(model, adapter, plan_for(adapter), rows, options, seed=1).steps == 1
+
 
 class TestAttention:
     @pytest.mark.parametrize("causal", [False, True])
