@@ -8,9 +8,10 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -173,7 +174,8 @@ def _multiplies_bf16(device: torch.device) -> bool:
     # Products in bf16 are oneDNN's, whose user may keep it from such instructions.
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _ISAS_WITHOUT_BF16:
         return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest torch
+    # Younger than the oldest torch that is supported.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

@@ -27,7 +27,8 @@ _MODULES, _RANK, _STEP = 12, 8, 1e-3
 _FIXED = (
     *("strategy=fedit", "ranks=homogeneous", "engine=inprocess", "tracking=none"),
     *(f"lora.max_rank={_RANK}", f"lora.lora_alpha={_RANK}", "model.head=frozen"),
-    *("client.optimizer=sgd", "client.max_grad_norm=0", "federation.fraction_evaluate=0"),
+    *("client.optimizer=sgd", "client.max_grad_norm=0", "client.precision=fp32"),
+    "federation.fraction_evaluate=0",
 )
 
 
