@@ -35,6 +35,7 @@ VARIANTS = {
     "rounding errors": ("strategy=hafl", "federation.upload=int8"),
     "local heads, rounded": ("strategy=hafl", "federation.upload=int8", "model.head=local"),
     "local heads": ("strategy=hafl", "model.head=local"),
+    "in bf16": ("strategy=hafl", "client.precision=bf16"),
     "partial participation": ("strategy=hafl", "federation.fraction_train=0.5"),
     "central privacy": ("strategy=zero_padding", "privacy=central_dp", "privacy.noise_seed=5"),
     "local privacy": ("strategy=flexlora", "privacy=local_dp", "privacy.noise_seed=5"),
