@@ -85,11 +85,6 @@ class LoraCausalLM(LoraModel):
             padded.input_ids, padded.attention_mask, padded.input_ids.where(answers, IGNORED)
         )
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the mean cross entropy of the answers' tokens, each given those before it."""
-        logits, targets = self.predictions(batch)
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
     def predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits ``(rows, length - 1, vocabulary)`` and what they are to predict.
 

@@ -87,10 +87,9 @@ class LoraClassifier(LoraModel):
         """Return padded rows and their classes."""
         return make_batch(examples, rows, self.device)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the mean cross entropy of the rows."""
-        logits = self(batch.input_ids, batch.attention_mask)
-        return nn.functional.cross_entropy(logits.float(), batch.labels)
+    def predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return logits ``(rows, num_labels)`` and classes."""
+        return self(batch.input_ids, batch.attention_mask), batch.labels
 
     def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
         """Count the rows."""

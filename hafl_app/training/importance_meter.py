@@ -6,7 +6,7 @@ from torch import Tensor
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.importance import SensitivityAverages, component_scores, sensitivity
 from hafl_app.plan import ImportanceMeasure
-from hafl_app.training.lora_model import LoraModel
+from hafl_app.training.lora_model import Trainee
 
 
 class ImportanceMeter:
@@ -29,7 +29,7 @@ class ImportanceMeter:
         self._averages: dict[str, SensitivityAverages] = {}
 
     @torch.no_grad()
-    def update(self, model: LoraModel) -> None:
+    def update(self, model: Trainee) -> None:
         """Add the gradients of one step; to be called before they are clipped."""
         if self._measure == "none":
             return

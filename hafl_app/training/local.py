@@ -3,8 +3,8 @@
 import gc
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from hafl_app.training.batches import (
 )
 from hafl_app.training.device import describe_device, peak_memory_mb, reset_peak_memory
 from hafl_app.training.importance_meter import ImportanceMeter
-from hafl_app.training.lora_model import LoraModel
+from hafl_app.training.lora_model import LoraModel, Trainee
 from hafl_app.training.rank_pruning import prune_tail, tail_norms, tail_penalty
 from hafl_app.training.settings import TrainOptions
 
@@ -86,7 +86,10 @@ class TrainResult:
 class _Allowance:
     """Limits of a training: the plan's steps, and the client's time."""
 
-    def __init__(self, max_steps: int, max_seconds: float, started: float) -> None:
+    def __init__(
+        self, max_steps: int, max_seconds: float, started: float, clock: Callable[[], float]
+    ) -> None:
+        self._clock = clock
         self._max_steps = max_steps
         self._max_seconds = max_seconds
         self._started = started
@@ -98,20 +101,40 @@ class _Allowance:
             return True
         # Without a single step the reply would bring nothing.
         if steps and self._max_seconds:
-            self.out_of_time = time.perf_counter() - self._started >= self._max_seconds
+            self.out_of_time = self._clock() - self._started >= self._max_seconds
         return self.out_of_time
 
 
 @dataclass(frozen=True)
-class _Task:
-    """Model, data and options of a training, the same for every batch."""
+class Task:
+    """A client's training: plan, data and options.
 
-    model: LoraModel
+    Parameters
+    ----------
+    adapter
+        Received adapter: the held components and the head.
+    seed
+        Of batch order and dropout.
+    """
+
+    adapter: Adapter
     plan: TrainPlan
     examples: Examples
     options: TrainOptions
-    micro_batches: MicroBatches
-    allowance: _Allowance
+    seed: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Rows whose gradients a training waits for, in its own parameters, and of which penalty."""
+
+    trainee: Trainee
+    rows: NDArray[np.int64]
+    tail: TailPruning | None
+
+
+Steps = Generator[Wanted, float, TrainResult]
+"""A training step by step: it yields a batch, and goes on with that batch's mean loss."""
 
 
 def train(
@@ -148,58 +171,101 @@ def train(
     TrainingError
         If the plan trains nothing.
     """
-    started = time.perf_counter()
     device = model.device
     reset_peak_memory(device)
     model.checkpoint_gradients(options.gradient_checkpointing)
+    task = Task(adapter, plan, examples, options, seed)
     micro_batches = MicroBatches(options.texts_at_once)
-    allowance = _Allowance(plan.max_steps, options.max_seconds, started)
-    task = _Task(model, plan, examples, options, micro_batches, allowance)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        probed, probe_seconds = _probe(task, adapter, seed)
-        torch.manual_seed(seed)  # the probe's dropout must not change the training's
+
+    def load(adapter: Adapter, plan: TrainPlan) -> LoraModel:
         model.load(adapter, plan)
-        tail_before = tail_norms(model, plan.tail)
-        meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
-        loss, steps = _optimize(task, np.random.default_rng(seed), meter, on_epoch)
-    trained = model.trained(plan)
+        return model
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        steps = training_steps(task, load, time.perf_counter, on_epoch)
+        result = _take(steps, lambda wanted: _backward(model, task, micro_batches, wanted))
+    return replace(result, micro_batch_size=micro_batches.size)
+
+
+def _take(steps: Steps, backward: Callable[[Wanted], float]) -> TrainResult:
+    """Take all steps of a training; return its result."""
+    try:
+        wanted = next(steps)
+        while True:
+            wanted = steps.send(backward(wanted))
+    except StopIteration as done:
+        result: TrainResult = done.value
+        return result
+
+
+def training_steps(
+    task: Task,
+    load: Callable[[Adapter, TrainPlan], Trainee],
+    clock: Callable[[], float],
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> Steps:
+    """Train one client, whoever computes its gradients.
+
+    All but the gradients is here: order of the batches, importance, clipping, optimizer, limits.
+
+    Parameters
+    ----------
+    load
+        Puts an adapter into the model and returns where it lies.
+    clock
+        Seconds that this client has taken.
+    on_epoch
+        See `train`.
+    """
+    plan, started = task.plan, clock()
+    torch.manual_seed(task.seed)
+    probed, probe_seconds = yield from _probe(task, load, clock)
+    torch.manual_seed(task.seed)  # the probe's dropout must not change the training's
+    trainee = load(task.adapter, plan)
+    tail_before = tail_norms(trainee, plan.tail)
+    meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
+    allowance = _Allowance(plan.max_steps, task.options.max_seconds, started, clock)
+    loss, steps = yield from _optimize(task, trainee, meter, allowance, on_epoch)
+    trained = trainee.trained(plan)
     if plan.tail is not None and plan.tail.prune:
-        tail_after = tail_norms(model, plan.tail)
+        tail_after = tail_norms(trainee, plan.tail)
         trained = prune_tail(trained, plan.tail, tail_before, tail_after)
     return TrainResult(
         adapter=trained,
-        num_examples=len(examples.labels),
+        num_examples=len(task.examples.labels),
         loss=loss,
         steps=steps,
-        seconds=time.perf_counter() - started,
+        seconds=clock() - started,
         probe_seconds=probe_seconds,
-        peak_memory_mb=peak_memory_mb(device),
+        peak_memory_mb=peak_memory_mb(trainee.device),
         importance=probed or meter.scores(),
-        micro_batch_size=micro_batches.size,
+        micro_batch_size=task.options.texts_at_once,
         out_of_time=allowance.out_of_time,
     )
 
 
 def _optimize(
-    task: _Task,
-    rng: np.random.Generator,
+    task: Task,
+    trainee: Trainee,
     meter: ImportanceMeter,
+    allowance: _Allowance,
     on_epoch: Callable[[int, float], None] | None,
-) -> tuple[float, int]:
+) -> Generator[Wanted, float, tuple[float, int]]:
     """Train; return the mean loss of the last epoch with a step in it, and the steps."""
     plan, options = task.plan, task.options
-    optimizer = build_optimizer(task.model, plan, options)
+    optimizer, rng = build_optimizer(trainee, plan, options), np.random.default_rng(task.seed)
     steps, losses = 0, [0.0]
     for epoch in range(plan.local_epochs):
-        if task.allowance.is_spent(steps):
+        if allowance.is_spent(steps):
             break  # before the losses of the last epoch with a step are gone
-        task.model.train()
+        trainee.train()
         losses = []
         for rows in training_batches(task.examples, options.batch_size, rng):
-            if task.allowance.is_spent(steps):
+            if allowance.is_spent(steps):
                 break
-            losses.append(_step(task, rows, optimizer, meter))
+            losses.append((yield Wanted(trainee, rows, plan.tail)))
+            meter.update(trainee)
+            _update(optimizer, options.max_grad_norm)
             steps += 1
             if not np.isfinite(losses[-1]):
                 raise LossNotFiniteError(
@@ -210,47 +276,44 @@ def _optimize(
     return float(np.mean(losses or [0.0])), steps
 
 
-def _step(
-    task: _Task, rows: NDArray[np.int64], optimizer: torch.optim.Optimizer, meter: ImportanceMeter
-) -> float:
-    """Make one optimizer step on a batch; return its mean loss."""
-    loss = _backward(task, rows, task.plan.tail)
-    meter.update(task.model)
-    if task.options.max_grad_norm:
+def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    """Make an optimizer step with the gradients clipped."""
+    if max_grad_norm:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, task.options.max_grad_norm)
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
-    return loss
 
 
-def _backward(task: _Task, rows: NDArray[np.int64], tail: TailPruning | None) -> float:
+def _backward(model: LoraModel, task: Task, micro_batches: MicroBatches, wanted: Wanted) -> float:
     """Leave a batch's gradients in the model, in smaller parts if need be; return its mean loss."""
     while True:
         try:
-            return _backward_in_parts(task, rows, tail)
+            return _backward_in_parts(model, task, micro_batches, wanted)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
         # Only here, where the traceback no longer holds what the failed part had computed.
-        _release(task.model)
-        if not task.micro_batches.halve(len(rows)):
-            raise DeviceMemoryError(_too_large(task))
-        _LOGGER.warning("%s: going on with %d texts at once", reason, task.micro_batches.size)
+        _release(model)
+        if not micro_batches.halve(len(wanted.rows)):
+            raise DeviceMemoryError(_too_large(model, task))
+        _LOGGER.warning("%s: going on with %d texts at once", reason, micro_batches.size)
 
 
-def _backward_in_parts(task: _Task, rows: NDArray[np.int64], tail: TailPruning | None) -> float:
+def _backward_in_parts(
+    model: LoraModel, task: Task, micro_batches: MicroBatches, wanted: Wanted
+) -> float:
     """Add up the gradients of a batch's parts, and of the tail penalty once."""
-    model, mean_loss = task.model, 0.0
+    mean_loss, rows, tail = 0.0, wanted.rows, wanted.tail
     targets = model.num_targets(task.examples, rows)
     model.clear_gradients()
-    for index, part in enumerate(task.micro_batches.split(rows)):
+    for index, part in enumerate(micro_batches.split(rows)):
         batch = model.batch(task.examples, part)
         with model.computing(task.options.precision):
             mean = model.loss(batch)
         # Its share of the batch's mean: the mean of the parts' means would favor small parts.
         loss = mean * (model.num_targets(task.examples, part) / targets)
-        total = loss if tail is None or index else loss + tail_penalty(model, tail)
+        total = loss if tail is None or index else loss + tail_penalty(wanted.trainee, tail)
         total.backward()  # type: ignore[no-untyped-call]
         mean_loss += loss.item()
     return mean_loss
@@ -264,18 +327,18 @@ def _release(model: LoraModel) -> None:
         torch.cuda.empty_cache()
 
 
-def _too_large(task: _Task) -> str:
+def _too_large(model: LoraModel, task: Task) -> str:
     modules = task.plan.modules.values()
     held = max((len(module.held) for module in modules), default=0)
     trained = max((len(module.trainable) for module in modules), default=0)
     return (
-        f"{describe_device(task.model.device)}: out of memory with 1 text at a time of a "
+        f"{describe_device(model.device)}: out of memory with 1 text at a time of a "
         f"batch of {task.options.batch_size}, at rank {held}, of which {trained} is trained"
     )
 
 
 def build_optimizer(
-    model: LoraModel, plan: TrainPlan, options: TrainOptions
+    model: Trainee, plan: TrainPlan, options: TrainOptions
 ) -> torch.optim.Optimizer:
     """Return the optimizer over the plan's trainable tensors, and nothing frozen."""
     pairs = list(model.trainable_factors().values())
@@ -296,18 +359,20 @@ def build_optimizer(
     return torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
 
 
-def _probe(task: _Task, adapter: Adapter, seed: int) -> tuple[dict[str, Tensor], float]:
+def _probe(
+    task: Task, load: Callable[[Adapter, TrainPlan], Trainee], clock: Callable[[], float]
+) -> Generator[Wanted, float, tuple[dict[str, Tensor], float]]:
     """Measure the importance of all held components on a few batches, without a step."""
-    plan, model = task.plan, task.model
+    plan = task.plan
     if not plan.probe_batches or plan.importance == "none":
         return {}, 0.0
-    started = time.perf_counter()
-    model.load(adapter, plan.training_everything())
-    model.train()
+    started = clock()
+    trainee = load(task.adapter, plan.training_everything())
+    trainee.train()
     meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(task.seed)
     batches = training_batches(task.examples, task.options.batch_size, rng)
     for _, rows in zip(range(plan.probe_batches), batches, strict=False):
-        _backward(task, rows, tail=None)
-        meter.update(model)
-    return meter.scores(), time.perf_counter() - started
+        yield Wanted(trainee, rows, tail=None)
+        meter.update(trainee)
+    return meter.scores(), clock() - started

@@ -68,6 +68,27 @@ class LoraSpec(Protocol):
         """Return the part of a base model that is never adapted, whatever its layers are named."""
 
 
+class Trainee(Protocol):
+    """One client's factors and head where a model holds them: a `LoraModel`, or one of a cohort."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+
+    @property
+    def head_module(self) -> nn.Module:
+        """The head; a module without parameters if there is none."""
+
+    def trainable_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """See `LoraModel.trainable_factors`."""
+
+    def trained(self, plan: TrainPlan) -> Adapter:
+        """See `LoraModel.trained`."""
+
+    def train(self) -> object:
+        """Enter training mode."""
+
+
 class LoraModel(nn.Module, ABC):
     """A model whose LoRA factors are replaced in place, whatever their ranks.
 
@@ -119,8 +140,12 @@ class LoraModel(nn.Module, ABC):
         """Return rows on this model's device; those of text are padded."""
 
     @abstractmethod
+    def predictions(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return logits ``(rows, ..., classes)`` and their targets ``(rows, ...)``."""
+
     def loss(self, batch: Any) -> Tensor:
         """Return the mean cross entropy over the targets of what `batch` returned."""
+        return mean_loss(*self.predictions(batch))
 
     @abstractmethod
     def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
@@ -218,6 +243,8 @@ class LoraModel(nn.Module, ABC):
         for name in {**adapter.modules, **plan.modules}:
             if name not in self.layers:
                 raise AdapterFitError(f"module {name!r} is none of the adapted ones")
+        # A base model in float64, as tests have it, has factors to match.
+        dtype = torch.promote_types(next(self.base.parameters()).dtype, torch.float32)
         for name, layer in self.layers.items():
             if name not in adapter.modules or name not in plan.modules:
                 raise AdapterFitError(f"module {name!r} is missing in the adapter or in the plan")
@@ -229,7 +256,7 @@ class LoraModel(nn.Module, ABC):
                 (FROZEN, module.frozen_slots),
             ):
                 part = factors.select(slots)
-                _put(layer, adapter_name, part, module.scaling, self.device)
+                _put(layer, adapter_name, part, module.scaling, self.device, dtype)
                 if part.rank:
                     active.append(adapter_name)
             layer.set_adapter(active)
@@ -280,6 +307,12 @@ class LoraModel(nn.Module, ABC):
         """Forget all gradients, without the walk through the whole base model of `zero_grad`."""
         for parameter in self._with_gradients:
             parameter.grad = None
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross entropy over targets ``(rows, ...)``, in float32 or wider."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide.flatten(0, -2), targets.flatten())
 
 
 def _inject(model: nn.Module, targets: list[str], name: str, dropout: float) -> None:
@@ -335,13 +368,18 @@ def _parameters(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter
 
 
 def _put(
-    layer: LoraLayer, name: str, factors: LoraFactors, scaling: float, device: torch.device
+    layer: LoraLayer,
+    name: str,
+    factors: LoraFactors,
+    scaling: float,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     linear_A: Any = layer.lora_A[name]
     linear_B: Any = layer.lora_B[name]
     # Parameters keep no link to the message's buffers, and may change rank from client to client.
-    linear_A.weight = nn.Parameter(factors.lora_A.to(device, torch.float32, copy=True))
-    linear_B.weight = nn.Parameter((factors.lora_B / scaling).to(device, torch.float32, copy=True))
+    linear_A.weight = nn.Parameter(factors.lora_A.to(device, dtype, copy=True))
+    linear_B.weight = nn.Parameter((factors.lora_B / scaling).to(device, dtype, copy=True))
     linear_A.out_features = linear_B.in_features = layer.r[name] = factors.rank
     layer.scaling[name] = scaling
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TailPruning
-from hafl_app.training.lora_model import LoraModel
+from hafl_app.training.lora_model import Trainee
 
 
-def tail_norms(model: LoraModel, tail: TailPruning | None) -> dict[str, float]:
+def tail_norms(model: Trainee, tail: TailPruning | None) -> dict[str, float]:
     """Return ``||B_tail||_F * ||A_tail||_F`` by module."""
     if tail is None:
         return {}
@@ -26,7 +26,7 @@ def tail_norms(model: LoraModel, tail: TailPruning | None) -> dict[str, float]:
         }
 
 
-def tail_penalty(model: LoraModel, tail: TailPruning) -> Tensor:
+def tail_penalty(model: Trainee, tail: TailPruning) -> Tensor:
     """Return ``lambda sum ||B_tail||_F ||A_tail||_F`` over the modules, with its graph."""
     pairs = model.trainable_factors().values()
     products = [_tail_product(a, b, tail.start(a.shape[0])) for a, b in pairs]

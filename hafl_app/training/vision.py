@@ -78,9 +78,9 @@ class LoraImageClassifier(LoraModel):
         pixels, labels = (torch.from_numpy(a[rows]) for a in (examples.pixels, examples.labels))
         return ImageBatch(pixels.to(self.device), labels.to(self.device))
 
-    def loss(self, batch: ImageBatch) -> Tensor:
-        """Return the mean cross entropy of the images."""
-        return nn.functional.cross_entropy(self(*batch.inputs).float(), batch.labels)
+    def predictions(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        """Return logits ``(images, num_labels)`` and classes."""
+        return self(*batch.inputs), batch.labels
 
     def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
         """Count the images."""
