@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 _BATCHES_PER_BUCKET = 16  # texts are sorted by length inside buckets of this many batches
 
@@ -104,6 +104,31 @@ def make_batch(examples: Examples, rows: NDArray[np.int64], device: torch.device
     return Batch(
         *(torch.from_numpy(a).to(device) for a in (input_ids, mask, examples.labels[rows]))
     )
+
+
+def joined(batches: Sequence[Batch] | Sequence[ImageBatch], label: int) -> Batch | ImageBatch:
+    """Return the rows of several batches in one, padded to the longest.
+
+    Parameters
+    ----------
+    label
+        Of padded places, where every token has a label.
+    """
+    tensors = [[b.labels, *b.inputs] for b in batches]
+    padding = [label, *[0] * (len(tensors[0]) - 1)]
+    labels, *inputs = [
+        torch.cat(_padded(column, value))
+        for column, value in zip(zip(*tensors, strict=True), padding, strict=True)
+    ]
+    return type(batches[0])(*inputs, labels)
+
+
+def _padded(tensors: Sequence[Tensor], value: int) -> list[Tensor]:
+    """Pad tensors ``(rows, length)`` to the same length; others are of one shape already."""
+    if tensors[0].ndim != 2:
+        return list(tensors)
+    longest = max(t.shape[1] for t in tensors)
+    return [nn.functional.pad(t, (0, longest - t.shape[1]), value=value) for t in tensors]
 
 
 def training_batches(

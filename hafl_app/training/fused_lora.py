@@ -10,7 +10,7 @@ For dA the inputs x are kept until then, for d(s B) the inner products x A^T; ne
 product made, for a factor that is not trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,10 +36,21 @@ def fuse(model: nn.Module) -> None:
 
 
 class FusedLoraLinear(Linear):
-    """PEFT's LoRA layer; it computes as PEFT does where dropout or a merge asks for it."""
+    """PEFT's LoRA layer; it computes as PEFT does where dropout or a merge asks for it.
+
+    Attributes
+    ----------
+    cohort
+        Computes the output for rows of several clients from base layer and input; None for one
+        client's, see `hafl_app.training.cohort_lora`.
+    """
+
+    cohort: Callable[[nn.Module, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output for ``x`` of shape ``(..., in_features)``."""
+        if self.cohort is not None:
+            return self.cohort(self.base_layer, x)
         names = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self._is_special(names) or self._mixes_types(x, names):
             result: Tensor = super().forward(x, *args, **kwargs)
@@ -110,7 +121,7 @@ class _LoraLinear(torch.autograd.Function):
         frozen_B: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        weight = _dense_weight(layer, x.dtype)
+        weight = dense_weight(layer, x.dtype)
         A = _joined([A for A in (trained_A, frozen_A) if A is not None], 0)  # (R, in)
         B = _joined([B for B in (trained_B, frozen_B) if B is not None], 1)  # (out, R)
         inner = rows @ A.T  # (n, R)
@@ -125,7 +136,7 @@ class _LoraLinear(torch.autograd.Function):
         )
         ctx.layer = layer
         # Of a quantized weight the dense one is made twice, so that not all live at once.
-        ctx.save_for_backward(None if _is_quantized(layer) else weight, A, B, *kept)
+        ctx.save_for_backward(None if is_quantized(layer) else weight, A, B, *kept)
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
@@ -136,7 +147,7 @@ class _LoraLinear(torch.autograd.Function):
         dx = dA = dB = through = None
         if ctx.needs_input_grad[0]:
             if weight is None:
-                weight = _dense_weight(ctx.layer, flat.dtype)
+                weight = dense_weight(ctx.layer, flat.dtype)
             through = flat @ B  # (n, R)
             dx = (flat @ weight).addmm_(through, A).view(*gradient.shape[:-1], A.shape[1])
         if rows is not None:
@@ -147,9 +158,11 @@ class _LoraLinear(torch.autograd.Function):
         return dx, None, None, dA, dB, None, None
 
 
-def _is_quantized(layer: nn.Linear) -> bool:
+def is_quantized(layer: nn.Linear) -> bool:
+    """Whether a layer makes its weight dense whenever it computes with it."""
     return isinstance(layer, QuantizedLinear)
 
 
-def _dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """Return a plain or quantized layer's weight ``(out, in)``."""
     return layer.dense(dtype) if isinstance(layer, QuantizedLinear) else layer.weight.to(dtype)

@@ -294,7 +294,7 @@ def _backward(model: LoraModel, task: Task, micro_batches: MicroBatches, wanted:
                 raise
             reason = str(error).partition("\n")[0]
         # Only here, where the traceback no longer holds what the failed part had computed.
-        _release(model)
+        release(model)
         if not micro_batches.halve(len(wanted.rows)):
             raise DeviceMemoryError(_too_large(model, task))
         _LOGGER.warning("%s: going on with %d texts at once", reason, micro_batches.size)
@@ -319,8 +319,8 @@ def _backward_in_parts(
     return mean_loss
 
 
-def _release(model: LoraModel) -> None:
-    """Release the memory of a batch that failed."""
+def release(model: LoraModel) -> None:
+    """Release the memory of a batch that failed in a model."""
     model.clear_gradients()
     gc.collect()
     if model.device.type == "cuda":

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -151,6 +151,10 @@ class LoraModel(nn.Module, ABC):
     def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
         """Count what the loss of a batch of these rows is a mean over."""
 
+    def row_length(self, examples: Examples, rows: NDArray[np.int64]) -> int:
+        """Return the tokens of the longest of these rows."""
+        return int(np.diff(examples.offsets)[rows].max())
+
     @abstractmethod
     def labels_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of a batch's labels; its token ids have ``shape``."""
@@ -281,19 +285,15 @@ class LoraModel(nn.Module, ABC):
         A factor that the plan does not train is left out, see `LoraFactors.only`: folding the
         scaling in again would change its last bits.
         """
-        modules = {}
-        for name, layer in self.layers.items():
-            lora_A, lora_B = (p.detach() for p in _parameters(layer, TRAINABLE))
-            module = plan.modules[name]
-            part = LoraFactors(lora_A, lora_B).only(module.factors)
-            modules[name] = LoraFactors(
-                part.lora_A.cpu().clone(), part.lora_B.cpu().clone() * module.scaling
-            )
-        return Adapter(modules, self.head_state())
+        factors = {
+            name: LoraFactors(*(p.detach() for p in _parameters(layer, TRAINABLE)))
+            for name, layer in self.layers.items()
+        }
+        return trained_adapter(factors, self.head_module, plan)
 
     def head_state(self) -> dict[str, Tensor]:
         """Return a copy of the head's tensors by name."""
-        return {k: v.detach().cpu().clone() for k, v in self.head_module.state_dict().items()}
+        return _state_of(self.head_module)
 
     def trainable_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Return ``(lora_A, lora_B)`` of every module that has trainable components.
@@ -307,6 +307,31 @@ class LoraModel(nn.Module, ABC):
         """Forget all gradients, without the walk through the whole base model of `zero_grad`."""
         for parameter in self._with_gradients:
             parameter.grad = None
+
+
+def _state_of(head: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in head.state_dict().items()}
+
+
+def trained_adapter(
+    factors: Mapping[str, LoraFactors], head: nn.Module, plan: TrainPlan
+) -> Adapter:
+    """Return copies of those of these factors that a plan trains, and of the head.
+
+    Parameters
+    ----------
+    factors
+        As they are trained, the trainable components of every module; the result has the plan's
+        scaling folded in.
+    """
+    modules = {}
+    for name, whole in factors.items():
+        module = plan.modules[name]
+        part = whole.only(module.factors)
+        modules[name] = LoraFactors(
+            part.lora_A.cpu().clone(), part.lora_B.cpu().clone() * module.scaling
+        )
+    return Adapter(modules, _state_of(head))
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -86,6 +86,13 @@ class LoraImageClassifier(LoraModel):
         """Count the images."""
         return len(rows)
 
+    def row_length(self, examples: Examples, rows: NDArray[np.int64]) -> int:
+        """Return the patches of an image."""
+        patch = getattr(self.base.config, "patch_size", 16)
+        _, height, width = examples.pixels.shape[1:]  # type: ignore[attr-defined]
+        side = patch if isinstance(patch, int) else max(patch)
+        return max(1, height * width // side**2)
+
     def labels_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """Return one label an image."""
         return shape[:1]
