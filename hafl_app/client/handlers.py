@@ -1,10 +1,12 @@
 """Handlers of a node's messages: query, train, evaluate."""
 
+from dataclasses import dataclass
+
 from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
 
 from hafl_app.client.bandwidth import bandwidth_kbps
 from hafl_app.client.error_replies import Handler, errors_as_replies
-from hafl_app.client.node import Node
+from hafl_app.client.node import Job, Node
 from hafl_app.client.terms import DEVICE, SCORES
 from hafl_app.client.training_reply import training_reply
 from hafl_app.data.errors import UnfitDataError
@@ -19,6 +21,7 @@ from hafl_app.training.device import (
     threads,
 )
 from hafl_app.training.evaluate import evaluate as score
+from hafl_app.training.local import TrainResult
 from hafl_app.training.local import train as train_locally
 from hafl_app.wire.node_profile import PROFILE, NodeProfile
 from hafl_app.wire.records import METRICS
@@ -57,17 +60,38 @@ def query(message: Message, context: Context) -> Message:
     return Message(RecordDict({PROFILE: profile.to_record()}), reply_to=message)
 
 
-@errors_as_replies
-def train(message: Message, context: Context) -> Message:
-    """Train the plan's components on this node's data and upload them."""
+@dataclass(frozen=True)
+class Opened:
+    """A training request that is ready to run: the message, its node and the job."""
+
+    message: Message
+    node: Node
+    job: Job
+
+
+def open_request(message: Message, context: Context) -> Opened:
+    """Read and check a training request, and load what it needs."""
     node, request = Node.of(context), read_request(message)
     if node.is_private:
         check_local_plan(request.plan)  # a server may ask for more than this node gives
-    job = node.prepare(request)
-    with threads(node.settings.client.num_threads):
+    return Opened(message, node, node.prepare(request))
+
+
+def reply_of(opened: Opened, result: TrainResult) -> Message:
+    """Return the reply to a request whose training is done."""
+    content = training_reply(opened.node, opened.job, result)
+    return Message(content, reply_to=opened.message)
+
+
+@errors_as_replies
+def train(message: Message, context: Context) -> Message:
+    """Train the plan's components on this node's data and upload them."""
+    opened = open_request(message, context)
+    job = opened.job
+    with threads(opened.node.settings.client.num_threads):
         examples = job.share.train()
         result = train_locally(job.model, job.adapter, job.plan, examples, job.options, job.seed)
-    return Message(training_reply(node, job, result), reply_to=message)
+    return reply_of(opened, result)
 
 
 @errors_as_replies

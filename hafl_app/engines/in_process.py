@@ -11,10 +11,11 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -22,11 +23,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from hafl_app.client.cohort import Cohorts
 from hafl_app.client.permissions import own_machine
 from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import compose
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.run.federation import run
+from hafl_app.training.cohort_choice import CohortChoice
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ def run_federation(
     """
     settings = compose(overrides)
     run_config = {"overrides": shlex.join(overrides)}
-    make_grid = make_grid or partial(InProcessGrid, client_app)
+    make_grid = make_grid or partial(InProcessGrid, client_app, cohorts=Cohorts(settings))
     with server_identity(), own_machine():
         grid = make_grid(settings.federation.num_clients, run_config)
         run(grid, settings, overrides=overrides, on_round=on_round)
@@ -73,6 +76,8 @@ class InProcessGrid(Grid):
         ``context.run_config`` of every client.
     node_configs
         ``context.node_config`` of each node: ``num_nodes`` of them.
+    cohorts
+        Answers training requests of several nodes together; None: one after another.
     """
 
     answers_at_once = True  # see `hafl_app.server.replies.ANSWERS_AT_ONCE`
@@ -83,6 +88,7 @@ class InProcessGrid(Grid):
         num_nodes: int,
         run_config: Mapping[str, Any] | None = None,
         node_configs: Sequence[Mapping[str, Any]] | None = None,
+        cohorts: Cohorts | None = None,
     ) -> None:
         if node_configs is None:
             node_configs = [
@@ -91,6 +97,7 @@ class InProcessGrid(Grid):
         if len(node_configs) != num_nodes:
             raise ValueError(f"{len(node_configs)} node configs for {num_nodes} nodes")
         self._client_app = client_app
+        self._cohorts = cohorts
         self._run = Run.create_empty(run_id=1)
         self._replies: dict[str, Message] = {}
         self._contexts = {
@@ -103,6 +110,15 @@ class InProcessGrid(Grid):
             )
             for node_id, node_config in enumerate(node_configs, 1)
         }
+
+    def cohort_choice(self) -> CohortChoice | None:
+        """Return how many clients train together; None before that is chosen."""
+        return self._cohorts.choice if self._cohorts else None
+
+    def keep_cohort_choice(self, choice: CohortChoice) -> None:
+        """Train as many clients together as in the run that goes on, unless a number is given."""
+        if self._cohorts is not None:
+            self._cohorts.keep(choice)
 
     def set_run(self, run: Run) -> None:
         """Set the run that the messages belong to."""
@@ -139,11 +155,13 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Deliver each message to its node; the replies wait for `pull_messages`."""
-        message_ids = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = message_id = str(uuid4())
-            self._replies[message_id] = self._answer(message)
-            message_ids.append(message_id)
+        message_ids, waiting = [], iter(messages)
+        while group := list(islice(waiting, self._cohorts.clients if self._cohorts else 1)):
+            for message in group:
+                message.metadata.__dict__["_message_id"] = str(uuid4())
+            for message, reply in zip(group, self._together(group), strict=True):
+                message_ids.append(message.metadata.message_id)
+                self._replies[message_ids[-1]] = self._sent(reply or self._answer(message))
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -157,6 +175,14 @@ class InProcessGrid(Grid):
         del timeout  # a call in this process cannot be abandoned
         return self.pull_messages(self.push_messages(messages))
 
+    def _together(self, messages: Sequence[Message]) -> list[Message | None]:
+        """Answer messages together if all ask for training; None for each to be answered alone."""
+        if self._cohorts is None or any(
+            message.metadata.message_type != MessageType.TRAIN for message in messages
+        ):
+            return [None] * len(messages)
+        return self._cohorts.answer([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
+
     def _answer(self, message: Message) -> Message:
         context = self._contexts[message.metadata.dst_node_id]
         try:
@@ -167,6 +193,10 @@ class InProcessGrid(Grid):
                 Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"),
                 reply_to=message,
             )
+        return reply
+
+    @staticmethod
+    def _sent(reply: Message) -> Message:
         reply.metadata.__dict__["_message_id"] = str(uuid4())
         return reply
 

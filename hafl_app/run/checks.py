@@ -200,6 +200,26 @@ def _engine(settings: Settings) -> Iterator[str]:
         yield "federation.ray_address: engine=inprocess uses no Ray; drop either"
 
 
+def _cohort(settings: Settings) -> Iterator[str]:
+    asked, client = settings.federation.cohort, settings.client
+    given = f"federation.cohort={asked}"
+    if asked == "auto":
+        return
+    if not asked.isdecimal() or int(asked) < 1:
+        yield f"{given}: expected auto or a whole number from 1"
+    elif int(asked) > 1:
+        if settings.engine != "inprocess":
+            yield f"{given}: engine={settings.engine} trains one at a time; engine=inprocess can"
+        if client.max_seconds:
+            yield f"{given} needs client.max_seconds=0: a time limit is each client's own"
+        if client.texts_at_once < client.batch_size:
+            yield f"{given} needs client.micro_batch_size=null: memory is short then"
+        if settings.lora.lora_dropout:
+            yield f"{given} needs lora.lora_dropout=0: the masks would be others than alone"
+        if settings.model.quantization == "blockwise":
+            yield f"{given}: under model.quantization=blockwise every client has its own base model"
+
+
 def _word(value: object) -> str:
     """Write a value as on the command line."""
     return "null" if value is None else str(value)
@@ -215,4 +235,5 @@ _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
     _upload,
     _streaming,
     _engine,
+    _cohort,
 )

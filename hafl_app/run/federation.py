@@ -21,6 +21,7 @@ from hafl_app.run.resuming import (
     RunCheckpoints,
     agreed_before,
     check_resumable,
+    cohort_facts,
     load_checkpoint,
     resume,
 )
@@ -117,7 +118,7 @@ def _run(
         run_rounds(strategy, grid, checkpoint.server_round + 1 if checkpoint else 1, after_round)
         unseen = evaluate_unseen(strategy, grid, report.rounds[-1].server_round)
         alone = _alone(grid, settings, strategy, initial) if report.has_test else []
-        report.finish(alone, unseen)
+        report.finish(alone, unseen, cohort_facts(grid))
     except (KeyboardInterrupt, SystemExit):  # Flower's processes end themselves by the latter
         report.fail("interrupted", INTERRUPTED)
         raise

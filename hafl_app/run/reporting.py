@@ -243,7 +243,12 @@ class RunReport:
     def _best_record(self, best: "_Best") -> RoundRecord:
         return next(r for r in self.rounds if r.server_round == best.server_round)
 
-    def finish(self, alone: Sequence[AloneResult], unseen: Mapping[str, Any] | None = None) -> None:
+    def finish(
+        self,
+        alone: Sequence[AloneResult],
+        unseen: Mapping[str, Any] | None = None,
+        cohort: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write adapters, curves and the summary.
 
         Parameters
@@ -252,6 +257,8 @@ class RunReport:
             Results of clients that trained without the federation.
         unseen
             Scores of clients that never trained, see `hafl_app.server.held_out_clients`.
+        cohort
+            How many clients trained together, and why; None where an engine does not choose.
         """
         last = self._strategy.global_adapter
         self._complete(self.rounds[-1], last, "test", "validation")
@@ -265,7 +272,7 @@ class RunReport:
             self._save("adapter-best", adapter.with_head(adapter.head or head), record)
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
         generation = self._evaluation.generation(last)
-        apart = {"clients": self._clients(unseen), "generation": generation}
+        apart = {"clients": self._clients(unseen), "generation": generation, "cohort": cohort}
         self._trackers.finish(self._summary(alone) | {k: v for k, v in apart.items() if v})
         for name in ("adapter", "adapter-best"):
             if (self._folder / name).is_dir():

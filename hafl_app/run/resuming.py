@@ -8,7 +8,7 @@ seeded by the run's seed, the round and the partition.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from hafl_app.server.coordinator import Strategy
 from hafl_app.server.numbering import Numbering
 from hafl_app.server.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
 from hafl_app.training.base_files import BaseFiles
+from hafl_app.training.cohort_choice import CohortChoice
 
 _LOGGER = logging.getLogger(__name__)
 _JITTER_S = 5.0  # by which a file server's clock may be ahead
@@ -49,6 +50,23 @@ class KeepsClientState(Protocol):
 
     def set_client_states(self, states: Mapping[int, RecordDict]) -> None:
         """Restore the clients' states of an earlier run."""
+
+
+@runtime_checkable
+class TrainsCohorts(Protocol):
+    """An engine that may train several clients together."""
+
+    def cohort_choice(self) -> CohortChoice | None:
+        """Return how many, once that is chosen."""
+
+    def keep_cohort_choice(self, choice: CohortChoice) -> None:
+        """Keep the choice of the run that goes on."""
+
+
+def cohort_facts(grid: Grid) -> dict[str, Any] | None:
+    """Return how many clients an engine trains together and why, as plain values."""
+    choice = grid.cohort_choice() if isinstance(grid, TrainsCohorts) else None
+    return asdict(choice) if choice else None
 
 
 @dataclass(frozen=True)
@@ -122,6 +140,7 @@ class RunCheckpoints:
             "noise_key": strategy.options.privacy.noise_key,
             "epsilon": report.rounds[-1].metrics.get("privacy/epsilon"),
             "client_states_kept": clients is not None,
+            "cohort": cohort_facts(grid),
             "label_names": list(strategy.coordinator.directory.label_names or ()),
             "base_files": began_with,
             "precisions": precisions(self.settings, strategy.coordinator.directory.in_order()),
@@ -263,6 +282,8 @@ def resume(
         raise ResumeError(changed)
     tree = unflatten(checkpoint.tensors)
     _restore_client_states(checkpoint, tree.get("clients", {}), grid)
+    if (cohort := checkpoint.state.get("cohort")) and isinstance(grid, TrainsCohorts):
+        grid.keep_cohort_choice(CohortChoice(**cohort))
     restore(strategy, Snapshot(tree["strategy"], checkpoint.state["strategy"]))
     # The run's own key, so that a round that is computed again is the same release.
     privacy = replace(strategy.options.privacy, noise_key=checkpoint.state["noise_key"])

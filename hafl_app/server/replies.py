@@ -101,9 +101,14 @@ def replies_in_order(
     """
     rest, waiting, arrived = iter(messages), deque[str](), dict[str, Message]()
     while chunk := list(islice(rest, buffer)):
-        waiting.extend(_push(grid, chunk))
+        pushed = _push(grid, chunk)
         if getattr(grid, ANSWERS_AT_ONCE, False):
-            break
+            replies = {r.metadata.reply_to_message_id: r for r in grid.pull_messages(pushed)}
+            yield from (replies[name] for name in pushed if name in replies)
+        else:
+            waiting.extend(pushed)
+    if not waiting:
+        return
     for late in _polls(timeout_s, sleep):
         progress = True
         while waiting and progress:
@@ -116,7 +121,6 @@ def replies_in_order(
                 name = waiting.popleft()
                 if name in arrived:
                     yield arrived.pop(name)
-                waiting.extend(_push(grid, islice(rest, 1)))
             progress = turns > 0
         if not waiting:
             break

@@ -108,6 +108,12 @@ class FederationSettings:
         next change. Null: wherever that has a meaning; true is refused where it has none.
     checkpoint_every
         Rounds between checkpoints; 0: none is written.
+    cohort
+        Clients that train together with ``engine=inprocess``: the frozen base model's products are
+        computed once for the rows of all, and the results are those of one at a time up to
+        rounding. ``auto``: several if a measurement at the start of the run says that it pays; what
+        is chosen stands in ``summary.json`` and holds when the run is resumed. ``1``: one at a
+        time.
     server_threads
         Threads that score the global adapter; null: ``client.num_threads``.
     client_cpus
@@ -149,6 +155,7 @@ class FederationSettings:
     upload: str = choice("fp32", "fp32", "bf16", "int8", "mixed")
     error_feedback: bool | None = None
     checkpoint_every: int = number(1, at_least=0, resumable=True)
+    cohort: str = setting("auto", resumable=True)
     server_threads: int | None = number(None, at_least=1, resumable=True)
     client_cpus: int | None = number(None, at_least=1, resumable=True)
     client_gpus: float | None = number(None, at_least=0, resumable=True)

@@ -6,13 +6,9 @@ optimizer's moments, the importance averages and all temporaries. Nothing is loa
 """
 
 import hashlib
-import json
-import os
 import weakref
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Self
 
 import torch
@@ -22,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hafl_app.kept import kept
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TrainedFactors, TrainPlan
 from hafl_app.training.batches import Batch
@@ -131,28 +128,13 @@ def step_memory(
         "device": device.type,
         "versions": [str(torch.__version__), transformers.__version__],
     }
-    return _kept(folder, counted, count)
+    return kept(folder, counted, StepMemory, count)
 
 
 def _config_digest(path: str) -> str:
     """Return a digest of a local model's configuration, which may change under the same name."""
     file = Path(path).expanduser() / "config.json"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-
-
-def _kept(folder: Path, key: Mapping[str, Any], count: Callable[[], StepMemory]) -> StepMemory:
-    """Read a count from the folder, or count and store it if the file is absent or damaged."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    path = folder / f"{digest}.json"
-    try:
-        return StepMemory(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        counted = count()
-    folder.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump(asdict(counted), file)
-    os.replace(file.name, path)  # noqa: PTH105  a reader sees all of it or nothing
-    return counted
 
 
 @dataclass(frozen=True)

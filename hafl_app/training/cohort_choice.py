@@ -1,0 +1,108 @@
+"""The number of clients that train together, chosen by a measurement on the run's own clients."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from hafl_app.training.cohort import train_cohort
+from hafl_app.training.local import Task, TrainResult, train
+from hafl_app.training.lora_model import LoraModel
+
+MOST_CLIENTS = {"cpu": 8, "cuda": 16}
+"""Clients of a cohort that is not given by number, by kind of device."""
+
+_PAYS_FROM = 1.1  # times as fast as one at a time
+_STEPS, _REPEATS = 2, 2
+_MEASURED = {"cpu": 4, "cuda": 16}  # clients; more cost time, and on the CPU say the same
+_SAME_LOSS = {"fp32": 1e-3, "bf16": 3e-2}  # relative, after two steps
+
+
+@dataclass(frozen=True)
+class CohortChoice:
+    """The number of clients that train together in a run.
+
+    Parameters
+    ----------
+    clients
+        At least 1; 1 is one at a time.
+    reason
+        Why, in a few words.
+    speedup
+        Time of one at a time over that of a cohort; None if it was not measured.
+    """
+
+    clients: int
+    reason: str
+    speedup: float | None = None
+
+
+def choose(model: LoraModel, tasks: Sequence[Task]) -> CohortChoice:
+    """Measure a few steps of some clients together and one at a time.
+
+    Parameters
+    ----------
+    tasks
+        At least two; they may train together, see `hafl_app.training.cohort.obstacle`.
+    """
+    kind = model.device.type
+    few = [_shortened(task) for task in tasks[: _MEASURED[kind]]]
+    one_at_a_time, joint = _seconds(model, few)
+    speedup = round(one_at_a_time / joint, 2)
+    if speedup < _PAYS_FROM:
+        return CohortChoice(1, f"{speedup:g} times as fast together, too little to pay", speedup)
+    return CohortChoice(MOST_CLIENTS[kind], f"{speedup:g} times as fast together", speedup)
+
+
+def differ(model: LoraModel, tasks: Sequence[Task]) -> str:
+    """Say how a few steps of some clients together differ from one at a time; empty if not.
+
+    A base model that does not keep rows in their order would mix up the clients.
+    """
+    few = [_shortened(task) for task in tasks[: _MEASURED["cpu"]]]
+    for task, joint in zip(few, train_cohort(model, few), strict=True):
+        if joint is None:
+            continue
+        alone = _alone(model, task)
+        on_cuda = task.options.precision == "auto" and model.device.type == "cuda"
+        precision = "bf16" if on_cuda or task.options.precision == "bf16" else "fp32"
+        if not abs(joint.loss - alone.loss) <= _SAME_LOSS[precision] * abs(alone.loss):
+            return f"the loss is {joint.loss:.6g} together and {alone.loss:.6g} alone"
+    return ""
+
+
+def _seconds(model: LoraModel, tasks: Sequence[Task]) -> tuple[float, float]:
+    """Return the least time of these trainings one at a time, and together."""
+
+    def one_at_a_time() -> object:
+        return [_alone(model, task) for task in tasks]
+
+    def joint() -> object:
+        return train_cohort(model, tasks)
+
+    for way in (one_at_a_time, joint):
+        way()  # warms up
+    turns = [(_timed(model, one_at_a_time), _timed(model, joint)) for _ in range(_REPEATS)]
+    return min(alone for alone, _ in turns), min(together for _, together in turns)
+
+
+def _timed(model: LoraModel, way: Callable[[], object]) -> float:
+    # Others on the machine disturb CPU time least; of several threads it says little.
+    on_cuda = model.device.type == "cuda"
+    clock = time.perf_counter if on_cuda or torch.get_num_threads() > 1 else time.process_time
+    if on_cuda:
+        torch.cuda.synchronize(model.device)
+    started = clock()
+    way()
+    if on_cuda:
+        torch.cuda.synchronize(model.device)
+    return clock() - started
+
+
+def _alone(model: LoraModel, task: Task) -> TrainResult:
+    return train(model, task.adapter, task.plan, task.examples, task.options, task.seed)
+
+
+def _shortened(task: Task) -> Task:
+    return replace(task, plan=replace(task.plan, local_epochs=1, max_steps=_STEPS, probe_batches=0))
