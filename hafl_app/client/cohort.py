@@ -21,6 +21,7 @@ from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
 from hafl_app.training.cohort_choice import MOST_CLIENTS, CohortChoice, choose, differ
 from hafl_app.training.device import cpu_name, describe_device, resolve_device, threads
 from hafl_app.training.local import Task
+from hafl_app.training.quantization.block_precision import BLOCKWISE
 
 _LOGGER = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -43,6 +44,8 @@ class Cohorts:
         self.choice: CohortChoice | None = None
         if self._asked == 1:
             self.choice = CohortChoice(1, "federation.cohort=1")
+        elif settings.model.quantization == BLOCKWISE:
+            self.choice = CohortChoice(1, f"model.quantization={BLOCKWISE}: several base models")
 
     @property
     def clients(self) -> int:

@@ -201,23 +201,30 @@ def _engine(settings: Settings) -> Iterator[str]:
 
 
 def _cohort(settings: Settings) -> Iterator[str]:
-    asked, client = settings.federation.cohort, settings.client
+    """Clients that are to train together and cannot; with ``auto`` they then do not."""
+    asked, client, model = settings.federation.cohort, settings.client, settings.model
     given = f"federation.cohort={asked}"
-    if asked == "auto":
-        return
-    if not asked.isdecimal() or int(asked) < 1:
+    if asked != "auto" and not (asked.isdecimal() and int(asked) >= 1):
         yield f"{given}: expected auto or a whole number from 1"
-    elif int(asked) > 1:
-        if settings.engine != "inprocess":
-            yield f"{given}: engine={settings.engine} trains one at a time; engine=inprocess can"
-        if client.max_seconds:
-            yield f"{given} needs client.max_seconds=0: a time limit is each client's own"
-        if client.texts_at_once < client.batch_size:
-            yield f"{given} needs client.micro_batch_size=null: memory is short then"
-        if settings.lora.lora_dropout:
-            yield f"{given} needs lora.lora_dropout=0: the masks would be others than alone"
-        if settings.model.quantization == "blockwise":
-            yield f"{given}: under model.quantization=blockwise every client has its own base model"
+        return
+    if asked in ("auto", "1"):
+        return
+    if settings.engine != "inprocess":
+        yield f"{given}: engine={settings.engine} trains one at a time; engine=inprocess can"
+    if client.max_seconds:
+        yield f"{given} needs client.max_seconds=0: a time limit is each client's own"
+    if client.texts_at_once < client.batch_size:
+        yield f"{given} needs client.micro_batch_size=null: memory is short then"
+    masks = "the masks would be others than alone"
+    if settings.lora.lora_dropout:
+        yield f"{given} needs lora.lora_dropout=0: {masks}"
+    if model.dropout:
+        yield f"{given} needs model.dropout=false: {masks}"
+    if model.quantization == "blockwise":
+        yield (
+            f"{given} needs another model.quantization: under blockwise every client has its own "
+            "base"
+        )
 
 
 def _word(value: object) -> str:

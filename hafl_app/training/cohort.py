@@ -52,14 +52,14 @@ def obstacle_of(model: LoraModel) -> str | None:
             return f"lora.lora_dropout: {_MASKS}"
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
-            return f"dropout of the base model in {name}: {_MASKS}"
+            return f"model.dropout: {name} drops, {_MASKS}"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"batch norm of the base model in {name}: it mixes the rows of clients"
-    rates = dropout_rates(model.base.config)
-    return f"dropout of the base model, {next(iter(rates))}: {_MASKS}" if rates else None
+    rates = _dropout_rates(model.base.config)
+    return f"model.dropout: {next(iter(rates))}, {_MASKS}" if rates else None
 
 
-def dropout_rates(config: Any) -> dict[str, float]:
+def _dropout_rates(config: Any) -> dict[str, float]:
     """Return the rates above 0 of a Transformers configuration: some layers drop by function."""
     return {
         name: float(value)

@@ -17,6 +17,8 @@ IMAGES = "experiment=digits"
 CROSS_CLIENT = "because one client's upload would change how the others count"
 ONE_RELEASE = "because a repeated round is one more release than epsilon counts"
 WHOLE_ROUND = "it compares all replies of a round, and streaming drops each at once"
+COHORT = "federation.cohort={}{}"
+TOGETHER = ("engine=inprocess", "federation.cohort=4")
 NO_BITS = (
     "federation.upload=mixed: only strategy=haflq gives every component its bits; expected fp32, "
     "bf16 or int8"
@@ -35,6 +37,36 @@ def images(task: str, source: str) -> str:
 
 
 REFUSED = [
+    # clients that train together
+    (["federation.cohort=many"], COHORT.format("many", ": expected auto or a whole number from 1")),
+    (["federation.cohort=0"], COHORT.format("0", ": expected auto or a whole number from 1")),
+    (["federation.cohort=1.5"], COHORT.format("1.5", ": expected auto or a whole number from 1")),
+    (
+        ["federation.cohort=4"],
+        COHORT.format("4", ": engine=ray trains one at a time; engine=inprocess can"),
+    ),
+    (
+        [*TOGETHER, "client.max_seconds=5"],
+        COHORT.format("4", " needs client.max_seconds=0: a time limit is each client's own"),
+    ),
+    (
+        [*TOGETHER, "client.micro_batch_size=2"],
+        COHORT.format("4", " needs client.micro_batch_size=null: memory is short then"),
+    ),
+    (
+        [*TOGETHER, "lora.lora_dropout=0.1"],
+        COHORT.format("4", " needs lora.lora_dropout=0: the masks would be others than alone"),
+    ),
+    (
+        [*TOGETHER, "model.dropout=true"],
+        COHORT.format("4", " needs model.dropout=false: the masks would be others than alone"),
+    ),
+    (
+        [*TOGETHER, "model.quantization=blockwise"],
+        COHORT.format(
+            "4", " needs another model.quantization: under blockwise every client has its own base"
+        ),
+    ),
     # model and data
     (["model=vit_digits_random"], images("image_classification", "synthetic")),
     (["model=vit_digits_random", "dataset=on_device"], images("image_classification", "on_device")),

@@ -1,17 +1,28 @@
 """Clients that train together in one model: the same results as one at a time."""
 
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from causal_factories import CAUSAL, random_pairs
-from training_factories import SPEC, plan_for, random_adapter, random_rows
+from peft.tuners.lora import Linear
+from training_factories import (
+    SPEC,
+    assert_same_adapter,
+    plan_for,
+    random_adapter,
+    random_rows,
+    rows_of,
+)
 from vision_factories import SPEC as IMAGES
 from vision_factories import random_images
 
+from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import TailPruning
-from hafl_app.training import cohort
-from hafl_app.training.cohort import train_cohort
+from hafl_app.training import cohort, cohort_choice
+from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
+from hafl_app.training.cohort_choice import choose, differ
 from hafl_app.training.local import Task, train
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.settings import TrainOptions
@@ -26,23 +37,14 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request):
-    """Return a model of every kind without dropout, and what makes its rows."""
+    """Return a model of every kind, and what makes its rows."""
     spec, rows = KINDS[request.param]
-    return without_dropout(spec.build()), rows
+    return spec.build(), rows
 
 
 @pytest.fixture(scope="module")
 def classifier():
-    return without_dropout(SPEC.build())
-
-
-def without_dropout(model: LoraModel) -> LoraModel:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for name in cohort.dropout_rates(model.base.config):
-        setattr(model.base.config, name, 0.0)
-    return model
+    return SPEC.build()
 
 
 def mixed_tasks(model: LoraModel, rows, options: TrainOptions = OPTIONS) -> list[Task]:
@@ -95,15 +97,18 @@ def assert_same(joint, single, rtol: float, atol: float) -> None:
         torch.testing.assert_close(joint.importance[name], scores, rtol=1e-3, atol=1e-7)
 
 
+def assert_all_same(model: LoraModel, tasks: list[Task], rtol: float, atol: float) -> None:
+    for task, joint in zip(tasks, train_cohort(model, tasks), strict=True):
+        assert_same(joint, alone(model, task), rtol, atol)
+
+
 class TestSameAsAlone:
     def test_in_float64(self, kind):
         model, rows = kind
         model.double()
-        tasks = [wide_pixels(task) for task in mixed_tasks(model, rows)]
         try:
-            joint = train_cohort(model, tasks)
-            for task, result in zip(tasks, joint, strict=True):
-                assert_same(result, alone(model, task), rtol=0, atol=1e-9)
+            tasks = [wide_pixels(task) for task in mixed_tasks(model, rows)]
+            assert_all_same(model, tasks, rtol=0, atol=1e-9)
         finally:
             model.float()
 
@@ -111,6 +116,209 @@ class TestSameAsAlone:
         model, rows = kind
         # Adam divides a gradient by its own size, however close to rounding that is.
         tasks = mixed_tasks(model, rows, replace(OPTIONS, learning_rate=1e-3))
+        assert_all_same(model, tasks, rtol=1e-4, atol=1e-4)
 
-        for task, result in zip(tasks, train_cohort(model, tasks), strict=True):
-            assert_same(result, alone(model, task), rtol=1e-4, atol=1e-4)
+    def test_with_bf16_autocast(self, classifier):
+        options = replace(OPTIONS, precision="bf16", learning_rate=1e-3)
+        assert_all_same(classifier, mixed_tasks(classifier, random_rows, options), 0.05, 0.01)
+
+    def test_on_a_quantized_base(self):
+        model = replace(SPEC, base=replace(SPEC.base, quantization="bf16")).build()
+        tasks = mixed_tasks(model, random_rows, replace(OPTIONS, learning_rate=1e-3))
+        assert_all_same(model, tasks, rtol=1e-4, atol=1e-4)
+
+    def test_with_activations_computed_again(self, classifier):
+        options = replace(OPTIONS, gradient_checkpointing=True, learning_rate=1e-3)
+        tasks = mixed_tasks(classifier, random_rows, options)
+        assert_all_same(classifier, tasks, rtol=1e-4, atol=1e-4)
+
+    def test_the_base_models_own_head(self):
+        model = replace(SPEC, base=replace(SPEC.base, pooling="cls")).build()
+        tasks = mixed_tasks(model, random_rows, replace(OPTIONS, learning_rate=1e-3))
+        assert_all_same(model, tasks, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("factors", ["A", "B"])
+    def test_one_factor_alone(self, classifier, factors):
+        tasks = mixed_tasks(classifier, random_rows, replace(OPTIONS, optimizer="sgd"))[1:4]
+        modules = {name: replace(m, factors=factors) for name, m in tasks[1].plan.modules.items()}
+        tasks[1] = replace(tasks[1], plan=replace(tasks[1].plan, modules=modules))
+        assert_all_same(classifier, tasks, rtol=1e-4, atol=1e-5)
+
+    def test_seconds_add_up_to_those_of_the_cohort(self, classifier):
+        tasks = mixed_tasks(classifier, random_rows)
+        started = time.perf_counter()
+        joint = train_cohort(classifier, tasks)
+        took = time.perf_counter() - started
+
+        assert all(result.seconds > result.probe_seconds >= 0 for result in joint)
+        assert joint[3].probe_seconds > 0
+        assert 0.5 * took < sum(result.seconds for result in joint) <= took
+
+    def test_the_model_serves_one_client_afterwards(self, classifier):
+        task = mixed_tasks(classifier, random_rows)[0]
+        before = alone(classifier, task)
+        train_cohort(classifier, mixed_tasks(classifier, random_rows))
+        assert_same_adapter(alone(classifier, task).adapter, before.adapter)
+
+
+class TestPasses:
+    """How many rows go through the base model at once."""
+
+    @pytest.fixture
+    def passes(self, monkeypatch):
+        seen = []
+        read = cohort.Cohort.reading
+
+        def reading(self, clients):
+            seen.append(len(clients))
+            return read(self, clients)
+
+        monkeypatch.setattr(cohort.Cohort, "reading", reading)
+        return seen
+
+    @staticmethod
+    def equal_tasks(classifier, number, rows=12):
+        adapter = random_adapter(classifier, 2)
+        plan = plan_for(adapter)
+        return [
+            Task(adapter, plan, rows_of([[5 + n] * 6] * rows, [0, 1] * (rows // 2)), OPTIONS, n)
+            for n in range(number)
+        ]
+
+    def test_one_pass_serves_all(self, classifier, passes):
+        train_cohort(classifier, self.equal_tasks(classifier, 6))
+        assert passes == [6] * 3
+
+    def test_a_client_with_fewer_steps_leaves(self, classifier, passes):
+        tasks = self.equal_tasks(classifier, 3)
+        tasks[1] = replace(tasks[1], plan=replace(tasks[1].plan, max_steps=1))
+        train_cohort(classifier, tasks)
+        assert passes == [3, 2, 2]
+
+    def test_no_more_tokens_at_once_than_pay(self, classifier, passes, monkeypatch):
+        monkeypatch.setitem(cohort._TOKENS_AT_ONCE, "cpu", 2 * 4 * 6)
+        train_cohort(classifier, self.equal_tasks(classifier, 5))
+        assert passes == [2, 2, 1] * 3
+
+    def test_short_texts_are_not_padded_to_long_ones(self, classifier, passes):
+        tasks = self.equal_tasks(classifier, 4)
+        long = rows_of([[5] * 60] * 12, [0, 1] * 6)
+        tasks[2] = replace(tasks[2], examples=long)
+        train_cohort(classifier, tasks)
+        assert sorted(passes) == [1] * 3 + [3] * 3
+
+    def test_out_of_memory_goes_on_with_fewer(self, classifier, passes, monkeypatch, caplog):
+        tasks = self.equal_tasks(classifier, 4)
+        expected = [alone(classifier, task) for task in tasks]
+        predictions = type(classifier).predictions
+
+        def filling(model, batch):
+            if len(batch.labels) > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return predictions(model, batch)
+
+        monkeypatch.setattr(type(classifier), "predictions", filling)
+        monkeypatch.setitem(cohort._TOKENS_AT_ONCE, "cpu", 4 * 4 * 6)
+        for joint, single in zip(train_cohort(classifier, tasks), expected, strict=True):
+            assert_same(joint, single, rtol=1e-3, atol=1e-3)
+        assert passes == [4] + [2, 2] * 3
+
+    def test_a_client_that_does_not_fit_alone_is_left_out(self, classifier, monkeypatch):
+        def full(model, batch):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(type(classifier), "predictions", full)
+        assert train_cohort(classifier, self.equal_tasks(classifier, 3)) == [None] * 3
+        assert all(parameter.grad is None for parameter in classifier.parameters())
+
+
+class TestFailures:
+    def test_a_loss_that_is_not_finite_leaves_the_others_alone(self, classifier):
+        tasks = mixed_tasks(classifier, random_rows)[:3]
+        broken = tasks[1].adapter.map(lambda f: LoraFactors(f.lora_A * 1e30, f.lora_B * 1e30))
+        tasks[1] = replace(tasks[1], adapter=broken)
+
+        first, second, third = train_cohort(classifier, tasks)
+
+        assert second is None
+        for task, joint in ((tasks[0], first), (tasks[2], third)):
+            assert_same(joint, alone(classifier, task), rtol=1e-3, atol=1e-3)
+
+    def test_an_adapter_of_another_model_leaves_the_others_alone(self, classifier):
+        tasks = mixed_tasks(classifier, random_rows)[:3]
+        tasks[0] = replace(tasks[0], adapter=replace(tasks[0].adapter, modules={}))
+        first, *others = train_cohort(classifier, tasks)
+        assert first is None
+        assert None not in others
+
+    def test_an_error_of_the_pass_itself_is_raised_and_the_model_restored(
+        self, classifier, monkeypatch
+    ):
+        def broken(model, batch):
+            raise RuntimeError("a broken kernel")
+
+        tasks = mixed_tasks(classifier, random_rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(classifier), "predictions", broken)
+            with pytest.raises(RuntimeError, match="a broken kernel"):
+                train_cohort(classifier, tasks)
+        assert alone(classifier, tasks[0]).steps == 5
+
+
+class TestObstacles:
+    def test_a_model_without_dropout_has_none(self, kind):
+        assert obstacle_of(kind[0]) is None
+        assert obstacle(OPTIONS) is None
+
+    @pytest.mark.parametrize(
+        ("spec", "name"),
+        [
+            (replace(SPEC, lora_dropout=0.1), "lora.lora_dropout"),
+            (replace(SPEC, base=replace(SPEC.base, dropout=True)), "model.dropout"),
+        ],
+    )
+    def test_dropout_is_one(self, spec, name):
+        assert obstacle_of(spec.build()).startswith(name)
+
+    def test_rates_that_only_the_configuration_has_are_one(self, classifier, monkeypatch):
+        monkeypatch.setattr(classifier.base.config, "attention_probs_dropout_prob", 0.1)
+        assert "model.dropout" in obstacle_of(classifier)
+
+    def test_batch_norm_is_one(self):
+        model = SPEC.build()
+        model.base.norm = torch.nn.BatchNorm1d(3)
+        assert "batch norm" in obstacle_of(model)
+
+    def test_layers_that_are_not_linear_are_one(self):
+        model = SPEC.build()
+        next(iter(model.layers.values())).__class__ = Linear
+        assert obstacle_of(model).startswith("lora.target_modules")
+
+    @pytest.mark.parametrize(
+        ("options", "name"),
+        [({"max_seconds": 5.0}, "client.max_seconds=5"), ({"micro_batch_size": 2}, "micro_batch")],
+    )
+    def test_limits_of_a_client_are_one(self, options, name):
+        assert name in obstacle(replace(OPTIONS, **options))
+
+
+class TestChoice:
+    @pytest.mark.parametrize(("together", "clients"), [(0.5, 8), (0.99, 1)])
+    def test_it_follows_the_measurement(self, classifier, monkeypatch, together, clients):
+        monkeypatch.setattr(cohort_choice, "_seconds", lambda *_: (1.0, together))
+        choice = choose(classifier, mixed_tasks(classifier, random_rows))
+        assert choice.clients == clients
+        assert choice.speedup == pytest.approx(1 / together, abs=0.01)
+
+    def test_equal_results_do_not_differ(self, classifier):
+        assert differ(classifier, mixed_tasks(classifier, random_rows)) == ""
+
+    def test_a_model_that_mixes_up_rows_is_found_out(self, classifier, monkeypatch):
+        predictions = type(classifier).predictions
+
+        def turned(model, batch):
+            logits, targets = predictions(model, batch)
+            return logits.flip(0), targets
+
+        monkeypatch.setattr(type(classifier), "predictions", turned)
+        assert "together" in differ(classifier, mixed_tasks(classifier, random_rows))
