@@ -15,17 +15,18 @@ from flwr.app import Context, Message
 from hafl_app.client.handlers import Opened, open_request, reply_of
 from hafl_app.config.schema import Settings
 from hafl_app.kept import kept
+from hafl_app.run import build
 from hafl_app.run.summary import versions
 from hafl_app.run.tokenization import cache_folder
 from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
 from hafl_app.training.cohort_choice import MOST_CLIENTS, CohortChoice, choose, differ
 from hafl_app.training.device import cpu_name, describe_device, resolve_device, threads
-from hafl_app.training.local import Task
+from hafl_app.training.local import Task, TrainResult
+from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.quantization.block_precision import BLOCKWISE
 
 _LOGGER = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
-AUTO = "auto"
 
 
 class Cohorts:
@@ -35,17 +36,20 @@ class Cohorts:
     ----------
     settings
         Of the run; ``federation.cohort`` is a number of clients, or ``auto``.
+
+    Attributes
+    ----------
+    choice
+        How many clients train together; None before the first of them have decided it.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         asked = settings.federation.cohort
-        self._asked = None if asked == AUTO else int(asked)
+        self._asked = int(asked) if asked.isdecimal() else None  # `checks` refuses other words
         self.choice: CohortChoice | None = None
-        if self._asked == 1:
-            self.choice = CohortChoice(1, "federation.cohort=1")
-        elif settings.model.quantization == BLOCKWISE:
-            self.choice = CohortChoice(1, f"model.quantization={BLOCKWISE}: several base models")
+        if why_not := _always_alone(settings):
+            self.choice = CohortChoice(1, why_not)
 
     @property
     def clients(self) -> int:
@@ -61,47 +65,60 @@ class Cohorts:
             self.choice = choice
 
     def answer(self, requests: Sequence[tuple[Message, Context]]) -> list[Message | None]:
-        """Answer training requests; None for each that is to be answered alone."""
+        """Answer training requests of different nodes; None for each to be answered alone."""
         replies: list[Message | None] = [None] * len(requests)
         if len(requests) < 2 or self.clients < 2:
             return replies
-        opened = {
-            number: found
-            for number, request in enumerate(requests)
-            if (found := _attempt(open_request, *request)) and not obstacle(found.job.options)
-        }
+        opened, tasks = self._opened(requests)
         with threads(self._settings.client.num_threads):
-            tasks = {n: t for n, o in opened.items() if (t := _attempt(_task, o))}
-            if len(tasks) < 2 or self._chosen(opened, tasks) < 2:
-                return replies
-            model = opened[next(iter(tasks))].job.model
-            results = train_cohort(model, list(tasks.values()))
-        for number, result in zip(tasks, results, strict=True):
+            results = self._train(opened[0].job.model, tasks) if len(opened) > 1 else []
+        numbers = {id(message): number for number, (message, _) in enumerate(requests)}
+        for one, result in zip(opened, results or [], strict=False):
             if result is not None:
-                replies[number] = _attempt(reply_of, opened[number], result)
+                replies[numbers[id(one.message)]] = _attempt(reply_of, one, result)
         return replies
 
-    def _chosen(self, opened: dict[int, Opened], tasks: dict[int, Task]) -> int:
-        """Return how many clients train together, which the first of them decide."""
-        if self.choice is None:
-            model = opened[next(iter(tasks))].job.model
-            self.choice = self._choose(model, list(tasks.values()))
-            _LOGGER.info(
-                "federation.cohort=%s: %d clients at a time (%s)",
-                *(self._settings.federation.cohort, self.choice.clients, self.choice.reason),
-            )
-        return self.choice.clients
+    def _opened(
+        self, requests: Sequence[tuple[Message, Context]]
+    ) -> tuple[list[Opened], list[Task]]:
+        """Open the requests of those clients that may train together."""
+        found = [opened for request in requests if (opened := _attempt(open_request, *request))]
+        able = [opened for opened in found if not obstacle(opened.job.options)]
+        pairs = [(opened, task) for opened in able if (task := _attempt(_task, opened))]
+        return [opened for opened, _ in pairs], [task for _, task in pairs]
 
-    def _choose(self, model: Any, tasks: list[Task]) -> CohortChoice:
-        why_not = obstacle_of(model) or differ(model, tasks)
-        if why_not:
+    def _train(self, model: LoraModel, tasks: Sequence[Task]) -> list[TrainResult | None] | None:
+        """Train together if that is how it is to be; the first clients decide."""
+        if self.choice is None:
+            self.choice = _attempt(self._choose, model, tasks)
+            if self.choice is not None:
+                _LOGGER.info(
+                    "federation.cohort=%s: %d at a time: %s",
+                    *(self._settings.federation.cohort, self.choice.clients, self.choice.reason),
+                )
+        if self.choice is None or self.choice.clients < 2:
+            return None
+        return _attempt(train_cohort, model, tasks)
+
+    def _choose(self, model: LoraModel, tasks: Sequence[Task]) -> CohortChoice:
+        if why_not := obstacle_of(model) or differ(model, tasks):
             return CohortChoice(1, why_not)
         if self._asked:
-            return CohortChoice(self._asked, f"federation.cohort={self._asked}")
-        # Kept on this machine, for the same run twice should give the same numbers to the last bit.
-        return kept(
-            _folder(), _measured_on(self._settings), CohortChoice, lambda: choose(model, tasks)
-        )
+            return CohortChoice(self._asked, "as the setting says")
+        # Kept on this machine: the same run twice is to give the same numbers to the last bit.
+        key = _measured_on(self._settings)
+        return kept(_folder(), key, CohortChoice, lambda: choose(model, tasks))
+
+
+def _always_alone(settings: Settings) -> str:
+    """Say why the clients of a run never train together; empty if they may."""
+    if settings.federation.cohort == "1":
+        return "as the setting says"
+    if settings.model.quantization == BLOCKWISE:
+        return f"model.quantization={BLOCKWISE}: every client has its own base model"
+    if settings.privacy.kind == "local_dp":
+        return "privacy=local_dp: a node's noise depends on the last bit of its upload"
+    return obstacle(build.train_options(settings)) or ""
 
 
 def _attempt(function: Callable[..., _Result], *arguments: Any) -> _Result | None:
@@ -109,7 +126,7 @@ def _attempt(function: Callable[..., _Result], *arguments: Any) -> _Result | Non
     try:
         return function(*arguments)
     except Exception:
-        _LOGGER.debug("a client is answered alone", exc_info=True)
+        _LOGGER.info("trained one at a time instead of together", exc_info=True)
         return None
 
 

@@ -176,10 +176,10 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _together(self, messages: Sequence[Message]) -> list[Message | None]:
-        """Answer messages together if all ask for training; None for each to be answered alone."""
-        if self._cohorts is None or any(
-            message.metadata.message_type != MessageType.TRAIN for message in messages
-        ):
+        """Answer messages together if they ask different nodes to train; None for one left."""
+        nodes = {message.metadata.dst_node_id for message in messages}
+        trains = all(m.metadata.message_type == MessageType.TRAIN for m in messages)
+        if self._cohorts is None or not trains or len(nodes) < len(messages):
             return [None] * len(messages)
         return self._cohorts.answer([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
 

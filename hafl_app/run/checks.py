@@ -220,6 +220,8 @@ def _cohort(settings: Settings) -> Iterator[str]:
         yield f"{given} needs lora.lora_dropout=0: {masks}"
     if model.dropout:
         yield f"{given} needs model.dropout=false: {masks}"
+    if settings.privacy.kind == "local_dp":
+        yield f"{given}: under privacy=local_dp a node's noise depends on the last bit it uploads"
     if model.quantization == "blockwise":
         yield (
             f"{given} needs another model.quantization: under blockwise every client has its own "

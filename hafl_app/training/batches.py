@@ -106,21 +106,20 @@ def make_batch(examples: Examples, rows: NDArray[np.int64], device: torch.device
     )
 
 
-def joined(batches: Sequence[Batch] | Sequence[ImageBatch], label: int) -> Batch | ImageBatch:
-    """Return the rows of several batches in one, padded to the longest.
+def joined(batches: Sequence[Batch | ImageBatch], label: int) -> Batch | ImageBatch:
+    """Return the rows of several batches of one kind in one, padded to the longest.
 
     Parameters
     ----------
     label
         Of padded places, where every token has a label.
     """
-    tensors = [[b.labels, *b.inputs] for b in batches]
-    padding = [label, *[0] * (len(tensors[0]) - 1)]
-    labels, *inputs = [
-        torch.cat(_padded(column, value))
-        for column, value in zip(zip(*tensors, strict=True), padding, strict=True)
-    ]
-    return type(batches[0])(*inputs, labels)
+    labels = torch.cat(_padded([batch.labels for batch in batches], label))
+    columns = zip(*(batch.inputs for batch in batches), strict=True)
+    inputs = [torch.cat(_padded(column, 0)) for column in columns]
+    if len(inputs) == 1:
+        return ImageBatch(inputs[0], labels)
+    return Batch(*inputs, labels)
 
 
 def _padded(tensors: Sequence[Tensor], value: int) -> list[Tensor]:

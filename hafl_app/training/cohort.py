@@ -183,16 +183,15 @@ class _Together:
 
     def _backward(self, chunk: Sequence[int]) -> list[float]:
         model, options = self._model, self._clients[chunk[0]].task.options
+        tasks = [self._clients[number].task for number in chunk]
         wanted = [self._waiting[number] for number in chunk]
-        batches = [
-            model.batch(self._clients[number].task.examples, w.rows)
-            for number, w in zip(chunk, wanted, strict=True)
-        ]
-        for w in wanted:
-            w.trainee.clear_gradients()
-        with self._cohort.reading([w.trainee for w in wanted]):
+        adapters = [w.trainee for w in wanted if isinstance(w.trainee, ClientAdapter)]
+        rows = [model.batch(t.examples, w.rows) for t, w in zip(tasks, wanted, strict=True)]
+        for adapter in adapters:
+            adapter.clear_gradients()
+        with self._cohort.reading(adapters):
             with autocast(model.device, options.precision):
-                logits, targets = model.predictions(joined(batches, IGNORED))
+                logits, targets = model.predictions(joined(rows, IGNORED))
                 parts = zip(logits.chunk(len(chunk)), targets.chunk(len(chunk)), strict=True)
                 losses = torch.stack([mean_loss(*part) for part in parts])
             penalties = [tail_penalty(w.trainee, w.tail) for w in wanted if w.tail is not None]

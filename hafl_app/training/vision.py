@@ -1,5 +1,6 @@
 """An image classifier of transformers with its own head and swappable LoRA factors."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,9 +90,9 @@ class LoraImageClassifier(LoraModel):
     def row_length(self, examples: Examples, rows: NDArray[np.int64]) -> int:
         """Return the patches of an image."""
         patch = getattr(self.base.config, "patch_size", 16)
-        _, height, width = examples.pixels.shape[1:]  # type: ignore[attr-defined]
-        side = patch if isinstance(patch, int) else max(patch)
-        return max(1, height * width // side**2)
+        area = patch**2 if isinstance(patch, int) else math.prod(patch)
+        pixels: NDArray[np.float32] = examples.pixels  # type: ignore[attr-defined]
+        return max(1, math.prod(pixels.shape[2:]) // area)
 
     def labels_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """Return one label an image."""

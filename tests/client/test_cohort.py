@@ -1,18 +1,21 @@
 """Clients of one process that train together: the same replies as one at a time."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
+from flwr.app import RecordDict
 from running import TINY, records, run_tiny
 from safetensors.torch import load_file
 
 from hafl_app.client import cohort as client_cohort
 from hafl_app.client import handlers
 from hafl_app.client.cohort import Cohorts
+from hafl_app.client.permissions import own_machine
 from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import compose
-from hafl_app.engines.in_process import InProcessGrid
+from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.training.cohort_choice import CohortChoice
 
 SGD = ("client.optimizer=sgd", "client.learning_rate=0.1")
@@ -79,7 +82,6 @@ METHODS = {
     "hafl": ("strategy=hafl",),
     "haflq": ("strategy=haflq",),
     "local heads": ("model.head=local",),
-    "local privacy": ("strategy=flexlora", "privacy=local_dp", "privacy.noise_seed=5"),
     "streaming": (
         *("federation.streaming=true", "federation.stream_buffer=3"),
         "federation.max_norm_ratio=null",
@@ -133,12 +135,48 @@ def test_a_loss_that_is_not_finite_is_that_clients_error_alone(tmp_path, trained
     assert any("loss" in error for error in errors[0])
 
 
+def test_a_cohort_that_fails_altogether_is_trained_one_at_a_time(tmp_path, monkeypatch):
+    def broken(model, tasks):
+        raise RuntimeError("a broken kernel")
+
+    monkeypatch.setattr(client_cohort, "train_cohort", broken)
+    run_together(tmp_path / "joint", 5)
+    run_tiny(tmp_path / "alone", *SGD)
+    assert_same_run(tmp_path / "alone", tmp_path / "joint")
+
+
+def test_two_messages_to_one_node_are_answered_one_after_another(tmp_path, trained):
+    class Twice(InProcessGrid):
+        def push_messages(self, messages):
+            [first, *_] = messages
+            again = self.create_message(first.content, "train", first.metadata.dst_node_id, "1")
+            return super().push_messages([first, again])
+
+    settings = compose([*TINY, "engine=inprocess", "federation.cohort=5"])
+    with server_identity(), own_machine():
+        grid = Twice(client_app, 5, {"overrides": shlex.join(TINY)}, cohorts=Cohorts(settings))
+        message = grid.create_message(RecordDict(), "train", 1, "1")
+        replies = list(grid.send_and_receive([message]))
+    assert len(replies) == 2
+    assert 5 not in trained
+
+
 class TestChoice:
-    def test_dropout_is_told_and_trains_one_at_a_time(self, tmp_path, trained):
-        summary = run_together(tmp_path / "run", "auto", "lora.lora_dropout=0.1")
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            ("lora.lora_dropout=0.1",),
+            ("client.max_seconds=60",),
+            ("privacy=local_dp", "strategy=flexlora"),
+        ],
+    )
+    def test_what_stands_against_it_is_named(self, tmp_path, trained, overrides):
+        more = ("federation.fraction_evaluate=0", "federation.max_retries=0")
+        more = (*more, "federation.num_rounds=1")
+        summary = run_together(tmp_path / "run", "auto", *overrides, *more)
         assert set(trained) == {1}
         assert summary["cohort"]["clients"] == 1
-        assert summary["cohort"]["reason"].startswith("lora.lora_dropout")
+        assert summary["cohort"]["reason"].startswith(overrides[0].partition("=")[0])
 
     def test_what_is_measured_is_kept_on_this_machine(self, tmp_path, monkeypatch):
         measured = []

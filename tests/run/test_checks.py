@@ -18,6 +18,10 @@ CROSS_CLIENT = "because one client's upload would change how the others count"
 ONE_RELEASE = "because a repeated round is one more release than epsilon counts"
 WHOLE_ROUND = "it compares all replies of a round, and streaming drops each at once"
 COHORT = "federation.cohort={}{}"
+LOCAL_DP = (
+    *("privacy=local_dp", "federation.fraction_evaluate=0", "federation.max_retries=0"),
+    "federation.alone_clients_per_rank=0",
+)
 TOGETHER = ("engine=inprocess", "federation.cohort=4")
 NO_BITS = (
     "federation.upload=mixed: only strategy=haflq gives every component its bits; expected fp32, "
@@ -60,6 +64,12 @@ REFUSED = [
     (
         [*TOGETHER, "model.dropout=true"],
         COHORT.format("4", " needs model.dropout=false: the masks would be others than alone"),
+    ),
+    (
+        [*TOGETHER, *LOCAL_DP],
+        COHORT.format(
+            "4", ": under privacy=local_dp a node's noise depends on the last bit it uploads"
+        ),
     ),
     (
         [*TOGETHER, "model.quantization=blockwise"],
