@@ -78,15 +78,16 @@ def _measure(options: argparse.Namespace) -> int:
 
 def _clients(options: argparse.Namespace, batch: int, number: int) -> tuple["Client", list[Any]]:
     """Return the base model with its options, and the texts of so many clients."""
-    from benchmarks.training import installed_model, make_client, shares_of
+    from bench_training import base_folder
+    from benchmarks.cohort import shares_of
+    from benchmarks.training import make_client
 
     from hafl_app.training.settings import TrainOptions
 
-    folder = installed_model(options.model)
     train_options = TrainOptions(batch_size=batch, precision=options.precision)
-    client = make_client(
-        folder, options.steps * number, train_options, options.device, num_layers=options.layers
-    )
+    base = {} if options.layers is None else {"num_layers": options.layers}
+    folder, steps = base_folder(options.model), options.steps * number
+    client = make_client(folder, steps, train_options, options.device, **base)
     return client, shares_of(client.texts, number)
 
 

@@ -111,7 +111,7 @@ def _compare_precisions(options: argparse.Namespace) -> int:
     from benchmarks.training import Case
 
     torch.set_num_threads(options.threads)
-    where, folder = machine(), _folder(options.model)
+    where, folder = machine(), base_folder(options.model)
     print(describe(where), flush=True)
     rows, results = [], []
     for layers in options.compare_precisions:
@@ -139,10 +139,10 @@ def _client(options: argparse.Namespace) -> "Client":
     from hafl_app.training.settings import TrainOptions
 
     train = TrainOptions(batch_size=options.batch_size, precision=options.precision)
-    return make_client(_folder(options.model), options.steps, train, options.device)
+    return make_client(base_folder(options.model), options.steps, train, options.device)
 
 
-def _folder(model: str) -> Path | None:
+def base_folder(model: str) -> Path | None:
     """Return the base model's folder; None for the built-in one."""
     from hafl_app.config.compose import compose
     from hafl_app.run import build

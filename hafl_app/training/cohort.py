@@ -20,7 +20,7 @@ from hafl_app.plan import TrainPlan
 from hafl_app.training.batches import is_out_of_memory, joined
 from hafl_app.training.causal import IGNORED
 from hafl_app.training.cohort_lora import ClientAdapter, Cohort
-from hafl_app.training.device import autocast, reset_peak_memory
+from hafl_app.training.device import reset_peak_memory
 from hafl_app.training.fused_lora import FusedLoraLinear
 from hafl_app.training.local import Steps, Task, TrainResult, Wanted, release, training_steps
 from hafl_app.training.lora_model import LoraModel, mean_loss
@@ -190,7 +190,7 @@ class _Together:
         for adapter in adapters:
             adapter.clear_gradients()
         with self._cohort.reading(adapters):
-            with autocast(model.device, options.precision):
+            with model.computing(options.precision):
                 logits, targets = model.predictions(joined(rows, IGNORED))
                 parts = zip(logits.chunk(len(chunk)), targets.chunk(len(chunk)), strict=True)
                 losses = torch.stack([mean_loss(*part) for part in parts])

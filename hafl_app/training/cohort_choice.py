@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hafl_app.training.cohort import train_cohort
+from hafl_app.training.device import resolve_precision
 from hafl_app.training.local import Task, TrainResult, train
 from hafl_app.training.lora_model import LoraModel
 
@@ -65,8 +66,7 @@ def differ(model: LoraModel, tasks: Sequence[Task]) -> str:
         if joint is None:
             continue
         alone = _alone(model, task)
-        on_cuda = task.options.precision == "auto" and model.device.type == "cuda"
-        precision = "bf16" if on_cuda or task.options.precision == "bf16" else "fp32"
+        precision = resolve_precision(task.options.precision, model.device)
         if not abs(joint.loss - alone.loss) <= _SAME_LOSS[precision] * abs(alone.loss):
             return f"the loss is {joint.loss:.6g} together and {alone.loss:.6g} alone"
     return ""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import DisagreementError, Timing, time_in_turn
-from benchmarks.training import Case, Client, synchronized_clock
+from benchmarks.training import Case, Client, Texts, synchronized_clock
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
 from hafl_app.training.local import Task, TrainResult, train
@@ -19,6 +19,17 @@ from hafl_app.training.local import Task, TrainResult, train
 TOLERANCE = 1e-4  # of the norm of what training changed, in float32
 ONE_AT_A_TIME = "one at a time"
 NOT_MEASURED = "not measured"
+
+
+def shares_of(texts: Any, number: int) -> list[Texts]:
+    """Return equal shares of texts, one after another."""
+    size = len(texts.labels) // number
+    shares = []
+    for first in range(0, number * size, size):
+        offsets = texts.offsets[first : first + size + 1]
+        tokens = texts.tokens[offsets[0] : offsets[-1]]
+        shares.append(Texts(tokens, offsets - offsets[0], texts.labels[first : first + size]))
+    return shares
 
 
 def tasks_of(client: Client, texts: Sequence[Any], rank: int) -> list[Task]:

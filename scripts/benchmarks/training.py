@@ -175,7 +175,7 @@ def measure(client: Client, case: Case, ways: Sequence[str], repeats: int) -> di
     check_agreement(client, case)
     jobs = {way: job(client, case, way) for way in available(ways)}
     on_cpu = client.model.device.type == "cpu"
-    clock = time.process_time if on_cpu else _synchronized_clock
+    clock = time.process_time if on_cpu else synchronized_clock
     timings = time_in_turn(jobs, repeats, clock=clock, patience_s=60.0)
     return {
         way: Timing(tuple(seconds / client.steps for seconds in timing.seconds))
@@ -183,7 +183,8 @@ def measure(client: Client, case: Case, ways: Sequence[str], repeats: int) -> di
     }
 
 
-def _synchronized_clock() -> float:
+def synchronized_clock() -> float:
+    """Return the time in seconds, with everything done that the GPU was asked for."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
