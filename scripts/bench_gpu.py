@@ -1,6 +1,7 @@
 """Time training steps of a 1.1 B-parameter Llama shape on a GPU, and the server's aggregation.
 
-Beside plain PEFT in Hugging Face's Trainer and the device's own matrix products. Weights are
+Beside plain PEFT in Hugging Face's Trainer and the device's own matrix products; and clients that
+train together, beside one at a time. Weights are
 random; needed are torch, transformers and peft, but neither flwr nor ray. Without a CUDA device the
 table says so; --device cpu --tiny runs everything in small.
 """
@@ -9,14 +10,21 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hafl_app.cli import run_script  # noqa: E402
 
+if TYPE_CHECKING:
+    from benchmarks.training import Client
+
 LOADS = ("2:8x512", "8:8x512", "64:8x512", "8:1x512", "8:8x2048")
 TINY_LOADS = ("2:2x16", "8:2x16")
+# Small clients, who leave the device idle, and in how many together.
+CLIENTS, COHORTS = ("8:8x32", "8:8x256"), (1, 4, 16, 64)
+TINY_CLIENTS, TINY_COHORTS = ("2:2x16",), (1, 2)
 
 
 def main() -> int:
@@ -42,7 +50,7 @@ def main() -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     import torch
-    from benchmarks import gpu
+    from benchmarks import cohort, gpu
     from benchmarks.timing import describe, machine, table, write_json
 
     texts = TINY_LOADS if options.tiny else LOADS
@@ -51,6 +59,8 @@ def _measure(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: nothing is measured", flush=True)
         print(f"\n{table(gpu.unmeasured(loads))}")
+        cases = [cohort.unmeasured(COHORTS, clients=text) for text in CLIENTS]
+        print(f"\n{table([row for case in cases for row in case])}")
         return 0
     print(describe(where), flush=True)
     device = torch.device(options.device)
@@ -67,14 +77,30 @@ def _measure(options: argparse.Namespace) -> int:
             print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
             seconds = step.timing.seconds if step.timing else step.missing
             results.append({"way": way, "seconds": seconds, "peak_mb": step.peak_mb, "flops": work})
+    together = _cohorts(client, options)
     del client
     gpu.release(device)
     merged = gpu.aggregate([64] if options.tiny else [2048, 4096], device, options.repeats)
-    print(f"\n{table(rows)}\n\n{table(merged)}")
+    print(f"\n{table(rows)}\n\n{table(together)}\n\n{table(merged)}")
     if options.json:
         found = {"machine": where, "limit": limit, "steps": results, "aggregation": merged}
+        found["cohorts"] = together
         write_json(options.json, found)
     return 0
+
+
+def _cohorts(client: "Client", options: argparse.Namespace) -> list[dict[str, object]]:
+    """Return the table of clients that train together."""
+    from benchmarks import cohort, gpu
+
+    sizes = TINY_COHORTS if options.tiny else COHORTS
+    rows = []
+    for text in TINY_CLIENTS if options.tiny else CLIENTS:
+        load = gpu.Load(*_load(text))
+        timings = gpu.measure_cohorts(client, load, sizes, steps=3, repeats=options.repeats)
+        rows += cohort.rows(timings, clients=text)
+        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    return rows
 
 
 def _load(text: str) -> tuple[int, int, int]:

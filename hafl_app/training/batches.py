@@ -119,7 +119,8 @@ def joined(batches: Sequence[Batch | ImageBatch], label: int) -> Batch | ImageBa
     inputs = [torch.cat(_padded(column, 0)) for column in columns]
     if len(inputs) == 1:
         return ImageBatch(inputs[0], labels)
-    return Batch(*inputs, labels)
+    input_ids, attention_mask = inputs
+    return Batch(input_ids, attention_mask, labels)
 
 
 def _padded(tensors: Sequence[Tensor], value: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks import aggregation
+from benchmarks import aggregation, cohort
 from benchmarks.timing import Timing
 from benchmarks.training import (
     OURS,
@@ -92,9 +92,9 @@ class Answers:
     answer_starts: NDArray[np.int64]
 
 
-def random_answers(rows: int, length: int, vocabulary: int) -> Answers:
+def random_answers(rows: int, length: int, vocabulary: int, seed: int = 0) -> Answers:
     """Return so many rows of ``length`` tokens each."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     tokens = rng.integers(1, vocabulary, rows * length).astype(np.int32)
     zeros = np.zeros(rows, np.int64)
     return Answers(tokens, np.arange(rows + 1, dtype=np.int64) * length, zeros, zeros + 1)
@@ -212,6 +212,30 @@ def _measure_way(client: Client, case: Case, way: str, repeats: int) -> Step:
             seconds.append((clock(device) - started) / client.steps)
     peak = peak_memory_mb(device) - others if device.type == "cuda" else None
     return Step(Timing(tuple(seconds)), peak)
+
+
+def measure_cohorts(
+    client: Client, load: Load, sizes: Sequence[int], *, steps: int, repeats: int
+) -> dict[str, Timing]:
+    """Time clients of ``steps`` steps one at a time, and in cohorts of these sizes.
+
+    Returns
+    -------
+    dict of str to Timing
+        See `benchmarks.cohort.measure`.
+
+    Raises
+    ------
+    benchmarks.timing.DisagreementError
+        If they are not trained the same together as alone.
+    """
+    vocabulary = int(client.model.base.config.vocab_size)
+    rows = steps * load.batch_size
+    texts = [random_answers(rows, load.length, vocabulary, seed) for seed in range(max(sizes))]
+    client = replace(client, options=replace(client.options, batch_size=load.batch_size))
+    tasks = cohort.tasks_of(client, texts, load.rank)
+    cohort.check(client, tasks[:4])
+    return cohort.measure(client, tasks, sizes, repeats)
 
 
 def release(device: torch.device) -> None:

@@ -322,3 +322,13 @@ class TestChoice:
 
         monkeypatch.setattr(type(classifier), "predictions", turned)
         assert "together" in differ(classifier, mixed_tasks(classifier, random_rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_cuda(precision):
+    model = SPEC.build().to("cuda")
+    options = replace(OPTIONS, precision=precision, learning_rate=1e-3)
+    close = (1e-3, 1e-3) if precision == "fp32" else (0.05, 0.02)
+    assert_all_same(model, mixed_tasks(model, random_rows, options), *close)
