@@ -112,8 +112,6 @@ class Cohorts:
 
 def _always_alone(settings: Settings) -> str:
     """Say why the clients of a run never train together; empty if they may."""
-    if settings.federation.cohort == "1":
-        return "as the setting says"
     if settings.model.quantization == BLOCKWISE:
         return f"model.quantization={BLOCKWISE}: every client has its own base model"
     if settings.privacy.kind == "local_dp":

@@ -57,7 +57,8 @@ def run_federation(
     """
     settings = compose(overrides)
     run_config = {"overrides": shlex.join(overrides)}
-    make_grid = make_grid or partial(InProcessGrid, client_app, cohorts=Cohorts(settings))
+    cohorts = None if settings.federation.cohort == "1" else Cohorts(settings)
+    make_grid = make_grid or partial(InProcessGrid, client_app, cohorts=cohorts)
     with server_identity(), own_machine():
         grid = make_grid(settings.federation.num_clients, run_config)
         run(grid, settings, overrides=overrides, on_round=on_round)
