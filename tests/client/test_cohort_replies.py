@@ -18,7 +18,7 @@ from hafl_app.config.compose import compose
 from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.training.cohort_choice import CohortChoice
 
-SGD = ("client.optimizer=sgd", "client.learning_rate=0.1")
+SGD = ("client.optimizer=sgd", "client.learning_rate=0.1", "client.precision=fp32")
 
 
 @pytest.fixture
