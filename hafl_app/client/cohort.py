@@ -19,7 +19,7 @@ from hafl_app.run import build
 from hafl_app.run.summary import versions
 from hafl_app.run.tokenization import cache_folder
 from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
-from hafl_app.training.cohort_choice import MOST_CLIENTS, CohortChoice, choose, differ
+from hafl_app.training.cohort_choice import CHOSEN_CLIENTS, CohortChoice, choose, differ
 from hafl_app.training.device import cpu_name, describe_device, resolve_device, threads
 from hafl_app.training.local import Task, TrainResult
 from hafl_app.training.lora_model import LoraModel
@@ -56,8 +56,7 @@ class Cohorts:
         """Requests to gather: those of a cohort, as long as it may come to one."""
         if self.choice is not None:
             return self.choice.clients
-        kind = resolve_device(self._settings.client.device).type
-        return self._asked or MOST_CLIENTS[kind]
+        return self._asked or CHOSEN_CLIENTS
 
     def keep(self, choice: CohortChoice) -> None:
         """Keep the choice of the run that goes on, unless a number is given now."""

@@ -303,7 +303,7 @@ class TestObstacles:
 
 
 class TestChoice:
-    @pytest.mark.parametrize(("together", "clients"), [(0.5, 8), (0.99, 1)])
+    @pytest.mark.parametrize(("together", "clients"), [(0.5, 16), (0.99, 1)])
     def test_it_follows_the_measurement(self, classifier, monkeypatch, together, clients):
         monkeypatch.setattr(cohort_choice, "_seconds", lambda *_: (1.0, together))
         choice = choose(classifier, mixed_tasks(classifier, random_rows))
