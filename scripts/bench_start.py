@@ -49,6 +49,7 @@ def _measure(options: argparse.Namespace) -> int:
     for _ in range(options.repeats):
         for name, case in cases.items():
             found[name].append(case())
+            print(f"{name}: {found[name][-1].cpu_s:.2f} s", flush=True)
     rows = [{"until": name} | summary(starts) for name, starts in found.items()]
     print(f"\n{table(rows)}")
     if options.json:
