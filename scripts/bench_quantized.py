@@ -33,9 +33,13 @@ from hafl_app.training.causal import CausalSpec  # noqa: E402
 from hafl_app.training.classifier import ClassifierSpec  # noqa: E402
 from hafl_app.training.device import peak_memory_mb  # noqa: E402
 from hafl_app.training.lora_model import LoraModel, LoraSpec, with_quantization  # noqa: E402
-from hafl_app.training.quantization.block_precision import BLOCKWISE, allocate, salience  # noqa: E402
-from hafl_app.training.quantization.blocks import NOT_QUANTIZED, block_bytes  # noqa: E402
-from hafl_app.training.quantization.linear import PRECISIONS  # noqa: E402
+from hafl_app.training.quantization.block_precision import allocate, salience  # noqa: E402
+from hafl_app.training.quantization.blocks import block_bytes  # noqa: E402
+from hafl_app.training.quantization.precisions import (  # noqa: E402
+    BLOCKWISE,
+    NOT_QUANTIZED,
+    PRECISIONS,
+)
 from hafl_app.training.settings import BaseSpec  # noqa: E402
 
 ROWS = ("nothing", NOT_QUANTIZED, *reversed(PRECISIONS), BLOCKWISE)

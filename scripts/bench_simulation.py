@@ -36,10 +36,14 @@ def main() -> int:
     parser.add_argument("--settings", nargs="*", default=[], help="of the clients that train")
     parser.add_argument("--costs", action="store_true", help="what each step of a round costs")
     parser.add_argument("--scale", action="store_true", help="cost against registered clients")
+    parser.add_argument("--priority", action="store_true", help="niceness of Ray's workers")
+    parser.add_argument("--pairs", type=int, default=12, metavar="N", help="of --priority")
     parser.add_argument("--registered", type=int, nargs="+", default=[10, 100, 1000, 10000])
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the costs of --scale")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if options.priority:
+        return run_script(lambda: _priority(options))
     measure = _scale if options.scale else _costs if options.costs else _measure
     return run_script(lambda: measure(options))
 
@@ -90,6 +94,13 @@ def _scale(options: argparse.Namespace) -> int:
     tables = _print(options, report(options.registered, options.rounds, training))
     if options.plot:
         draw_costs(tables[REGISTERED], options.plot)
+    return 0
+
+
+def _priority(options: argparse.Namespace) -> int:
+    from benchmarks.simulation_priority import report
+
+    _print(options, report((*TRAINING, *options.settings), options.clients, options.pairs))
     return 0
 
 

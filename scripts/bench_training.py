@@ -146,7 +146,7 @@ def base_folder(model: str) -> Path | None:
     """Return the base model's folder; None for the built-in one."""
     from hafl_app.config.compose import compose
     from hafl_app.run import build
-    from hafl_app.training.base_model import ModelError, locate
+    from hafl_app.training.locate import ModelError, locate
 
     if model == "tiny":
         return None

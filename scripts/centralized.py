@@ -21,7 +21,6 @@ def main() -> int:
 
 def _train(arguments: list[str]) -> int:
     from hafl_app.config.compose import compose
-    from hafl_app.experiments.centralized import train_centralized
     from hafl_app.run.preflight import check
     from hafl_app.run.run_folder import absolute, check_new, default_folder
 
@@ -31,6 +30,8 @@ def _train(arguments: list[str]) -> int:
     if given is not None:
         check_new(given)
     folder = given or default_folder("centralized")
+    from hafl_app.experiments.centralized import train_centralized  # takes seconds: after typos
+
     print(f"Output folder: {folder}", flush=True)
     summary = train_centralized(settings, folder, lambda text: print(text, flush=True))
     print(

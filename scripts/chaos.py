@@ -33,10 +33,14 @@ def main() -> int:
 
 
 def _chaos(arguments: list[str]) -> int:
-    from chaos_suite.suite import chaos, parse_command
+    from chaos_suite.command import check_first, parse_command
+
+    command = parse_command(arguments)
+    check_first(command)
+    from chaos_suite.suite import chaos  # takes seconds: not before a typo
 
     line = shlex.join(["python", "scripts/chaos.py", *arguments])
-    problems = chaos(parse_command(arguments), line, lambda text: print(text, flush=True))
+    problems = chaos(command, line, lambda text: print(text, flush=True))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return FAILED if problems else 0

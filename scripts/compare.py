@@ -30,9 +30,11 @@ def main() -> int:
 
 def _compare(arguments: list[str]) -> int:
     from hafl_app.experiments.command import parse_command
+    from hafl_app.experiments.comparison import check_first
 
     command = parse_command(arguments)
-    from hafl_app.experiments.compare import compare
+    check_first(command).require_baseline()
+    from hafl_app.experiments.compare import compare  # takes seconds: not before a typo
 
     line = shlex.join(["python", "scripts/compare.py", *arguments])
     failed = compare(command, line, lambda text: print(text, flush=True))

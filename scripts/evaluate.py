@@ -27,10 +27,12 @@ def main() -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    from hafl_app.experiments.evaluation import score, table
     from hafl_app.experiments.evaluation_request import read_request
 
-    print(table(score(read_request(arguments))))
+    request = read_request(arguments)
+    from hafl_app.experiments.evaluation import score, table  # takes seconds: not before a typo
+
+    print(table(score(request)))
     return 0
 
 

@@ -49,14 +49,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from hafl_app.training.adapter_card import adapter_folder, read_card
+
+    if arguments.public and not arguments.push:
+        raise ValueError("--public: nothing is uploaded without --push USER/NAME")
+    read_card(adapter_folder(arguments.source))
+    # They take seconds: not before a typo.
     from hafl_app.publishing.export import ExportRequest, export_adapter
     from hafl_app.publishing.push import check_push, push_folder
 
     repos = {rank: f"{arguments.push}-rank-{rank}" for rank in arguments.rank} or {
         None: arguments.push
     }
-    if arguments.public and not arguments.push:
-        raise ValueError("--public: nothing is uploaded without --push USER/NAME")
     if arguments.push:
         for repo in repos.values():
             check_push(repo)

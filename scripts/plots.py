@@ -46,18 +46,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rank_collapse(settings: list[str]) -> None:
-    from hafl_app.experiments.collapse import rank_collapse
     from hafl_app.experiments.command import parse_command
+    from hafl_app.experiments.comparison import check_first
 
     command = parse_command(settings, experiment="rank_collapse")
+    check_first(command)
+    from hafl_app.experiments.collapse import rank_collapse  # takes seconds: not before a typo
+
     rank_collapse(command, lambda text: print(text, flush=True))
 
 
 def _curves(folders: list[Path], output: Path) -> None:
-    from hafl_app.experiments.figures import draw_comparison
     from hafl_app.experiments.results import read_curve
 
     runs = {str(folder): [read_curve(folder)] for folder in folders}
+    from hafl_app.experiments.figures import draw_comparison
+
     draw_comparison({"": runs}, output, "Test scores")
     print(f"Written: {output}")
 

@@ -39,13 +39,13 @@ def resumed(line: CommandLine) -> CommandLine:
 
     Raises
     ------
-    hafl_app.run.resuming.ResumeError
+    hafl_app.run.resumable_run.ResumeError
         If there is no such run, or it has no whole checkpoint, or these settings do not fit it.
     """
     given = [o.partition("=")[2] for o in line.overrides if key(o) == "resume"]
     if not given:
         return line
-    from hafl_app.run.resuming import ResumeError, check_resumable, latest_run, load_checkpoint
+    from hafl_app.run.resumable_run import ResumeError, latest_run, require_checkpoint
     from hafl_app.run.run_folder import absolute
 
     if line.multirun:
@@ -58,6 +58,9 @@ def resumed(line: CommandLine) -> CommandLine:
     folder = latest_run(Path("outputs")) if name == "latest" else absolute(name)
     if (folder / "checkpoints").is_dir():
         _stop_what_is_left(folder)
+    require_checkpoint(folder)
+    from hafl_app.run.resuming import check_resumable, load_checkpoint  # takes seconds
+
     checkpoint = load_checkpoint(folder)
     own = ("resume", "output_dir")
     overrides = [o for o in checkpoint.state["overrides"] if key(o) not in own]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from chaos_suite import suite
+from chaos_suite.command import parse_command
 from chaos_suite.faults import DRAWN, Kind, RandomFaults, SignFlippers, spoil
 from chaos_suite.grid import read_journal
 from chaos_suite.report import problems, tally
 from chaos_suite.runs import Part, run_part, run_with_kills
-from chaos_suite.suite import parse_command
 from flwr.app import Message, MessageType, MetricRecord
 from programs import run_program
 from safetensors.torch import load_file

@@ -21,7 +21,7 @@ from hafl_app.experiments.evaluation import score, table
 from hafl_app.experiments.evaluation_request import read_request
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.training import answers
-from hafl_app.training.adapter_files import SavedAdapterError
+from hafl_app.training.adapter_card import SavedAdapterError
 from hafl_app.training.answers import MissingPackageError
 from hafl_app.training.causal import CausalSpec
 from hafl_app.training.settings import BaseSpec

@@ -10,8 +10,8 @@ from hafl_app.config.compose import SettingsError, compose
 from hafl_app.run import build
 from hafl_app.run.preflight import check
 from hafl_app.training.adapter_files import load_adapter
-from hafl_app.training.base_model import ModelError
 from hafl_app.training.evaluate import evaluate
+from hafl_app.training.locate import ModelError
 from hafl_app.training.lora_model import resident_model
 
 pytestmark = pytest.mark.slow

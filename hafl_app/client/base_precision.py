@@ -18,7 +18,7 @@ from hafl_app.training.device import threads
 from hafl_app.training.lora_model import resident_model
 from hafl_app.training.quantization.block_precision import allocate, salience
 from hafl_app.training.quantization.blocks import block_bytes
-from hafl_app.training.quantization.linear import PRECISIONS
+from hafl_app.training.quantization.precisions import PRECISIONS
 
 _LOGGER = logging.getLogger(__name__)
 _RECORD = "base-precision"

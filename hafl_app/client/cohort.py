@@ -23,7 +23,7 @@ from hafl_app.training.cohort_choice import CHOSEN_CLIENTS, CohortChoice, choose
 from hafl_app.training.device import cpu_name, describe_device, resolve_device, threads
 from hafl_app.training.local import Task, TrainResult
 from hafl_app.training.lora_model import LoraModel
-from hafl_app.training.quantization.block_precision import BLOCKWISE
+from hafl_app.training.quantization.precisions import BLOCKWISE
 
 _LOGGER = logging.getLogger(__name__)
 _Result = TypeVar("_Result")

@@ -16,16 +16,16 @@ from hafl_app.client.rank_budget import NodeLimits, rank_budget
 from hafl_app.client.terms import LABELS, Terms
 from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import RankTier, Settings
+from hafl_app.data.combinations import ON_DEVICE
 from hafl_app.data.own_file import OwnFile
 from hafl_app.data.shares import Share
-from hafl_app.data.sources import ON_DEVICE
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
 from hafl_app.run import build
 from hafl_app.seeds import client_seed
-from hafl_app.training.base_model import ModelError
+from hafl_app.training.locate import ModelError
 from hafl_app.training.lora_model import LoraModel
-from hafl_app.training.quantization.block_precision import BLOCKWISE
+from hafl_app.training.quantization.precisions import BLOCKWISE
 from hafl_app.training.settings import TrainOptions
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.node_profile import UNNUMBERED

@@ -8,10 +8,10 @@ from typing import Any
 from hafl_app.client.node_config import whole_number
 from hafl_app.client.permissions import NotAllowedError
 from hafl_app.config.schema import Settings
+from hafl_app.data.combinations import ON_DEVICE
 from hafl_app.data.labels import LONGEST_LABEL, MOST_LABELS
 from hafl_app.data.own_file import OwnFile, OwnText
 from hafl_app.data.shares import Share
-from hafl_app.data.sources import ON_DEVICE
 from hafl_app.run import build
 from hafl_app.run.tokenization import tokenizing
 from hafl_app.training.settings import BaseSpec

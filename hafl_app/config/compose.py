@@ -157,8 +157,17 @@ def to_settings(composed: DictConfig) -> Settings:
     """
     for problem in (*bad_values(composed), *_unknown(composed, "")):
         raise SettingsError(problem)
+    groups = composed.copy()
+    groups.strategy = None
+    settings = _in_range(groups)
+    # Last, and once all else is right: a method's class is imported, and with it torch.
     composed = composed.copy()
     composed.strategy = _typed_strategy(composed.strategy)
+    settings.strategy = _in_range(composed).strategy
+    return settings
+
+
+def _in_range(composed: DictConfig) -> Settings:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise SettingsError(f"{missing[0]} must be given, e.g. {missing[0]}=...")

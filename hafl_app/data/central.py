@@ -11,9 +11,10 @@ from hafl_app.data.combinations import check_choices
 from hafl_app.data.errors import DataError
 from hafl_app.data.files import read_table
 from hafl_app.data.folders import resolve
+from hafl_app.data.label_rules import sorted_label_names
 from hafl_app.data.labels import checked_label_names
 from hafl_app.data.settings import DatasetSettings
-from hafl_app.data.tables import NOTES, index_labels, shuffled, sorted_label_names, standardize
+from hafl_app.data.tables import NOTES, index_labels, shuffled, standardize
 from hafl_app.data.text import EncodedText, Tokenize, encode
 
 

@@ -6,6 +6,12 @@ from hafl_app.data.errors import DataError
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.template import refuse_answer_in
 
+IMAGES: Final = frozenset({"digits"})
+"""Sources of images instead of text."""
+
+ON_DEVICE: Final = "on_device"
+"""The source whose data stay on the nodes."""
+
 BY_CLASS: Final = frozenset({"dirichlet", "pathological"})
 """Kinds of partition that share out each class by itself."""
 

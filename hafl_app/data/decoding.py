@@ -11,6 +11,9 @@ from typing import Any, Final
 
 from hafl_app.data.errors import DataError
 
+FORMATS: Final = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
+"""Suffixes of the tables that are read."""
+
 OPEN_COMPRESSED: Final[dict[str, Callable[..., Any]]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -35,6 +38,12 @@ _CONTAINERS: Final = {
 }
 _LOOKED_AT = 4096  # bytes, to detect UTF-16 without a mark
 _WIDE_SHARE = 0.2  # of bytes that are zero; text in UTF-8 has none
+
+
+def format_of(path: Path) -> str:
+    """Return the suffix of a file's format, looking through a compression suffix."""
+    inner = path.with_suffix("") if path.suffix.lower() in OPEN_COMPRESSED else path
+    return inner.suffix.lower()
 
 
 def read_text(path: Path) -> str:

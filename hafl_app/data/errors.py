@@ -2,6 +2,9 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, Final
+
+_LONGEST_NAME: Final = 30  # of a column, in a message
 
 
 class DataError(ValueError):
@@ -34,3 +37,24 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(candidates), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def require_column(columns: Iterable[Any], name: str, setting: str, origin: str) -> None:
+    """Check that a column exists.
+
+    Raises
+    ------
+    DataError
+        If it does not; the message lists those that do.
+    """
+    names = [str(column) for column in columns]
+    if name not in names:
+        raise DataError(
+            f"{setting}: {origin} has no column {name!r}, only {', '.join(map(_cut, names))}"
+            f"{nearest(name, names)}"
+        )
+
+
+def _cut(name: str) -> str:
+    # In a file without a header the names are private data.
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."

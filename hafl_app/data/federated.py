@@ -11,13 +11,13 @@ import numpy.typing as npt
 from datasets import Dataset
 
 from hafl_app.data.account import ClientRows, DataAccount
-from hafl_app.data.combinations import check_choices, check_sharing
+from hafl_app.data.combinations import IMAGES, check_choices, check_sharing
 from hafl_app.data.errors import DataError
 from hafl_app.data.images import encode_images
 from hafl_app.data.partition import Partitioning, Rows, partition, split_off
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.shares import Share
-from hafl_app.data.sources import IMAGES, LabeledText, load_text
+from hafl_app.data.sources import LabeledText, load_text
 from hafl_app.data.text import EncodedText, Tokenize, TokenizePairs, encode, encode_pairs
 
 logger = logging.getLogger(__name__)

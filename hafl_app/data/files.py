@@ -6,24 +6,15 @@ lock it, which is slower and gets in the way when many clients start at once.
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Final
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hafl_app.data.decoding import OPEN_COMPRESSED, READ_ERRORS, read_text
+from hafl_app.data.decoding import FORMATS, READ_ERRORS, format_of, read_text
 from hafl_app.data.delimited import read_delimited, read_lines
 from hafl_app.data.errors import DataError
 from hafl_app.data.json_rows import parse, read_json_rows
-
-FORMATS: Final = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
-
-
-def format_of(path: Path) -> str:
-    """Return the suffix of a file's format, looking through a compression suffix."""
-    inner = path.with_suffix("") if path.suffix.lower() in OPEN_COMPRESSED else path
-    return inner.suffix.lower()
 
 
 def read_table(path: Path, string_columns: Collection[str], label_column: str = "") -> pd.DataFrame:

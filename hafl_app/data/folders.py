@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from hafl_app.data.decoding import FORMATS, format_of
 from hafl_app.data.errors import DataError, nearest
-from hafl_app.data.files import FORMATS, format_of
 
 _MOST_NAMED = 5  # files in a message
 

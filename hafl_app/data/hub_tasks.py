@@ -5,9 +5,8 @@ from typing import Any, Final
 import datasets
 import pandas as pd
 
-from hafl_app.data.errors import DataError
+from hafl_app.data.errors import DataError, require_column
 from hafl_app.data.instructions import TASK
-from hafl_app.data.tables import require_column
 
 _COLUMNS: Final = {
     "task_name": TASK,

@@ -13,12 +13,14 @@ import unicodedata
 from collections.abc import Collection, Iterable
 from decimal import Decimal
 from numbers import Integral, Real
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import pandas as pd
 
 from hafl_app.data.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd  # slow to import, and class names are compared without any table, too
 
 MOST_FRACTIONS: Final = 20
 """Different labels of a column with fractions; more are measurements, not classes."""
@@ -80,6 +82,15 @@ def class_fault(labels: "pd.Series[Any]") -> str:
     if len(labels) >= FEWEST_ROWS and len(names) > _REPEAT_RATIO * len(labels):
         return f"{len(names)} different labels in {len(labels)} rows, expected classes that repeat"
     return ""
+
+
+def sorted_label_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """Sort label names: by value if all are integers, else alphabetically."""
+    names = set(labels)
+    try:
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    except ValueError:
+        return tuple(sorted(names))
 
 
 def alike(names: Iterable[str]) -> tuple[str, str] | None:

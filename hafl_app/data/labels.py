@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 from hafl_app.data.errors import DataError
-from hafl_app.data.label_rules import alike
-from hafl_app.data.tables import sorted_label_names
+from hafl_app.data.label_rules import alike, sorted_label_names
 
 logger = logging.getLogger(__name__)
 

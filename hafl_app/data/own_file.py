@@ -12,11 +12,11 @@ import pandas as pd
 from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.data.files import read_table
 from hafl_app.data.folders import resolve
-from hafl_app.data.label_rules import class_fault, normal_name
+from hafl_app.data.label_rules import class_fault, normal_name, sorted_label_names
 from hafl_app.data.labels import label_fault
 from hafl_app.data.shares import Share
 from hafl_app.data.splits import Rows, split_off
-from hafl_app.data.tables import index_labels, shuffled, sorted_label_names, standardize
+from hafl_app.data.tables import index_labels, shuffled, standardize
 from hafl_app.data.text import EncodedText, Tokenize, encode
 
 _ROWS_PER_LABEL = 2  # on average, from which on labels look like classes

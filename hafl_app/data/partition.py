@@ -1,4 +1,8 @@
-"""Partition the training rows among clients, with flwr-datasets' partitioners."""
+"""Partition the training rows among clients; by class or owner with flwr-datasets' partitioners.
+
+The one module that imports flwr_datasets, and only for a partition that needs it: its package
+imports seaborn, and that scipy.stats, for figures that are not drawn here.
+"""
 
 import contextlib
 import io
@@ -10,18 +14,11 @@ from typing import Any, Final
 
 import numpy as np
 from datasets import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    NaturalIdPartitioner,
-    PathologicalPartitioner,
-)
 
 from hafl_app.data.combinations import BY_CLASS
-from hafl_app.data.errors import DataError, nearest
+from hafl_app.data.errors import DataError, nearest, require_column
 from hafl_app.data.settings import PartitionSettings
 from hafl_app.data.splits import Rows, split_off
-from hafl_app.data.tables import require_column
 
 __all__ = ["Partitioning", "Rows", "partition", "split_off"]
 
@@ -108,13 +105,13 @@ def _check_sizes(partitions: Sequence[Rows], partitioning: Partitioning) -> None
 
 
 def _iid(train: Dataset, partitioning: Partitioning) -> list[Rows]:
-    # The partitioner cuts the data where it stands.
     order = np.random.default_rng(partitioning.seed).permutation(len(train))
-    rows = Dataset.from_dict({"row": order})
-    return _collect(IidPartitioner(partitioning.num_partitions), rows)
+    return np.array_split(order, partitioning.num_partitions)
 
 
 def _dirichlet(train: Dataset, partitioning: Partitioning) -> list[Rows]:
+    from flwr_datasets.partitioner import DirichletPartitioner  # noqa: PLC0415  see above
+
     rule = partitioning.settings
     partitioner = DirichletPartitioner(
         num_partitions=partitioning.num_partitions,
@@ -135,6 +132,8 @@ def _dirichlet(train: Dataset, partitioning: Partitioning) -> list[Rows]:
 
 
 def _pathological(train: Dataset, partitioning: Partitioning) -> list[Rows]:
+    from flwr_datasets.partitioner import PathologicalPartitioner  # noqa: PLC0415  see above
+
     rule = partitioning.settings
     partitioner = PathologicalPartitioner(
         num_partitions=partitioning.num_partitions,
@@ -177,6 +176,8 @@ def _natural(train: Dataset, partitioning: Partitioning) -> list[Rows]:
             f"partition.column: {column!r} has {num_ids} different ids in the training data, but "
             f"there are {partitioning.num_partitions} clients; set federation.num_clients={num_ids}"
         )
+    from flwr_datasets.partitioner import NaturalIdPartitioner  # noqa: PLC0415  see above
+
     return _collect(NaturalIdPartitioner(column), _with_rows(train, column))
 
 

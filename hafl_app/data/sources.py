@@ -10,14 +10,14 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from hafl_app.data.combinations import check_choices
+from hafl_app.data.combinations import ON_DEVICE, check_choices
 from hafl_app.data.errors import DataError, nearest
 from hafl_app.data.files import read_names, read_table
 from hafl_app.data.folders import both_files, find_split, resolve, train_file
 from hafl_app.data.hub import read_hub
 from hafl_app.data.hub_tasks import read_hub_tasks
 from hafl_app.data.instructions import read_dolly, read_tasks, with_pairs
-from hafl_app.data.label_rules import class_fault, normal_name
+from hafl_app.data.label_rules import class_fault, normal_name, sorted_label_names
 from hafl_app.data.labels import label_fault
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.splits import split_off
@@ -25,17 +25,12 @@ from hafl_app.data.tables import (
     NOTES,
     index_labels,
     shuffled,
-    sorted_label_names,
     standardize,
     to_dataset,
 )
 from hafl_app.fields import choices_of
 
 __all__ = ["DataError", "LabeledText", "load_text"]
-
-IMAGES: Final = frozenset({"digits"})
-ON_DEVICE: Final = "on_device"
-"""Sources of images instead of text."""
 
 TEST_FRACTION: Final = 0.1
 """Share of a local training file that becomes the test set where none is given."""

@@ -1,19 +1,17 @@
 """Standardize any table to one with a text and a label, checked row by row."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 
-from hafl_app.data.errors import DataError, nearest
+from hafl_app.data.errors import DataError, require_column
 from hafl_app.data.label_rules import comparable_name, normal_labels, normal_name
 
 NOTES = "notes"
 """Attribute of a table: in words, what was changed in it."""
-
-_LONGEST_NAME = 30  # of a column, in a message
 
 
 def standardize(
@@ -72,31 +70,6 @@ def standardize(
     return result
 
 
-def require_column(columns: Iterable[Any], name: str, setting: str, origin: str) -> None:
-    """Check that a column exists.
-
-    Raises
-    ------
-    DataError
-        If it does not; the message lists those that do.
-    """
-    names = [str(column) for column in columns]
-    if name not in names:
-        raise DataError(
-            f"{setting}: {origin} has no column {name!r}, only {', '.join(map(_cut, names))}"
-            f"{nearest(name, names)}"
-        )
-
-
-def sorted_label_names(labels: Iterable[str]) -> tuple[str, ...]:
-    """Sort label names: by value if all are integers, else alphabetically."""
-    names = set(labels)
-    try:
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    except ValueError:
-        return tuple(sorted(names))
-
-
 def index_labels(table: pd.DataFrame, names: Sequence[str], origin: str) -> pd.DataFrame:
     """Replace label names by their indices.
 
@@ -146,11 +119,6 @@ def to_dataset(table: pd.DataFrame, origin: str) -> datasets.Dataset:
     except (ValueError, TypeError, NotImplementedError) as error:
         # The last part of pyarrow's message names the column; the others quote a cell.
         raise DataError(f"{origin} data: a column mixes types ({error.args[-1]})") from None
-
-
-def _cut(name: str) -> str:
-    # In a file without a header the names are private data.
-    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 
 def _refuse(bad: "pd.Series[Any]", what: str, expected: str) -> None:

@@ -3,12 +3,12 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import pandas as pd
+from hafl_app.data.errors import DataError, require_column
 
-from hafl_app.data.errors import DataError
-from hafl_app.data.tables import require_column
+if TYPE_CHECKING:
+    import pandas as pd  # slow to import, and settings are checked without any table
 
 _COLUMN: Final = re.compile(r"\{(\w+)\}")  # not str.format, which would follow attributes
 _BETWEEN_PARAGRAPHS: Final = "\n\n"
@@ -68,7 +68,7 @@ def render(template: str, row: Mapping[str, Any]) -> str:
     return _BETWEEN_PARAGRAPHS.join(kept)
 
 
-def prompts(table: pd.DataFrame, template: str, origin: str) -> list[str]:
+def prompts(table: "pd.DataFrame", template: str, origin: str) -> list[str]:
     """Return the prompt of every row.
 
     Raises

@@ -13,6 +13,7 @@ from hafl_app.client.warm_worker.ray_runtime import GUARDED
 
 ADDRESS = "RAY_ADDRESS"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # its real name; `ray job submit` sets it, too
+NICENESS = "RAY_worker_niceness"  # added to that of the process that starts Ray
 _APP = Path(__file__).resolve().parents[2]
 _SHIPPED = ("hafl_app", "conf")
 _CONNECT_SECONDS = 5.0
@@ -76,7 +77,8 @@ def ray_environment(
     """Return the environment that points Flower's Ray backend to a cluster, or away from one.
 
     A Ray of the run's own listens on the loopback alone and answers only the run: whoever can
-    connect to a Ray can run code in it.
+    connect to a Ray can run code in it. Its workers are as nice as this process, not 15 as Ray has
+    it: beside other programs clients would take three times as long.
 
     Workers of a cluster are started by their machine's Ray and inherit nothing from the run. The
     job carries this app's code and settings, so that every machine runs the same version, and the
@@ -93,7 +95,8 @@ def ray_environment(
     """
     if address is None:
         # A token in the environment goes before any file that the user may have named.
-        return GUARDED | {ADDRESS: "local", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        own = {ADDRESS: "local", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        return GUARDED | own | {NICENESS: environ.get(NICENESS) or "0"}
     ignored = shutil.ignore_patterns("__pycache__")
     for name in _SHIPPED:
         shutil.copytree(_APP / name, folder / name, ignore=ignored)

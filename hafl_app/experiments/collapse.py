@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from hafl_app.config.compose import compose
-from hafl_app.experiments.command import Command
-from hafl_app.experiments.compare import output_folder
+from hafl_app.experiments.command import Command, output_folder
 from hafl_app.experiments.comparison import Comparison, Job
 from hafl_app.experiments.figures import Line, draw_shares
 from hafl_app.experiments.running import run_job

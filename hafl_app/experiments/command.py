@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hafl_app.config.compose import CONF, SettingsError
+from hafl_app.run.run_folder import default_folder
 
 Reader = Callable[[str, str], object]
 
@@ -67,6 +68,11 @@ def parse_command(arguments: Sequence[str], experiment: str | None = None) -> Co
     if not chosen:
         raise SettingsError(f"experiment= must be given; there are {', '.join(_experiments())}")
     return Command(chosen, overrides, **own)
+
+
+def output_folder(given: Path | None, name: str) -> Path:
+    """Return the given folder, else a new one named by time, absolute."""
+    return default_folder(name) if given is None else given.absolute()
 
 
 def split_arguments(

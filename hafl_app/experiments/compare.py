@@ -6,13 +6,12 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hafl_app.config.compose import SettingsError, compose
-from hafl_app.experiments.command import Command
+from hafl_app.config.compose import compose
+from hafl_app.experiments.command import Command, output_folder
 from hafl_app.experiments.comparison import Comparison, Job
 from hafl_app.experiments.figures import draw_comparison
 from hafl_app.experiments.results import Curve, make_row, read_curve
@@ -26,7 +25,6 @@ from hafl_app.experiments.tuning import (
 )
 from hafl_app.metrics import Metric, metric_named
 from hafl_app.run import preflight
-from hafl_app.run.run_folder import default_folder
 from hafl_app.training.device import cpu_name
 
 Say = Callable[[str], None]
@@ -52,12 +50,7 @@ def compare(command: Command, command_line: str, say: Say) -> int:
     """
     folder = output_folder(command.output_dir, f"compare-{command.experiment}")
     comparison = Comparison.of(command, folder)
-    baseline = comparison.plan.baseline
-    if baseline not in comparison.methods:
-        raise SettingsError(
-            f"compare.baseline={baseline}: not among the methods compared; add it, or choose "
-            f"{', '.join(comparison.methods)}"
-        )
+    comparison.require_baseline()
     learning_rates = comparison.fixed_learning_rates()
     jobs = comparison.jobs(learning_rates)
     trials = comparison.tuning_jobs() if comparison.searches else []
@@ -75,7 +68,7 @@ def compare(command: Command, command_line: str, say: Say) -> int:
     outcomes = _run_all(comparison.jobs(learning_rates), command.workers, say, lambda j: j.name)
     source = Provenance(
         title=command.experiment,
-        baseline=baseline,
+        baseline=comparison.plan.baseline,
         command=command_line,
         hardware=hardware(),
         seeds=command.seeds,
@@ -87,11 +80,6 @@ def compare(command: Command, command_line: str, say: Say) -> int:
     say("\n" + _write_results(comparison, outcomes, source))
     say(f"Written: table.md, table.csv, results.json and comparison.png in {folder}")
     return sum(bool(outcome.error) for outcome in outcomes)
-
-
-def output_folder(given: Path | None, name: str) -> Path:
-    """Return the given folder, else a new one named by time, absolute."""
-    return default_folder(name) if given is None else given.absolute()
 
 
 def hardware() -> str:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from hafl_app.config.compose import SettingsError, compose, quoted
 from hafl_app.config.schema import CompareSettings, MethodSettings, Settings
-from hafl_app.experiments.budget import equal_mean_bytes_rank
 from hafl_app.experiments.command import Command, choose
-from hafl_app.metrics import ACCURACY, Metric
-from hafl_app.run import build
+from hafl_app.metrics import ACCURACY, TASKS, Metric
+from hafl_app.run import preflight
 from hafl_app.run.checks import check_comparison
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -78,10 +77,24 @@ class Comparison:
                 for name in choose("methods", command.methods, [*plan.methods])
             },
             {name: cells[name] for name in choose("cells", command.cells, [*cells])},
-            build.task(settings).primary,
+            TASKS[settings.model.task].primary,
         )
         comparison._check(settings)
         return comparison
+
+    def require_baseline(self) -> None:
+        """Refuse a choice of methods without the baseline that the others are timed to.
+
+        Raises
+        ------
+        SettingsError
+            In one line.
+        """
+        if self.plan.baseline not in self.methods:
+            raise SettingsError(
+                f"compare.baseline={self.plan.baseline}: not among the methods compared; add it, "
+                f"or choose {', '.join(self.methods)}"
+            )
 
     @property
     def searches(self) -> bool:
@@ -187,6 +200,24 @@ class Comparison:
             yield _LEARNING_RATE, "the tuning (tune=false leaves it out)"
 
 
+def check_first(command: Command) -> Comparison:
+    """Refuse a command line as far as its faults show without the model and the data.
+
+    Returns
+    -------
+    Comparison
+        Of this command, without a folder.
+
+    Raises
+    ------
+    ValueError
+        In one line.
+    """
+    comparison = Comparison.of(command, Path())
+    preflight.check_first(compose([f"experiment={command.experiment}", *command.overrides]))
+    return comparison
+
+
 def key_of(override: str) -> str:
     """Return the key that an override sets."""
     return override.partition("=")[0].lstrip("+~")
@@ -194,4 +225,7 @@ def key_of(override: str) -> str:
 
 @functools.cache
 def _rank(*overrides: str) -> int:
+    # Here, because it loads the model: other comparisons are checked without.
+    from hafl_app.experiments.budget import equal_mean_bytes_rank  # noqa: PLC0415
+
     return equal_mean_bytes_rank(compose(overrides))

@@ -8,8 +8,9 @@ from typing import Any
 
 from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import Settings
+from hafl_app.data.combinations import IMAGES
 from hafl_app.data.images import encode_images
-from hafl_app.data.sources import IMAGES, LabeledText, load_text
+from hafl_app.data.sources import LabeledText, load_text
 from hafl_app.data.text import EncodedText, encode, encode_pairs
 from hafl_app.experiments.evaluation_request import NO_ADAPTER, EvaluationRequest
 from hafl_app.experiments.harness import check_tasks, run_tasks

@@ -10,6 +10,7 @@ from hafl_app.config.compose import SettingsError, compose
 from hafl_app.config.schema import Settings
 from hafl_app.data.errors import nearest
 from hafl_app.metrics import EXACT_MATCH, LOSS, ROUGE_L
+from hafl_app.training.adapter_card import read_card
 from hafl_app.training.answers import require_rouge
 
 NO_ADAPTER: Final = "none"
@@ -66,6 +67,8 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
     ------
     hafl_app.config.compose.SettingsError
         If a value is wrong, ``adapter`` is missing, or there is no such metric.
+    hafl_app.training.adapter_card.SavedAdapterError
+        If the folder holds no saved adapter.
     hafl_app.training.answers.MissingPackageError
         If a metric's package is not installed.
     """
@@ -82,6 +85,8 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
     if not alone:
         _refuse_models(named)
     settings = compose(overrides)
+    if not alone:
+        read_card(Path(own["adapter"]).expanduser())
     length = settings.dataset.max_length if alone or "dataset.max_length" in named else None
     request = EvaluationRequest(
         own["adapter"],

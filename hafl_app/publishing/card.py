@@ -60,7 +60,7 @@ def add_card(folder: Path) -> None:
 
     Raises
     ------
-    hafl_app.training.adapter_files.SavedAdapterError
+    hafl_app.training.adapter_card.SavedAdapterError
         If it is none.
     """
     export = Exported(folder.name, read_adapter(folder), read_run(folder))

@@ -12,6 +12,7 @@ from hafl_app.publishing.merging import DTYPES, require_whole_base, write_merged
 from hafl_app.publishing.output import check_output, whole_folder
 from hafl_app.publishing.run_facts import read_run
 from hafl_app.publishing.truncation import truncate_adapter
+from hafl_app.training.adapter_card import adapter_folder
 from hafl_app.training.adapter_files import StoredAdapter, read_adapter, save_adapter
 
 
@@ -73,8 +74,7 @@ class ExportRequest:
     @property
     def adapter_folder(self) -> Path:
         """The adapter's own folder."""
-        nested = self.source / "adapter"
-        return nested if nested.is_dir() else self.source
+        return adapter_folder(self.source)
 
 
 @dataclass(frozen=True)

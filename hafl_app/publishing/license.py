@@ -8,7 +8,7 @@ import httpx
 from huggingface_hub import ModelCard, hf_hub_download
 from yaml import YAMLError
 
-from hafl_app.training.base_model import ModelError, locate
+from hafl_app.training.locate import ModelError, locate
 from hafl_app.training.settings import BaseSpec
 
 

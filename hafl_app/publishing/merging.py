@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from hafl_app.training.adapter_files import SavedAdapterError, StoredAdapter
-from hafl_app.training.base_model import hub_tokenizer, load_base, locate
+from hafl_app.training.adapter_card import SavedAdapterError
+from hafl_app.training.adapter_files import StoredAdapter
+from hafl_app.training.base_model import hub_tokenizer, load_base
+from hafl_app.training.locate import locate
 from hafl_app.training.peft_format import task_type
 from hafl_app.training.quantization.blocks import dequantize
 from hafl_app.training.settings import BaseSpec
@@ -27,7 +29,7 @@ def merged_model(stored: StoredAdapter) -> Any:
 
     Raises
     ------
-    hafl_app.training.base_model.ModelError
+    hafl_app.training.locate.ModelError
         If the base model is not there.
     SavedAdapterError
         If the adapter does not fit it.
@@ -91,7 +93,7 @@ def require_whole_base(base: BaseSpec, num_labels: int) -> None:
     ------
     SavedAdapterError
         If there is such a layer.
-    hafl_app.training.base_model.ModelError
+    hafl_app.training.locate.ModelError
         If the base model is not there.
     """
     if base.random_weights or task_type(base) != "SEQ_CLS":

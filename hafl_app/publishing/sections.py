@@ -7,7 +7,7 @@ from hafl_app.metrics import Metric, task_of
 from hafl_app.printable import markdown_text
 from hafl_app.publishing.exported import Exported
 from hafl_app.publishing.usage import base_title, usage
-from hafl_app.training.quantization.blocks import NOT_QUANTIZED
+from hafl_app.training.quantization.precisions import NOT_QUANTIZED
 
 _MEGABYTE: Final = 1e6
 _LONGEST_CELL: Final = 2000

@@ -26,9 +26,7 @@ from hafl_app.training.answers import require_rouge
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.device import resolve_device
 from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model, with_quantization
-from hafl_app.training.quantization.block_precision import BLOCKWISE
-from hafl_app.training.quantization.blocks import NOT_QUANTIZED
-from hafl_app.training.quantization.linear import PRECISIONS
+from hafl_app.training.quantization.precisions import BLOCKWISE, NOT_QUANTIZED, PRECISIONS
 from hafl_app.training.settings import BaseSpec, TrainOptions
 from hafl_app.training.specs import lora_spec
 from hafl_app.training.step_memory import StepMemory

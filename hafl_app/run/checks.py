@@ -10,9 +10,8 @@ from typing import Final
 
 from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import Settings
-from hafl_app.data.combinations import check_choices, check_sharing
+from hafl_app.data.combinations import IMAGES, check_choices, check_sharing
 from hafl_app.data.errors import DataError
-from hafl_app.data.sources import IMAGES
 
 CAUSAL_LM, IMAGE_CLASSIFICATION = "causal_lm", "image_classification"
 

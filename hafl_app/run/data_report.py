@@ -11,8 +11,8 @@ from rich.text import Text
 
 from hafl_app.config.schema import Settings
 from hafl_app.data.account import ClientRows, DataAccount
+from hafl_app.data.combinations import ON_DEVICE
 from hafl_app.data.shares import CentralText
-from hafl_app.data.sources import ON_DEVICE
 from hafl_app.run import build
 from hafl_app.wire.node_profile import NodeProfile
 

@@ -62,7 +62,7 @@ def run(
         If the method cannot serve these nodes.
     hafl_app.server.rounds.RoundFailedError
         If a round failed, however often it was repeated.
-    hafl_app.run.resuming.ResumeError
+    hafl_app.run.resumable_run.ResumeError
         If the run cannot be resumed, or not with these settings.
     hafl_app.run.run_folder.RunFolderError
         If the folder holds a run that would be lost; it stays as it is.

@@ -1,18 +1,16 @@
-"""Preflight: check settings, packages, model and data before anything starts."""
+"""Preflight: check settings, packages, model and data before anything starts.
 
-from collections.abc import Sequence
+What needs neither the model nor the data is checked first, without torch, so that a typo is
+reported within seconds.
+"""
 
 from hafl_app.config.overrides import SettingsError
 from hafl_app.config.schema import Settings
-from hafl_app.run import build
+from hafl_app.data.folders import resolve
 from hafl_app.run.checks import check_settings
 from hafl_app.run.requirements import check_packages
-from hafl_app.server.compatibility import private_division
-from hafl_app.training.base_model import locate
-from hafl_app.training.device import resolve_device
-from hafl_app.training.lora_model import adapter_shapes
-from hafl_app.training.quantization.block_precision import BLOCKWISE
-from hafl_app.wire.node_profile import matches
+from hafl_app.training.locate import locate
+from hafl_app.training.quantization.precisions import BLOCKWISE
 
 
 def check(settings: Settings) -> None:
@@ -23,34 +21,33 @@ def check(settings: Settings) -> None:
     ValueError
         In one line: the value, the expected one, and the setting.
     """
+    check_first(settings)
+    from hafl_app.run.model_and_data import check_model_and_data  # noqa: PLC0415  imports torch
+
+    check_model_and_data(settings)
+
+
+def check_first(settings: Settings) -> None:
+    """Reject what is wrong by the settings alone, or names a file or package that is not there.
+
+    Raises
+    ------
+    ValueError
+        See `check`.
+    """
     check_settings(settings)
     _check_block_budget(settings)
     check_packages(settings, nodes_too=True)
-    strategy = build.strategy(settings)
     if settings.privacy.kind == "central_dp":
-        private_division(strategy)
-    resolve_device(settings.client.device)
-    num_clients = settings.federation.num_clients
-    tiers = build.client_tiers(settings, num_clients)
-    strategy.check([rank for tier in tiers for rank in (tier.rank, *tier.rank_pattern.values())])
-    spec = build.base_spec(settings)
-    if not (spec.random_weights and not spec.path):
-        locate(spec)
-    text = build.federated_text(settings, num_clients)
-    modules = adapter_shapes(build.model_spec(settings, len(text.label_names)))
-    _check_rank_patterns(settings, list(modules))
-    text.sizes()
-    text.require_answers()
+        # Here, because it imports torch, as the method's class has by now.
+        from hafl_app.server.compatibility import private_division  # noqa: PLC0415
 
-
-def _check_rank_patterns(settings: Settings, modules: Sequence[str]) -> None:
-    # A node with such a pattern of its own is left out; here it is the user's typo.
-    for pattern in (pattern for tier in settings.ranks.tiers for pattern in tier.rank_pattern):
-        if not any(matches(pattern, name) for name in modules):
-            raise SettingsError(
-                f"ranks.tiers: rank_pattern {pattern!r} matches none of the {len(modules)} adapted "
-                f"modules, such as {modules[-1]!r}"
-            )
+        private_division(settings.strategy)
+    for name in ("path", "test_path"):
+        if path := getattr(settings.dataset, name):
+            resolve(path, f"dataset.{name}")
+    if not settings.model.is_without_files:
+        locate(settings.model)
 
 
 def _check_block_budget(settings: Settings) -> None:

@@ -37,7 +37,6 @@ from hafl_app.tracking.base import (
     Trackers,
 )
 from hafl_app.tracking.console import ConsoleTracker
-from hafl_app.tracking.curves import draw_curves
 from hafl_app.tracking.jsonl import SUMMARY_FILE, JsonlTracker, read_history, replace_file
 from hafl_app.tracking.wandb import WandbTracker
 from hafl_app.training.adapter_files import save_adapter
@@ -270,6 +269,9 @@ class RunReport:
             adapter = self._best.adapter
             record = self._best_record(self._best)
             self._save("adapter-best", adapter.with_head(adapter.head or head), record)
+        # Only now, because matplotlib takes its time to import.
+        from hafl_app.tracking.curves import draw_curves  # noqa: PLC0415
+
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
         generation = self._evaluation.generation(last)
         apart = {"clients": self._clients(unseen), "generation": generation, "cohort": cohort}

@@ -4,8 +4,7 @@ import importlib.util
 
 from hafl_app.config.schema import Settings
 from hafl_app.training.answers import MissingPackageError, require_rouge
-from hafl_app.training.quantization.block_precision import BLOCKWISE
-from hafl_app.training.quantization.linear import require_library
+from hafl_app.training.quantization.precisions import BLOCKWISE, require_library
 
 
 def check_packages(settings: Settings, *, nodes_too: bool) -> None:
@@ -18,7 +17,7 @@ def check_packages(settings: Settings, *, nodes_too: bool) -> None:
 
     Raises
     ------
-    MissingPackageError, hafl_app.training.quantization.linear.QuantizationError
+    MissingPackageError, hafl_app.training.quantization.precisions.QuantizationError
         In one line, with the command that installs it.
     """
     if settings.federation.generate_examples:

@@ -9,7 +9,6 @@ seeded by the run's seed, the round and the partition.
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,6 +21,7 @@ from hafl_app.renames import renamed_overrides, renamed_settings
 from hafl_app.run import build
 from hafl_app.run.precisions import SETTING, changed_precision, precisions
 from hafl_app.run.reporting import RunReport, plain_settings
+from hafl_app.run.resumable_run import ResumeError, require_checkpoint
 from hafl_app.server.checkpoint_store import Checkpoint, CheckpointStore
 from hafl_app.server.coordinator import Strategy
 from hafl_app.server.numbering import Numbering
@@ -30,11 +30,6 @@ from hafl_app.training.base_files import BaseFiles
 from hafl_app.training.cohort_choice import CohortChoice
 
 _LOGGER = logging.getLogger(__name__)
-_JITTER_S = 5.0  # by which a file server's clock may be ahead
-
-
-class ResumeError(ValueError):
-    """A run that cannot be resumed, or not with these settings."""
 
 
 class BaseModelChangedError(RuntimeError):
@@ -159,35 +154,6 @@ class RunCheckpoints:
             path.unlink()
 
 
-def latest_run(outputs: Path) -> Path:
-    """Return the folder under ``outputs`` whose checkpoint is the newest.
-
-    Raises
-    ------
-    ResumeError
-        If there is none, or the clock was set back since one was written: then no time says which
-        is the newest.
-    """
-    files = sorted(outputs.rglob("checkpoints/round-*.safetensors"), key=_modified)
-    if not files:
-        raise ResumeError(f"resume=latest: no run with a checkpoint under {outputs.absolute()}")
-    newest = files[-1].parents[1].absolute()
-    if len({path.parents[1] for path in files}) > 1 and _modified(files[-1]) > _now() + _JITTER_S:
-        raise ResumeError(
-            f"resume=latest: {newest} was written after now, so the clock was set back and the "
-            f"newest run is not known; name it: resume={newest}"
-        )
-    return newest
-
-
-def _now() -> float:
-    return datetime.now(UTC).timestamp()
-
-
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime
-
-
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Return the last whole checkpoint of a run, its settings under today's names.
 
@@ -196,12 +162,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     ResumeError
         If there is none.
     """
+    require_checkpoint(folder)
     try:
         checkpoint = _store(folder).latest()
     except ValueError as error:
         raise ResumeError(str(error)) from error
-    if checkpoint is None:
-        raise ResumeError(f"resume={folder}: no checkpoint there; expected the folder of a run")
+    assert checkpoint is not None, "a checkpoint went away between two looks at the folder"
     settings = renamed_settings(checkpoint.state["settings"])
     overrides = renamed_overrides(checkpoint.state["overrides"])
     state = {**checkpoint.state, "settings": settings, "overrides": overrides}

@@ -7,9 +7,9 @@ from flwr.serverapp import Grid
 
 from hafl_app.config.schema import Settings
 from hafl_app.data.central import CentralFile, central_label_names
+from hafl_app.data.combinations import ON_DEVICE
 from hafl_app.data.labels import MOST_LABELS, checked_label_names, union_of_labels
 from hafl_app.data.shares import CentralText
-from hafl_app.data.sources import ON_DEVICE
 from hafl_app.run import build
 from hafl_app.run.tokenization import tokenizing
 from hafl_app.server.coordinator import Strategy

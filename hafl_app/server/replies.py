@@ -13,7 +13,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
-_PAUSE_SHARE = 0.02  # a pause between two polls is this share of the time waited so far
+_PAUSE_SHARE = 0.005  # a pause between two polls is this share of the time waited so far
 # Flower's Ray engine takes waiting messages up every 0.1 s, in the order of its nodes.
 _WAVE_PAUSE_S = 0.15
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.renames import FACTS
+from hafl_app.training.adapter_card import CARD_FILE, SavedAdapterError, read_card
 from hafl_app.training.base_model import CAUSAL_LM, Tokenize, load_tokenizer
 from hafl_app.training.lora_model import LoraModel, LoraSpec
 from hafl_app.training.peft_format import (
@@ -30,11 +31,7 @@ from hafl_app.training.peft_format import (
 from hafl_app.training.settings import BaseSpec
 from hafl_app.training.specs import lora_spec
 
-_HEAD, _CARD = "head.safetensors", "hafl.json"
-
-
-class SavedAdapterError(ValueError):
-    """A folder that is no adapter saved by `save_adapter`, or does not fit its base model."""
+_HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def save_adapter(
             "ranks": {name: factors.rank for name, factors in adapter.modules.items()},
             "facts": dict(facts or {}),
         }
-        (scratch / _CARD).write_text(json.dumps(card, indent=2) + "\n")
+        (scratch / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
         scratch.replace(folder)
@@ -171,8 +168,8 @@ def read_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Stored
         If a file is missing or unreadable, or the factors' keys or shapes do not go together.
     """
     folder = Path(path)
+    card = read_card(folder)
     try:
-        card = json.loads((folder / _CARD).read_text())
         base = _base_of(card["base"], trust_remote_code)
         targets, labels = card["target_modules"], tuple(card["label_names"])
         seed, max_length = int(card["seed"]), int(card["max_length"])
@@ -225,7 +222,7 @@ def load_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Loaded
     ------
     SavedAdapterError
         If a file is missing or unreadable, or a key is missing or unexpected.
-    hafl_app.training.base_model.ModelError
+    hafl_app.training.locate.ModelError
         If the base model is not there.
     """
     folder = Path(path)

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from hafl_app.training.base_model import present
+from hafl_app.training.locate import present
 from hafl_app.training.settings import BaseSpec
 
 _PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model")

@@ -1,19 +1,14 @@
-"""Locate and load a frozen base model's files, once per process."""
+"""Load a frozen base model, its tokenizer, or its shapes alone."""
 
 import contextlib
 import copy
 import functools
-import hashlib
-import importlib.util
 import logging
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,119 +23,19 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from hafl_app.training.base_dropout import switch_off_dropout, without_dropout
-from hafl_app.training.quantization.blocks import NOT_QUANTIZED, quantize
-from hafl_app.training.quantization.linear import QuantizationError
+from hafl_app.training.locate import ModelError, locate
+from hafl_app.training.quantization.blocks import quantize
+from hafl_app.training.quantization.precisions import NOT_QUANTIZED, QuantizationError
 from hafl_app.training.settings import BaseSpec
 
 _LOGGER = logging.getLogger(__name__)
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _TINY_VOCABULARY = 512
 CAUSAL_LM = "causal_lm"
 IMAGE_CLASSIFICATION = "image_classification"
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-
-
-class ModelError(ValueError):
-    """A base model that is not there, or not the one that was asked for."""
-
-
-def locate(spec: BaseSpec) -> Path:
-    """Return the folder with the model's files: local, hub cache, installed package, hub.
-
-    Raises
-    ------
-    ModelError
-        If none of them has the files, or if they are not the ones of ``spec.sha256``.
-    """
-    folder = _local(spec) or _cached(spec) or _packaged(spec) or _downloaded(spec)
-    if spec.sha256 is not None:
-        _check_sha256(folder / "model.safetensors", spec.sha256)
-    return folder
-
-
-def present(spec: BaseSpec) -> Path | None:
-    """Return the folder with the model's files if this machine has them, whatever they hash to."""
-    try:
-        return _local(spec) or _cached(spec) or _packaged(spec)
-    except ModelError:
-        return None
-
-
-def _local(spec: BaseSpec) -> Path | None:
-    if not spec.path:
-        raise ModelError("model.path must be given: a hub name or a local folder")
-    folder = Path(spec.path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model.path={spec.path}: the folder has no config.json")
-        return folder
-    if folder.is_absolute() or spec.path.startswith("."):
-        raise ModelError(f"model.path={spec.path}: no such folder")
-    return None
-
-
-def _cached(spec: BaseSpec) -> Path | None:
-    try:
-        folder = Path(
-            snapshot_download(
-                spec.path,
-                revision=spec.revision,
-                allow_patterns=_patterns(spec),
-                local_files_only=True,
-            )
-        )
-    except (LocalEntryNotFoundError, ValueError):
-        return None
-    return folder if (folder / "model.safetensors").exists() else None
-
-
-def _patterns(spec: BaseSpec) -> list[str]:
-    return [*_PATTERNS, "*.py"] if spec.trust_remote_code else _PATTERNS
-
-
-def _packaged(spec: BaseSpec) -> Path | None:
-    if spec.package_path is None:
-        return None
-    package, _, inside = spec.package_path.partition("/")
-    # A dotted name would import its parents, and these would lead out of the package.
-    if not package.isidentifier() or Path(inside).is_absolute() or ".." in Path(inside).parts:
-        raise ModelError(f"model.package_path={spec.package_path}: expected package/folder")
-    # find_spec does not run the package: these packages import far more than their files need.
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        return None
-    return Path(found.origin).parent / inside
-
-
-def _downloaded(spec: BaseSpec) -> Path:
-    try:
-        return Path(
-            snapshot_download(spec.path, revision=spec.revision, allow_patterns=_patterns(spec))
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        packaged = f", nor in the package {spec.package_path}" if spec.package_path else ""
-        raise ModelError(
-            f"model.path={spec.path} is no local folder, not in the hub's cache{packaged}, and "
-            f"cannot be downloaded ({type(error).__name__}): give a folder, or go online"
-        ) from error
-
-
-@functools.cache
-def _check_sha256(file: Path, expected: str) -> None:
-    if not file.is_file():
-        # Not the folder: on a node this reason goes to the server.
-        raise ModelError(f"the base model has no {file.name}, whose SHA-256 should be {expected}")
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise ModelError(
-            f"{file.name} of the base model has SHA-256 {digest.hexdigest()}, expected {expected}"
-        )
 
 
 def _tiny_llama() -> LlamaConfig:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hafl_app.training.base_model import ModelError, base_without_weights
+from hafl_app.training.base_model import base_without_weights
 from hafl_app.training.batches import Batch, Examples, make_batch
+from hafl_app.training.locate import ModelError
 from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model
 from hafl_app.training.settings import BaseSpec
 

@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from hafl_app.lowrank.factors import Adapter
@@ -16,6 +15,7 @@ from hafl_app.metrics import with_perplexity
 from hafl_app.training.batches import Batch, Examples, evaluation_batches
 from hafl_app.training.causal import IGNORED, LoraCausalLM
 from hafl_app.training.lora_model import LoraModel
+from hafl_app.training.macro_f1 import macro_f1
 
 _BATCH_SIZE = 64  # on a CPU a fifth faster than 128
 _MOST_PADDING = 32  # tokens that a longer row may cost those before it, on a CPU
@@ -142,7 +142,7 @@ def _score_classes(model: LoraModel, examples: Examples, precision: str) -> Clas
     predicted = logits.argmax(1).numpy()
     return ClassificationScores(
         accuracy=float(np.mean(predicted == labels)),
-        macro_f1=float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        macro_f1=macro_f1(labels, predicted),
         loss=nn.functional.cross_entropy(logits, torch.from_numpy(labels)).item(),
         num_examples=len(labels),
     )

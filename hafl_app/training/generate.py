@@ -102,7 +102,7 @@ def answer_codec(spec: BaseSpec) -> AnswerCodec:
 
     Raises
     ------
-    hafl_app.training.base_model.ModelError
+    hafl_app.training.locate.ModelError
         If the tokenizer is not there.
     """
     if spec.is_without_files:

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.plan import ModulePlan, TrainPlan
-from hafl_app.training.base_model import ModelError, base_without_weights, load_base
+from hafl_app.training.base_model import base_without_weights, load_base
 from hafl_app.training.batches import Batch, Examples, ImageBatch
 from hafl_app.training.device import autocast, resolve_precision
 from hafl_app.training.fused_lora import fuse
 from hafl_app.training.half_precision import restore_weights, round_weights
+from hafl_app.training.locate import ModelError
 from hafl_app.training.settings import BaseSpec
 
 TRAINABLE, FROZEN = "trainable_components", "frozen_components"

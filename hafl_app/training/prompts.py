@@ -23,7 +23,7 @@ def load_pair_tokenizer(spec: BaseSpec, max_length: int) -> TokenizePairs:
 
     Raises
     ------
-    hafl_app.training.base_model.ModelError
+    hafl_app.training.locate.ModelError
         If the tokenizer is not there.
     """
     if spec.is_without_files:

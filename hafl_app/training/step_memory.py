@@ -104,7 +104,7 @@ def step_memory(
 
     Raises
     ------
-    hafl_app.training.base_model.ModelError
+    hafl_app.training.locate.ModelError
         If the base model's configuration is not there.
     """
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hafl_app.training.base_model import ModelError
 from hafl_app.training.batches import Examples, ImageBatch, ImageExamples
+from hafl_app.training.locate import ModelError
 from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model
 from hafl_app.training.settings import BaseSpec
 

@@ -1,5 +1,6 @@
 """The task on Flower's Ray engine: as FlowerTune does it, and as this project does."""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from flwr.simulation import run_simulation
 
 from benchmarks.simulation_ours import client_app, serve
 from benchmarks.simulation_task import SimulationTask, State, to_state
+from hafl_app.engines.ray_cluster import NICENESS
 
 OnRound = Callable[[], None]
 Serve = Callable[[Grid, SimulationTask, OnRound], State]
@@ -22,7 +24,8 @@ def run_flower_rebuilt(task: SimulationTask, on_round: OnRound) -> State:
 
 
 def run_ours_on_ray(task: SimulationTask, on_round: OnRound) -> State:
-    """Run the task with this project's strategy and ClientApp."""
+    """Run the task with this project's strategy, ClientApp and priority of Ray's workers."""
+    os.environ.setdefault(NICENESS, "0")
     return _simulate(task, on_round, serve, client_app(task))
 
 

@@ -117,7 +117,7 @@ def make_client(
 
     Raises
     ------
-    hafl_app.training.base_model.ModelError
+    hafl_app.training.locate.ModelError
         If the folder has no model.
     """
     base = BaseSpec(str(folder or ""), random_weights=folder is None, **base_settings)

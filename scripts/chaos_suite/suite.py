@@ -3,108 +3,25 @@
 import json
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from chaos_suite.command import ChaosCommand
 from chaos_suite.faults import Kind, NoFaults, RandomFaults, SignFlippers
 from chaos_suite.grid import read_journal
 from chaos_suite.report import LAST_ROUNDS, markdown, problems, tally
 from chaos_suite.runs import Part, run_part, run_with_kills
 from chaos_suite.strangers import try_profiles, try_run_configs
 from hafl_app.config.compose import SettingsError, compose
-from hafl_app.experiments.command import Reader, split_arguments
-from hafl_app.experiments.compare import hardware, output_folder
+from hafl_app.experiments.command import output_folder
+from hafl_app.experiments.compare import hardware
 from hafl_app.experiments.results import read_curve
 from hafl_app.run import preflight
 from hafl_app.run.run_folder import check_new
 
 Say = Callable[[str], None]
-_DECIDED = {
-    "engine",
-    "resume",
-    "federation.robust",
-    "federation.alone_clients_per_rank",
-    "federation.test_every",
-}
-
-
-@dataclass(frozen=True)
-class ChaosCommand:
-    """A checked command line.
-
-    Parameters
-    ----------
-    overrides
-        Hydra overrides that hold for every run.
-    seed
-        Of the runs, the faults and the kills.
-    bad
-        Share of faulty replies, in [0, 1].
-    kills
-        Kills of the server of the faulty run, at least 0.
-    flippers
-        Share of clients that always flip signs, in [0, 1], in two runs of their own; 0: no such
-        runs.
-    robust
-        Value of ``federation.robust`` in the second of these.
-    experiment
-        File of ``conf/experiment``.
-    output_dir
-        Where to write.
-    """
-
-    overrides: tuple[str, ...] = ()
-    seed: int = 0
-    bad: float = 0.1
-    kills: int = 3
-    flippers: float = 0.2
-    robust: str = "median"
-    experiment: str = "chaos"
-    output_dir: Path | None = None
-
-
-def parse_command(arguments: Sequence[str]) -> ChaosCommand:
-    """Read ``key=value`` arguments; keys that are not the chaos run's own are Hydra overrides.
-
-    Raises
-    ------
-    SettingsError
-        In one line, naming the argument and what was expected.
-    """
-    own, overrides = split_arguments(arguments, _READERS, "bad=0.1")
-    for override in overrides:
-        if override.partition("=")[0] in _DECIDED:
-            raise SettingsError(f"{override}: a chaos run decides that itself")
-    return ChaosCommand(overrides, **own)
-
-
-def _whole(key: str, text: str) -> int:
-    if not text.isdecimal():
-        raise SettingsError(f"{key}={text}: expected a whole number, at least 0")
-    return int(text)
-
-
-def _share(key: str, text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise SettingsError(f"{key}={text}: expected a number from 0 to 1")
-    return share
-
-
-_READERS: Mapping[str, Reader] = {
-    "seed": _whole,
-    "bad": _share,
-    "kills": _whole,
-    "flippers": _share,
-    "robust": lambda _, text: text,
-    "experiment": lambda _, text: text,
-    "output_dir": lambda _, text: Path(text).expanduser().absolute(),
-}
 
 
 def chaos(command: ChaosCommand, command_line: str, say: Say) -> list[str]:

@@ -20,11 +20,12 @@ from hafl_app.client_app import app
 from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.run import build
-from hafl_app.training import base_model as base_module
+from hafl_app.training import locate as locate_module
 from hafl_app.training.base_model import load_tokenizer
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.local import DeviceMemoryError
 from hafl_app.training.lora_model import adapter_shapes, resident_model
+from hafl_app.training.settings import BaseSpec
 from hafl_app.wire.faults import Fault, fault_of
 from hafl_app.wire.records import AdapterArrays, adapter_content, plan_record
 
@@ -58,7 +59,7 @@ class Node:
         settings = build.settings_of_run({"overrides": shlex.join(self.overrides)})
         # The layers of the built-in model, whichever the node is told to load.
         spec = build.model_spec(settings, 20)
-        shapes = adapter_shapes(replace(spec, base=base_module.BaseSpec("", random_weights=True)))
+        shapes = adapter_shapes(replace(spec, base=BaseSpec("", random_weights=True)))
         rng = np.random.default_rng(0)
         modules = {
             name: (
@@ -176,7 +177,7 @@ def test_a_disk_that_is_full_while_the_model_comes(monkeypatch):
             raise ValueError("not in the cache")
         raise OSError(errno.ENOSPC, "No space left on device", "/home/ada/.cache")
 
-    monkeypatch.setattr(base_module, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(locate_module, "snapshot_download", snapshot_download)
 
     reply = Node("model=encoder", "model.path=somebody/encoder").ask(MessageType.TRAIN)
 

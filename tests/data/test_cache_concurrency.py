@@ -15,7 +15,7 @@ import pytest
 
 from hafl_app.data import text
 from hafl_app.data.text import encode
-from hafl_app.training.base_model import locate
+from hafl_app.training.locate import locate
 from hafl_app.training.settings import BaseSpec
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hafl_app.data.decoding import OPEN_COMPRESSED
+from hafl_app.data.decoding import FORMATS, OPEN_COMPRESSED
 from hafl_app.data.errors import DataError
-from hafl_app.data.files import FORMATS, read_table
+from hafl_app.data.files import read_table
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.sources import load_text
 from hafl_app.data.tables import standardize

@@ -79,6 +79,14 @@ class TestEnvironment:
         assert len(one["RAY_AUTH_TOKEN"]) == 64
         assert one["RAY_AUTH_TOKEN"] != other["RAY_AUTH_TOKEN"]
 
+    def test_workers_of_ones_own_ray_are_as_nice_as_the_run_unless_its_user_says_otherwise(
+        self, tmp_path
+    ):
+        given = {"RAY_worker_niceness": "7"}
+
+        assert ray_environment(None, tmp_path, {})["RAY_worker_niceness"] == "0"
+        assert ray_environment(None, tmp_path, given)["RAY_worker_niceness"] == "7"
+
     def test_a_cluster_keeps_its_own_way_to_let_in(self, tmp_path, monkeypatch):
         run = run_environment(tmp_path, "token")
         assert not [n for n in ray_environment("head:1", tmp_path / "c", run) if "AUTH" in n]

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hafl_app.client import handlers
 from hafl_app.engines.in_process import run_federation
-from hafl_app.run import reporting
 from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.server import checkpoint_store as checkpoint
 from hafl_app.strategies.hafl import Hafl
+from hafl_app.tracking import curves
 from hafl_app.tracking.base import Trackers
 
 
@@ -50,7 +50,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     # The sixth: one of metrics.jsonl, two of each checkpoint before, this one's file.
     "checkpoint": (os, "fsync", 6),
     "rename": (checkpoint, "_sync_folder", 3),
-    "results": (reporting, "draw_curves", 1),
+    "results": (curves, "draw_curves", 1),
 }
 
 

@@ -30,9 +30,10 @@ from transformers import (
 from hafl_app.publishing import export as export_module
 from hafl_app.publishing.export import ExportRequest, Written, export_adapter
 from hafl_app.publishing.truncation import truncate_adapter
-from hafl_app.training.adapter_files import SavedAdapterError, load_adapter, read_adapter
-from hafl_app.training.base_model import ModelError
+from hafl_app.training.adapter_card import SavedAdapterError
+from hafl_app.training.adapter_files import load_adapter, read_adapter
 from hafl_app.training.causal import CausalSpec
+from hafl_app.training.locate import ModelError
 from hafl_app.training.settings import BaseSpec
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from hafl_app.plan import TrainPlan
 from hafl_app.run import build, setup
 from hafl_app.run.federation import run
 from hafl_app.run.preflight import check
-from hafl_app.run.resuming import ResumeError
+from hafl_app.run.resumable_run import ResumeError
 from hafl_app.training.adapter_files import load_adapter
 from hafl_app.wire.faults import Fault, fault_of
 from hafl_app.wire.node_profile import PROFILE

@@ -16,7 +16,7 @@ from hafl_app.config.compose import SettingsError, compose
 from hafl_app.run import run_folder
 from hafl_app.run.command_line import CommandLine
 from hafl_app.run.reporting import RunReport
-from hafl_app.run.resuming import ResumeError
+from hafl_app.run.resumable_run import ResumeError
 from hafl_app.run.run_folder import RunFolderError, check_new, output_folder, set_aside
 from hafl_app.server import checkpoint_store
 from hafl_app.server.coordinator import Coordinator

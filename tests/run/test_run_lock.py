@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from hafl_app.run.resuming import ResumeError, latest_run
+from hafl_app.run.resumable_run import ResumeError, latest_run
 from hafl_app.run.run_lock import RunLockedError, check_unlocked, run_lock
 
 

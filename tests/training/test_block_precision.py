@@ -13,7 +13,7 @@ from training_factories import SPEC, random_rows, rows_of
 
 from hafl_app.training.quantization.block_precision import BaseMemoryError, allocate, salience
 from hafl_app.training.quantization.blocks import transformer_blocks
-from hafl_app.training.quantization.linear import PRECISIONS, QuantizationError
+from hafl_app.training.quantization.precisions import PRECISIONS, QuantizationError
 
 SMALL = {"nf4": 10, "int8": 18, "bf16": 34}
 LARGE = {"nf4": 20, "int8": 36, "bf16": 68}

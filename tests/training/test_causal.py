@@ -13,10 +13,10 @@ from transformers import BertConfig, LlamaForCausalLM
 
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.training import lora_model
-from hafl_app.training.base_model import ModelError
 from hafl_app.training.causal import CausalSpec, LoraCausalLM
 from hafl_app.training.evaluate import AnswerScores, adapter_evaluator, evaluate
 from hafl_app.training.local import train
+from hafl_app.training.locate import ModelError
 from hafl_app.training.lora_model import adapter_shapes
 from hafl_app.training.settings import BaseSpec, TrainOptions
 from hafl_app.training.step_memory import count_step

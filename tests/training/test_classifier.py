@@ -19,8 +19,9 @@ from training_factories import (
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.training import lora_model
-from hafl_app.training.base_model import ModelError, load_base
+from hafl_app.training.base_model import load_base
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier, head_shapes
+from hafl_app.training.locate import ModelError
 from hafl_app.training.lora_model import (
     FROZEN,
     TRAINABLE,

@@ -12,19 +12,15 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from training_factories import CPU, SPEC, plan_for, random_adapter, random_rows
 
-from hafl_app.training.base_model import ModelError, load_base
+from hafl_app.training.base_model import load_base
 from hafl_app.training.fused_lora import FusedLoraLinear
 from hafl_app.training.local import train
+from hafl_app.training.locate import ModelError
 from hafl_app.training.lora_model import FROZEN, with_quantization
-from hafl_app.training.quantization import linear as quantized_linear
+from hafl_app.training.quantization import precisions
 from hafl_app.training.quantization.blocks import block_bytes, dequantize, precisions_of
-from hafl_app.training.quantization.linear import (
-    PRECISIONS,
-    QuantizationError,
-    QuantizedLinear,
-    packed,
-    packed_bytes,
-)
+from hafl_app.training.quantization.linear import QuantizedLinear, packed, packed_bytes
+from hafl_app.training.quantization.precisions import PRECISIONS, QuantizationError
 from hafl_app.training.settings import BaseSpec, TrainOptions
 from hafl_app.training.step_memory import LiveBytes, count_step
 
@@ -140,7 +136,7 @@ class TestQuantizedLinear:
         assert live.live < 4 * dense.numel()
 
     def test_a_missing_library_is_named(self, monkeypatch):
-        monkeypatch.setattr(quantized_linear.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(precisions.importlib.util, "find_spec", lambda name: None)
 
         with pytest.raises(ModelError, match=r"pip install -e '\.\[quantized\]'") as caught:
             with_quantization(SPEC, "nf4").build()

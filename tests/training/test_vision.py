@@ -13,10 +13,11 @@ from vision_factories import IMAGES, LABELS, SHAPE, SPEC, Images, random_images
 
 from hafl_app.lowrank.factors import initial_adapter
 from hafl_app.training.adapter_files import load_adapter, save_adapter
-from hafl_app.training.base_model import ModelError, base_without_weights
+from hafl_app.training.base_model import base_without_weights
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.evaluate import adapter_evaluator, evaluate, predict_logits
 from hafl_app.training.local import train
+from hafl_app.training.locate import ModelError
 from hafl_app.training.lora_model import adapter_shapes
 from hafl_app.training.settings import BaseSpec, TrainOptions
 from hafl_app.training.vision import ImageSpec, LoraImageClassifier

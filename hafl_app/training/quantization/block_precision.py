@@ -9,7 +9,7 @@ et al., "ShortGPT", arXiv:2403.03853, section 3) and the greedy choice are recon
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,8 @@ from hafl_app.training.batches import Batch, ImageBatch
 from hafl_app.training.local import DeviceMemoryError
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.quantization.blocks import transformer_blocks
-from hafl_app.training.quantization.linear import PRECISIONS
+from hafl_app.training.quantization.precisions import PRECISIONS
 
-BLOCKWISE: Final = "blockwise"
 """Value of the setting ``model.quantization`` for precisions by block."""
 
 
@@ -67,7 +66,7 @@ def salience(model: LoraModel, batches: Iterable[Batch | ImageBatch]) -> list[fl
     ------
     ValueError
         If there is no token.
-    hafl_app.training.quantization.linear.QuantizationError
+    hafl_app.training.quantization.precisions.QuantizationError
         If the model has no transformer blocks.
     """
     model.eval()

@@ -5,19 +5,13 @@ output stay in float32.
 """
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
 
-from hafl_app.training.quantization.linear import (
-    PRECISIONS,
-    QuantizationError,
-    QuantizedLinear,
-    packed_bytes,
-)
-
-NOT_QUANTIZED: Final = "none"
+from hafl_app.training.quantization.linear import QuantizedLinear, packed_bytes
+from hafl_app.training.quantization.precisions import PRECISIONS, QuantizationError
 
 
 def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

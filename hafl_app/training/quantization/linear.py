@@ -13,24 +13,18 @@ bitsandbytes packs and unpacks:
 
 import functools
 import importlib
-import importlib.util
 import logging
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-PRECISIONS: Final = ("nf4", "int8", "bf16")
-"""Precisions from few bits to many."""
+from hafl_app.training.quantization.precisions import require_library
 
 _NF4_BLOCK = 64
 # When bitsandbytes is imported, by PEFT for one, it recommends a kernel that is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-class QuantizationError(ValueError):
-    """A model that cannot be quantized as asked for, or not without a library."""
 
 
 class QuantizedLinear(nn.Linear):
@@ -155,22 +149,6 @@ def _empty(out_features: int, in_features: int, precision: str) -> tuple[Tensor,
     blocks = -(-out_features * in_features // _NF4_BLOCK)
     rounded = torch.empty(blocks * _NF4_BLOCK // 2, 1, dtype=torch.uint8, device="meta")
     return rounded, torch.empty(blocks, device="meta")
-
-
-def require_library(quantization: str) -> None:
-    """Refuse ``model.quantization`` where its package is missing.
-
-    Raises
-    ------
-    QuantizationError
-        In one line, with the command that installs it from the checkout.
-    """
-    if quantization in ("none", "bf16") or importlib.util.find_spec("bitsandbytes") is not None:
-        return
-    raise QuantizationError(
-        f"model.quantization={quantization} needs the package bitsandbytes: "
-        "pip install -e '.[quantized]' in the checkout"
-    )
 
 
 @functools.cache

@@ -1,0 +1,37 @@
+"""Precisions of a quantized base model by name, and the package that some need.
+
+Without torch: settings are checked before it is imported.
+"""
+
+import importlib.util
+from typing import Final
+
+PRECISIONS: Final = ("nf4", "int8", "bf16")
+"""Precisions from few bits to many."""
+
+NOT_QUANTIZED: Final = "none"
+BLOCKWISE: Final = "blockwise"
+"""Each node chooses a precision for every block."""
+
+
+class QuantizationError(ValueError):
+    """A model that cannot be quantized as asked for, or not without a library."""
+
+
+def require_library(quantization: str) -> None:
+    """Refuse ``model.quantization`` where its package is missing.
+
+    Raises
+    ------
+    QuantizationError
+        In one line, with the command that installs it from the checkout.
+    """
+    if (
+        quantization in (NOT_QUANTIZED, "bf16")
+        or importlib.util.find_spec("bitsandbytes") is not None
+    ):
+        return
+    raise QuantizationError(
+        f"model.quantization={quantization} needs the package bitsandbytes: "
+        "pip install -e '.[quantized]' in the checkout"
+    )
