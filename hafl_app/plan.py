@@ -15,6 +15,8 @@ from math import floor
 from textwrap import shorten
 from typing import Any, Literal, get_args
 
+from hafl_app.component_choice import ComponentChoice
+
 HeadPolicy = Literal["averaged", "frozen", "local"]
 ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
 NumberFormat = Literal["fp32", "bf16", "int8", "mixed"]
@@ -148,6 +150,9 @@ class ModulePlan:
     factors
         Which factors of the trainable components the client trains and uploads: ``A``, ``B`` or
         ``both``. The other one stays in the forward pass as it was sent.
+    budget
+        How many of ``trainable`` the client chooses under the plan's `ComponentChoice`, or with
+        ``scope=model`` adds to what it chooses from in the whole model; None without such a rule.
     """
 
     held: tuple[int, ...]
@@ -155,6 +160,7 @@ class ModulePlan:
     scaling: float = 1.0
     bits: tuple[int, ...] = ()
     factors: TrainedFactors = "both"
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.held)) != len(self.held) or any(i < 0 for i in self.held):
@@ -171,6 +177,9 @@ class ModulePlan:
         known = get_args(TrainedFactors)
         _require(self.factors in known, "factors", f"one of {', '.join(known)}", self.factors)
         self._check_bits()
+        if self.budget is not None:
+            within = _is_whole(self.budget, at_least=0) and self.budget <= len(self.trainable)
+            _require(within, "budget", f"from 0 to {len(self.trainable)}", self.budget)
 
     def _check_bits(self) -> None:
         if self.bits and len(self.bits) != len(self.trainable):
@@ -212,6 +221,11 @@ class ModulePlan:
         """
         out_features, in_features = shape
         return out_features * self.trains_B, in_features * self.trains_A
+
+    @property
+    def num_trained(self) -> int:
+        """Number of components that are trained, of which the client may choose which."""
+        return len(self.trainable) if self.budget is None else self.budget
 
     @property
     def num_uploaded(self) -> int:
@@ -296,6 +310,10 @@ class TrainPlan:
     error_feedback
         Whether the client keeps what rounding lost of a component's change, and adds it to that
         component's next one; only where rounding loses something.
+    choice
+        Rule by which the client chooses what it trains of the trainable components, within each
+        module's ``budget``; None: it trains them all. Not with ``upload=mixed``, ``tail`` or
+        ``importance``.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -308,6 +326,7 @@ class TrainPlan:
     max_steps: int = 0
     upload: NumberFormat = "fp32"
     error_feedback: bool = False
+    choice: ComponentChoice | None = None
 
     def __post_init__(self) -> None:
         # A plan comes over the wire: a word that no branch knows would silently train by default.
@@ -332,6 +351,10 @@ class TrainPlan:
         _require(rounds, "error_feedback", "false with upload=fp32", self.error_feedback)
         for name, module in self.modules.items():
             self._check_bits_of(name, module)
+            if (module.budget is None) != (self.choice is None):
+                raise ValueError(f"module {name!r}: a budget goes with a choice, and only with one")
+        plain = self.upload != "mixed" and self.tail is None and self.importance == "none"
+        _require(self.choice is None or plain, "choice", "null with such a plan", self.choice)
 
     def _check_bits_of(self, name: str, module: ModulePlan) -> None:
         expected = len(module.trainable) if self.upload == "mixed" else 0
@@ -348,11 +371,41 @@ class TrainPlan:
 
     def training_everything(self) -> "TrainPlan":
         """Return the plan with every held component trainable; nothing of it is uploaded."""
-        modules = {n: replace(m, trainable=m.held, bits=()) for n, m in self.modules.items()}
-        return replace(self, modules=modules, upload="fp32", error_feedback=False)
+        modules = {
+            n: replace(m, trainable=m.held, bits=(), budget=None) for n, m in self.modules.items()
+        }
+        return replace(self, modules=modules, upload="fp32", error_feedback=False, choice=None)
+
+    def chosen(self, components: Mapping[str, tuple[int, ...]]) -> "TrainPlan":
+        """Return the plan after the client's choice: it trains these, and nothing else.
+
+        Parameters
+        ----------
+        components
+            Module name to the chosen components, in the order of ``trainable``.
+
+        Raises
+        ------
+        ValueError
+            If the plan's rule cannot have chosen them, or it has none.
+        """
+        if self.choice is None:
+            raise ValueError("components are named, and the plan leaves no choice")
+        if odd := sorted(components.keys() ^ self.modules.keys()):
+            raise ValueError(f"a choice without, or beyond, module {odd[0]!r}")
+        candidates = {name: module.trainable for name, module in self.modules.items()}
+        budgets = {name: module.num_trained for name, module in self.modules.items()}
+        self.choice.check(components, candidates, budgets)
+        modules = {
+            name: replace(module, trainable=components[name], budget=len(components[name]))
+            for name, module in self.modules.items()
+        }
+        return replace(self, modules=modules)
 
     def upload_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """Return the bytes of an upload's factors, with ``mixed`` also of their scales.
+
+        Where the client chooses over the whole model, the most that they can be.
 
         Parameters
         ----------
@@ -363,23 +416,31 @@ class TrainPlan:
         if self.upload == "mixed":
             each = (component_bytes(b, *sides[n]) for n, m in self.modules.items() for b in m.bits)
             return sum(each)
-        numbers = sum(len(m.trainable) * sum(sides[n]) for n, m in self.modules.items())
+        counts = self._largest_counts({name: sum(both) for name, both in sides.items()})
+        numbers = sum(count * sum(sides[name]) for name, count in counts.items())
         return NUMBER_BYTES[self.upload] * numbers
+
+    def _largest_counts(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return how many components of each module are trained in the largest upload."""
+        counts = {name: module.num_trained for name, module in self.modules.items()}
+        if self.choice is None or self.choice.scope == "module":
+            return counts
+        left = sum(counts.values())
+        for name in sorted(sizes, key=lambda name: -sizes[name]):
+            counts[name] = min(left, len(self.modules[name].trainable))
+            left -= counts[name]
+        return counts
 
     def to_json(self) -> str:
         """Write the plan for the wire; modules with equal plans share one entry."""
-        groups: dict[tuple[str, str, float, str, TrainedFactors], list[str]] = {}
+        groups: dict[ModulePlan, list[str]] = {}
         for name, module in self.modules.items():
-            held, trainable = format_indices(module.held), format_indices(module.trainable)
-            bits = format_bits(module.bits)
-            key = (held, trainable, module.scaling, bits, module.factors)
-            groups.setdefault(key, []).append(name)
+            groups.setdefault(module, []).append(name)
         values = {k: v for k, v in asdict(self).items() if k != "modules"}
         # What most plans do not have is left out: they do not grow by it.
-        values["modules"] = [
-            [*three, names, *([bits] if bits else []), *([factors] if factors != "both" else [])]
-            for (*three, bits, factors), names in groups.items()
-        ]
+        if self.choice is None:
+            del values["choice"]
+        values["modules"] = [_module_entry(module, names) for module, names in groups.items()]
         return json.dumps(values, separators=(",", ":"))
 
     @classmethod
@@ -392,11 +453,14 @@ class TrainPlan:
             If ``text`` is not a plan: a key missing or unknown, or a value out of its range.
         """
         try:
-            values = _with_keys_of(cls, json.loads(text))
-            tail = values["tail"]
+            values = json.loads(text)
+            values = _with_keys_of(cls, {"choice": None, **values})
+            tail, choice = values["tail"], values["choice"]
             values["modules"] = _read_modules(values["modules"])
             if tail is not None:
                 values["tail"] = TailPruning(**_with_keys_of(TailPruning, tail))
+            if choice is not None:
+                values["choice"] = ComponentChoice(**_with_keys_of(ComponentChoice, choice))
             return cls(**values)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a train plan: {shorten(str(error), 300)}") from error
@@ -411,11 +475,25 @@ def _with_keys_of(kind: type[Any], values: Any) -> dict[str, Any]:
     return values
 
 
+def _module_entry(module: ModulePlan, names: list[str]) -> list[Any]:
+    """Write modules of one plan: three values, the names, and what few plans have."""
+    entry: list[Any] = [format_indices(module.held), format_indices(module.trainable)]
+    entry += [module.scaling, names]
+    if module.bits:
+        entry.append(format_bits(module.bits))
+    if module.factors != "both":
+        entry.append(module.factors)
+    if module.budget is not None:
+        entry.append({"budget": module.budget})
+    return entry
+
+
 def _read_modules(entries: Any) -> dict[str, ModulePlan]:
     modules: dict[str, ModulePlan] = {}
     for held, trainable, scaling, names, *rest in entries:
-        bits, factors = _read_rest(rest)
-        plan = ModulePlan(parse_indices(held), parse_indices(trainable), scaling, bits, factors)
+        plan = ModulePlan(
+            parse_indices(held), parse_indices(trainable), scaling, **_read_rest(rest)
+        )
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"module names {names!r}, expected a list of text")
         for name in names:
@@ -425,15 +503,21 @@ def _read_modules(entries: Any) -> dict[str, ModulePlan]:
     return modules
 
 
-def _read_rest(rest: list[Any]) -> tuple[tuple[int, ...], TrainedFactors]:
-    """Read what is optional behind a module's names: bits, which are not empty, and a factor."""
-    factors: TrainedFactors = "both"
+def _read_rest(rest: list[Any]) -> dict[str, Any]:
+    """Read what is optional behind a module's names: bits, which are not empty, factor, budget."""
+    values: dict[str, Any] = {}
+    if rest and isinstance(rest[-1], dict):
+        *rest, more = rest
+        if list(more) != ["budget"] or more["budget"] is None:
+            raise TypeError(f"behind module names {shorten(repr(more), 80)}, expected a budget")
+        values |= more
     if rest and rest[-1] in ("A", "B"):
-        *rest, factors = rest
-    if not rest:
-        return (), factors
-    if len(rest) > 1 or not isinstance(rest[0], str) or not rest[0]:
-        raise TypeError(
-            f"behind module names {shorten(repr(rest), 80)}, expected bits, then A or B, or nothing"
-        )
-    return parse_bits(rest[0]), factors
+        *rest, values["factors"] = rest
+    if rest:
+        if len(rest) > 1 or not isinstance(rest[0], str) or not rest[0]:
+            raise TypeError(
+                f"behind module names {shorten(repr(rest), 80)}, expected bits, then A or B, or "
+                "nothing"
+            )
+        values["bits"] = parse_bits(rest[0])
+    return values

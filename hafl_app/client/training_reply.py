@@ -23,7 +23,9 @@ def training_reply(node: Node, job: Job, result: TrainResult) -> RecordDict:
     if node.is_private:
         upload = _privatized(node, job, upload)
     importance = {name: scores.numpy() for name, scores in result.importance.items()}
-    arrays = encode_with_feedback(node.state, upload, job.adapter, job.plan, importance, job.seed)
+    arrays = encode_with_feedback(
+        node.state, upload, job.adapter, result.plan, importance, job.seed
+    )
     return adapter_content(arrays, **{METRICS: _metrics(result, node)})
 
 

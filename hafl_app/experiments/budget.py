@@ -52,7 +52,7 @@ def mean_bytes(strategy: HeterogeneousLora, ranks: Sequence[int], head_parameter
         for name, factors in strategy.global_adapter.modules.items():
             module, shape = plan.modules[name], (factors.out_features, factors.in_features)
             numbers += len(module.held) * sum(shape)
-            numbers += len(module.trainable) * sum(module.uploaded_sides(shape))
+            numbers += module.num_trained * sum(module.uploaded_sides(shape))
     return BYTES_PER_NUMBER * (numbers / len(ranks) + 2 * head_parameters)
 
 

@@ -201,13 +201,19 @@ def check_local_plan(plan: TrainPlan) -> None:
     Raises
     ------
     PrivacyError
-        If it asks for importance scores, for ranks that training decides, or for error feedback.
+        If it asks for importance scores, for components or ranks that training decides, or for
+        error feedback.
     """
     if plan.importance != "none":
         raise PrivacyError(
             f"the plan asks for importance={plan.importance}, measured on private data and "
             "uploaded without noise: privacy=local_dp needs a selection without it, such as "
             "strategy.source=server, strategy.importance=magnitude or strategy.selection=random"
+        )
+    if plan.choice is not None:
+        raise PrivacyError(
+            "the plan lets the client choose its components by its private data, and the choice "
+            "is uploaded without noise: privacy=local_dp needs a method whose plans choose"
         )
     if plan.tail is not None and plan.tail.prune:
         raise PrivacyError(

@@ -49,7 +49,8 @@ class Traits:
         Whether its global adapter has frozen components behind the first ``max_rank``, which every
         client holds and none trains: a change of the base, see `hafl_app.strategies.base_change`.
     uploads_importance
-        Whether its plans ask clients for importance scores, which they measure on their data.
+        Whether its plans ask clients for importance scores, which they measure on their data, or
+        for a choice of components by them.
     breaks
         Laws of the conformance suite that the method breaks by its paper, with the source.
     """

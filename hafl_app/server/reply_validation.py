@@ -126,6 +126,7 @@ def read_update(
     if update.numbers != plan.upload:
         raise ReplyError(f"factors in {update.numbers}, expected {plan.upload}")
     _check_names("modules", update.modules, plan.modules)
+    plan = executed_plan(update, plan)
     _check_factors(update, plan)
     check_shapes(update, {n: plan.modules[n].uploaded_sides(shapes[n]) for n in update.modules})
     _check_ranks(update, plan)
@@ -134,6 +135,22 @@ def read_update(
     _check_head(update, head)
     _check_scores(update, plan)
     return update
+
+
+def executed_plan(update: AdapterArrays, plan: TrainPlan) -> TrainPlan:
+    """Return the plan as the node has executed it: after its choice of components, if it had one.
+
+    Raises
+    ------
+    ReplyError
+        If the plan's rule cannot have chosen the components, or it has none and some are named.
+    """
+    if plan.choice is None and not update.components:
+        return plan
+    try:
+        return plan.chosen(update.components)
+    except ValueError as error:
+        raise ReplyError(str(error)) from error
 
 
 def check_finite(adapter: Adapter) -> None:

@@ -17,6 +17,7 @@ from hafl_app.server.reply_validation import (
     check_finite,
     check_size,
     completed,
+    executed_plan,
     read_metrics,
     read_update,
 )
@@ -110,7 +111,7 @@ class Reply:
     @property
     def num_components(self) -> int:
         """Components that it was asked to train, over all modules."""
-        return sum(len(module.trainable) for module in self.request.plan.modules.values())
+        return sum(module.num_trained for module in self.request.plan.modules.values())
 
 
 @dataclass(frozen=True)
@@ -349,12 +350,12 @@ class RoundMessages:
         update = ClientUpdate(
             partition_id=request.profile.partition_id,
             num_examples=int(metrics[NUM_EXAMPLES]),
-            plan=request.plan,
+            plan=executed_plan(arrays, request.plan),
             sent=sent,
             adapter=from_arrays(arrays.modules, arrays.head),
             importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
         )
-        update = replace(update, adapter=completed(update.adapter, update.before, request.plan))
+        update = replace(update, adapter=completed(update.adapter, update.before, update.plan))
         if not math.isfinite(update.size):
             check_finite(update.adapter)
         return metrics, update

@@ -22,7 +22,8 @@ class ClientUpdate:
     num_examples
         Its weight, above 0.
     plan, sent
-        Plan of the client, and the adapter that it received.
+        Plan of the client as it was executed, so after its choice of components if it had one, and
+        the adapter that it received.
     adapter
         Its trained components: the first ``rank`` of ``plan.modules[name].trainable``. A factor
         that the plan does not train is what was sent.

@@ -221,6 +221,20 @@ def read_sizes(layout: Mapping[str, Any], key: str, count: int) -> list[int]:
     return sizes
 
 
+def read_texts(layout: Mapping[str, Any], key: str, count: int) -> list[str]:
+    """Read a list of ``count`` texts.
+
+    Raises
+    ------
+    RecordError
+        If it is missing or malformed.
+    """
+    texts = _list(layout, key, str, "text")
+    if len(texts) != count:
+        raise RecordError(f"layout: {key!r} has {len(texts)} values for {count} modules")
+    return texts
+
+
 def _list(layout: Mapping[str, Any], key: str, kind: type[T], expected: str) -> list[T]:
     values = layout.get(key)
     # The exact type: True would count as the number 1.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from hafl_app.plan import NumberFormat, TrainPlan, format_bits
+from hafl_app.plan import NumberFormat, TrainPlan, format_bits, format_indices, parse_indices
 from hafl_app.wire.arrays import (
     DTYPES,
     Float32,
@@ -26,6 +26,7 @@ from hafl_app.wire.arrays import (
     read_parts,
     read_sizes,
     read_text,
+    read_texts,
     write_numbers,
     write_text,
 )
@@ -41,7 +42,7 @@ from hafl_app.wire.message_size import content_size
 
 ARRAYS, LAYOUT, PLAN, METRICS, CONFIG = "arrays", "layout", "plan", "metrics", "config"
 FACTORS, HEAD_PREFIX, SCORES, SCALES = "factors", "head/", "scores", "scales"
-BITS = "bits"
+BITS, COMPONENTS = "bits", "components"
 NUM_EXAMPLES, SECONDS, SERVER_ROUND = "num-examples", "seconds", "server-round"
 PARTITION_ID, LABEL_NAMES = "partition-id", "label-names"
 ROUNDING_ERRORS = "rounding-errors"
@@ -71,6 +72,8 @@ class AdapterArrays:
         features do not travel, and are read as 0.
     bits
         With ``mixed``, module name to the bits of each component's codes: 2, 4, 8 or 16.
+    components
+        Module name to the components that these are, where the client chose them; else empty.
     """
 
     modules: Mapping[str, tuple[Numbers, Numbers]]
@@ -79,6 +82,7 @@ class AdapterArrays:
     numbers: NumberFormat = "fp32"
     scales: Mapping[str, tuple[Numbers, Numbers]] = field(default_factory=dict)
     bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    components: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def pack(adapter: AdapterArrays) -> tuple[ArrayRecord, ConfigRecord]:
@@ -97,6 +101,8 @@ def pack(adapter: AdapterArrays) -> tuple[ArrayRecord, ConfigRecord]:
     }
     if adapter.numbers == "mixed":
         layout[BITS] = [format_bits(adapter.bits[name]) for name in adapter.modules]
+    if adapter.components:
+        layout[COMPONENTS] = [format_indices(adapter.components[n]) for n in adapter.modules]
     record = ConfigRecord({LAYOUT: write_text(layout)})
     if adapter.importance:
         scores = joined(adapter.importance.values(), _score_dtype(adapter.numbers))
@@ -136,7 +142,8 @@ def unpack(arrays: ArrayRecord, record: ConfigRecord) -> AdapterArrays:
         if key.startswith(HEAD_PREFIX)
     }
     scores = dict(_scores(record, layout, _score_dtype(numbers)))
-    return AdapterArrays(modules, head, scores, numbers, scales, bits)
+    components = _components(layout, modules) if COMPONENTS in layout else {}
+    return AdapterArrays(modules, head, scores, numbers, scales, bits, components)
 
 
 def _write_factors(adapter: AdapterArrays) -> Array:
@@ -163,6 +170,27 @@ def _cut_factors(layout: Mapping[str, Any], flat: Numbers) -> dict[str, tuple[Nu
         )
         start = end
     return modules
+
+
+def _components(
+    layout: Mapping[str, Any], modules: Mapping[str, tuple[Numbers, Numbers]]
+) -> dict[str, tuple[int, ...]]:
+    """Read the components that a client chose, as many as it has uploaded of each module."""
+    texts = read_texts(layout, COMPONENTS, len(modules))
+    chosen = {}
+    for (name, (lora_A, lora_B)), text in zip(modules.items(), texts, strict=True):
+        rank = lora_A.shape[0]
+        if rank and not (lora_A.size or lora_B.size):  # or no bytes would bound the rank
+            raise RecordError(f"layout: {name!r} has rank {rank} and neither factor")
+        try:
+            chosen[name] = parse_indices(text)
+        except ValueError as error:
+            raise RecordError(f"layout: {name!r}: {error}") from error
+        if len(chosen[name]) != rank:
+            raise RecordError(
+                f"layout: {name!r} names {len(chosen[name])} components and has {rank}"
+            )
+    return chosen
 
 
 def _scores(

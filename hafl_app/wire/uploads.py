@@ -36,6 +36,8 @@ def encode_upload(
     upload, received
         The trained adapter, reduced to its upload; and the adapter that the client received. A
         factor that the plan does not train may be left out, and is not uploaded in any case.
+    plan
+        As it was executed: where the client chooses, after its choice, which goes with the upload.
     importance
         Module name to component scores.
     errors
@@ -45,8 +47,9 @@ def encode_upload(
         Of stochastic rounding, with ``mixed``; a new one for every upload.
     """
     modules, head = to_arrays(upload.only(plan.trained_factors))
+    chosen = {} if plan.choice is None else {n: m.trainable for n, m in plan.modules.items()}
     if plan.upload == "fp32":
-        return AdapterArrays(modules, head, importance), dict(errors)
+        return AdapterArrays(modules, head, importance, components=chosen), dict(errors)
     pairs, scales, kept, bits = {}, {}, dict(errors), {}
     generator = torch.Generator().manual_seed(seed)
     for name, factors in upload.modules.items():
@@ -69,7 +72,7 @@ def encode_upload(
             read = _padded(_decoded(pairs[name], of_module, plan.upload), wanted)
             kept[name] = before.after(wanted, read, components, asked)
     scores = {name: _to_bits(torch.from_numpy(array)) for name, array in importance.items()}
-    return AdapterArrays(pairs, head, scores, plan.upload, scales, bits), kept
+    return AdapterArrays(pairs, head, scores, plan.upload, scales, bits, chosen), kept
 
 
 def decode_upload(arrays: AdapterArrays) -> AdapterArrays:
@@ -81,7 +84,7 @@ def decode_upload(arrays: AdapterArrays) -> AdapterArrays:
         factors = _decoded(pair, arrays.scales.get(name), arrays.numbers)
         modules[name] = (factors.lora_A.numpy(), factors.lora_B.numpy())
     scores = {n: _from_bits(bits).float().numpy() for n, bits in arrays.importance.items()}
-    return AdapterArrays(modules, arrays.head, scores)
+    return AdapterArrays(modules, arrays.head, scores, components=arrays.components)
 
 
 def _change(factors: LoraFactors, received: Adapter, plan: TrainPlan, name: str) -> LoraFactors:

@@ -17,6 +17,7 @@ from hafl_app.server.method import StrategyError
 from hafl_app.server.options import RunOptions
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.training.choosing import chosen_plan
 from hafl_app.wire.node_profile import NodeProfile
 
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
@@ -100,6 +101,13 @@ def update_of(
     plan = strategy.plan(client.profile, server_round)
     sent = strategy.dispatch(plan)
     seed = client.partition_id if client.noise_seed is None else client.noise_seed
+    # What a client chooses where its plan lets it: by scores that are as good as any.
+    generator = torch.Generator().manual_seed(seed)
+    plan = chosen_plan(
+        plan,
+        {n: torch.rand(len(m.trainable), generator=generator) for n, m in plan.modules.items()},
+        seed,
+    )
     modules = {}
     for name, factors in sent.modules.items():
         # The same noise for the same module whatever the order of modules.

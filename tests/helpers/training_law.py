@@ -121,7 +121,14 @@ def train_round(
         ]
         judged = exchange.validate_training([reply for reply, _ in clients])
     return [
-        Trained(plan, strategy.dispatch(plan), *after, reply.content, one)
+        # As it was executed: where the client chooses, after its choice.
+        Trained(
+            one.update.plan if one.update else plan,
+            strategy.dispatch(plan),
+            *after,
+            reply.content,
+            one,
+        )
         for plan, (reply, after), one in zip(plans, clients, judged, strict=True)
     ]
 
@@ -136,7 +143,7 @@ def _train(
     result = train(model, received, plan, rows, OPTIONS, seed=1)
     upload = result.adapter if plan.head == "averaged" else result.adapter.with_head({})
     scores = {name: scores.numpy() for name, scores in result.importance.items()}
-    encoded, _ = encode_upload(upload, received, plan, scores, {})
+    encoded, _ = encode_upload(upload, received, result.plan, scores, {})
     metrics = MetricRecord({NUM_EXAMPLES: profile.num_examples, "loss": result.loss})
     reply = Message(adapter_content(encoded, **{METRICS: metrics}), reply_to=request)
     inside = {
