@@ -153,6 +153,11 @@ class ModulePlan:
     budget
         How many of ``trainable`` the client chooses under the plan's `ComponentChoice`, or with
         ``scope=model`` adds to what it chooses from in the whole model; None without such a rule.
+    gain
+        Factor of the held components in the client's forward pass beside ``scaling``, above 0. It
+        is part of no number that travels: a sketch that leaves components out amplifies the rest.
+    own_lora_B
+        Whether each client has a lora_B of its own, which it trains and keeps: it does not travel.
     """
 
     held: tuple[int, ...]
@@ -161,6 +166,8 @@ class ModulePlan:
     bits: tuple[int, ...] = ()
     factors: TrainedFactors = "both"
     budget: int | None = None
+    gain: float = 1.0
+    own_lora_B: bool = False
 
     def __post_init__(self) -> None:
         if len(set(self.held)) != len(self.held) or any(i < 0 for i in self.held):
@@ -174,6 +181,9 @@ class ModulePlan:
             )
         valid = _is_finite(self.scaling) and self.scaling > 0
         _require(valid, "scaling", "above 0 and finite", self.scaling)
+        _require(_is_finite(self.gain) and self.gain > 0, "gain", "above 0 and finite", self.gain)
+        fits = self.own_lora_B is False or (self.own_lora_B is True and self.factors == "both")
+        _require(fits, "own_lora_B", "false, or true with factors=both", self.own_lora_B)
         known = get_args(TrainedFactors)
         _require(self.factors in known, "factors", f"one of {', '.join(known)}", self.factors)
         self._check_bits()
@@ -214,13 +224,18 @@ class ModulePlan:
         """Whether lora_B of the trainable components is trained."""
         return self.factors != "A"
 
+    @property
+    def uploads(self) -> TrainedFactors:
+        """The trained factors without one that the client keeps."""
+        return "A" if self.own_lora_B else self.factors
+
     def uploaded_sides(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return ``(out_features, in_features)`` of a weight, 0 for a factor not uploaded.
 
         A component's column of lora_B has out_features numbers, its row of lora_A in_features.
         """
         out_features, in_features = shape
-        return out_features * self.trains_B, in_features * self.trains_A
+        return out_features * (self.uploads != "A"), in_features * (self.uploads != "B")
 
     @property
     def num_trained(self) -> int:
@@ -365,9 +380,9 @@ class TrainPlan:
             )
 
     @property
-    def trained_factors(self) -> dict[str, TrainedFactors]:
-        """Module name to the factors that are trained."""
-        return {name: module.factors for name, module in self.modules.items()}
+    def uploaded_factors(self) -> dict[str, TrainedFactors]:
+        """Module name to the factors that are trained and uploaded."""
+        return {name: module.uploads for name, module in self.modules.items()}
 
     def training_everything(self) -> "TrainPlan":
         """Return the plan with every held component trainable; nothing of it is uploaded."""
@@ -401,6 +416,20 @@ class TrainPlan:
             for name, module in self.modules.items()
         }
         return replace(self, modules=modules)
+
+    def held_numbers(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """Return how many numbers of factors the client is sent for these modules.
+
+        Parameters
+        ----------
+        shapes
+            Module name to ``(out_features, in_features)``.
+        """
+        numbers = 0
+        for name, (out_features, in_features) in shapes.items():
+            module = self.modules[name]
+            numbers += len(module.held) * (in_features + out_features * (not module.own_lora_B))
+        return numbers
 
     def upload_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """Return the bytes of an upload's factors, with ``mixed`` also of their scales.
@@ -475,6 +504,10 @@ def _with_keys_of(kind: type[Any], values: Any) -> dict[str, Any]:
     return values
 
 
+_RARE: Mapping[str, Any] = {"budget": None, "gain": 1.0, "own_lora_B": False}
+"""What few modules' plans have, by name, with what it is for all others."""
+
+
 def _module_entry(module: ModulePlan, names: list[str]) -> list[Any]:
     """Write modules of one plan: three values, the names, and what few plans have."""
     entry: list[Any] = [format_indices(module.held), format_indices(module.trainable)]
@@ -483,9 +516,13 @@ def _module_entry(module: ModulePlan, names: list[str]) -> list[Any]:
         entry.append(format_bits(module.bits))
     if module.factors != "both":
         entry.append(module.factors)
-    if module.budget is not None:
-        entry.append({"budget": module.budget})
+    if rare := {name: v for name, v in _rare(module).items() if v != _RARE[name]}:
+        entry.append(rare)
     return entry
+
+
+def _rare(module: ModulePlan) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in _RARE}
 
 
 def _read_modules(entries: Any) -> dict[str, ModulePlan]:
@@ -504,12 +541,15 @@ def _read_modules(entries: Any) -> dict[str, ModulePlan]:
 
 
 def _read_rest(rest: list[Any]) -> dict[str, Any]:
-    """Read what is optional behind a module's names: bits, which are not empty, factor, budget."""
+    """Read what is optional behind a module's names: bits, not empty, then a factor, then more."""
     values: dict[str, Any] = {}
     if rest and isinstance(rest[-1], dict):
         *rest, more = rest
-        if list(more) != ["budget"] or more["budget"] is None:
-            raise TypeError(f"behind module names {shorten(repr(more), 80)}, expected a budget")
+        if not more or more.keys() - _RARE.keys():
+            expected = ", ".join(_RARE)
+            raise TypeError(
+                f"behind module names {shorten(repr(more), 80)}, expected some of {expected}"
+            )
         values |= more
     if rest and rest[-1] in ("A", "B"):
         *rest, values["factors"] = rest

@@ -26,7 +26,8 @@ def module_plans(draw):
     trainable = draw(st.lists(st.sampled_from(held), unique=True)) if held else []
     scaling = draw(st.floats(1e-3, 1e3) | st.sampled_from([16 / 30, 1.0]))
     factors = draw(st.sampled_from(["A", "B", "both"]))
-    return ModulePlan(held, tuple(trainable), scaling, factors=factors)
+    gain, own = draw(st.sampled_from([1.0, 4.0])), factors == "both" and draw(st.booleans())
+    return ModulePlan(held, tuple(trainable), scaling, factors=factors, gain=gain, own_lora_B=own)
 
 
 @st.composite
@@ -289,6 +290,15 @@ class TestTrainPlan:
             ({"modules": [["0-1", "0", 1.0, ["q"], "A", "B"]]}, "bits: 'A' is not like"),
             ({"modules": [["0-1", "0", 1.0, ["q"], "B", "8"]]}, "behind module names"),
             ({"modules": [["0-1", "0", 1.0, ["q"], ["A"]]]}, "behind module names"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {}]]}, "expected some of budget, gain"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {"bits": "8"}]]}, "expected some of budget"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {"gain": 0}]]}, "gain must be above 0"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {"gain": "2"}]]}, "gain must be above 0"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {"own_lora_B": 1}]]}, "own_lora_B must be"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], "B", {"own_lora_B": True}]]}, "own_lora_B must"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {"budget": 1}]]}, "a budget goes with a choice"),
+            ({"choice": {"measure": "contribution"}}, "keys missing or unknown"),
+            ({"choice": "contribution"}, "expected an object"),
             ({"modules": [[[0, 1], "0", 1.0, ["q"]]]}, "not a train plan"),
         ],
     )

@@ -51,7 +51,7 @@ def mean_bytes(strategy: HeterogeneousLora, ranks: Sequence[int], head_parameter
         plan = strategy.plan(NodeProfile(partition_id, len(ranks), rank, 1, "cpu"), 1)
         for name, factors in strategy.global_adapter.modules.items():
             module, shape = plan.modules[name], (factors.out_features, factors.in_features)
-            numbers += len(module.held) * sum(shape)
+            numbers += plan.held_numbers({name: shape})
             numbers += module.num_trained * sum(module.uploaded_sides(shape))
     return BYTES_PER_NUMBER * (numbers / len(ranks) + 2 * head_parameters)
 

@@ -127,7 +127,7 @@ def trained_part(adapter: Adapter, plan: TrainPlan) -> Adapter:
     """
     modules = {n: f.select(plan.modules[n].trainable_slots) for n, f in adapter.modules.items()}
     trained = Adapter(modules, adapter.head if plan.head == "averaged" else {})
-    return trained.only(plan.trained_factors)
+    return trained.only(plan.uploaded_factors)
 
 
 def clipped_change(after: Adapter, before: Adapter, clip_norm: float) -> Adapter:

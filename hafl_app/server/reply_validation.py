@@ -180,7 +180,7 @@ def completed(upload: Adapter, before: Adapter, plan: TrainPlan) -> Adapter:
         What the same components were when they were sent.
     """
     if plan.upload != "fp32":
-        upload = restored(upload, before.only(plan.trained_factors))
+        upload = restored(upload, before.only(plan.uploaded_factors))
     return upload.filled(before)
 
 
@@ -234,10 +234,11 @@ def _check_names(kind: str, got: Mapping[str, Any], expected: Mapping[str, Any])
 def _check_factors(update: AdapterArrays, plan: TrainPlan) -> None:
     for name, (lora_A, lora_B) in update.modules.items():
         module = plan.modules[name]
-        if lora_A.shape[1] and not module.trains_A:
+        if lora_A.shape[1] and module.uploads == "B":
             raise ReplyError(f"{name}: lora_A is uploaded, the plan trains lora_B alone")
-        if lora_B.shape[0] and not module.trains_B:
-            raise ReplyError(f"{name}: lora_B is uploaded, the plan trains lora_A alone")
+        if lora_B.shape[0] and module.uploads == "A":
+            kept = "leaves lora_B with its node" if module.own_lora_B else "trains lora_A alone"
+            raise ReplyError(f"{name}: lora_B is uploaded, the plan {kept}")
 
 
 def _check_ranks(update: AdapterArrays, plan: TrainPlan) -> None:

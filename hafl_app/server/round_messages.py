@@ -137,7 +137,8 @@ class _Dispatches:
 
     def of(self, plan: TrainPlan) -> tuple[Adapter, RecordDict]:
         """Return the adapter to send, and a content with everything but the plan."""
-        key = plan.head, tuple((name, module.held) for name, module in plan.modules.items())
+        held = ((name, m.held, m.own_lora_B) for name, m in plan.modules.items())
+        key = plan.head, tuple(held)
         if key not in self._kept:
             sent = self._dispatch(plan)
             arrays = AdapterArrays(*to_arrays(sent))

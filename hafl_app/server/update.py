@@ -56,7 +56,7 @@ class ClientUpdate:
         Found when the reply is judged: its numbers are then looked through once.
         """
         scaling = {name: module.scaling for name, module in self.plan.modules.items()}
-        trained = self.plan.trained_factors
+        trained = self.plan.uploaded_factors
         return change_size(self.adapter.only(trained), self.before.only(trained), scaling)
 
     def components(self, module: str) -> tuple[int, ...]:

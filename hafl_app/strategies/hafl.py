@@ -91,9 +91,7 @@ class Hafl(ComponentMean):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.scores = ImportanceScores(
-            measure="none"
-            if self.selection != "importance" or self._by_client
-            else self.importance,
+            measure=self.importance if self._scores_on_server else "none",
             by_server=self.source == "server",
             smoothing=self.smoothing,
             learning_rate=self.learning_rate,
@@ -105,10 +103,13 @@ class Hafl(ComponentMean):
     def _by_client(self) -> bool:
         return self.selection_by == "client"
 
+    @property
+    def _scores_on_server(self) -> bool:
+        return self.selection == "importance" and not self._by_client
+
     def _declare(self) -> Traits:
         adaptive = self.aggregation == "adaptive"
-        by_uploads = self.selection == "importance" and self.importance != "magnitude"
-        by_uploads = by_uploads or self._by_client
+        by_uploads = self._by_client or (self._scores_on_server and self.importance != "magnitude")
         return replace(
             self.traits,
             uploads_importance=self.scores.from_gradients or self._by_client,

@@ -45,7 +45,7 @@ FACTORS, HEAD_PREFIX, SCORES, SCALES = "factors", "head/", "scores", "scales"
 BITS, COMPONENTS = "bits", "components"
 NUM_EXAMPLES, SECONDS, SERVER_ROUND = "num-examples", "seconds", "server-round"
 PARTITION_ID, LABEL_NAMES = "partition-id", "label-names"
-ROUNDING_ERRORS = "rounding-errors"
+ROUNDING_ERRORS, OWN_LORA_B = "rounding-errors", "own-lora-b"
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def encode_upload(
     seed
         Of stochastic rounding, with ``mixed``; a new one for every upload.
     """
-    modules, head = to_arrays(upload.only(plan.trained_factors))
+    modules, head = to_arrays(upload.only(plan.uploaded_factors))
     chosen = {} if plan.choice is None else {n: m.trainable for n, m in plan.modules.items()}
     if plan.upload == "fp32":
         return AdapterArrays(modules, head, importance, components=chosen), dict(errors)
@@ -59,7 +59,7 @@ def encode_upload(
         before = kept.get(name) or RoundingErrors.none(wanted)
         if plan.error_feedback:
             wanted = before.added_to(wanted, components)
-        sent = wanted.only(plan.modules[name].factors)
+        sent = wanted.only(plan.modules[name].uploads)
         of_module: Pair | None
         if plan.upload == "mixed":
             bits[name] = tuple(b for b in plan.modules[name].bits[: sent.rank] if b)
@@ -94,7 +94,7 @@ def _change(factors: LoraFactors, received: Adapter, plan: TrainPlan, name: str)
     """
     module = plan.modules[name]
     before = received.modules[name].select(module.trainable_slots[: factors.rank])
-    after = factors.only(module.factors).filled(before)
+    after = factors.only(module.uploads).filled(before)
     return LoraFactors(
         after.lora_A.cpu().float() - before.lora_A, after.lora_B.cpu().float() - before.lora_B
     )

@@ -113,7 +113,10 @@ def update_of(
         # The same noise for the same module whatever the order of modules.
         generator = torch.Generator().manual_seed(seed * 1000 + zlib.crc32(name.encode()) % 997)
         before = factors.select(plan.modules[name].trainable_slots)
-        after = change(before, generator).only(plan.modules[name].factors)
+        after = change(before, generator).only(plan.modules[name].uploads)
+        if plan.modules[name].own_lora_B:
+            # It never comes; the laws look at lora_A beside the lora_B that the server has.
+            before = strategy.global_adapter.modules[name].select(plan.modules[name].trainable)
         modules[name] = after.filled(before)
     scores = {n: torch.rand(len(plan.modules[n].trainable)) for n in modules}
     return ClientUpdate(

@@ -99,7 +99,7 @@ def test_a_method_sees_factors_and_not_changes(name, upload):
         )
         request.metadata.__dict__["_message_id"] = "1"
         asked = update_of(strategy, CLIENT, nothing)
-        only = moved(asked.before).only(asked.plan.trained_factors)
+        only = moved(asked.before).only(asked.plan.uploaded_factors)
         trained = only.filled(asked.before)
         arrays, _ = encode_upload(trained, asked.sent, asked.plan, scores_of(asked.plan), {})
         metrics = MetricRecord({NUM_EXAMPLES: 30, "loss": 0.5})
