@@ -19,11 +19,19 @@ from hafl_app.component_choice import ComponentChoice
 
 HeadPolicy = Literal["averaged", "frozen", "local"]
 ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
-NumberFormat = Literal["fp32", "bf16", "int8", "mixed"]
+NumberFormat = Literal["fp32", "bf16", "int8", "mixed", "sparse"]
 TrainedFactors = Literal["A", "B", "both"]
 
-NUMBER_BYTES: Mapping[NumberFormat, int] = {"fp32": 4, "bf16": 2, "int8": 1, "mixed": 2}
-"""Bytes of a number in each format; of ``mixed``, where every component has its own, at most."""
+NUMBER_BYTES: Mapping[NumberFormat, int] = {
+    "fp32": 4,
+    "bf16": 2,
+    "int8": 1,
+    "mixed": 2,
+    "sparse": 4,
+}
+"""Bytes of a number in each format; of ``mixed``, where every component has its own, at most.
+
+Of ``sparse`` only the numbers that are kept travel, with a bit for each number there is."""
 
 BIT_LEVELS = (0, 2, 4, 8, 16)
 """Bits that a number of a component may have with ``mixed``; with 0 it is not uploaded."""
@@ -321,14 +329,18 @@ class TrainPlan:
     upload
         Numbers of the uploaded factors. ``fp32``: the factors themselves. Otherwise their change
         against what was sent, rounded, see `hafl_app.lowrank.quantize`; with ``mixed`` each
-        component's to as many bits as its `ModulePlan` says. The head is always fp32.
+        component's to as many bits as its `ModulePlan` says. With ``sparse`` the largest numbers of
+        the change, the share ``density`` of them. The head is always fp32.
     error_feedback
         Whether the client keeps what rounding lost of a component's change, and adds it to that
         component's next one; only where rounding loses something.
     choice
         Rule by which the client chooses what it trains of the trainable components, within each
-        module's ``budget``; None: it trains them all. Not with ``upload=mixed``, ``tail`` or
-        ``importance``.
+        module's ``budget``; None: it trains them all. Not with ``upload=mixed`` or ``sparse``,
+        ``tail`` or ``importance``.
+    density
+        With ``upload=sparse``, the share of the numbers of all factors that travels each way, in
+        (0, 1); else 1.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -342,6 +354,7 @@ class TrainPlan:
     upload: NumberFormat = "fp32"
     error_feedback: bool = False
     choice: ComponentChoice | None = None
+    density: float = 1.0
 
     def __post_init__(self) -> None:
         # A plan comes over the wire: a word that no branch knows would silently train by default.
@@ -362,13 +375,17 @@ class TrainPlan:
             _require(_is_whole(number, least), name, f"a whole number from {least}", number)
         feedback = isinstance(self.error_feedback, bool)
         _require(feedback, "error_feedback", "true or false", self.error_feedback)
-        rounds = self.upload != "fp32" or not self.error_feedback
-        _require(rounds, "error_feedback", "false with upload=fp32", self.error_feedback)
+        rounds = self.upload not in ("fp32", "sparse") or not self.error_feedback
+        _require(rounds, "error_feedback", f"false with upload={self.upload}", self.error_feedback)
         for name, module in self.modules.items():
             self._check_bits_of(name, module)
             if (module.budget is None) != (self.choice is None):
                 raise ValueError(f"module {name!r}: a budget goes with a choice, and only with one")
-        plain = self.upload != "mixed" and self.tail is None and self.importance == "none"
+        share = _is_finite(self.density) and 0 < self.density <= 1
+        sparse = (self.density < 1) == (self.upload == "sparse") if share else False
+        _require(sparse, "density", "in (0, 1) with upload=sparse, else 1", self.density)
+        plain = self.tail is None and self.importance == "none"
+        plain = plain and self.upload not in ("mixed", "sparse")
         _require(self.choice is None or plain, "choice", "null with such a plan", self.choice)
 
     def _check_bits_of(self, name: str, module: ModulePlan) -> None:
@@ -389,7 +406,8 @@ class TrainPlan:
         modules = {
             n: replace(m, trainable=m.held, bits=(), budget=None) for n, m in self.modules.items()
         }
-        return replace(self, modules=modules, upload="fp32", error_feedback=False, choice=None)
+        plain: dict[str, Any] = {"upload": "fp32", "error_feedback": False, "density": 1.0}
+        return replace(self, modules=modules, choice=None, **plain)
 
     def chosen(self, components: Mapping[str, tuple[int, ...]]) -> "TrainPlan":
         """Return the plan after the client's choice: it trains these, and nothing else.
@@ -447,7 +465,19 @@ class TrainPlan:
             return sum(each)
         counts = self._largest_counts({name: sum(both) for name, both in sides.items()})
         numbers = sum(count * sum(sides[name]) for name, count in counts.items())
-        return NUMBER_BYTES[self.upload] * numbers
+        return self._bytes_of(numbers, self.upload)
+
+    def kept_numbers(self, numbers: int) -> int:
+        """Return how many of so many numbers travel: the share ``density``, and at least one."""
+        return numbers if self.density == 1 else min(numbers, max(1, floor(self.density * numbers)))
+
+    def held_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """Return the bytes of the factors that the client is sent, see `held_numbers`."""
+        return self._bytes_of(self.held_numbers(shapes), "fp32")
+
+    def _bytes_of(self, numbers: int, numbers_in: NumberFormat) -> int:
+        mask = 0 if self.density == 1 else -(-numbers // 8)
+        return mask + NUMBER_BYTES[numbers_in] * self.kept_numbers(numbers)
 
     def _largest_counts(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Return how many components of each module are trained in the largest upload."""
@@ -467,8 +497,9 @@ class TrainPlan:
             groups.setdefault(module, []).append(name)
         values = {k: v for k, v in asdict(self).items() if k != "modules"}
         # What most plans do not have is left out: they do not grow by it.
-        if self.choice is None:
-            del values["choice"]
+        for name, usual in _RARE_OF_PLANS.items():
+            if values[name] == usual:
+                del values[name]
         values["modules"] = [_module_entry(module, names) for module, names in groups.items()]
         return json.dumps(values, separators=(",", ":"))
 
@@ -483,7 +514,7 @@ class TrainPlan:
         """
         try:
             values = json.loads(text)
-            values = _with_keys_of(cls, {"choice": None, **values})
+            values = _with_keys_of(cls, {**_RARE_OF_PLANS, **values})
             tail, choice = values["tail"], values["choice"]
             values["modules"] = _read_modules(values["modules"])
             if tail is not None:
@@ -503,6 +534,9 @@ def _with_keys_of(kind: type[Any], values: Any) -> dict[str, Any]:
         raise ValueError(f"{kind.__name__}: keys missing or unknown: {odd}")
     return values
 
+
+_RARE_OF_PLANS: Mapping[str, Any] = {"choice": None, "density": 1.0}
+"""What few plans have, by name, with what it is for all others."""
 
 _RARE: Mapping[str, Any] = {"budget": None, "gain": 1.0, "own_lora_B": False}
 """What few modules' plans have, by name, with what it is for all others."""

@@ -54,6 +54,9 @@ def train_plans(draw):
     )
     modules, upload = st.dictionaries(st.text(max_size=12), module_plans(), max_size=5), uploads
     if draw(st.booleans()):
+        densities = st.sampled_from([0.1, 0.5])
+        upload = st.builds(lambda d: {"upload": "sparse", "density": d}, densities)
+    elif draw(st.booleans()):
         upload = st.builds(lambda f: {"upload": "mixed", "error_feedback": f}, st.booleans())
         mixed = module_plans().flatmap(with_bits)
         modules = st.dictionaries(st.text(max_size=12), mixed, max_size=5)
@@ -275,7 +278,10 @@ class TestTrainPlan:
             ({"importance": "norm"}, "importance must be one of none, .*, got 'norm'"),
             ({"epochs": 2}, "not a train plan: .*epochs"),
             ({"tail": {"decay": 0.5}}, "not a train plan: .*weight"),
-            ({"upload": "int4"}, "upload must be one of fp32, bf16, int8, mixed, got 'int4'"),
+            (
+                {"upload": "int4"},
+                "upload must be one of fp32, .*, sparse, got 'int4'",
+            ),
             ({"error_feedback": True}, "error_feedback must be false with upload=fp32, got True"),
             ({"modules": [["0-1", "5", 1.0, ["q"]]]}, "among the held"),
             ({"modules": [["0-1", "0", "1", ["q"]]]}, "not a train plan"),
@@ -299,6 +305,17 @@ class TestTrainPlan:
             ({"modules": [["0-1", "0", 1.0, ["q"], {"budget": 1}]]}, "a budget goes with a choice"),
             ({"choice": {"measure": "contribution"}}, "keys missing or unknown"),
             ({"choice": "contribution"}, "expected an object"),
+            (
+                {"upload": "sparse"},
+                "density must be in .* with upload=sparse, else 1, got",
+            ),
+            ({"density": 0.5}, "density must be in"),
+            ({"upload": "sparse", "density": 0}, "density must be in"),
+            ({"upload": "sparse", "density": float("nan")}, "density must be in"),
+            (
+                {"upload": "sparse", "density": 0.5, "error_feedback": True},
+                "error_feedback must be",
+            ),
             ({"modules": [[[0, 1], "0", 1.0, ["q"]]]}, "not a train plan"),
         ],
     )

@@ -215,6 +215,11 @@ def check_local_plan(plan: TrainPlan) -> None:
             "the plan lets the client choose its components by its private data, and the choice "
             "is uploaded without noise: privacy=local_dp needs a method whose plans choose"
         )
+    if plan.density < 1:
+        raise PrivacyError(
+            "the plan has the client upload the largest numbers of its change, and which they are "
+            "is not noised: privacy=local_dp needs a method with dense uploads"
+        )
     if plan.tail is not None and plan.tail.prune:
         raise PrivacyError(
             "the plan lets training decide the uploaded rank, which is not noised: "

@@ -131,6 +131,7 @@ def read_update(
     check_shapes(update, {n: plan.modules[n].uploaded_sides(shapes[n]) for n in update.modules})
     _check_ranks(update, plan)
     _check_bits(update, plan)
+    _check_density(update, plan)
     update = decode_upload(update)
     _check_head(update, head)
     _check_scores(update, plan)
@@ -257,6 +258,15 @@ def _check_bits(update: AdapterArrays, plan: TrainPlan) -> None:
         if bits != (expected := plan.modules[name].bits[: len(bits)]):
             got, asked = _quote(format_bits(bits)), format_bits(expected)
             raise ReplyError(f"{name}: bits {got}, expected {_quote(asked)}")
+
+
+def _check_density(update: AdapterArrays, plan: TrainPlan) -> None:
+    if plan.density == 1:
+        return
+    parts = [part for pair in update.modules.values() for part in pair]
+    got, most = sum(map(np.count_nonzero, parts)), plan.kept_numbers(sum(p.size for p in parts))
+    if got > most:
+        raise ReplyError(f"{got} numbers that are not 0, expected at most {most}")
 
 
 def _check_head(update: AdapterArrays, head: Mapping[str, tuple[int, ...]]) -> None:

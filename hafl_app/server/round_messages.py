@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import TrainPlan
+from hafl_app.plan import NumberFormat, TrainPlan
 from hafl_app.server.reply_validation import (
     ReplyError,
     check_finite,
@@ -138,10 +138,11 @@ class _Dispatches:
     def of(self, plan: TrainPlan) -> tuple[Adapter, RecordDict]:
         """Return the adapter to send, and a content with everything but the plan."""
         held = ((name, m.held, m.own_lora_B) for name, m in plan.modules.items())
-        key = plan.head, tuple(held)
+        key = plan.head, plan.density, tuple(held)
         if key not in self._kept:
             sent = self._dispatch(plan)
-            arrays = AdapterArrays(*to_arrays(sent))
+            numbers: NumberFormat = "fp32" if plan.density == 1 else "sparse"
+            arrays = AdapterArrays(*to_arrays(sent), numbers=numbers)
             self._kept[key] = sent, adapter_content(arrays, **{CONFIG: self._config})
             if len(self._kept) > _KEPT_DISPATCHES:
                 self._kept.popitem(last=False)

@@ -209,7 +209,7 @@ class HeterogeneousLora(Strategy, ABC):
         plan, shapes = self.plan(profile, 1), self.layer_shapes()
         head = head_that_travels(self.global_adapter, self.options)
         head_bytes = NUMBER_BYTES["fp32"] * sum(tensor.numel() for tensor in head.values())
-        down = NUMBER_BYTES["fp32"] * plan.held_numbers(shapes)
+        down = plan.held_bytes(shapes)
         return down + head_bytes, plan.upload_bytes(shapes) + head_bytes
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hafl_app.plan import NumberFormat, TrainPlan, format_bits, format_indices, parse_indices
 from hafl_app.wire.arrays import (
     DTYPES,
+    SPARSE,
     Float32,
     Numbers,
     RecordError,
@@ -25,9 +26,11 @@ from hafl_app.wire.arrays import (
     read_numbers,
     read_parts,
     read_sizes,
+    read_sparse,
     read_text,
     read_texts,
     write_numbers,
+    write_sparse,
     write_text,
 )
 from hafl_app.wire.bit_packing import (
@@ -56,6 +59,7 @@ class AdapterArrays:
     ----------
     modules
         Module name to ``(lora_A (rank, in_features), lora_B (out_features, rank))``: float32;
+        also with ``sparse``, where those that are 0 do not travel;
         with ``bf16`` the bits of bfloat16 as uint16, which NumPy does not have; int8; or with
         ``mixed`` codes as int16. A factor that does not travel has no features: that is how a
         layout says so.
@@ -132,6 +136,9 @@ def unpack(arrays: ArrayRecord, record: ConfigRecord) -> AdapterArrays:
         scales = _scales(record, layout)  # first: as many components as there are, and no more
         numbers, bits = "mixed", read_bits(layout, BITS)
         modules = unpack_pairs(layout, bits, read_packed(arrays, FACTORS))
+    elif _is_sparse(arrays):
+        numbers, flat = "sparse", read_sparse(arrays, FACTORS, _count(layout))
+        bits, scales, modules = {}, {}, _cut_factors(layout, flat)
     else:
         numbers, flat = read_numbers(arrays, FACTORS)
         bits, modules = {}, _cut_factors(layout, flat)
@@ -150,7 +157,23 @@ def _write_factors(adapter: AdapterArrays) -> Array:
     if adapter.numbers == "mixed":
         return write_packed(pack_pairs(adapter.modules, adapter.bits))
     parts = (part for pair in adapter.modules.values() for part in pair)
+    if adapter.numbers == "sparse":
+        return write_sparse(parts)
     return write_numbers(parts, DTYPES[adapter.numbers])
+
+
+def _is_sparse(arrays: ArrayRecord) -> bool:
+    factors = arrays.get(FACTORS)
+    return factors is not None and factors.stype == SPARSE
+
+
+def _count(layout: Mapping[str, Any]) -> int:
+    """Return how many numbers the factors of a layout have."""
+    names = read_names(layout, "modules")
+    ranks, widths, heights = (
+        read_sizes(layout, key, len(names)) for key in ("ranks", "in-features", "out-features")
+    )
+    return sum(r * (m + n) for r, m, n in zip(ranks, heights, widths, strict=True))
 
 
 def _cut_factors(layout: Mapping[str, Any], flat: Numbers) -> dict[str, tuple[Numbers, Numbers]]:
@@ -223,7 +246,7 @@ def _scales(record: ConfigRecord, layout: Mapping[str, Any]) -> dict[str, tuple[
 
 
 def _score_dtype(numbers: NumberFormat) -> str:
-    return DTYPES["fp32" if numbers == "fp32" else "bf16"]
+    return DTYPES["fp32" if numbers in ("fp32", "sparse") else "bf16"]
 
 
 def adapter_content(adapter: AdapterArrays, **records: ConfigRecord | MetricRecord) -> RecordDict:

@@ -13,6 +13,7 @@ import torch
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.mixed_bits import MixedFactors
 from hafl_app.lowrank.quantize import Int8Factors, RoundingErrors
+from hafl_app.lowrank.sparse import largest_entries
 from hafl_app.plan import NumberFormat, TrainPlan
 from hafl_app.training.adapter_arrays import to_arrays
 from hafl_app.wire.arrays import Float32, Numbers
@@ -50,6 +51,8 @@ def encode_upload(
     chosen = {} if plan.choice is None else {n: m.trainable for n, m in plan.modules.items()}
     if plan.upload == "fp32":
         return AdapterArrays(modules, head, importance, components=chosen), dict(errors)
+    if plan.upload == "sparse":
+        return AdapterArrays(_sparse(upload, received, plan), head, importance, "sparse"), {}
     pairs, scales, kept, bits = {}, {}, dict(errors), {}
     generator = torch.Generator().manual_seed(seed)
     for name, factors in upload.modules.items():
@@ -77,7 +80,7 @@ def encode_upload(
 
 def decode_upload(arrays: AdapterArrays) -> AdapterArrays:
     """Return an upload with all its numbers in float32; a rounded one still holds changes."""
-    if arrays.numbers == "fp32":
+    if arrays.numbers in ("fp32", "sparse"):
         return arrays
     modules = {}
     for name, pair in arrays.modules.items():
@@ -85,6 +88,18 @@ def decode_upload(arrays: AdapterArrays) -> AdapterArrays:
         modules[name] = (factors.lora_A.numpy(), factors.lora_B.numpy())
     scores = {n: _from_bits(bits).float().numpy() for n, bits in arrays.importance.items()}
     return AdapterArrays(modules, arrays.head, scores, components=arrays.components)
+
+
+def _sparse(upload: Adapter, received: Adapter, plan: TrainPlan) -> dict[str, Pair]:
+    """Return the changes of the factors, all but the largest numbers 0."""
+    changes = {
+        name: _change(factors, received, plan, name).only(plan.modules[name].uploads)
+        for name, factors in upload.modules.items()
+    }
+    total = sum(f.lora_A.numel() + f.lora_B.numel() for f in changes.values())
+    scaling = {name: module.scaling for name, module in plan.modules.items()}
+    largest = largest_entries(changes, plan.kept_numbers(total), scaling)
+    return to_arrays(Adapter({name: largest[name] for name in changes}))[0]
 
 
 def _change(factors: LoraFactors, received: Adapter, plan: TrainPlan, name: str) -> LoraFactors:

@@ -267,6 +267,10 @@ class TestLocalPlans:
         with pytest.raises(PrivacyError, match="the choice is uploaded without noise"):
             check_local_plan(replace(self.PLAN, modules=modules, choice=rule))
 
+    def test_the_largest_numbers_of_a_change_are_refused(self):
+        with pytest.raises(PrivacyError, match="which they are is not noised"):
+            check_local_plan(replace(self.PLAN, upload="sparse", density=0.5))
+
     def test_importance_is_refused_by_name(self):
         with pytest.raises(PrivacyError, match=r"importance=smoothed.*strategy\.source=server"):
             check_local_plan(replace(self.PLAN, importance="smoothed"))
