@@ -37,7 +37,7 @@ def largest_entries(
     joined = torch.cat(sizes) if sizes else torch.zeros(0)
     mask = torch.zeros(len(joined), dtype=torch.bool)
     mask[joined.argsort(descending=True, stable=True)[:kept]] = True
-    parts = iter(mask.split([len(size) for size in sizes]))
+    parts = iter(torch.split(mask, [len(size) for size in sizes]))
     return {name: _masked(modules[name], next(parts), next(parts)) for name in names}
 
 
