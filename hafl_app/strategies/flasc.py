@@ -97,6 +97,6 @@ class Flasc(ComponentMean):
         }
         return _Round(state.previous, sums)
 
-    def finish(self, state: _Round, previous: Adapter) -> Mapping[str, LoraFactors]:  # type: ignore[override]
+    def finish(self, state: _Round, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Add the mean change over all participants."""
         return of_changes(state.sums, previous)

@@ -132,9 +132,17 @@ def update_of(
 def model_after(update: ClientUpdate) -> dict[str, LoraFactors]:
     """Return all that a client's model has after training: what it trained, and what it held."""
     return {
-        name: sent.replace(update.plan.modules[name].trainable_slots, update.adapter.modules[name])
-        for name, sent in update.sent.modules.items()
+        name: _held(update, name).replace(
+            update.plan.modules[name].trainable_slots, update.adapter.modules[name]
+        )
+        for name in update.sent.modules
     }
+
+
+def _held(update: ClientUpdate, name: str) -> LoraFactors:
+    """Return what a client held; a lora_B of its own was not sent."""
+    sent, trained = update.sent.modules[name], update.adapter.modules[name]
+    return sent.filled(LoraFactors(sent.lora_A, torch.zeros(trained.out_features, sent.rank)))
 
 
 def merge(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> dict[str, LoraFactors]:
