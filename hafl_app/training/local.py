@@ -235,7 +235,7 @@ def training_steps(
     allowance = _Allowance(task.plan.max_steps, task.options.max_seconds, started, clock)
     torch.manual_seed(task.seed)
     plan, probed = yield from _probe(task, load, allowance)
-    probe_seconds = clock() - started
+    probe_seconds = clock() - started if probed or plan.choice is not None else 0.0
     task = replace(task, plan=plan)
     torch.manual_seed(task.seed)  # the probe's dropout must not change the training's
     trainee = load(*reduced(task.adapter, plan))
