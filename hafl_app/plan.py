@@ -15,13 +15,23 @@ from math import floor
 from textwrap import shorten
 from typing import Any, Literal, get_args
 
+from hafl_app.component_choice import ComponentChoice
+
 HeadPolicy = Literal["averaged", "frozen", "local"]
 ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
-NumberFormat = Literal["fp32", "bf16", "int8", "mixed"]
+NumberFormat = Literal["fp32", "bf16", "int8", "mixed", "sparse"]
 TrainedFactors = Literal["A", "B", "both"]
 
-NUMBER_BYTES: Mapping[NumberFormat, int] = {"fp32": 4, "bf16": 2, "int8": 1, "mixed": 2}
-"""Bytes of a number in each format; of ``mixed``, where every component has its own, at most."""
+NUMBER_BYTES: Mapping[NumberFormat, int] = {
+    "fp32": 4,
+    "bf16": 2,
+    "int8": 1,
+    "mixed": 2,
+    "sparse": 4,
+}
+"""Bytes of a number in each format; of ``mixed``, where every component has its own, at most.
+
+Of ``sparse`` only the numbers that are kept travel, with a bit for each number there is."""
 
 BIT_LEVELS = (0, 2, 4, 8, 16)
 """Bits that a number of a component may have with ``mixed``; with 0 it is not uploaded."""
@@ -148,6 +158,14 @@ class ModulePlan:
     factors
         Which factors of the trainable components the client trains and uploads: ``A``, ``B`` or
         ``both``. The other one stays in the forward pass as it was sent.
+    budget
+        How many of ``trainable`` the client chooses under the plan's `ComponentChoice`, or with
+        ``scope=model`` adds to what it chooses from in the whole model; None without such a rule.
+    gain
+        Factor of the held components in the client's forward pass beside ``scaling``, above 0. It
+        is part of no number that travels: a sketch that leaves components out amplifies the rest.
+    own_lora_B
+        Whether each client has a lora_B of its own, which it trains and keeps: it does not travel.
     """
 
     held: tuple[int, ...]
@@ -155,6 +173,9 @@ class ModulePlan:
     scaling: float = 1.0
     bits: tuple[int, ...] = ()
     factors: TrainedFactors = "both"
+    budget: int | None = None
+    gain: float = 1.0
+    own_lora_B: bool = False
 
     def __post_init__(self) -> None:
         if len(set(self.held)) != len(self.held) or any(i < 0 for i in self.held):
@@ -168,9 +189,15 @@ class ModulePlan:
             )
         valid = _is_finite(self.scaling) and self.scaling > 0
         _require(valid, "scaling", "above 0 and finite", self.scaling)
+        _require(_is_finite(self.gain) and self.gain > 0, "gain", "above 0 and finite", self.gain)
+        fits = self.own_lora_B is False or (self.own_lora_B is True and self.factors == "both")
+        _require(fits, "own_lora_B", "false, or true with factors=both", self.own_lora_B)
         known = get_args(TrainedFactors)
         _require(self.factors in known, "factors", f"one of {', '.join(known)}", self.factors)
         self._check_bits()
+        if self.budget is not None:
+            within = _is_whole(self.budget, at_least=0) and self.budget <= len(self.trainable)
+            _require(within, "budget", f"from 0 to {len(self.trainable)}", self.budget)
 
     def _check_bits(self) -> None:
         if self.bits and len(self.bits) != len(self.trainable):
@@ -205,13 +232,23 @@ class ModulePlan:
         """Whether lora_B of the trainable components is trained."""
         return self.factors != "A"
 
+    @property
+    def uploads(self) -> TrainedFactors:
+        """The trained factors without one that the client keeps."""
+        return "A" if self.own_lora_B else self.factors
+
     def uploaded_sides(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return ``(out_features, in_features)`` of a weight, 0 for a factor not uploaded.
 
         A component's column of lora_B has out_features numbers, its row of lora_A in_features.
         """
         out_features, in_features = shape
-        return out_features * self.trains_B, in_features * self.trains_A
+        return out_features * (self.uploads != "A"), in_features * (self.uploads != "B")
+
+    @property
+    def num_trained(self) -> int:
+        """Number of components that are trained, of which the client may choose which."""
+        return len(self.trainable) if self.budget is None else self.budget
 
     @property
     def num_uploaded(self) -> int:
@@ -292,10 +329,18 @@ class TrainPlan:
     upload
         Numbers of the uploaded factors. ``fp32``: the factors themselves. Otherwise their change
         against what was sent, rounded, see `hafl_app.lowrank.quantize`; with ``mixed`` each
-        component's to as many bits as its `ModulePlan` says. The head is always fp32.
+        component's to as many bits as its `ModulePlan` says. With ``sparse`` the largest numbers of
+        the change, the share ``density`` of them. The head is always fp32.
     error_feedback
         Whether the client keeps what rounding lost of a component's change, and adds it to that
         component's next one; only where rounding loses something.
+    choice
+        Rule by which the client chooses what it trains of the trainable components, within each
+        module's ``budget``; None: it trains them all. Not with ``upload=mixed`` or ``sparse``,
+        ``tail`` or ``importance``.
+    density
+        With ``upload=sparse``, the share of the numbers of all factors that travels each way, in
+        (0, 1); else 1.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -308,6 +353,8 @@ class TrainPlan:
     max_steps: int = 0
     upload: NumberFormat = "fp32"
     error_feedback: bool = False
+    choice: ComponentChoice | None = None
+    density: float = 1.0
 
     def __post_init__(self) -> None:
         # A plan comes over the wire: a word that no branch knows would silently train by default.
@@ -328,10 +375,18 @@ class TrainPlan:
             _require(_is_whole(number, least), name, f"a whole number from {least}", number)
         feedback = isinstance(self.error_feedback, bool)
         _require(feedback, "error_feedback", "true or false", self.error_feedback)
-        rounds = self.upload != "fp32" or not self.error_feedback
-        _require(rounds, "error_feedback", "false with upload=fp32", self.error_feedback)
+        rounds = self.upload not in ("fp32", "sparse") or not self.error_feedback
+        _require(rounds, "error_feedback", f"false with upload={self.upload}", self.error_feedback)
         for name, module in self.modules.items():
             self._check_bits_of(name, module)
+            if (module.budget is None) != (self.choice is None):
+                raise ValueError(f"module {name!r}: a budget goes with a choice, and only with one")
+        share = _is_finite(self.density) and 0 < self.density <= 1
+        sparse = (self.density < 1) == (self.upload == "sparse") if share else False
+        _require(sparse, "density", "in (0, 1) with upload=sparse, else 1", self.density)
+        plain = self.tail is None and self.importance == "none"
+        plain = plain and self.upload not in ("mixed", "sparse")
+        _require(self.choice is None or plain, "choice", "null with such a plan", self.choice)
 
     def _check_bits_of(self, name: str, module: ModulePlan) -> None:
         expected = len(module.trainable) if self.upload == "mixed" else 0
@@ -342,17 +397,62 @@ class TrainPlan:
             )
 
     @property
-    def trained_factors(self) -> dict[str, TrainedFactors]:
-        """Module name to the factors that are trained."""
-        return {name: module.factors for name, module in self.modules.items()}
+    def uploaded_factors(self) -> dict[str, TrainedFactors]:
+        """Module name to the factors that are trained and uploaded."""
+        return {name: module.uploads for name, module in self.modules.items()}
 
     def training_everything(self) -> "TrainPlan":
         """Return the plan with every held component trainable; nothing of it is uploaded."""
-        modules = {n: replace(m, trainable=m.held, bits=()) for n, m in self.modules.items()}
-        return replace(self, modules=modules, upload="fp32", error_feedback=False)
+        modules = {
+            n: replace(m, trainable=m.held, bits=(), budget=None) for n, m in self.modules.items()
+        }
+        plain: dict[str, Any] = {"upload": "fp32", "error_feedback": False, "density": 1.0}
+        return replace(self, modules=modules, choice=None, **plain)
+
+    def chosen(self, components: Mapping[str, tuple[int, ...]]) -> "TrainPlan":
+        """Return the plan after the client's choice: it trains these, and nothing else.
+
+        Parameters
+        ----------
+        components
+            Module name to the chosen components, in the order of ``trainable``.
+
+        Raises
+        ------
+        ValueError
+            If the plan's rule cannot have chosen them, or it has none.
+        """
+        if self.choice is None:
+            raise ValueError("components are named, and the plan leaves no choice")
+        if odd := sorted(components.keys() ^ self.modules.keys()):
+            raise ValueError(f"a choice without, or beyond, module {odd[0]!r}")
+        candidates = {name: module.trainable for name, module in self.modules.items()}
+        budgets = {name: module.num_trained for name, module in self.modules.items()}
+        self.choice.check(components, candidates, budgets)
+        modules = {
+            name: replace(module, trainable=components[name], budget=len(components[name]))
+            for name, module in self.modules.items()
+        }
+        return replace(self, modules=modules)
+
+    def held_numbers(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """Return how many numbers of factors the client is sent for these modules.
+
+        Parameters
+        ----------
+        shapes
+            Module name to ``(out_features, in_features)``.
+        """
+        numbers = 0
+        for name, (out_features, in_features) in shapes.items():
+            module = self.modules[name]
+            numbers += len(module.held) * (in_features + out_features * (not module.own_lora_B))
+        return numbers
 
     def upload_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """Return the bytes of an upload's factors, with ``mixed`` also of their scales.
+
+        Where the client chooses over the whole model, the most that they can be.
 
         Parameters
         ----------
@@ -363,23 +463,44 @@ class TrainPlan:
         if self.upload == "mixed":
             each = (component_bytes(b, *sides[n]) for n, m in self.modules.items() for b in m.bits)
             return sum(each)
-        numbers = sum(len(m.trainable) * sum(sides[n]) for n, m in self.modules.items())
-        return NUMBER_BYTES[self.upload] * numbers
+        counts = self._largest_counts({name: sum(both) for name, both in sides.items()})
+        numbers = sum(count * sum(sides[name]) for name, count in counts.items())
+        return self._bytes_of(numbers, self.upload)
+
+    def kept_numbers(self, numbers: int) -> int:
+        """Return how many of so many numbers travel: the share ``density``, and at least one."""
+        return numbers if self.density == 1 else min(numbers, max(1, floor(self.density * numbers)))
+
+    def held_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """Return the bytes of the factors that the client is sent, see `held_numbers`."""
+        return self._bytes_of(self.held_numbers(shapes), "fp32")
+
+    def _bytes_of(self, numbers: int, numbers_in: NumberFormat) -> int:
+        mask = 0 if self.density == 1 else -(-numbers // 8)
+        return mask + NUMBER_BYTES[numbers_in] * self.kept_numbers(numbers)
+
+    def _largest_counts(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return how many components of each module are trained in the largest upload."""
+        counts = {name: module.num_trained for name, module in self.modules.items()}
+        if self.choice is None or self.choice.scope == "module":
+            return counts
+        left = sum(counts.values())
+        for name in sorted(sizes, key=lambda name: -sizes[name]):
+            counts[name] = min(left, len(self.modules[name].trainable))
+            left -= counts[name]
+        return counts
 
     def to_json(self) -> str:
         """Write the plan for the wire; modules with equal plans share one entry."""
-        groups: dict[tuple[str, str, float, str, TrainedFactors], list[str]] = {}
+        groups: dict[ModulePlan, list[str]] = {}
         for name, module in self.modules.items():
-            held, trainable = format_indices(module.held), format_indices(module.trainable)
-            bits = format_bits(module.bits)
-            key = (held, trainable, module.scaling, bits, module.factors)
-            groups.setdefault(key, []).append(name)
+            groups.setdefault(module, []).append(name)
         values = {k: v for k, v in asdict(self).items() if k != "modules"}
         # What most plans do not have is left out: they do not grow by it.
-        values["modules"] = [
-            [*three, names, *([bits] if bits else []), *([factors] if factors != "both" else [])]
-            for (*three, bits, factors), names in groups.items()
-        ]
+        for name, usual in _RARE_OF_PLANS.items():
+            if values[name] == usual:
+                del values[name]
+        values["modules"] = [_module_entry(module, names) for module, names in groups.items()]
         return json.dumps(values, separators=(",", ":"))
 
     @classmethod
@@ -392,11 +513,14 @@ class TrainPlan:
             If ``text`` is not a plan: a key missing or unknown, or a value out of its range.
         """
         try:
-            values = _with_keys_of(cls, json.loads(text))
-            tail = values["tail"]
+            values = json.loads(text)
+            values = _with_keys_of(cls, {**_RARE_OF_PLANS, **values})
+            tail, choice = values["tail"], values["choice"]
             values["modules"] = _read_modules(values["modules"])
             if tail is not None:
                 values["tail"] = TailPruning(**_with_keys_of(TailPruning, tail))
+            if choice is not None:
+                values["choice"] = ComponentChoice(**_with_keys_of(ComponentChoice, choice))
             return cls(**values)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a train plan: {shorten(str(error), 300)}") from error
@@ -411,11 +535,36 @@ def _with_keys_of(kind: type[Any], values: Any) -> dict[str, Any]:
     return values
 
 
+_RARE_OF_PLANS: Mapping[str, Any] = {"choice": None, "density": 1.0}
+"""What few plans have, by name, with what it is for all others."""
+
+_RARE: Mapping[str, Any] = {"budget": None, "gain": 1.0, "own_lora_B": False}
+"""What few modules' plans have, by name, with what it is for all others."""
+
+
+def _module_entry(module: ModulePlan, names: list[str]) -> list[Any]:
+    """Write modules of one plan: three values, the names, and what few plans have."""
+    entry: list[Any] = [format_indices(module.held), format_indices(module.trainable)]
+    entry += [module.scaling, names]
+    if module.bits:
+        entry.append(format_bits(module.bits))
+    if module.factors != "both":
+        entry.append(module.factors)
+    if rare := {name: v for name, v in _rare(module).items() if v != _RARE[name]}:
+        entry.append(rare)
+    return entry
+
+
+def _rare(module: ModulePlan) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in _RARE}
+
+
 def _read_modules(entries: Any) -> dict[str, ModulePlan]:
     modules: dict[str, ModulePlan] = {}
     for held, trainable, scaling, names, *rest in entries:
-        bits, factors = _read_rest(rest)
-        plan = ModulePlan(parse_indices(held), parse_indices(trainable), scaling, bits, factors)
+        plan = ModulePlan(
+            parse_indices(held), parse_indices(trainable), scaling, **_read_rest(rest)
+        )
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"module names {names!r}, expected a list of text")
         for name in names:
@@ -425,15 +574,24 @@ def _read_modules(entries: Any) -> dict[str, ModulePlan]:
     return modules
 
 
-def _read_rest(rest: list[Any]) -> tuple[tuple[int, ...], TrainedFactors]:
-    """Read what is optional behind a module's names: bits, which are not empty, and a factor."""
-    factors: TrainedFactors = "both"
+def _read_rest(rest: list[Any]) -> dict[str, Any]:
+    """Read what is optional behind a module's names: bits, not empty, then a factor, then more."""
+    values: dict[str, Any] = {}
+    if rest and isinstance(rest[-1], dict):
+        *rest, more = rest
+        if not more or more.keys() - _RARE.keys():
+            expected = ", ".join(_RARE)
+            raise TypeError(
+                f"behind module names {shorten(repr(more), 80)}, expected some of {expected}"
+            )
+        values |= more
     if rest and rest[-1] in ("A", "B"):
-        *rest, factors = rest
-    if not rest:
-        return (), factors
-    if len(rest) > 1 or not isinstance(rest[0], str) or not rest[0]:
-        raise TypeError(
-            f"behind module names {shorten(repr(rest), 80)}, expected bits, then A or B, or nothing"
-        )
-    return parse_bits(rest[0]), factors
+        *rest, values["factors"] = rest
+    if rest:
+        if len(rest) > 1 or not isinstance(rest[0], str) or not rest[0]:
+            raise TypeError(
+                f"behind module names {shorten(repr(rest), 80)}, expected bits, then A or B, or "
+                "nothing"
+            )
+        values["bits"] = parse_bits(rest[0])
+    return values

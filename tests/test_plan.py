@@ -26,7 +26,8 @@ def module_plans(draw):
     trainable = draw(st.lists(st.sampled_from(held), unique=True)) if held else []
     scaling = draw(st.floats(1e-3, 1e3) | st.sampled_from([16 / 30, 1.0]))
     factors = draw(st.sampled_from(["A", "B", "both"]))
-    return ModulePlan(held, tuple(trainable), scaling, factors=factors)
+    gain, own = draw(st.sampled_from([1.0, 4.0])), factors == "both" and draw(st.booleans())
+    return ModulePlan(held, tuple(trainable), scaling, factors=factors, gain=gain, own_lora_B=own)
 
 
 @st.composite
@@ -53,6 +54,9 @@ def train_plans(draw):
     )
     modules, upload = st.dictionaries(st.text(max_size=12), module_plans(), max_size=5), uploads
     if draw(st.booleans()):
+        densities = st.sampled_from([0.1, 0.5])
+        upload = st.builds(lambda d: {"upload": "sparse", "density": d}, densities)
+    elif draw(st.booleans()):
         upload = st.builds(lambda f: {"upload": "mixed", "error_feedback": f}, st.booleans())
         mixed = module_plans().flatmap(with_bits)
         modules = st.dictionaries(st.text(max_size=12), mixed, max_size=5)
@@ -274,7 +278,10 @@ class TestTrainPlan:
             ({"importance": "norm"}, "importance must be one of none, .*, got 'norm'"),
             ({"epochs": 2}, "not a train plan: .*epochs"),
             ({"tail": {"decay": 0.5}}, "not a train plan: .*weight"),
-            ({"upload": "int4"}, "upload must be one of fp32, bf16, int8, mixed, got 'int4'"),
+            (
+                {"upload": "int4"},
+                "upload must be one of fp32, .*, sparse, got 'int4'",
+            ),
             ({"error_feedback": True}, "error_feedback must be false with upload=fp32, got True"),
             ({"modules": [["0-1", "5", 1.0, ["q"]]]}, "among the held"),
             ({"modules": [["0-1", "0", "1", ["q"]]]}, "not a train plan"),
@@ -289,6 +296,26 @@ class TestTrainPlan:
             ({"modules": [["0-1", "0", 1.0, ["q"], "A", "B"]]}, "bits: 'A' is not like"),
             ({"modules": [["0-1", "0", 1.0, ["q"], "B", "8"]]}, "behind module names"),
             ({"modules": [["0-1", "0", 1.0, ["q"], ["A"]]]}, "behind module names"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {}]]}, "expected some of budget, gain"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {"bits": "8"}]]}, "expected some of budget"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {"gain": 0}]]}, "gain must be above 0"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {"gain": "2"}]]}, "gain must be above 0"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {"own_lora_B": 1}]]}, "own_lora_B must be"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], "B", {"own_lora_B": True}]]}, "own_lora_B must"),
+            ({"modules": [["0-1", "0", 1.0, ["q"], {"budget": 1}]]}, "a budget goes with a choice"),
+            ({"choice": {"measure": "contribution"}}, "keys missing or unknown"),
+            ({"choice": "contribution"}, "expected an object"),
+            (
+                {"upload": "sparse"},
+                "density must be in .* with upload=sparse, else 1, got",
+            ),
+            ({"density": 0.5}, "density must be in"),
+            ({"upload": "sparse", "density": 0}, "density must be in"),
+            ({"upload": "sparse", "density": float("nan")}, "density must be in"),
+            (
+                {"upload": "sparse", "density": 0.5, "error_feedback": True},
+                "error_feedback must be",
+            ),
             ({"modules": [[[0, 1], "0", 1.0, ["q"]]]}, "not a train plan"),
         ],
     )

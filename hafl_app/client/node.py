@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from hafl_app.client.base_precision import base_precision
 from hafl_app.client.node_config import whole_number
 from hafl_app.client.own_data import DATA_PATH, own_file, own_share
+from hafl_app.client.own_factors import with_own_lora_B
 from hafl_app.client.permissions import Permissions
 from hafl_app.client.rank_budget import NodeLimits, rank_budget
 from hafl_app.client.terms import LABELS, Terms
@@ -53,7 +54,7 @@ class Job:
     options
         Of local training, within the node's limits.
     adapter
-        The received components, with the head that applies here.
+        The received components, with the head and the factors that apply here.
     share
         The node's data.
     model
@@ -150,7 +151,9 @@ class Node:
         self.terms.check_plan(request.plan)
         settings, number = self.settings, self._number(request)
         share = self.share(request.label_names)
+        model = self.model(share)
         plan = self.limits.limit_plan(request.plan)
+        adapter = with_own_lora_B(self.state, request.adapter, plan, model.shapes())
         local_epochs = settings.client.local_epochs
         return Job(
             server_round=request.server_round,
@@ -158,9 +161,9 @@ class Node:
             seed=client_seed(settings.seed, request.server_round, number),
             plan=plan,
             options=self.limits.limit_options(build.train_options(settings), plan, local_epochs),
-            adapter=self._with_own_head(request.adapter),
+            adapter=self._with_own_head(adapter),
             share=share,
-            model=self.model(share),
+            model=model,
         )
 
     def keep_head(self, adapter: Adapter) -> None:

@@ -99,7 +99,8 @@ class Terms:
         NotAllowedError
             See `check`.
         """
-        if plan.importance != "none" and not self.shares(IMPORTANCE):
+        measures = plan.importance != "none" or plan.choice is not None
+        if measures and not self.shares(IMPORTANCE):  # a choice tells which components score best
             raise _withheld("the plan", IMPORTANCE)
 
     def check_field(self, field: str, asked: str) -> None:

@@ -4,6 +4,7 @@ from flwr.app import MetricRecord, RecordDict
 
 from hafl_app.client.error_feedback import encode_with_feedback
 from hafl_app.client.node import Job, Node
+from hafl_app.client.own_factors import keep_lora_B
 from hafl_app.client.terms import DEVICE, LOSSES, TIMES
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.privacy.mechanism import NoiseSource, privatize_upload, trained_part
@@ -13,17 +14,21 @@ from hafl_app.wire.records import METRICS, NUM_EXAMPLES, SECONDS, adapter_conten
 
 
 def training_reply(node: Node, job: Job, result: TrainResult) -> RecordDict:
-    """Return the content of the reply; a local head and rounding errors stay in the node's state.
+    """Return the content of the reply; what is the client's own stays in the node's state.
 
     Under ``privacy=local_dp`` the upload is clipped and carries the node's own noise.
     """
     if job.plan.head == "local":
         node.keep_head(result.adapter)
-    upload = result.adapter if job.plan.head == "averaged" else result.adapter.with_head({})
+    keep_lora_B(node.state, result.adapter, result.plan)
+    upload = result.adapter.only(result.plan.uploaded_factors)
+    upload = upload if job.plan.head == "averaged" else upload.with_head({})
     if node.is_private:
         upload = _privatized(node, job, upload)
     importance = {name: scores.numpy() for name, scores in result.importance.items()}
-    arrays = encode_with_feedback(node.state, upload, job.adapter, job.plan, importance, job.seed)
+    arrays = encode_with_feedback(
+        node.state, upload, job.adapter, result.plan, importance, job.seed
+    )
     return adapter_content(arrays, **{METRICS: _metrics(result, node)})
 
 

@@ -46,13 +46,14 @@ def mean_bytes(strategy: HeterogeneousLora, ranks: Sequence[int], head_parameter
     head_parameters
         Numbers in the head, 0 if it does not travel.
     """
-    numbers = 0
+    numbers = 0.0
     for partition_id, rank in enumerate(ranks):
         plan = strategy.plan(NodeProfile(partition_id, len(ranks), rank, 1, "cpu"), 1)
         for name, factors in strategy.global_adapter.modules.items():
             module, shape = plan.modules[name], (factors.out_features, factors.in_features)
-            numbers += len(module.held) * sum(shape)
-            numbers += len(module.trainable) * sum(module.uploaded_sides(shape))
+            held = plan.held_numbers({name: shape})
+            trained = module.num_trained * sum(module.uploaded_sides(shape))
+            numbers += plan.density * (held + trained)
     return BYTES_PER_NUMBER * (numbers / len(ranks) + 2 * head_parameters)
 
 

@@ -129,6 +129,30 @@ class ComponentSums:
         total = torch.full_like(self.weight, self.total_weight)
         return self._divide(previous, total, uncovered="clear")
 
+    def average_of_changes(self, previous: LoraFactors) -> LoraFactors:
+        """Return each component moved by the mean change over all participants.
+
+        ``a_i + sum_{k in K_i} w_k (a_{k,i} - a_i) / sum_k w_k`` and likewise ``b_i``: one that a
+        participant did not train counts as unchanged, so nothing shrinks, and a component that few
+        trained moves little.
+
+        Parameters
+        ----------
+        previous
+            The module before the round, returned as it is if there was no participant. A component
+            that no one trained keeps its values bit for bit.
+        """
+        if self.total_weight == 0:
+            return previous
+        rest = (self.total_weight - self.weight).clamp(min=0)  # of those who did not train it
+        lora_A = (self.lora_A + rest[:, None] * previous.lora_A) / self.total_weight
+        lora_B = (self.lora_B + rest * previous.lora_B) / self.total_weight
+        covered = self.weight > 0
+        return LoraFactors(
+            lora_A.to(previous.lora_A.dtype).where(covered[:, None], previous.lora_A),
+            lora_B.to(previous.lora_B.dtype).where(covered, previous.lora_B),
+        )
+
     def _divide(
         self,
         previous: LoraFactors,

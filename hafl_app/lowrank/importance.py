@@ -251,6 +251,39 @@ def contribution_scores(before: LoraFactors, after: LoraFactors) -> Float[Tensor
     return _norms(change, dim=0) * _norms(after.lora_A, dim=1)
 
 
+def product_change_scores(before: LoraFactors, after: LoraFactors) -> Float[Tensor, " rank"]:
+    """Return ``||b'_i a'_i - b_i a_i||_F``, the change of each component's product.
+
+    Where one factor alone was trained, ``||b'_i - b_i|| ||a_i||`` or ``||b_i|| ||a'_i - a_i||``.
+
+    Parameters
+    ----------
+    before, after
+        The same components before and after training.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(rank,)``, float64, at least 0.
+
+    Notes
+    -----
+    Koo et al., "Towards Robust and Efficient Federated Low-Rank Adaptation with Heterogeneous
+    Clients" (LoRA-A2), arXiv:2410.22815, whose rounds train one factor: there it is the paper's
+    score.
+    """
+    a, b = before.lora_A.double(), before.lora_B.double()
+    new_a, change_b = after.lora_A.double(), after.lora_B.double() - b
+    change_a = new_a - a
+    # b'a' - ba = (b' - b) a' + b (a' - a): nothing cancels where the change is small.
+    squares = (
+        change_b.square().sum(0) * new_a.square().sum(1)
+        + b.square().sum(0) * change_a.square().sum(1)
+        + 2 * (change_b * b).sum(0) * (new_a * change_a).sum(1)
+    )
+    return squares.clamp(min=0).sqrt()
+
+
 def select_components(
     scores: Float[Tensor, " rank"],
     count: int,

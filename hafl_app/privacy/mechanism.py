@@ -127,7 +127,7 @@ def trained_part(adapter: Adapter, plan: TrainPlan) -> Adapter:
     """
     modules = {n: f.select(plan.modules[n].trainable_slots) for n, f in adapter.modules.items()}
     trained = Adapter(modules, adapter.head if plan.head == "averaged" else {})
-    return trained.only(plan.trained_factors)
+    return trained.only(plan.uploaded_factors)
 
 
 def clipped_change(after: Adapter, before: Adapter, clip_norm: float) -> Adapter:
@@ -201,13 +201,24 @@ def check_local_plan(plan: TrainPlan) -> None:
     Raises
     ------
     PrivacyError
-        If it asks for importance scores, for ranks that training decides, or for error feedback.
+        If it asks for importance scores, for components or ranks that training decides, or for
+        error feedback.
     """
     if plan.importance != "none":
         raise PrivacyError(
             f"the plan asks for importance={plan.importance}, measured on private data and "
             "uploaded without noise: privacy=local_dp needs a selection without it, such as "
             "strategy.source=server, strategy.importance=magnitude or strategy.selection=random"
+        )
+    if plan.choice is not None:
+        raise PrivacyError(
+            "the plan lets the client choose its components by its private data, and the choice "
+            "is uploaded without noise: privacy=local_dp needs a method whose plans choose"
+        )
+    if plan.density < 1:
+        raise PrivacyError(
+            "the plan has the client upload the largest numbers of its change, and which they are "
+            "is not noised: privacy=local_dp needs a method with dense uploads"
         )
     if plan.tail is not None and plan.tail.prune:
         raise PrivacyError(

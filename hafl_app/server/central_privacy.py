@@ -45,7 +45,9 @@ def trainable_counts(plans: Iterable[TrainPlan], adapter: Adapter) -> dict[str, 
     for plan in plans:
         for name, of_module in counts.items():
             module = plan.modules[name]
-            trained = torch.tensor([module.trains_A, module.trains_B], dtype=torch.float64)
+            trained = torch.tensor(
+                [module.uploads != "B", module.uploads != "A"], dtype=torch.float64
+            )
             of_module[:, list(module.trainable[: module.num_uploaded])] += trained[:, None]
     return counts
 
@@ -164,7 +166,7 @@ def _checked(update: ClientUpdate, counts: Mapping[str, Tensor]) -> ClientUpdate
     """Return an update; refuse one with components that no registered node's plan trains."""
     for name, n in counts.items():
         module = update.plan.modules[name]
-        trained = torch.tensor([module.trains_A, module.trains_B])
+        trained = torch.tensor([module.uploads != "B", module.uploads != "A"])
         odd = [i for i in update.components(name) if (n[trained, i] == 0).any()]
         if odd:
             raise PrivacyError(

@@ -30,6 +30,11 @@ def check_method(method: Method, ranks: Sequence[int]) -> None:
         raise StrategyError(
             f"federation.robust={federation.robust} is refused for strategy={name}: {reason}"
         )
+    if federation.upload != "fp32" and method.traits.uploads_sparsely:
+        raise StrategyError(
+            f"federation.upload={federation.upload} is refused for strategy={name}: its uploads "
+            "are sparse, in float32"
+        )
     if federation.error_feedback and (reason := no_error_feedback(method)):
         raise StrategyError(f"federation.error_feedback=true is refused for {name}: {reason}")
 

@@ -49,7 +49,11 @@ class Traits:
         Whether its global adapter has frozen components behind the first ``max_rank``, which every
         client holds and none trains: a change of the base, see `hafl_app.strategies.base_change`.
     uploads_importance
-        Whether its plans ask clients for importance scores, which they measure on their data.
+        Whether its plans ask clients for importance scores, which they measure on their data, or
+        for a choice of components by them.
+    uploads_sparsely
+        Whether its plans upload the largest numbers alone (``upload=sparse``), so that
+        ``federation.upload`` must leave them as they are.
     breaks
         Laws of the conformance suite that the method breaks by its paper, with the source.
     """
@@ -66,6 +70,7 @@ class Traits:
     allocates_bits: bool = False
     changes_base: bool = False
     uploads_importance: bool = False
+    uploads_sparsely: bool = False
     breaks: Mapping[str, str] = field(default_factory=dict)
 
 

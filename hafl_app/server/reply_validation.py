@@ -126,14 +126,32 @@ def read_update(
     if update.numbers != plan.upload:
         raise ReplyError(f"factors in {update.numbers}, expected {plan.upload}")
     _check_names("modules", update.modules, plan.modules)
+    plan = executed_plan(update, plan)
     _check_factors(update, plan)
     check_shapes(update, {n: plan.modules[n].uploaded_sides(shapes[n]) for n in update.modules})
     _check_ranks(update, plan)
     _check_bits(update, plan)
+    _check_density(update, plan)
     update = decode_upload(update)
     _check_head(update, head)
     _check_scores(update, plan)
     return update
+
+
+def executed_plan(update: AdapterArrays, plan: TrainPlan) -> TrainPlan:
+    """Return the plan as the node has executed it: after its choice of components, if it had one.
+
+    Raises
+    ------
+    ReplyError
+        If the plan's rule cannot have chosen the components, or it has none and some are named.
+    """
+    if plan.choice is None and not update.components:
+        return plan
+    try:
+        return plan.chosen(update.components)
+    except ValueError as error:
+        raise ReplyError(str(error)) from error
 
 
 def check_finite(adapter: Adapter) -> None:
@@ -163,7 +181,7 @@ def completed(upload: Adapter, before: Adapter, plan: TrainPlan) -> Adapter:
         What the same components were when they were sent.
     """
     if plan.upload != "fp32":
-        upload = restored(upload, before.only(plan.trained_factors))
+        upload = restored(upload, before.only(plan.uploaded_factors))
     return upload.filled(before)
 
 
@@ -217,10 +235,11 @@ def _check_names(kind: str, got: Mapping[str, Any], expected: Mapping[str, Any])
 def _check_factors(update: AdapterArrays, plan: TrainPlan) -> None:
     for name, (lora_A, lora_B) in update.modules.items():
         module = plan.modules[name]
-        if lora_A.shape[1] and not module.trains_A:
+        if lora_A.shape[1] and module.uploads == "B":
             raise ReplyError(f"{name}: lora_A is uploaded, the plan trains lora_B alone")
-        if lora_B.shape[0] and not module.trains_B:
-            raise ReplyError(f"{name}: lora_B is uploaded, the plan trains lora_A alone")
+        if lora_B.shape[0] and module.uploads == "A":
+            kept = "leaves lora_B with its node" if module.own_lora_B else "trains lora_A alone"
+            raise ReplyError(f"{name}: lora_B is uploaded, the plan {kept}")
 
 
 def _check_ranks(update: AdapterArrays, plan: TrainPlan) -> None:
@@ -239,6 +258,15 @@ def _check_bits(update: AdapterArrays, plan: TrainPlan) -> None:
         if bits != (expected := plan.modules[name].bits[: len(bits)]):
             got, asked = _quote(format_bits(bits)), format_bits(expected)
             raise ReplyError(f"{name}: bits {got}, expected {_quote(asked)}")
+
+
+def _check_density(update: AdapterArrays, plan: TrainPlan) -> None:
+    if plan.density == 1:
+        return
+    parts = [part for pair in update.modules.values() for part in pair]
+    got, most = sum(map(np.count_nonzero, parts)), plan.kept_numbers(sum(p.size for p in parts))
+    if got > most:
+        raise ReplyError(f"{got} numbers that are not 0, expected at most {most}")
 
 
 def _check_head(update: AdapterArrays, head: Mapping[str, tuple[int, ...]]) -> None:

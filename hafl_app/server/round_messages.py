@@ -11,12 +11,13 @@ from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import TrainPlan
+from hafl_app.plan import NumberFormat, TrainPlan
 from hafl_app.server.reply_validation import (
     ReplyError,
     check_finite,
     check_size,
     completed,
+    executed_plan,
     read_metrics,
     read_update,
 )
@@ -110,7 +111,7 @@ class Reply:
     @property
     def num_components(self) -> int:
         """Components that it was asked to train, over all modules."""
-        return sum(len(module.trainable) for module in self.request.plan.modules.values())
+        return sum(module.num_trained for module in self.request.plan.modules.values())
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,12 @@ class _Dispatches:
 
     def of(self, plan: TrainPlan) -> tuple[Adapter, RecordDict]:
         """Return the adapter to send, and a content with everything but the plan."""
-        key = plan.head, tuple((name, module.held) for name, module in plan.modules.items())
+        held = ((name, m.held, m.own_lora_B) for name, m in plan.modules.items())
+        key = plan.head, plan.density, tuple(held)
         if key not in self._kept:
             sent = self._dispatch(plan)
-            arrays = AdapterArrays(*to_arrays(sent))
+            numbers: NumberFormat = "fp32" if plan.density == 1 else "sparse"
+            arrays = AdapterArrays(*to_arrays(sent), numbers=numbers)
             self._kept[key] = sent, adapter_content(arrays, **{CONFIG: self._config})
             if len(self._kept) > _KEPT_DISPATCHES:
                 self._kept.popitem(last=False)
@@ -349,12 +352,12 @@ class RoundMessages:
         update = ClientUpdate(
             partition_id=request.profile.partition_id,
             num_examples=int(metrics[NUM_EXAMPLES]),
-            plan=request.plan,
+            plan=executed_plan(arrays, request.plan),
             sent=sent,
             adapter=from_arrays(arrays.modules, arrays.head),
             importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
         )
-        update = replace(update, adapter=completed(update.adapter, update.before, request.plan))
+        update = replace(update, adapter=completed(update.adapter, update.before, update.plan))
         if not math.isfinite(update.size):
             check_finite(update.adapter)
         return metrics, update

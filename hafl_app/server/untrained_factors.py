@@ -20,7 +20,7 @@ class UntrainedFactors:
     def note(self, plan: TrainPlan) -> None:
         """Record the factors that a client of the round trained."""
         for name, module in plan.modules.items():
-            self._trained[name].update("AB" if module.factors == "both" else module.factors)
+            self._trained[name].update("AB" if module.uploads == "both" else module.uploads)
 
     def kept(
         self, merged: Mapping[str, LoraFactors], previous: Mapping[str, LoraFactors]

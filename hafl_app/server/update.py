@@ -22,7 +22,8 @@ class ClientUpdate:
     num_examples
         Its weight, above 0.
     plan, sent
-        Plan of the client, and the adapter that it received.
+        Plan of the client as it was executed, so after its choice of components if it had one, and
+        the adapter that it received.
     adapter
         Its trained components: the first ``rank`` of ``plan.modules[name].trainable``. A factor
         that the plan does not train is what was sent.
@@ -55,7 +56,7 @@ class ClientUpdate:
         Found when the reply is judged: its numbers are then looked through once.
         """
         scaling = {name: module.scaling for name, module in self.plan.modules.items()}
-        trained = self.plan.trained_factors
+        trained = self.plan.uploaded_factors
         return change_size(self.adapter.only(trained), self.before.only(trained), scaling)
 
     def components(self, module: str) -> tuple[int, ...]:

@@ -95,11 +95,15 @@ class HeterogeneousLora(Strategy, ABC):
         check_method(self, ranks)
 
     def dispatch(self, plan: TrainPlan) -> Adapter:
-        """Cut the global adapter to the components a client holds, with the head if it travels."""
-        modules = {
-            name: factors.select(plan.modules[name].held)
-            for name, factors in self.global_adapter.modules.items()
-        }
+        """Cut the global adapter to the components a client holds, with the head if it travels.
+
+        Without lora_B where the client has its own.
+        """
+        modules = {}
+        for name, factors in self.global_adapter.modules.items():
+            module = plan.modules[name]
+            held = factors.select(module.held)
+            modules[name] = held.only("A") if module.own_lora_B else held
         return Adapter(modules, self.global_adapter.head if plan.head == "averaged" else {})
 
     def memory(self) -> dict[str, Any]:
@@ -205,8 +209,8 @@ class HeterogeneousLora(Strategy, ABC):
         plan, shapes = self.plan(profile, 1), self.layer_shapes()
         head = head_that_travels(self.global_adapter, self.options)
         head_bytes = NUMBER_BYTES["fp32"] * sum(tensor.numel() for tensor in head.values())
-        held = sum(len(module.held) * sum(shapes[name]) for name, module in plan.modules.items())
-        return NUMBER_BYTES["fp32"] * held + head_bytes, plan.upload_bytes(shapes) + head_bytes
+        down = plan.held_bytes(shapes)
+        return down + head_bytes, plan.upload_bytes(shapes) + head_bytes
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """Return ``(out_features, in_features)`` of every adapted module."""

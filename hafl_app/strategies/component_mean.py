@@ -42,3 +42,8 @@ def over_contributors(state: Sums, previous: Adapter) -> dict[str, LoraFactors]:
 def over_all(state: Sums, previous: Adapter) -> dict[str, LoraFactors]:
     """Divide each component by the weight of all participants."""
     return {name: sums.average_over_all(previous.modules[name]) for name, sums in state.items()}
+
+
+def of_changes(state: Sums, previous: Adapter) -> dict[str, LoraFactors]:
+    """Move each component by the mean change over all participants, 0 of those without it."""
+    return {name: sums.average_of_changes(previous.modules[name]) for name, sums in state.items()}

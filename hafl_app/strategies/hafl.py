@@ -4,19 +4,20 @@ Su, Yan and Deng, "Federated LLMs Fine-tuned with Adaptive Importance-Aware LoRA
 arXiv:2411.06581.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hafl_app.component_choice import ComponentChoice
 from hafl_app.fields import choice, number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.seeds import client_seed
 from hafl_app.server.aggregation import mean_over_clients
-from hafl_app.server.method import Traits
+from hafl_app.server.method import StrategyError, Traits
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.component_mean import ComponentMean, Sums, over_all, over_contributors
 from hafl_app.strategies.importance import GRADIENT_MEASURES, ImportanceScores
@@ -36,9 +37,11 @@ class Hafl(ComponentMean):
 
     Differs from the paper: its body was not available, only the abstract and second-hand
     accounts, so equations and open choices are reconstructions, and each choice is a setting. The
-    server selects. Clients measure only what they train and scores of frozen components stay,
-    else a component once frozen would never come back. Scores of components that no client has
-    measured yet count as the highest seen, so that they get a turn. All clients share one scaling.
+    server selects; in one second-hand account each client does, in both schemes, from the smoothed
+    loss gradient: that is ``selection_by=client``. Where the server selects, clients measure only
+    what they train and scores of frozen components stay, else a component once frozen would never
+    come back. Scores of components that no client has measured yet count as the highest seen, so
+    that they get a turn. All clients share one scaling.
 
     Parameters
     ----------
@@ -48,6 +51,11 @@ class Hafl(ComponentMean):
         ``adaptive`` or ``zero_padding`` (divide by the weight of all participants).
     selection
         ``importance``, ``random`` or ``prefix``, see `hafl_app.strategies.selection`.
+    selection_by
+        ``server``: for all clients by scores that it averages. ``client``: each by its own, which
+        it measures before training on ``probe_batches`` batches, 0: one pass, and keeps to
+        itself. It then receives all components in both schemes, and drops what it did not choose
+        under ``truncation``.
     scope
         ``module``: the budget holds in every module. ``model``: the sum of all modules' budgets,
         spent on the best components of the whole model.
@@ -70,6 +78,7 @@ class Hafl(ComponentMean):
     scheme: str = choice("freezing", "freezing", "truncation")
     aggregation: str = choice("adaptive", "adaptive", "zero_padding")
     selection: str = choice("importance", "importance", "random", "prefix")
+    selection_by: str = choice("server", "server", "client")
     scope: str = choice("module", "module", "model")
     importance: str = choice("smoothed", *GRADIENT_MEASURES, "magnitude", "contribution")
     source: str = choice("client", "client", "server")
@@ -82,7 +91,7 @@ class Hafl(ComponentMean):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.scores = ImportanceScores(
-            measure=self.importance if self.selection == "importance" else "none",
+            measure=self.importance if self._scores_on_server else "none",
             by_server=self.source == "server",
             smoothing=self.smoothing,
             learning_rate=self.learning_rate,
@@ -90,25 +99,59 @@ class Hafl(ComponentMean):
         )
         self.traits = self._declare()
 
+    @property
+    def _by_client(self) -> bool:
+        return self.selection_by == "client"
+
+    @property
+    def _scores_on_server(self) -> bool:
+        return self.selection == "importance" and not self._by_client
+
     def _declare(self) -> Traits:
         adaptive = self.aggregation == "adaptive"
-        by_uploads = self.selection == "importance" and self.importance != "magnitude"
+        by_uploads = self._by_client or (self._scores_on_server and self.importance != "magnitude")
         return replace(
             self.traits,
-            uploads_importance=self.scores.from_gradients,
+            uploads_importance=self.scores.from_gradients or self._by_client,
             not_robust=""
             if adaptive
             else "aggregation=zero_padding counts missing components as zeros, use adaptive",
             dp_division=None if by_uploads else "contributors" if adaptive else "participants",
-            dp_refusal=f"privacy=central_dp does not cover importance={self.importance}, which "
+            dp_refusal="privacy=central_dp does not cover components that clients choose by their "
+            "data: use strategy.selection_by=server"
+            if self._by_client
+            else f"privacy=central_dp does not cover importance={self.importance}, which "
             "chooses components from uploads without noise: use strategy.importance=magnitude, or "
             "strategy.selection=random or prefix",
         )
 
+    def check(self, ranks: Sequence[int]) -> None:
+        """Refuse also what no client can choose by."""
+        super().check(ranks)
+        if not self._by_client:
+            return
+        for name, given, needed in (
+            ("selection", self.selection, ("importance",)),
+            ("importance", self.importance, (*GRADIENT_MEASURES, "contribution")),
+            ("source", self.source, ("client",)),
+        ):
+            if given not in needed:
+                raise StrategyError(
+                    f"strategy.{name}={given} is refused with strategy.selection_by=client, which "
+                    f"needs {', '.join(needed)}"
+                )
+        if self.options.federation.upload == "mixed":
+            raise StrategyError(
+                "federation.upload=mixed is refused with strategy.selection_by=client: the server "
+                "gives each component its bits, and does not know which the client chooses"
+            )
+
     # ---- plans -----------------------------------------------------------------------------
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
-        """Choose the client's components; with freezing it holds all, else only these."""
+        """Choose the client's components, or let it; with freezing it holds all, else these."""
+        if self._by_client:
+            return self._plan_of_choice(profile)
         measured = self.scores.from_gradients
         return self.train_plan(
             self.module_plans(profile, server_round),
@@ -116,6 +159,22 @@ class Hafl(ComponentMean):
             importance_smoothing=self.smoothing,
             probe_batches=self.probe_batches if measured else 0,
         )
+
+    def _plan_of_choice(self, profile: NodeProfile) -> TrainPlan:
+        everything, scaling = tuple(range(self.max_rank)), self.scaling_of(self.max_rank)
+        rule = ComponentChoice(
+            self.importance,
+            self.scope,
+            self.probe_batches,
+            self.smoothing,
+            self.exploration,
+            drops_rest=self.scheme == "truncation",
+        )
+        modules = {
+            name: ModulePlan(everything, everything, scaling, budget=budget)
+            for name, budget in self.budgets(profile).items()
+        }
+        return self.train_plan(modules, choice=rule)
 
     def module_plans(self, profile: NodeProfile, server_round: int) -> Mapping[str, ModulePlan]:
         """Choose the held and the trained components of each module."""

@@ -29,7 +29,7 @@ from hafl_app.training.quantization.linear import computing_type
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """Factors of one client in one layer, the scaling not in them: trained and frozen ones."""
+    """Factors of one client in one layer, trained and frozen; not in them: scaling times gain."""
 
     trained: tuple[nn.Parameter, nn.Parameter]
     frozen: tuple[nn.Parameter, nn.Parameter]
@@ -52,7 +52,9 @@ class ClientAdapter:
         self.device = model.device
         self.layers = {
             name: LayerFactors(
-                _weights(layer, TRAINABLE), _weights(layer, FROZEN), plan.modules[name].scaling
+                _weights(layer, TRAINABLE),
+                _weights(layer, FROZEN),
+                plan.modules[name].scaling * plan.modules[name].gain,
             )
             for name, layer in model.layers.items()
         }

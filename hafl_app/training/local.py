@@ -5,20 +5,24 @@ import logging
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hafl_app.component_choice import ComponentChoice
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import TailPruning, TrainPlan
+from hafl_app.plan import ImportanceMeasure, TailPruning, TrainPlan
 from hafl_app.training.batches import (
     Examples,
     MicroBatches,
     is_out_of_memory,
     training_batches,
 )
+from hafl_app.training.choosing import chosen_plan, contributions, probe_plan, reduced
 from hafl_app.training.device import describe_device, peak_memory_mb, reset_peak_memory
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.lora_model import LoraModel, Trainee
@@ -46,6 +50,8 @@ class TrainResult:
 
     Parameters
     ----------
+    plan
+        As it was executed: where the client chooses components, after its choice.
     adapter
         Trained components (`ModulePlan.trainable`, in that order) and head. A pruned module holds
         only the first of them. A factor that is not trained is left out, see
@@ -60,7 +66,8 @@ class TrainResult:
     seconds
         Wall time of the training.
     probe_seconds
-        Of which the probe of all held components. It changes nothing that is trained.
+        Of which the probe of all held components. It changes nothing that is trained, but may
+        choose it.
     peak_memory_mb
         See `hafl_app.training.device.peak_memory_mb`.
     importance
@@ -71,6 +78,7 @@ class TrainResult:
         Whether ``max_seconds`` were over before the plan was done.
     """
 
+    plan: TrainPlan
     adapter: Adapter
     num_examples: int
     loss: float
@@ -94,6 +102,10 @@ class _Allowance:
         self._max_seconds = max_seconds
         self._started = started
         self.out_of_time = False
+
+    def of_probe(self, max_steps: int) -> "_Allowance":
+        """Return a probe's limits: steps of its own, and the time that there is for everything."""
+        return _Allowance(max_steps, self._max_seconds, self._started, self._clock)
 
     def is_spent(self, steps: int) -> bool:
         """Whether no further step may be taken; to be asked only when there is one to take."""
@@ -135,6 +147,8 @@ class Wanted:
 
 Steps = Generator[Wanted, float, TrainResult]
 """A training step by step: it yields a batch, and goes on with that batch's mean loss."""
+Load = Callable[[Adapter, TrainPlan], Trainee]
+Scores = dict[str, Tensor]
 
 
 def train(
@@ -200,7 +214,7 @@ def _take(steps: Steps, backward: Callable[[Wanted], float]) -> TrainResult:
 
 def training_steps(
     task: Task,
-    load: Callable[[Adapter, TrainPlan], Trainee],
+    load: Load,
     clock: Callable[[], float],
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> Steps:
@@ -217,20 +231,23 @@ def training_steps(
     on_epoch
         See `train`.
     """
-    plan, started = task.plan, clock()
+    started = clock()
+    allowance = _Allowance(task.plan.max_steps, task.options.max_seconds, started, clock)
     torch.manual_seed(task.seed)
-    probed, probe_seconds = yield from _probe(task, load, clock)
+    plan, probed = yield from _probe(task, load, allowance)
+    probe_seconds = clock() - started if probed or plan.choice is not None else 0.0
+    task = replace(task, plan=plan)
     torch.manual_seed(task.seed)  # the probe's dropout must not change the training's
-    trainee = load(task.adapter, plan)
+    trainee = load(*reduced(task.adapter, plan))
     tail_before = tail_norms(trainee, plan.tail)
     meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
-    allowance = _Allowance(plan.max_steps, task.options.max_seconds, started, clock)
     loss, steps = yield from _optimize(task, trainee, meter, allowance, on_epoch)
     trained = trainee.trained(plan)
     if plan.tail is not None and plan.tail.prune:
         tail_after = tail_norms(trainee, plan.tail)
         trained = prune_tail(trained, plan.tail, tail_before, tail_after)
     return TrainResult(
+        plan=plan,
         adapter=trained,
         num_examples=len(task.examples.labels),
         loss=loss,
@@ -360,19 +377,46 @@ def build_optimizer(
 
 
 def _probe(
-    task: Task, load: Callable[[Adapter, TrainPlan], Trainee], clock: Callable[[], float]
-) -> Generator[Wanted, float, tuple[dict[str, Tensor], float]]:
-    """Measure the importance of all held components on a few batches, without a step."""
+    task: Task, load: Load, allowance: _Allowance
+) -> Generator[Wanted, float, tuple[TrainPlan, Scores]]:
+    """Return the plan after the client's choice, and the importance of what it holds.
+
+    Both are measured on a few batches before training, where the plan asks for them.
+    """
     plan = task.plan
+    if plan.choice is not None:
+        scores = yield from _choice_scores(task, load, allowance, plan.choice)
+        return chosen_plan(plan, scores, task.seed), {}
     if not plan.probe_batches or plan.importance == "none":
-        return {}, 0.0
-    started = clock()
-    trainee = load(task.adapter, plan.training_everything())
-    trainee.train()
+        return plan, {}
+    probe = replace(task, plan=plan.training_everything())
     meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
+    return plan, (yield from _gradient_scores(probe, load, meter, plan.probe_batches))
+
+
+def _choice_scores(
+    task: Task, load: Load, allowance: _Allowance, rule: ComponentChoice
+) -> Generator[Wanted, float, Scores]:
+    """Score what the client may choose from: by a probe that trains it, or by its gradients."""
+    plan = probe_plan(task.plan)
+    probe = replace(task, plan=plan)
+    if rule.measure != "contribution":
+        meter = ImportanceMeter(cast(ImportanceMeasure, rule.measure), rule.smoothing)
+        return (yield from _gradient_scores(probe, load, meter, plan.max_steps or None))
+    trainee, no_meter = load(task.adapter, plan), ImportanceMeter("none", 0.0)
+    yield from _optimize(probe, trainee, no_meter, allowance.of_probe(plan.max_steps), None)
+    return contributions(task.adapter, trainee.trained(plan), plan)
+
+
+def _gradient_scores(
+    task: Task, load: Load, meter: ImportanceMeter, most_batches: int | None
+) -> Generator[Wanted, float, Scores]:
+    """Measure what the task's plan trains on a few batches of a pass, without a step."""
+    trainee = load(task.adapter, task.plan)
+    trainee.train()
     rng = np.random.default_rng(task.seed)
     batches = training_batches(task.examples, task.options.batch_size, rng)
-    for _, rows in zip(range(plan.probe_batches), batches, strict=False):
+    for rows in islice(batches, most_batches):
         yield Wanted(trainee, rows, tail=None)
         meter.update(trainee)
-    return meter.scores(), clock() - started
+    return meter.scores()

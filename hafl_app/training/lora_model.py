@@ -262,6 +262,7 @@ class LoraModel(nn.Module, ABC):
             ):
                 part = factors.select(slots)
                 _put(layer, adapter_name, part, module.scaling, self.device, dtype)
+                layer.scaling[adapter_name] *= module.gain
                 if part.rank:
                     active.append(adapter_name)
             layer.set_adapter(active)
@@ -284,7 +285,7 @@ class LoraModel(nn.Module, ABC):
         """Return copies of the trained factors, scaling folded in, and of the head.
 
         A factor that the plan does not train is left out, see `LoraFactors.only`: folding the
-        scaling in again would change its last bits.
+        scaling in again would change its last bits. One that the client keeps is there.
         """
         factors = {
             name: LoraFactors(*(p.detach() for p in _parameters(layer, TRAINABLE)))

@@ -22,6 +22,7 @@ from hafl_app.wire.compression import CompressedTextError, compress, decompress
 DTYPES: Mapping[NumberFormat, str] = {"fp32": "float32", "bf16": "uint16", "int8": "int8"}
 """NumPy dtype of each format's numbers; of bfloat16, which NumPy lacks, the bits."""
 _NPY, _NPY_MAGIC, _NPY_HEADER_START = "numpy.ndarray", b"\x93NUMPY\x01\x00", 10
+SPARSE = "sparse"  # a bit for each number that there is, then the float32 that are not 0
 _RAW = "raw"  # numbers without a header: an npy header is long beside 8-bit numbers
 _LARGEST_SIZE = 2**31 - 1  # of one side of a matrix
 _KEPT_TEXT = 2**16  # characters; hundreds of modules have less
@@ -52,6 +53,35 @@ def write_numbers(parts: Iterable[Numbers], dtype: str) -> Array:
     if dtype != DTYPES["fp32"]:
         return Array(dtype, shape, _RAW, b"".join(data))
     return Array(dtype, shape, _NPY, b"".join([_npy_header(shape), *data]))
+
+
+def write_sparse(parts: Iterable[Numbers]) -> Array:
+    """Write which numbers of these arrays in a row are not 0, and these in float32."""
+    flat = joined(parts, DTYPES["fp32"])
+    there = flat != 0
+    data = np.packbits(there).tobytes() + flat[there].tobytes()
+    return Array("uint8", (len(data),), SPARSE, data)
+
+
+def read_sparse(arrays: ArrayRecord, key: str, count: int) -> Float32:
+    """Read ``count`` numbers of `write_sparse`, those that are 0 too.
+
+    Raises
+    ------
+    RecordError
+        If the array is of another length, or says of a number beyond the last that it is there.
+    """
+    data, mask_bytes = arrays[key].data, -(-count // 8)
+    if len(data) < mask_bytes:  # before anything as long as `count` is made
+        raise RecordError(f"arrays: {key!r} has {len(data)} bytes, too few for {count} numbers")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8, mask_bytes))
+    there = bits[:count].astype(bool)
+    expected = mask_bytes + 4 * int(there.sum())
+    if len(data) != expected or bits[count:].any():
+        raise RecordError(f"arrays: {key!r} has {len(data)} bytes, its mask says {expected}")
+    flat = np.zeros(count, np.float32)
+    flat[there] = np.frombuffer(data, np.float32, offset=mask_bytes)
+    return flat
 
 
 @lru_cache(maxsize=64)
@@ -219,6 +249,20 @@ def read_sizes(layout: Mapping[str, Any], key: str, count: int) -> list[int]:
     if odd := [size for size in sizes if not 0 <= size <= _LARGEST_SIZE]:
         raise RecordError(f"layout: {key!r} has {odd[0]}, expected 0 to {_LARGEST_SIZE}")
     return sizes
+
+
+def read_texts(layout: Mapping[str, Any], key: str, count: int) -> list[str]:
+    """Read a list of ``count`` texts.
+
+    Raises
+    ------
+    RecordError
+        If it is missing or malformed.
+    """
+    texts = _list(layout, key, str, "text")
+    if len(texts) != count:
+        raise RecordError(f"layout: {key!r} has {len(texts)} values for {count} modules")
+    return texts
 
 
 def _list(layout: Mapping[str, Any], key: str, kind: type[T], expected: str) -> list[T]:

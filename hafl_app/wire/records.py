@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from hafl_app.plan import NumberFormat, TrainPlan, format_bits
+from hafl_app.plan import NumberFormat, TrainPlan, format_bits, format_indices, parse_indices
 from hafl_app.wire.arrays import (
     DTYPES,
+    SPARSE,
     Float32,
     Numbers,
     RecordError,
@@ -25,8 +26,11 @@ from hafl_app.wire.arrays import (
     read_numbers,
     read_parts,
     read_sizes,
+    read_sparse,
     read_text,
+    read_texts,
     write_numbers,
+    write_sparse,
     write_text,
 )
 from hafl_app.wire.bit_packing import (
@@ -41,10 +45,10 @@ from hafl_app.wire.message_size import content_size
 
 ARRAYS, LAYOUT, PLAN, METRICS, CONFIG = "arrays", "layout", "plan", "metrics", "config"
 FACTORS, HEAD_PREFIX, SCORES, SCALES = "factors", "head/", "scores", "scales"
-BITS = "bits"
+BITS, COMPONENTS = "bits", "components"
 NUM_EXAMPLES, SECONDS, SERVER_ROUND = "num-examples", "seconds", "server-round"
 PARTITION_ID, LABEL_NAMES = "partition-id", "label-names"
-ROUNDING_ERRORS = "rounding-errors"
+ROUNDING_ERRORS, OWN_LORA_B = "rounding-errors", "own-lora-b"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class AdapterArrays:
     ----------
     modules
         Module name to ``(lora_A (rank, in_features), lora_B (out_features, rank))``: float32;
+        also with ``sparse``, where those that are 0 do not travel;
         with ``bf16`` the bits of bfloat16 as uint16, which NumPy does not have; int8; or with
         ``mixed`` codes as int16. A factor that does not travel has no features: that is how a
         layout says so.
@@ -71,6 +76,8 @@ class AdapterArrays:
         features do not travel, and are read as 0.
     bits
         With ``mixed``, module name to the bits of each component's codes: 2, 4, 8 or 16.
+    components
+        Module name to the components that these are, where the client chose them; else empty.
     """
 
     modules: Mapping[str, tuple[Numbers, Numbers]]
@@ -79,6 +86,7 @@ class AdapterArrays:
     numbers: NumberFormat = "fp32"
     scales: Mapping[str, tuple[Numbers, Numbers]] = field(default_factory=dict)
     bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    components: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def pack(adapter: AdapterArrays) -> tuple[ArrayRecord, ConfigRecord]:
@@ -97,6 +105,8 @@ def pack(adapter: AdapterArrays) -> tuple[ArrayRecord, ConfigRecord]:
     }
     if adapter.numbers == "mixed":
         layout[BITS] = [format_bits(adapter.bits[name]) for name in adapter.modules]
+    if adapter.components:
+        layout[COMPONENTS] = [format_indices(adapter.components[n]) for n in adapter.modules]
     record = ConfigRecord({LAYOUT: write_text(layout)})
     if adapter.importance:
         scores = joined(adapter.importance.values(), _score_dtype(adapter.numbers))
@@ -126,6 +136,9 @@ def unpack(arrays: ArrayRecord, record: ConfigRecord) -> AdapterArrays:
         scales = _scales(record, layout)  # first: as many components as there are, and no more
         numbers, bits = "mixed", read_bits(layout, BITS)
         modules = unpack_pairs(layout, bits, read_packed(arrays, FACTORS))
+    elif _is_sparse(arrays):
+        numbers, flat = "sparse", read_sparse(arrays, FACTORS, _count(layout))
+        bits, scales, modules = {}, {}, _cut_factors(layout, flat)
     else:
         numbers, flat = read_numbers(arrays, FACTORS)
         bits, modules = {}, _cut_factors(layout, flat)
@@ -136,14 +149,31 @@ def unpack(arrays: ArrayRecord, record: ConfigRecord) -> AdapterArrays:
         if key.startswith(HEAD_PREFIX)
     }
     scores = dict(_scores(record, layout, _score_dtype(numbers)))
-    return AdapterArrays(modules, head, scores, numbers, scales, bits)
+    components = _components(layout, modules) if COMPONENTS in layout else {}
+    return AdapterArrays(modules, head, scores, numbers, scales, bits, components)
 
 
 def _write_factors(adapter: AdapterArrays) -> Array:
     if adapter.numbers == "mixed":
         return write_packed(pack_pairs(adapter.modules, adapter.bits))
     parts = (part for pair in adapter.modules.values() for part in pair)
+    if adapter.numbers == "sparse":
+        return write_sparse(parts)
     return write_numbers(parts, DTYPES[adapter.numbers])
+
+
+def _is_sparse(arrays: ArrayRecord) -> bool:
+    factors = arrays.get(FACTORS)
+    return factors is not None and factors.stype == SPARSE
+
+
+def _count(layout: Mapping[str, Any]) -> int:
+    """Return how many numbers the factors of a layout have."""
+    names = read_names(layout, "modules")
+    ranks, widths, heights = (
+        read_sizes(layout, key, len(names)) for key in ("ranks", "in-features", "out-features")
+    )
+    return sum(r * (m + n) for r, m, n in zip(ranks, heights, widths, strict=True))
 
 
 def _cut_factors(layout: Mapping[str, Any], flat: Numbers) -> dict[str, tuple[Numbers, Numbers]]:
@@ -163,6 +193,27 @@ def _cut_factors(layout: Mapping[str, Any], flat: Numbers) -> dict[str, tuple[Nu
         )
         start = end
     return modules
+
+
+def _components(
+    layout: Mapping[str, Any], modules: Mapping[str, tuple[Numbers, Numbers]]
+) -> dict[str, tuple[int, ...]]:
+    """Read the components that a client chose, as many as it has uploaded of each module."""
+    texts = read_texts(layout, COMPONENTS, len(modules))
+    chosen = {}
+    for (name, (lora_A, lora_B)), text in zip(modules.items(), texts, strict=True):
+        rank = lora_A.shape[0]
+        if rank and not (lora_A.size or lora_B.size):  # or no bytes would bound the rank
+            raise RecordError(f"layout: {name!r} has rank {rank} and neither factor")
+        try:
+            chosen[name] = parse_indices(text)
+        except ValueError as error:
+            raise RecordError(f"layout: {name!r}: {error}") from error
+        if len(chosen[name]) != rank:
+            raise RecordError(
+                f"layout: {name!r} names {len(chosen[name])} components and has {rank}"
+            )
+    return chosen
 
 
 def _scores(
@@ -195,7 +246,7 @@ def _scales(record: ConfigRecord, layout: Mapping[str, Any]) -> dict[str, tuple[
 
 
 def _score_dtype(numbers: NumberFormat) -> str:
-    return DTYPES["fp32" if numbers == "fp32" else "bf16"]
+    return DTYPES["fp32" if numbers in ("fp32", "sparse") else "bf16"]
 
 
 def adapter_content(adapter: AdapterArrays, **records: ConfigRecord | MetricRecord) -> RecordDict:

@@ -97,8 +97,8 @@ def read_request(message: Message) -> TrainRequest:
 
 def _adapter(message: Message) -> Adapter:
     arrays = read_adapter(message.content)
-    if arrays.numbers != "fp32":  # only uploads are rounded
-        raise RecordError(f"the adapter's numbers are {arrays.numbers}, expected fp32")
+    if arrays.numbers not in ("fp32", "sparse"):  # only uploads are rounded
+        raise RecordError(f"the adapter's numbers are {arrays.numbers}, expected fp32 or sparse")
     return from_arrays(arrays.modules, arrays.head)
 
 

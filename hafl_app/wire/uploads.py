@@ -13,6 +13,7 @@ import torch
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.mixed_bits import MixedFactors
 from hafl_app.lowrank.quantize import Int8Factors, RoundingErrors
+from hafl_app.lowrank.sparse import largest_entries
 from hafl_app.plan import NumberFormat, TrainPlan
 from hafl_app.training.adapter_arrays import to_arrays
 from hafl_app.wire.arrays import Float32, Numbers
@@ -36,6 +37,8 @@ def encode_upload(
     upload, received
         The trained adapter, reduced to its upload; and the adapter that the client received. A
         factor that the plan does not train may be left out, and is not uploaded in any case.
+    plan
+        As it was executed: where the client chooses, after its choice, which goes with the upload.
     importance
         Module name to component scores.
     errors
@@ -44,9 +47,12 @@ def encode_upload(
     seed
         Of stochastic rounding, with ``mixed``; a new one for every upload.
     """
-    modules, head = to_arrays(upload.only(plan.trained_factors))
+    modules, head = to_arrays(upload.only(plan.uploaded_factors))
+    chosen = {} if plan.choice is None else {n: m.trainable for n, m in plan.modules.items()}
     if plan.upload == "fp32":
-        return AdapterArrays(modules, head, importance), dict(errors)
+        return AdapterArrays(modules, head, importance, components=chosen), dict(errors)
+    if plan.upload == "sparse":
+        return AdapterArrays(_sparse(upload, received, plan), head, importance, "sparse"), {}
     pairs, scales, kept, bits = {}, {}, dict(errors), {}
     generator = torch.Generator().manual_seed(seed)
     for name, factors in upload.modules.items():
@@ -56,7 +62,7 @@ def encode_upload(
         before = kept.get(name) or RoundingErrors.none(wanted)
         if plan.error_feedback:
             wanted = before.added_to(wanted, components)
-        sent = wanted.only(plan.modules[name].factors)
+        sent = wanted.only(plan.modules[name].uploads)
         of_module: Pair | None
         if plan.upload == "mixed":
             bits[name] = tuple(b for b in plan.modules[name].bits[: sent.rank] if b)
@@ -69,19 +75,31 @@ def encode_upload(
             read = _padded(_decoded(pairs[name], of_module, plan.upload), wanted)
             kept[name] = before.after(wanted, read, components, asked)
     scores = {name: _to_bits(torch.from_numpy(array)) for name, array in importance.items()}
-    return AdapterArrays(pairs, head, scores, plan.upload, scales, bits), kept
+    return AdapterArrays(pairs, head, scores, plan.upload, scales, bits, chosen), kept
 
 
 def decode_upload(arrays: AdapterArrays) -> AdapterArrays:
     """Return an upload with all its numbers in float32; a rounded one still holds changes."""
-    if arrays.numbers == "fp32":
+    if arrays.numbers in ("fp32", "sparse"):
         return arrays
     modules = {}
     for name, pair in arrays.modules.items():
         factors = _decoded(pair, arrays.scales.get(name), arrays.numbers)
         modules[name] = (factors.lora_A.numpy(), factors.lora_B.numpy())
     scores = {n: _from_bits(bits).float().numpy() for n, bits in arrays.importance.items()}
-    return AdapterArrays(modules, arrays.head, scores)
+    return AdapterArrays(modules, arrays.head, scores, components=arrays.components)
+
+
+def _sparse(upload: Adapter, received: Adapter, plan: TrainPlan) -> dict[str, Pair]:
+    """Return the changes of the factors, all but the largest numbers 0."""
+    changes = {
+        name: _change(factors, received, plan, name).only(plan.modules[name].uploads)
+        for name, factors in upload.modules.items()
+    }
+    total = sum(f.lora_A.numel() + f.lora_B.numel() for f in changes.values())
+    scaling = {name: module.scaling for name, module in plan.modules.items()}
+    largest = largest_entries(changes, plan.kept_numbers(total), scaling)
+    return to_arrays(Adapter({name: largest[name] for name in changes}))[0]
 
 
 def _change(factors: LoraFactors, received: Adapter, plan: TrainPlan, name: str) -> LoraFactors:
@@ -91,7 +109,7 @@ def _change(factors: LoraFactors, received: Adapter, plan: TrainPlan, name: str)
     """
     module = plan.modules[name]
     before = received.modules[name].select(module.trainable_slots[: factors.rank])
-    after = factors.only(module.factors).filled(before)
+    after = factors.only(module.uploads).filled(before)
     return LoraFactors(
         after.lora_A.cpu().float() - before.lora_A, after.lora_B.cpu().float() - before.lora_B
     )

@@ -11,6 +11,7 @@ from hafl_app.client.node_config import NodeConfigError
 from hafl_app.client.permissions import NotAllowedError
 from hafl_app.client.terms import FIELDS, Terms
 from hafl_app.client_app import app
+from hafl_app.component_choice import ComponentChoice
 from hafl_app.config.compose import compose
 from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.plan import ModulePlan, TrainPlan
@@ -134,6 +135,7 @@ class TestShare:
             ("strategy=hafl strategy.selection=random", False),
             ("strategy=hafl strategy.importance=magnitude", False),
             ("strategy=flexlora", False),
+            ("strategy=lora_a2", True),
         ],
     )
     def test_a_method_that_measures_importance_needs_it(self, overrides, needs):
@@ -150,6 +152,10 @@ class TestShare:
         terms("share=").check_plan(TrainPlan(modules))
         with pytest.raises(NotAllowedError, match="the plan needs the importance of this node"):
             terms("share=losses").check_plan(TrainPlan(modules, importance="smoothed"))
+        chosen = {"dense": ModulePlan((0, 1), (0, 1), budget=1)}
+        rule = ComponentChoice("contribution", "model")
+        with pytest.raises(NotAllowedError, match="the plan needs the importance of this node"):
+            terms("share=losses").check_plan(TrainPlan(chosen, choice=rule))
 
 
 class Node:

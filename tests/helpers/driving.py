@@ -17,6 +17,7 @@ from hafl_app.server.method import StrategyError
 from hafl_app.server.options import RunOptions
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.training.choosing import chosen_plan
 from hafl_app.wire.node_profile import NodeProfile
 
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
@@ -100,12 +101,22 @@ def update_of(
     plan = strategy.plan(client.profile, server_round)
     sent = strategy.dispatch(plan)
     seed = client.partition_id if client.noise_seed is None else client.noise_seed
+    # What a client chooses where its plan lets it: by scores that are as good as any.
+    generator = torch.Generator().manual_seed(seed)
+    plan = chosen_plan(
+        plan,
+        {n: torch.rand(len(m.trainable), generator=generator) for n, m in plan.modules.items()},
+        seed,
+    )
     modules = {}
     for name, factors in sent.modules.items():
         # The same noise for the same module whatever the order of modules.
         generator = torch.Generator().manual_seed(seed * 1000 + zlib.crc32(name.encode()) % 997)
         before = factors.select(plan.modules[name].trainable_slots)
-        after = change(before, generator).only(plan.modules[name].factors)
+        after = change(before, generator).only(plan.modules[name].uploads)
+        if plan.modules[name].own_lora_B:
+            # It never comes; the laws look at lora_A beside the lora_B that the server has.
+            before = strategy.global_adapter.modules[name].select(plan.modules[name].trainable)
         modules[name] = after.filled(before)
     scores = {n: torch.rand(len(plan.modules[n].trainable)) for n in modules}
     return ClientUpdate(
@@ -121,9 +132,17 @@ def update_of(
 def model_after(update: ClientUpdate) -> dict[str, LoraFactors]:
     """Return all that a client's model has after training: what it trained, and what it held."""
     return {
-        name: sent.replace(update.plan.modules[name].trainable_slots, update.adapter.modules[name])
-        for name, sent in update.sent.modules.items()
+        name: _held(update, name).replace(
+            update.plan.modules[name].trainable_slots, update.adapter.modules[name]
+        )
+        for name in update.sent.modules
     }
+
+
+def _held(update: ClientUpdate, name: str) -> LoraFactors:
+    """Return what a client held; a lora_B of its own was not sent."""
+    sent, trained = update.sent.modules[name], update.adapter.modules[name]
+    return sent.filled(LoraFactors(sent.lora_A, torch.zeros(trained.out_features, sent.rank)))
 
 
 def merge(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> dict[str, LoraFactors]:

@@ -12,11 +12,12 @@ from driving import BASE_RANK, run_options
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from training_factories import LABELS, TINY, random_adapter, random_rows
 
+from hafl_app.client.own_factors import with_own_lora_B
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import HeadPolicy, TrainedFactors, TrainPlan
+from hafl_app.plan import HeadPolicy, ModulePlan, TrainedFactors, TrainPlan
 from hafl_app.run import build
 from hafl_app.server.method import StrategyError
 from hafl_app.server.round_messages import Reply, RoundMessages
@@ -100,8 +101,18 @@ def own_plan(plan: TrainPlan) -> TrainPlan:
 
 def one_module_per_choice(plan: TrainPlan) -> TrainPlan:
     """Return the plan with another choice of factors in each of the three modules."""
-    modules = {name: replace(m, factors=FACTORS[name]) for name, m in plan.modules.items()}
+    modules = {name: _with_factors(m, FACTORS[name]) for name, m in plan.modules.items()}
     return replace(plan, modules=modules)
+
+
+def _with_factors(module: ModulePlan, factors: TrainedFactors) -> ModulePlan:
+    """Return the plan of a module with another choice of factors.
+
+    A client that has its own lora_B uploads lora_A alone, whatever it trains.
+    """
+    if module.own_lora_B and factors != "A":
+        return module
+    return replace(module, factors=factors, own_lora_B=False)
 
 
 def train_round(
@@ -121,7 +132,14 @@ def train_round(
         ]
         judged = exchange.validate_training([reply for reply, _ in clients])
     return [
-        Trained(plan, strategy.dispatch(plan), *after, reply.content, one)
+        # As it was executed: where the client chooses, after its choice.
+        Trained(
+            one.update.plan if one.update else plan,
+            with_own_lora_B(RecordDict(), strategy.dispatch(plan), plan, model.shapes()),
+            *after,
+            reply.content,
+            one,
+        )
         for plan, (reply, after), one in zip(plans, clients, judged, strict=True)
     ]
 
@@ -132,11 +150,12 @@ def _train(
     """Do what a node does with a request; return the reply, and what the model then holds."""
     plan, arrays = read_plan(request.content), read_adapter(request.content)
     received = from_arrays(arrays.modules, arrays.head)
+    received = with_own_lora_B(RecordDict(), received, plan, model.shapes())
     rows = random_rows(profile.num_examples, seed=profile.partition_id)
     result = train(model, received, plan, rows, OPTIONS, seed=1)
     upload = result.adapter if plan.head == "averaged" else result.adapter.with_head({})
     scores = {name: scores.numpy() for name, scores in result.importance.items()}
-    encoded, _ = encode_upload(upload, received, plan, scores, {})
+    encoded, _ = encode_upload(upload, received, result.plan, scores, {})
     metrics = MetricRecord({NUM_EXAMPLES: profile.num_examples, "loss": result.loss})
     reply = Message(adapter_content(encoded, **{METRICS: metrics}), reply_to=request)
     inside = {
@@ -188,8 +207,10 @@ def check_upload(client: Trained) -> None:
         shape = client.sent.modules[name].out_features, client.sent.modules[name].in_features
         assert (lora_B.shape[0], lora_A.shape[1]) == module.uploaded_sides(shape), name
         start, after = before.modules[name], update.adapter.modules[name]
-        _check_moves(f"{name}: lora_A read", start.lora_A, after.lora_A, moves=module.trains_A)
-        _check_moves(f"{name}: lora_B read", start.lora_B.T, after.lora_B.T, moves=module.trains_B)
+        moves_A, moves_B = module.uploads != "B", module.uploads != "A"
+        _check_moves(f"{name}: lora_A read", start.lora_A, after.lora_A, moves=moves_A)
+        if not module.own_lora_B:  # or the server has none
+            _check_moves(f"{name}: lora_B read", start.lora_B.T, after.lora_B.T, moves=moves_B)
     assert bool(arrays.head) == (client.plan.head == "averaged")
     assert factor_bytes(client.upload, client.plan) == _planned_bytes(client)
 
@@ -220,8 +241,8 @@ def check_merged(before: Adapter, after: Adapter, clients: Iterable[Trained]) ->
     """Hold the next global adapter to the plans: what no client trained is as it was."""
     plans = [client.plan for client in clients]
     for name, start in before.modules.items():
-        trains_A = any(plan.modules[name].trains_A for plan in plans)
-        trains_B = any(plan.modules[name].trains_B for plan in plans)
+        trains_A = any(plan.modules[name].uploads != "B" for plan in plans)
+        trains_B = any(plan.modules[name].uploads != "A" for plan in plans)
         end: LoraFactors = after.modules[name]
         assert torch.equal(start.lora_A, end.lora_A) != trains_A, f"{name}: merged lora_A"
         assert torch.equal(start.lora_B, end.lora_B) != trains_B, f"{name}: merged lora_B"

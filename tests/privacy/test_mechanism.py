@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hafl_app.component_choice import ComponentChoice
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
 from hafl_app.privacy.mechanism import (
@@ -259,6 +260,16 @@ class TestLocalPlans:
     def test_a_plan_of_factors_alone_is_accepted(self):
         check_local_plan(self.PLAN)
         check_local_plan(replace(self.PLAN, tail=TailPruning(0.9, 0.01, 1, prune=False)))
+
+    def test_a_choice_by_private_data_is_refused(self):
+        modules = {n: replace(m, budget=1) for n, m in self.PLAN.modules.items()}
+        rule = ComponentChoice("contribution", "model")
+        with pytest.raises(PrivacyError, match="the choice is uploaded without noise"):
+            check_local_plan(replace(self.PLAN, modules=modules, choice=rule))
+
+    def test_the_largest_numbers_of_a_change_are_refused(self):
+        with pytest.raises(PrivacyError, match="which they are is not noised"):
+            check_local_plan(replace(self.PLAN, upload="sparse", density=0.5))
 
     def test_importance_is_refused_by_name(self):
         with pytest.raises(PrivacyError, match=r"importance=smoothed.*strategy\.source=server"):

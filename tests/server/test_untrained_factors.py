@@ -41,7 +41,7 @@ def test_zero_padding_does_not_shrink_a_factor_that_is_not_trained():
         update = update_of(strategy, client, noise)
         only_B = {n: replace(m, factors="B") for n, m in update.plan.modules.items()}
         plan = replace(update.plan, modules=only_B)
-        adapter = update.adapter.only(plan.trained_factors).filled(update.before)
+        adapter = update.adapter.only(plan.uploaded_factors).filled(update.before)
         updates.append(replace(update, plan=plan, adapter=adapter))
 
     after = merge(strategy, updates)

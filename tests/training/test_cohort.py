@@ -18,6 +18,7 @@ from training_factories import (
 from vision_factories import SPEC as IMAGES
 from vision_factories import random_images
 
+from hafl_app.component_choice import ComponentChoice
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import TailPruning
 from hafl_app.training import cohort, cohort_choice
@@ -100,6 +101,35 @@ def assert_same(joint, single, rtol: float, atol: float) -> None:
 def assert_all_same(model: LoraModel, tasks: list[Task], rtol: float, atol: float) -> None:
     for task, joint in zip(tasks, train_cohort(model, tasks), strict=True):
         assert_same(joint, alone(model, task), rtol, atol)
+
+
+class TestPlansOfFewMethods:
+    """A client that chooses its components, and one that amplifies them, beside a plain one."""
+
+    def test_are_executed_as_they_are_alone(self, classifier):
+        whole = random_adapter(classifier, 3, seed=1)
+        plain = plan_for(whole, max_steps=3)
+        amplified = {n: replace(m, gain=3.0) for n, m in plain.modules.items()}
+        budgets = {n: replace(m, budget=1, factors="B") for n, m in plain.modules.items()}
+        rule = ComponentChoice("contribution", "model", probe_steps=2)
+        plans = (
+            replace(plain, modules=budgets, choice=rule),
+            replace(plain, modules=amplified),
+            plain,
+        )
+        tasks = [
+            Task(whole, plan, random_rows(8, seed=number), OPTIONS, seed=number)
+            for number, plan in enumerate(plans)
+        ]
+
+        together = train_cohort(classifier, tasks)
+
+        for task, joint in zip(tasks, together, strict=True):
+            single = alone(classifier, task)
+            assert joint.plan == single.plan
+            assert_same(joint, single, rtol=1e-3, atol=1e-4)
+        trained = {len(m.trainable) for m in together[0].plan.modules.values()}
+        assert len(trained) > 1  # over the model, so not one in every module
 
 
 class TestSameAsAlone:
