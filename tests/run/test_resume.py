@@ -322,6 +322,7 @@ def test_what_may_change_is_declared_by_the_fields():
         "federation.fraction_evaluate",
         "federation.alone_clients_per_rank",
         "federation.alone_at_max_rank",
+        "federation.cohort",
     } == resumable_settings()
 
 

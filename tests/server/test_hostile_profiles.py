@@ -71,7 +71,7 @@ def no_pause(monkeypatch):
 
 
 def test_every_field_is_tried():
-    assert len(FIELDS) == 14
+    assert len(FIELDS) == 15
     _, present, _ = taken_in(OTHER.to_record())
     assert [profile.node_id for profile in present] == [11, 12]
 
@@ -113,7 +113,10 @@ def check_harmless(profile, field):
     assert all(0 <= number <= 10**12 for number in (*numbers, profile.bandwidth_kbps))
     assert all(1 <= rank <= 2**16 for rank in profile.ranks)
     assert 0 <= profile.partition_id < profile.num_partitions <= 10**9
-    texts = (profile.device, profile.device_name, profile.torch_version, profile.cuda_version)
+    texts = (
+        *(profile.device, profile.device_name, profile.precision),
+        *(profile.torch_version, profile.cuda_version),
+    )
     assert all(len(text) <= 100 and text.isprintable() for text in texts), field
     assert len(profile.label_names) <= 10_000
     assert profile.device_line == printable(profile.device_line)
