@@ -302,6 +302,30 @@ class TailPruning:
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """Rotate what a client has trained toward what it was sent, before the upload.
+
+    Of a module that trains both factors, ``lora_B R`` and ``R^T lora_A`` are uploaded, R a rotation
+    of its components: the product stays what it was. See `hafl_app.lowrank.procrustes`.
+
+    Parameters
+    ----------
+    factor
+        Which factor is brought close to what was sent: ``A`` or ``B``.
+    weight
+        How far: 0 leaves the components as they are, 1 rotates all the way.
+    """
+
+    factor: Literal["A", "B"]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.factor in ("A", "B"), "alignment factor", "one of A, B", self.factor)
+        share = _is_finite(self.weight) and 0 <= self.weight <= 1
+        _require(share, "alignment weight", "in [0, 1]", self.weight)
+
+
+@dataclass(frozen=True)
 class TrainPlan:
     """Request of the server to one client: what to hold, train, measure and upload.
 
@@ -341,6 +365,10 @@ class TrainPlan:
     density
         With ``upload=sparse``, the share of the numbers of all factors that travels each way, in
         (0, 1); else 1.
+    align
+        Rotation of the trained components toward those that were sent, if any. It mixes them: only
+        where each module trains the first of its components, all that it holds, and nothing else
+        (``tail``, ``importance``, ``choice``, ``upload=mixed`` or ``sparse``) tells them apart.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -355,6 +383,7 @@ class TrainPlan:
     error_feedback: bool = False
     choice: ComponentChoice | None = None
     density: float = 1.0
+    align: Alignment | None = None
 
     def __post_init__(self) -> None:
         # A plan comes over the wire: a word that no branch knows would silently train by default.
@@ -387,6 +416,8 @@ class TrainPlan:
         plain = self.tail is None and self.importance == "none"
         plain = plain and self.upload not in ("mixed", "sparse")
         _require(self.choice is None or plain, "choice", "null with such a plan", self.choice)
+        if self.align is not None:
+            self._check_alignment()
 
     def _check_bits_of(self, name: str, module: ModulePlan) -> None:
         expected = len(module.trainable) if self.upload == "mixed" else 0
@@ -395,6 +426,17 @@ class TrainPlan:
                 f"module {name!r}: bits of {len(module.bits)} components, expected {expected} "
                 f"with upload={self.upload}"
             )
+
+    def _check_alignment(self) -> None:
+        plain = self.tail is None and self.importance == "none" and self.choice is None
+        plain = plain and self.upload not in ("mixed", "sparse")
+        _require(plain, "align", "null with such a plan", self.align)
+        for name, module in self.modules.items():
+            first = module.held == module.trainable == tuple(range(len(module.held)))
+            if not first or module.own_lora_B:
+                raise ValueError(
+                    f"module {name!r}: align needs the first components, all trained, none kept"
+                )
 
     @property
     def uploaded_factors(self) -> dict[str, TrainedFactors]:
@@ -515,12 +557,14 @@ class TrainPlan:
         try:
             values = json.loads(text)
             values = _with_keys_of(cls, {**_RARE_OF_PLANS, **values})
-            tail, choice = values["tail"], values["choice"]
+            tail, choice, align = values["tail"], values["choice"], values["align"]
             values["modules"] = _read_modules(values["modules"])
             if tail is not None:
                 values["tail"] = TailPruning(**_with_keys_of(TailPruning, tail))
             if choice is not None:
                 values["choice"] = ComponentChoice(**_with_keys_of(ComponentChoice, choice))
+            if align is not None:
+                values["align"] = Alignment(**_with_keys_of(Alignment, align))
             return cls(**values)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a train plan: {shorten(str(error), 300)}") from error
@@ -535,7 +579,7 @@ def _with_keys_of(kind: type[Any], values: Any) -> dict[str, Any]:
     return values
 
 
-_RARE_OF_PLANS: Mapping[str, Any] = {"choice": None, "density": 1.0}
+_RARE_OF_PLANS: Mapping[str, Any] = {"choice": None, "density": 1.0, "align": None}
 """What few plans have, by name, with what it is for all others."""
 
 _RARE: Mapping[str, Any] = {"budget": None, "gain": 1.0, "own_lora_B": False}

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hafl_app.component_choice import ComponentChoice
 from hafl_app.plan import (
     BIT_LEVELS,
+    Alignment,
     ModulePlan,
     TailPruning,
     TrainPlan,
@@ -18,6 +20,8 @@ from hafl_app.plan import (
     parse_bits,
     parse_indices,
 )
+
+CHOICE = ComponentChoice("contribution", "module")
 
 
 @st.composite
@@ -264,6 +268,34 @@ class TestTrainPlan:
         assert [entry[:3] for entry in entries] == [["0-2", "0,2", 0.5], ["0", "", 1.0]]
         assert entries[0][3] == list(many)
 
+    def test_an_alignment_survives_and_is_left_out_where_there_is_none(self):
+        plan = TrainPlan({"q": ModulePlan((0, 1), (0, 1))}, align=Alignment("B", 0.25))
+
+        assert TrainPlan.from_json(plan.to_json()) == plan
+        assert "align" not in json.loads(replace(plan, align=None).to_json())
+
+    @pytest.mark.parametrize(
+        ("module", "settings"),
+        [
+            (ModulePlan((0, 1), (0,)), {}),
+            (ModulePlan((1, 0), (1, 0)), {}),
+            (ModulePlan((1, 2), (1, 2)), {}),
+            (ModulePlan((0, 1), (0, 1), own_lora_B=True), {}),
+            (ModulePlan((0, 1), (0, 1)), {"importance": "smoothed"}),
+            (ModulePlan((0, 1), (0, 1)), {"tail": TailPruning(0.5, 0.1, 1)}),
+            (ModulePlan((0, 1), (0, 1), bits=(8, 8)), {"upload": "mixed"}),
+            (ModulePlan((0, 1), (0, 1)), {"upload": "sparse", "density": 0.5}),
+            (
+                ModulePlan((0, 1), (0, 1), budget=1),
+                {"choice": ComponentChoice("contribution", "module")},
+            ),
+        ],
+    )
+    def test_an_alignment_needs_components_that_nothing_tells_apart(self, module, settings):
+        with pytest.raises(ValueError, match="align"):
+            TrainPlan({"q": module}, align=Alignment("A"), **settings)
+        TrainPlan({"q": module}, **settings)
+
     def test_training_everything_keeps_the_rest(self):
         plan = TrainPlan({"q": ModulePlan((4, 1), (1,), 0.5)}, head="frozen", max_steps=3)
 
@@ -278,6 +310,10 @@ class TestTrainPlan:
             ({"importance": "norm"}, "importance must be one of none, .*, got 'norm'"),
             ({"epochs": 2}, "not a train plan: .*epochs"),
             ({"tail": {"decay": 0.5}}, "not a train plan: .*weight"),
+            ({"align": {"factor": "A"}}, "not a train plan: .*weight"),
+            ({"align": {"factor": "C", "weight": 1}}, "alignment factor must be one of A, B"),
+            ({"align": {"factor": "A", "weight": 1.5}}, r"alignment weight must be in \[0, 1\]"),
+            ({"align": True}, "not a train plan: Alignment is bool"),
             (
                 {"upload": "int4"},
                 "upload must be one of fp32, .*, sparse, got 'int4'",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hafl_app.component_choice import ComponentChoice
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import ImportanceMeasure, TailPruning, TrainPlan
+from hafl_app.training.alignment import aligned
 from hafl_app.training.batches import (
     Examples,
     MicroBatches,
@@ -246,6 +247,8 @@ def training_steps(
     if plan.tail is not None and plan.tail.prune:
         tail_after = tail_norms(trainee, plan.tail)
         trained = prune_tail(trained, plan.tail, tail_before, tail_after)
+    if plan.align is not None:
+        trained = aligned(trained, task.adapter, plan.align)
     return TrainResult(
         plan=plan,
         adapter=trained,
