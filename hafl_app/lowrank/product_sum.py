@@ -68,6 +68,22 @@ class ProductSum:
             return self.dense
         return _added(self.dense, self.stack)
 
+    def times(self, right: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
+        """Return the sum times a matrix, in float64; the stack is not made dense for it.
+
+        Raises
+        ------
+        ValueError
+            If the sum is empty, so that its size is unknown.
+        """
+        right = right.double()
+        parts = [c * f.lora_B.double() @ (f.lora_A.double() @ right) for f, c in self.stack.pieces]
+        if self.dense is not None:
+            parts.append(self.dense @ right)
+        if not parts:
+            raise ValueError("an empty sum has no size: add at least one product")
+        return torch.stack(parts).sum(dim=0)
+
 
 def truncated_sums(sums: Sequence[ProductSum], rank: int, dtype: torch.dtype) -> list[LoraFactors]:
     """Return the best approximation of every sum by ``rank`` components.

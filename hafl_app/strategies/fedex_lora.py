@@ -9,24 +9,11 @@ from dataclasses import dataclass, replace
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.spectrum import Spectrum
-from hafl_app.server.aggregation import empty_product_sum, empty_sums
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base_change import BaseChange, extended, rounding_of
-from hafl_app.strategies.component_mean import Sums, over_contributors
-from hafl_app.strategies.product_mean import (
-    ProductSums,
-    add_products,
-    empty_products,
-    mean_of_changes,
-)
-
-
-@dataclass(frozen=True)
-class FactorAndProductSums:
-    """A round's fold: sums of the factors, and sums of their products."""
-
-    factors: Sums
-    products: ProductSums
+from hafl_app.strategies.component_mean import over_contributors
+from hafl_app.strategies.factors_and_products import FactorAndProductSums
+from hafl_app.strategies.product_mean import mean_of_changes
 
 
 @dataclass(kw_only=True, eq=False)
@@ -47,20 +34,11 @@ class FedExLora(BaseChange):
 
     def begin(self, previous: Adapter) -> FactorAndProductSums:
         """Return empty sums, of the components that can be trained."""
-        trainable = Adapter(self.trainable(previous))
-        sums = {n: empty_sums(f, self.options) for n, f in trainable.modules.items()}
-        return FactorAndProductSums(
-            sums, empty_products(trainable, empty_product_sum(self.options))
-        )
+        return FactorAndProductSums.empty(Adapter(self.trainable(previous)), self.options)
 
     def accumulate(self, state: FactorAndProductSums, update: ClientUpdate) -> FactorAndProductSums:
         """Add the client's factors, and its products."""
-        weight = float(update.num_examples)
-        sums = {
-            name: one.add(update.adapter.modules[name], update.components(name), weight)
-            for name, one in state.factors.items()
-        }
-        return FactorAndProductSums(sums, add_products(state.products, update))
+        return state.add(update)
 
     def finish(self, state: FactorAndProductSums, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Average the factors, and add what the product of means lacks to the base."""

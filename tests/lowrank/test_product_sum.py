@@ -76,6 +76,14 @@ class TestProductSum:
 
         torch.testing.assert_close(one.scale(0.3).matrix(), 0.3 * before.matrix())
 
+    @pytest.mark.parametrize("count", [2, len(PIECES)])
+    def test_times_a_matrix(self, count):
+        one, right = total(PIECES[:count], WEIGHTS[:count]), random_factors(3, 77).lora_A.T
+
+        torch.testing.assert_close(one.times(right), one.matrix() @ right.double())
+        with pytest.raises(ValueError, match="an empty sum has no size"):
+            ProductSum().times(right)
+
     def test_a_wrong_weight_is_refused(self):
         with pytest.raises(ValueError, match="finite"):
             ProductSum().add(PIECES[0], float("nan"))
