@@ -18,7 +18,7 @@ from hafl_app.wire.uploads import encode_upload
 
 CLIENT = Client(rank=3, num_examples=30, partition_id=1)
 NEW_COMPONENTS_EACH_ROUND = (
-    *("flexlora", "flexlora_change", "hlora", "raflora"),
+    *("flexlora", "flexlora_change", "hlora", "raflora", "glora"),
     *("flora", "florist", "fedmomentum"),
 )
 ROUNDED = [name for name in STRATEGIES if not strategy_named(name).traits.uploads_sparsely]
