@@ -20,7 +20,7 @@ from vision_factories import random_images
 
 from hafl_app.component_choice import ComponentChoice
 from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.plan import TailPruning
+from hafl_app.plan import Alignment, TailPruning
 from hafl_app.training import cohort, cohort_choice
 from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
 from hafl_app.training.cohort_choice import choose, differ
@@ -104,7 +104,7 @@ def assert_all_same(model: LoraModel, tasks: list[Task], rtol: float, atol: floa
 
 
 class TestPlansOfFewMethods:
-    """A client that chooses its components, and one that amplifies them, beside a plain one."""
+    """Clients that choose their components, amplify or rotate them, beside a plain one."""
 
     def test_are_executed_as_they_are_alone(self, classifier):
         whole = random_adapter(classifier, 3, seed=1)
@@ -115,6 +115,7 @@ class TestPlansOfFewMethods:
         plans = (
             replace(plain, modules=budgets, choice=rule),
             replace(plain, modules=amplified),
+            replace(plain, align=Alignment("B")),
             plain,
         )
         tasks = [
