@@ -384,6 +384,7 @@ class TrainPlan:
     choice: ComponentChoice | None = None
     density: float = 1.0
     align: Alignment | None = None
+    proximal: float = 0.0
 
     def __post_init__(self) -> None:
         # A plan comes over the wire: a word that no branch knows would silently train by default.
@@ -406,6 +407,8 @@ class TrainPlan:
         _require(feedback, "error_feedback", "true or false", self.error_feedback)
         rounds = self.upload not in ("fp32", "sparse") or not self.error_feedback
         _require(rounds, "error_feedback", f"false with upload={self.upload}", self.error_feedback)
+        near = _is_finite(self.proximal) and self.proximal >= 0
+        _require(near, "proximal", "at least 0 and finite", self.proximal)
         for name, module in self.modules.items():
             self._check_bits_of(name, module)
             if (module.budget is None) != (self.choice is None):
@@ -579,7 +582,7 @@ def _with_keys_of(kind: type[Any], values: Any) -> dict[str, Any]:
     return values
 
 
-_RARE_OF_PLANS: Mapping[str, Any] = {"choice": None, "density": 1.0, "align": None}
+_RARE_OF_PLANS: Mapping[str, Any] = {"choice": None, "density": 1.0, "align": None, "proximal": 0.0}
 """What few plans have, by name, with what it is for all others."""
 
 _RARE: Mapping[str, Any] = {"budget": None, "gain": 1.0, "own_lora_B": False}

@@ -73,6 +73,7 @@ def train_plans(draw):
         tail=draw(st.none() | tails),
         local_epochs=draw(st.integers(1, 9)),
         max_steps=draw(st.integers(0, 99)),
+        proximal=draw(st.floats(0, 10) | st.just(0.0)),
         **draw(upload),
     )
 
@@ -319,6 +320,10 @@ class TestTrainPlan:
                 "upload must be one of fp32, .*, sparse, got 'int4'",
             ),
             ({"error_feedback": True}, "error_feedback must be false with upload=fp32, got True"),
+            ({"proximal": -0.1}, "proximal must be at least 0 and finite, got -0.1"),
+            ({"proximal": float("inf")}, "proximal must be at least 0 and finite"),
+            ({"proximal": "1"}, "proximal must be at least 0 and finite"),
+            ({"proximal": None}, "proximal must be at least 0 and finite"),
             ({"modules": [["0-1", "5", 1.0, ["q"]]]}, "among the held"),
             ({"modules": [["0-1", "0", "1", ["q"]]]}, "not a train plan"),
             ({"modules": [["0-1", "0", 1.0]]}, "not enough values"),

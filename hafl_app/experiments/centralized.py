@@ -139,6 +139,7 @@ def _start(settings: Settings, model: LoraModel) -> tuple[Adapter, TrainPlan]:
         head="frozen" if settings.model.head == "frozen" else "averaged",
         local_epochs=num_passes(settings),
         max_steps=federation.num_rounds * clients * settings.client.max_steps,
+        proximal=0.0,
     )
     return strategy.global_adapter.with_head(model.initial_head), plan
 

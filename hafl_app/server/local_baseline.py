@@ -52,6 +52,7 @@ def train_alone(
             head="frozen" if options.head == "frozen" else "averaged",
             local_epochs=num_rounds * options.client.local_epochs,
             max_steps=num_rounds * options.client.max_steps,
+            proximal=0.0,  # there are no others to drift away from
             # Alone, a device uploads nothing; here it does so only to be scored.
             upload="fp32",
             error_feedback=False,

@@ -195,6 +195,7 @@ class HeterogeneousLora(Strategy, ABC):
             "head": self.options.head,
             "local_epochs": client.local_epochs,
             "max_steps": client.max_steps,
+            "proximal": client.proximal,
             "upload": federation.upload,
             "error_feedback": federation.error_feedback is not False
             and not no_error_feedback(self),

@@ -27,6 +27,7 @@ from hafl_app.training.choosing import chosen_plan, contributions, probe_plan, r
 from hafl_app.training.device import describe_device, peak_memory_mb, reset_peak_memory
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.lora_model import LoraModel, Trainee
+from hafl_app.training.proximal import ProximalTerm
 from hafl_app.training.rank_pruning import prune_tail, tail_norms, tail_penalty
 from hafl_app.training.settings import TrainOptions
 
@@ -274,6 +275,7 @@ def _optimize(
     """Train; return the mean loss of the last epoch with a step in it, and the steps."""
     plan, options = task.plan, task.options
     optimizer, rng = build_optimizer(trainee, plan, options), np.random.default_rng(task.seed)
+    proximal = ProximalTerm(_parameters(optimizer), plan.proximal)
     steps, losses = 0, [0.0]
     for epoch in range(plan.local_epochs):
         if allowance.is_spent(steps):
@@ -284,7 +286,8 @@ def _optimize(
             if allowance.is_spent(steps):
                 break
             losses.append((yield Wanted(trainee, rows, plan.tail)))
-            meter.update(trainee)
+            meter.update(trainee)  # what the data say, not what keeps near
+            proximal.add_gradient()
             _update(optimizer, options.max_grad_norm)
             steps += 1
             if not np.isfinite(losses[-1]):
@@ -299,9 +302,12 @@ def _optimize(
 def _update(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """Make an optimizer step with the gradients clipped."""
     if max_grad_norm:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        nn.utils.clip_grad_norm_(_parameters(optimizer), max_grad_norm)
     optimizer.step()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _backward(model: LoraModel, task: Task, micro_batches: MicroBatches, wanted: Wanted) -> float:

@@ -184,6 +184,9 @@ class ClientSettings(TrainOptions):
     max_steps
         Most steps of a client in a round; 0: no limit. ``max-steps`` in a node's config wins
         where it is smaller. Privacy accounting is per round and does not see it.
+    proximal
+        FedProx: weight of a term ``proximal / 2 * ||w - w_sent||^2`` in the loss, over the trained
+        factors and the head. 0: none. Clients that train alone and central training have none.
     num_threads
         CPU threads of one client, as many at most as its process may use CPUs.
     device
@@ -192,5 +195,6 @@ class ClientSettings(TrainOptions):
 
     local_epochs: int = number(1, at_least=1)
     max_steps: int = number(0, at_least=0)
+    proximal: float = number(0.0, at_least=0)
     num_threads: int = number(1, at_least=1)
     device: str = choice("auto", "auto", "cpu", "cuda", resumable=True)
