@@ -12,6 +12,8 @@ from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import Settings
 from hafl_app.data.combinations import IMAGES, check_choices, check_sharing
 from hafl_app.data.errors import DataError
+from hafl_app.server.compatibility import no_server_optimizer, server_optimizer_refusal
+from hafl_app.server.settings import ServerOptimizerSettings
 
 CAUSAL_LM, IMAGE_CLASSIFICATION = "causal_lm", "image_classification"
 
@@ -40,6 +42,15 @@ STREAMING_NEEDS: Final[Mapping[str, object]] = {
     "clip_ratio": None,
 }
 """Settings of `federation` that compare the replies of a round, and what switches them off."""
+
+_ADAPTIVE = ("adam", "yogi")
+SERVER_OPTIMIZERS_WITH: Final[Mapping[str, tuple[str, ...]]] = {
+    "learning_rate": ("momentum", *_ADAPTIVE),
+    "beta1": ("momentum", *_ADAPTIVE),
+    "beta2": _ADAPTIVE,
+    "tau": _ADAPTIVE,
+}
+"""Settings of `federation.server_optimizer`, and the kinds that have them."""
 
 
 def check_settings(settings: Settings) -> None:
@@ -175,6 +186,20 @@ def _upload(settings: Settings) -> Iterator[str]:
         )
 
 
+def _server_optimizer(settings: Settings) -> Iterator[str]:
+    """Server optimizers without a meaning for the method, and settings that one does not have."""
+    optimizer, defaults = settings.federation.server_optimizer, ServerOptimizerSettings()
+    kind, method = optimizer.kind, type(settings.strategy).__module__.rpartition(".")[2]
+    if kind != "none" and (reason := no_server_optimizer(settings.strategy.traits)):
+        yield server_optimizer_refusal(kind, method, reason)
+    for name, kinds in SERVER_OPTIMIZERS_WITH.items():
+        if kind not in kinds and (value := getattr(optimizer, name)) != getattr(defaults, name):
+            yield (
+                f"federation.server_optimizer.{name}={value} has no effect with "
+                f"federation.server_optimizer.kind={kind}, expected {' or '.join(kinds)}"
+            )
+
+
 def _streaming(settings: Settings) -> Iterator[str]:
     for name, off in STREAMING_NEEDS.items() if settings.federation.streaming else ():
         if (value := getattr(settings.federation, name)) != off:
@@ -241,6 +266,7 @@ _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
     _unseen_clients,
     _generation,
     _upload,
+    _server_optimizer,
     _streaming,
     _engine,
     _cohort,

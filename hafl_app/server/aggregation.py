@@ -1,4 +1,4 @@
-"""Aggregate a round's updates: the method's fold, heads, robust rule and central privacy.
+"""Aggregate a round's updates: the method's fold, heads, robust rule, privacy, optimizer's step.
 
 The method decides how updates are merged, and does not depend on the rest.
 """
@@ -18,6 +18,8 @@ from hafl_app.server.compatibility import private_division
 from hafl_app.server.heads import HeadMean, RobustHeads
 from hafl_app.server.method import Method
 from hafl_app.server.options import RunOptions
+from hafl_app.server.server_optimizer import ServerOptimizer
+from hafl_app.server.trained_components import TrainedComponents
 from hafl_app.server.untrained_factors import UntrainedFactors
 from hafl_app.server.update import ClientUpdate
 from hafl_app.wire.node_profile import NodeProfile
@@ -34,6 +36,7 @@ def merge(
     *,
     nodes: Sequence[NodeProfile] = (),
     server_round: int = 1,
+    optimizer: ServerOptimizer | None = None,
 ) -> Adapter:
     """Merge updates into an adapter by a method's rule; neither the adapter nor they change.
 
@@ -49,6 +52,8 @@ def merge(
         Every registered node, for the denominators of central privacy.
     server_round
         From 1; names the noise of central privacy.
+    optimizer
+        With the moments of earlier rounds, which advance; None: those of a first round.
 
     Returns
     -------
@@ -56,18 +61,32 @@ def merge(
         The next global adapter; components and factors that no client trained, and a head that does
         not travel, as they were.
     """
+    trained = TrainedComponents(previous)
     if method.options.privacy.kind == "central_dp":
-        return _merge_privately(method, previous, updates, nodes, server_round)
+        merged = _merge_privately(method, previous, updates, nodes, server_round, trained)
+    else:
+        merged = _merge(method, previous, updates, trained)
+    heads = head_that_travels(previous, method.options)
+    masks = trained.masks() | {f"head/{name}": torch.tensor(True) for name in heads}
+    settings = method.options.federation.server_optimizer
+    return (optimizer or ServerOptimizer()).step(settings, previous, merged, masks)
+
+
+def _merge(
+    method: Method, previous: Adapter, updates: Iterable[ClientUpdate], trained: TrainedComponents
+) -> Adapter:
+    """Return the next global adapter by the method's fold; note what was trained."""
     state, heads = method.begin(previous), _empty_heads(previous, method.options)
     untrained = UntrainedFactors()
     for update in updates:
         state = method.accumulate(state, update)
         heads.add(update.adapter.head, update.num_examples)
         untrained.note(update.plan)
-    merged = method.finish(state, previous)
+        trained.note(update)
+    modules = method.finish(state, previous)
     if method.traits.keeps_components:
-        merged = untrained.kept(merged, previous.modules)
-    return Adapter(merged, heads.mean(previous.head))
+        modules = untrained.kept(modules, previous.modules)
+    return Adapter(modules, heads.mean(previous.head))
 
 
 def _merge_privately(
@@ -76,15 +95,20 @@ def _merge_privately(
     updates: Iterable[ClientUpdate],
     nodes: Sequence[NodeProfile],
     server_round: int,
+    trained: TrainedComponents,
 ) -> Adapter:
-    """Return the next global adapter from clipped changes, noise and expected counts."""
+    """Return the next global adapter from clipped changes, noise and expected counts.
+
+    What counts as trained follows from the plans of all nodes: who took part must not show.
+    """
     privacy = method.options.privacy
     traveling = previous.with_head(head_that_travels(previous, method.options))
-    plans = [method.plan(profile, server_round) for profile in nodes]
+    counts = trainable_counts([method.plan(p, server_round) for p in nodes], traveling)
+    trained.note_counts(counts)
     merged = next_adapter(
         traveling,
         updates,
-        trainable_counts(plans, traveling),
+        counts,
         len(nodes),
         method.options.federation.fraction_train,
         privacy,

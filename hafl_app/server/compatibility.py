@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from hafl_app.privacy.mechanism import PrivacyError, check_local_plan
-from hafl_app.server.method import Division, Method, StrategyError
+from hafl_app.server.method import Division, Method, StrategyError, Traits
 from hafl_app.wire.node_profile import NodeProfile, matches
 
 
@@ -37,6 +37,25 @@ def check_method(method: Method, ranks: Sequence[int]) -> None:
         )
     if federation.error_feedback and (reason := no_error_feedback(method)):
         raise StrategyError(f"federation.error_feedback=true is refused for {name}: {reason}")
+    kind = federation.server_optimizer.kind
+    if kind != "none" and (reason := no_server_optimizer(method.traits)):
+        raise StrategyError(server_optimizer_refusal(kind, name, reason))
+
+
+def no_server_optimizer(traits: Traits) -> str:
+    """Return the reason why a server optimizer has no meaning; empty if it has one."""
+    if traits.changes_base:
+        return "it merges into the base what the mean of a round lacks, which another step belies"
+    if not traits.keeps_components:
+        return (
+            "it makes new components in every round, to which moments of the old ones say nothing"
+        )
+    return ""
+
+
+def server_optimizer_refusal(kind: str, name: str, reason: str) -> str:
+    """Return the line that refuses a server optimizer for a method."""
+    return f"federation.server_optimizer.kind={kind} is refused for strategy={name}: {reason}"
 
 
 def no_error_feedback(method: Method) -> str:

@@ -18,6 +18,7 @@ from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.outliers import clip_updates, reject_outliers
 from hafl_app.server.participation import Participation
 from hafl_app.server.round_messages import STATED_EXAMPLES, Reply, RoundMessages
+from hafl_app.server.server_optimizer import ServerOptimizer
 from hafl_app.server.traffic import Ledger
 from hafl_app.server.update import ClientUpdate
 from hafl_app.server.weights import ExampleBound
@@ -48,6 +49,8 @@ class Coordinator:
         Nodes that take part, and their selection.
     ledger
         Bytes and rejections of every exchange.
+    server_optimizer
+        Moments of the global adapter's changes.
     task
         Metrics of the clients' scores.
     train_loss
@@ -64,6 +67,7 @@ class Coordinator:
         self.method = method
         self.participation = Participation(method)
         self.ledger = Ledger()
+        self.server_optimizer = ServerOptimizer()
         self.task = CLASSIFICATION
         self.train_loss = math.nan
         self.client_scores: Mapping[str, float] = {}
@@ -183,6 +187,7 @@ class Coordinator:
                 updates,
                 nodes=self.directory.in_order(),
                 server_round=server_round,
+                optimizer=self.server_optimizer,
             )
         except BaseException:
             self.method.recall(memory)

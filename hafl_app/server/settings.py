@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from hafl_app.fields import choice, number, setting
 
+_ADAPTIVE_RATE = 5e-3  # of FLASC's server Adam on LoRA factors, arXiv:2406.05233, 20 Newsgroups
+
 
 @dataclass
 class QuarantineSettings:
@@ -20,6 +22,40 @@ class QuarantineSettings:
 
     after: int = number(3, at_least=0)
     rounds: int = number(5, at_least=1)
+
+
+@dataclass
+class ServerOptimizerSettings:
+    """A server optimizer: its step on a round's aggregated change, see docs/server_optimizers.md.
+
+    Parameters
+    ----------
+    kind
+        ``none``: the change itself; ``momentum``, ``adam`` or ``yogi`` on it.
+    learning_rate
+        Factor of the step. Null: 1 for ``momentum``, which then only adds up changes; 0.005 for
+        ``adam`` and ``yogi``, whose step is about this large in every number whatever the change.
+    beta1
+        Decay of the first moment from round to round; the momentum.
+    beta2
+        Decay of the second moment; of ``adam`` and ``yogi``.
+    tau
+        Added to the second moment's root, and the root that it starts from; of ``adam`` and
+        ``yogi``. Numbers that change by much less than this are hardly adapted.
+    """
+
+    kind: str = choice("none", "none", "momentum", "adam", "yogi")
+    learning_rate: float | None = number(None, above=0)
+    beta1: float = number(0.9, at_least=0, below=1)
+    beta2: float = number(0.99, at_least=0, below=1)
+    tau: float = number(1e-3, above=0)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate in force."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1.0 if self.kind == "momentum" else _ADAPTIVE_RATE
 
 
 @dataclass
@@ -88,6 +124,8 @@ class FederationSettings:
     weighting
         Weight of a client in averages: ``examples``, its number of training examples as it
         states it, or ``uniform``: every client the same.
+    server_optimizer
+        Optimizer of the server, which steps on the aggregated change.
     max_examples_per_node
         Most examples that a node may count for; null: no limit. What it claims cannot be checked.
     max_examples_ratio
@@ -148,6 +186,7 @@ class FederationSettings:
     trim_fraction: float = number(0.2, above=0, below=0.5)
     clip_ratio: float | None = number(None, above=0)
     weighting: str = choice("examples", "examples", "uniform")
+    server_optimizer: ServerOptimizerSettings = field(default_factory=ServerOptimizerSettings)
     max_examples_per_node: int | None = number(None, at_least=1)
     max_examples_ratio: float | None = number(10.0, at_least=1)
     streaming: bool = False

@@ -33,7 +33,11 @@ class Snapshot:
 def take_snapshot(strategy: Strategy) -> Snapshot:
     """Return the strategy as it is now, between two rounds."""
     coordinator, participation = strategy.coordinator, strategy.coordinator.participation
-    tree = {"adapter": adapter_tree(strategy.global_adapter), "memory": strategy.memory()}
+    tree = {
+        "adapter": adapter_tree(strategy.global_adapter),
+        "memory": strategy.memory(),
+        "server_optimizer": coordinator.server_optimizer.memory(),
+    }
     state = {
         "ledger": coordinator.ledger.to_json(),
         # By partition: Flower's node ids may be others when the run goes on.
@@ -52,6 +56,7 @@ def restore(strategy: Strategy, snapshot: Snapshot) -> None:
     coordinator, participation = strategy.coordinator, strategy.coordinator.participation
     strategy.global_adapter = adapter_of(tree["adapter"])
     strategy.recall(tree.get("memory", {}))
+    coordinator.server_optimizer.recall(tree.get("server_optimizer", {}))
     coordinator.ledger = Ledger.from_json(state["ledger"])
     quarantine = strategy.options.federation.quarantine
     participation.quarantine = Quarantine.from_json(

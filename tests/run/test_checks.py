@@ -16,6 +16,7 @@ CAUSAL = ("model=tiny_random_causal", "dataset=dolly", "dataset.path=folder")
 IMAGES = "experiment=digits"
 CROSS_CLIENT = "because one client's upload would change how the others count"
 ONE_RELEASE = "because a repeated round is one more release than epsilon counts"
+NEW = "it makes new components in every round, to which moments of the old ones say nothing"
 WHOLE_ROUND = "it compares all replies of a round, and streaming drops each at once"
 COHORT = "federation.cohort={}{}"
 LOCAL_DP = (
@@ -139,6 +140,25 @@ REFUSED = [
         f"federation.streaming=true needs federation.clip_ratio=null, not 2.0: {WHOLE_ROUND}",
     ),
     (
+        ["strategy=flexlora_change", "federation.server_optimizer.kind=adam"],
+        f"federation.server_optimizer.kind=adam is refused for strategy=flexlora: {NEW}",
+    ),
+    (
+        ["strategy=fedex_lora", "federation.server_optimizer.kind=momentum"],
+        "federation.server_optimizer.kind=momentum is refused for strategy=fedex_lora: it merges "
+        "into the base what the mean of a round lacks, which another step belies",
+    ),
+    (
+        ["strategy=hafl", "federation.server_optimizer.learning_rate=0.1"],
+        "federation.server_optimizer.learning_rate=0.1 has no effect with "
+        "federation.server_optimizer.kind=none, expected momentum or adam or yogi",
+    ),
+    (
+        ["federation.server_optimizer.kind=momentum", "federation.server_optimizer.tau=0.1"],
+        "federation.server_optimizer.tau=0.1 has no effect with "
+        "federation.server_optimizer.kind=momentum, expected adam or yogi",
+    ),
+    (
         ["engine=inprocess", "federation.ray_address='head:6379'"],
         "federation.ray_address: engine=inprocess uses no Ray; drop either",
     ),
@@ -208,6 +228,9 @@ def test_what_does_not_go_together_is_refused_in_one_line(overrides, line):
         ["federation.unseen_clients=2"],
         [*CAUSAL, "federation.generate_examples=3"],
         ["federation.streaming=true", "federation.max_norm_ratio=null"],
+        ["strategy=hafl", "federation.server_optimizer.kind=yogi"],
+        ["federation.server_optimizer.kind=adam", "federation.server_optimizer.tau=0.1"],
+        ["strategy=flexlora", "client.proximal=0.1"],
         ["engine=inprocess"],
         ["federation.ray_address='head:6379'"],
     ],
