@@ -53,10 +53,11 @@ def mixed_tasks(model: LoraModel, rows, options: TrainOptions = OPTIONS) -> list
     whole = random_adapter(model, 3, seed=1)
     few = random_adapter(model, lambda name: 1 + len(name) % 2, seed=2)
     wide = random_adapter(model, 5, seed=3)
+    near = {"scaling": 0.5, "proximal": 2.0}
     plans = (
         (whole, plan_for(whole, max_steps=5, importance="adalora")),
         (few, plan_for(few, max_steps=2, scaling=2.0, importance="sensitivity")),
-        (wide, plan_for(wide, (4, 1), local_epochs=2, importance="smoothed", scaling=0.5)),
+        (wide, plan_for(wide, (4, 1), local_epochs=2, importance="smoothed", **near)),
         (wide, plan_for(wide, (2,), head="frozen", importance="adalora", probe_batches=2)),
         (whole, plan_for(whole, local_epochs=3, max_steps=5, tail=TailPruning(0.5, 0.1, 1))),
     )
