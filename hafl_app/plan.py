@@ -369,6 +369,9 @@ class TrainPlan:
         Rotation of the trained components toward those that were sent, if any. It mixes them: only
         where each module trains the first of its components, all that it holds, and nothing else
         (``tail``, ``importance``, ``choice``, ``upload=mixed`` or ``sparse``) tells them apart.
+    proximal
+        Weight of the term that keeps trained numbers near what was sent, at least 0, see
+        `hafl_app.training.proximal`.
     """
 
     modules: Mapping[str, ModulePlan]

@@ -129,7 +129,8 @@ def _attempt(function: Callable[..., _Result], *arguments: Any) -> _Result | Non
 
 def _task(opened: Opened) -> Task:
     job = opened.job
-    return Task(job.adapter, job.plan, job.share.train(), job.options, job.seed)
+    examples = job.share.train()
+    return Task(job.adapter, job.plan, examples, job.options, job.seed, job.correction)
 
 
 def _folder() -> Path:

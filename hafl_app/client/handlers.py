@@ -90,7 +90,10 @@ def train(message: Message, context: Context) -> Message:
     job = opened.job
     with threads(opened.node.settings.client.num_threads):
         examples = job.share.train()
-        result = train_locally(job.model, job.adapter, job.plan, examples, job.options, job.seed)
+        result = train_locally(
+            *(job.model, job.adapter, job.plan, examples, job.options, job.seed),
+            correction=job.correction,
+        )
     return reply_of(opened, result)
 
 

@@ -59,6 +59,8 @@ class Job:
         The node's data.
     model
         The base model with LoRA layers.
+    correction
+        Of the gradients, if the request has one.
     """
 
     server_round: int
@@ -69,6 +71,7 @@ class Job:
     adapter: Adapter
     share: Share
     model: LoraModel
+    correction: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ class Node:
             adapter=self._with_own_head(adapter),
             share=share,
             model=model,
+            correction=request.correction,
         )
 
     def keep_head(self, adapter: Adapter) -> None:

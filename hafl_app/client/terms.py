@@ -88,6 +88,8 @@ class Terms:
         if settings.federation.fraction_evaluate > 0 and not self.shares(SCORES):
             asked = f"federation.fraction_evaluate={settings.federation.fraction_evaluate}"
             raise _withheld(asked, SCORES)
+        if settings.federation.scaffold and not self.shares(TIMES):
+            raise _withheld("federation.scaffold=true", TIMES)
         if settings.strategy.traits.uploads_importance and not self.shares(IMPORTANCE):
             raise _withheld("the strategy", IMPORTANCE)
 

@@ -10,7 +10,7 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.privacy.mechanism import NoiseSource, privatize_upload, trained_part
 from hafl_app.run import build
 from hafl_app.training.local import TrainResult
-from hafl_app.wire.records import METRICS, NUM_EXAMPLES, SECONDS, adapter_content
+from hafl_app.wire.records import METRICS, NUM_EXAMPLES, SECONDS, STEPS, adapter_content
 
 
 def training_reply(node: Node, job: Job, result: TrainResult) -> RecordDict:
@@ -47,7 +47,7 @@ def _metrics(result: TrainResult, node: Node) -> MetricRecord:
         metrics["loss"] = result.loss
     if node.terms.shares(TIMES):
         metrics |= {
-            "steps": result.steps,
+            STEPS: result.steps,
             SECONDS: result.seconds,
             "probe-seconds": result.probe_seconds,
             "out-of-time": int(result.out_of_time),

@@ -12,7 +12,11 @@ from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import Settings
 from hafl_app.data.combinations import IMAGES, check_choices, check_sharing
 from hafl_app.data.errors import DataError
-from hafl_app.server.compatibility import no_server_optimizer, server_optimizer_refusal
+from hafl_app.server.compatibility import (
+    no_server_optimizer,
+    scaffold_refusal,
+    server_optimizer_refusal,
+)
 from hafl_app.server.settings import ServerOptimizerSettings
 
 CAUSAL_LM, IMAGE_CLASSIFICATION = "causal_lm", "image_classification"
@@ -51,6 +55,20 @@ SERVER_OPTIMIZERS_WITH: Final[Mapping[str, tuple[str, ...]]] = {
     "tau": _ADAPTIVE,
 }
 """Settings of `federation.server_optimizer`, and the kinds that have them."""
+
+_NO_GRADIENT = "else a client's change is no sum of gradients"
+SCAFFOLD_NEEDS: Final[Mapping[str, tuple[object, str]]] = {
+    "client.optimizer": ("sgd", _NO_GRADIENT),
+    "client.max_grad_norm": (0.0, _NO_GRADIENT),
+    "client.weight_decay": (0.0, _NO_GRADIENT),
+    "client.proximal": (0.0, _NO_GRADIENT),
+    "lora.scaling": ("constant", "the gradients of lora_B are in units of their scaling"),
+    "federation.upload": ("fp32", "a control variate is computed from what is uploaded"),
+    "federation.clip_ratio": (None, "a control variate is computed from what is uploaded"),
+    "federation.robust": ("none", "the mean of the control variates is not robust"),
+    "privacy.kind": ("none", "control variates are sums without noise"),
+}
+"""What `federation.scaffold` needs, and the reasons."""
 
 
 def check_settings(settings: Settings) -> None:
@@ -200,6 +218,21 @@ def _server_optimizer(settings: Settings) -> Iterator[str]:
             )
 
 
+def _scaffold(settings: Settings) -> Iterator[str]:
+    """Refuse what makes a client's change no sum of its gradients, or hides it."""
+    if not settings.federation.scaffold:
+        return
+    if reason := no_server_optimizer(settings.strategy.traits):
+        yield scaffold_refusal(type(settings.strategy).__module__.rpartition(".")[2], reason)
+    for name, (expected, reason) in SCAFFOLD_NEEDS.items():
+        room, _, field = name.partition(".")
+        if (value := getattr(getattr(settings, room), field)) != expected:
+            yield (
+                f"federation.scaffold=true needs {name}={_word(expected)}, not {_word(value)}: "
+                f"{reason}"
+            )
+
+
 def _streaming(settings: Settings) -> Iterator[str]:
     for name, off in STREAMING_NEEDS.items() if settings.federation.streaming else ():
         if (value := getattr(settings.federation, name)) != off:
@@ -267,6 +300,7 @@ _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
     _generation,
     _upload,
     _server_optimizer,
+    _scaffold,
     _streaming,
     _engine,
     _cohort,

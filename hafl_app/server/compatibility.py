@@ -40,22 +40,27 @@ def check_method(method: Method, ranks: Sequence[int]) -> None:
     kind = federation.server_optimizer.kind
     if kind != "none" and (reason := no_server_optimizer(method.traits)):
         raise StrategyError(server_optimizer_refusal(kind, name, reason))
+    if federation.scaffold and (reason := no_server_optimizer(method.traits)):
+        raise StrategyError(scaffold_refusal(name, reason))
 
 
 def no_server_optimizer(traits: Traits) -> str:
-    """Return the reason why a server optimizer has no meaning; empty if it has one."""
+    """Return the reason why a server optimizer, and SCAFFOLD, have no meaning; empty if they do."""
     if traits.changes_base:
         return "it merges into the base what the mean of a round lacks, which another step belies"
     if not traits.keeps_components:
-        return (
-            "it makes new components in every round, to which moments of the old ones say nothing"
-        )
+        return "it makes new components in every round, of which those before say nothing"
     return ""
 
 
 def server_optimizer_refusal(kind: str, name: str, reason: str) -> str:
     """Return the line that refuses a server optimizer for a method."""
     return f"federation.server_optimizer.kind={kind} is refused for strategy={name}: {reason}"
+
+
+def scaffold_refusal(name: str, reason: str) -> str:
+    """Return the line that refuses SCAFFOLD for a method."""
+    return f"federation.scaffold=true is refused for strategy={name}: {reason}"
 
 
 def no_error_feedback(method: Method) -> str:
@@ -99,6 +104,26 @@ def check_privacy(method: Method, profiles: Iterable[NodeProfile]) -> None:
                 check_local_plan(method.plan(profile, 1))
             except PrivacyError as error:
                 raise StrategyError(str(error)) from error
+
+
+def check_scaffold(method: Method, profile: NodeProfile) -> None:
+    """Refuse SCAFFOLD for plans under which the server does not know what is trained, or how.
+
+    Raises
+    ------
+    StrategyError
+        With the reason.
+    """
+    if not method.options.federation.scaffold:
+        return
+    plan = method.plan(profile, 1)
+    if plan.choice is not None:
+        raise StrategyError(scaffold_refusal(_name(method), "its clients choose what they train"))
+    if plan.align is not None:
+        raise StrategyError(scaffold_refusal(_name(method), "its clients rotate what they upload"))
+    if plan.upload != "fp32":
+        reason = f"its uploads are {plan.upload}, and control variates follow from whole ones"
+        raise StrategyError(scaffold_refusal(_name(method), reason))
 
 
 def check_rank_patterns(profile: NodeProfile, modules: Iterable[str]) -> None:

@@ -8,11 +8,13 @@ from typing import Protocol
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import CLASSIFICATION, weighted_mean
 from hafl_app.printable import printable
 from hafl_app.server.aggregation import merge
+from hafl_app.server.control_variates import ControlVariates
 from hafl_app.server.method import Method
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.outliers import clip_updates, reject_outliers
@@ -51,6 +53,8 @@ class Coordinator:
         Bytes and rejections of every exchange.
     server_optimizer
         Moments of the global adapter's changes.
+    control_variates
+        The clients' mean gradients; none without ``federation.scaffold``.
     task
         Metrics of the clients' scores.
     train_loss
@@ -68,6 +72,7 @@ class Coordinator:
         self.participation = Participation(method)
         self.ledger = Ledger()
         self.server_optimizer = ServerOptimizer()
+        self.control_variates = ControlVariates()
         self.task = CLASSIFICATION
         self.train_loss = math.nan
         self.client_scores: Mapping[str, float] = {}
@@ -180,11 +185,12 @@ class Coordinator:
     def _advance(self, server_round: int, updates: Iterable[ClientUpdate]) -> None:
         """Make the next global adapter, or, if that fails, change nothing."""
         memory = self.method.memory()
+        variates = dict(self.control_variates.own)
         try:
             self.method.global_adapter = merge(
                 self.method,
                 self.method.global_adapter,
-                updates,
+                self._noting(updates, variates),
                 nodes=self.directory.in_order(),
                 server_round=server_round,
                 optimizer=self.server_optimizer,
@@ -192,6 +198,19 @@ class Coordinator:
         except BaseException:
             self.method.recall(memory)
             raise
+        self.control_variates = ControlVariates(variates)
+
+    def _noting(
+        self, updates: Iterable[ClientUpdate], variates: dict[int, Mapping[str, Tensor]]
+    ) -> Iterator[ClientUpdate]:
+        """Pass on the updates, and put the next control variate of each client there."""
+        options = self.method.options
+        for update in updates:
+            if options.federation.scaffold:
+                variates[update.partition_id] = self.control_variates.after(
+                    update, self.method.global_adapter, options.client
+                )
+            yield update
 
     # ---- evaluation ------------------------------------------------------------------------
 
@@ -232,6 +251,8 @@ class Coordinator:
             profiles = sorted(profiles, key=lambda profile: profile.partition_id)
         plans = [self.method.plan(profile, server_round) for profile in profiles]
         make = self._messages.each_message if streaming else self._messages.messages
+        if self.method.options.federation.scaffold and phase == MessageType.TRAIN:
+            self._messages.correct(self.control_variates.correction)
         return make(profiles, plans, self.method.dispatch, phase)
 
 

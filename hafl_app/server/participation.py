@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from flwr.serverapp import Grid
 
 from hafl_app.server.client_sampling import sample_poisson, sample_profiles, sample_size
-from hafl_app.server.compatibility import check_privacy, check_rank_patterns
+from hafl_app.server.compatibility import check_privacy, check_rank_patterns, check_scaffold
 from hafl_app.server.method import Method, StrategyError
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.quarantine import Quarantine
@@ -193,6 +193,7 @@ class Participation:
             if modules := self._method.global_adapter.modules:
                 check_rank_patterns(profile, modules)
                 check_privacy(self._method, [profile])
+                check_scaffold(self._method, profile)
         except StrategyError as error:
             return str(error)
         self._accepted[profile.node_id] = profile

@@ -15,7 +15,7 @@ from hafl_app.plan import NUMBER_BYTES, TrainPlan, format_bits
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.faults import one_line
 from hafl_app.wire.node_profile import NodeProfile
-from hafl_app.wire.records import METRICS, NUM_EXAMPLES, AdapterArrays, read_adapter
+from hafl_app.wire.records import METRICS, NUM_EXAMPLES, STEPS, AdapterArrays, read_adapter
 from hafl_app.wire.uploads import decode_upload
 
 # What a reply may weigh above its numbers: generous, so that only impossible sizes are rejected.
@@ -87,6 +87,9 @@ def read_metrics(reply: Message, profile: NodeProfile) -> dict[str, float]:
         most = 1 if name in _SHARES else _LARGEST_LOSS if name == LOSS.name else math.inf
         if not 0 <= value <= most:
             raise ReplyError(f"metric {_quote(name)} is {_quote(value)}, expected 0 to {most:g}")
+    steps = record.get(STEPS, 0)
+    if type(steps) is not int:
+        raise ReplyError(f"{STEPS} is {_quote(steps)}, expected a whole number")
     examples, largest = record.get(NUM_EXAMPLES), max(profile.num_examples, 1)
     if type(examples) is not int or not 1 <= examples <= largest:
         raise ReplyError(f"{NUM_EXAMPLES} is {examples}, expected a whole number, 1 to {largest}")

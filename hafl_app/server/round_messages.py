@@ -35,14 +35,17 @@ from hafl_app.wire.records import (
     PARTITION_ID,
     PLAN,
     SERVER_ROUND,
+    STEPS,
     AdapterArrays,
     adapter_content,
     head_bytes,
     message_bytes,
     plan_record,
+    with_correction,
 )
 
 _LOGGER = logging.getLogger(__name__)
+Correction = Callable[[int, TrainPlan], Adapter | None]
 STATED_EXAMPLES = "stated-examples"
 """Metric of a reply beside ``num-examples``, its weight: how many the node states."""
 _KEPT_DISPATCHES = 16  # one a rank tier, as a rule; further ones are made again
@@ -192,6 +195,17 @@ class RoundMessages:
         self._bound = bound
         self._waiting: dict[int, Request] = {}
         self._dispatches = _Dispatches(lambda _: Adapter({}), server_round)
+        self._correction: Correction | None = None
+
+    def correct(self, correction: Correction) -> None:
+        """Send corrections of gradients along, and insist on the number of steps in replies.
+
+        Parameters
+        ----------
+        correction
+            Of a partition under a plan; None for a node to which none is sent.
+        """
+        self._correction = correction
 
     def messages(
         self,
@@ -223,6 +237,8 @@ class RoundMessages:
             content = self._dispatches.request(plan)
             if profile.own_data:
                 content = self._for_own_data(content, profile)
+            if self._correction is not None:
+                content = _corrected(content, self._correction(profile.partition_id, plan))
             group = str(self._server_round)
             message = Message(content.records, profile.node_id, message_type, group_id=group)
             self._waiting[profile.node_id] = Request(
@@ -356,7 +372,10 @@ class RoundMessages:
             sent=sent,
             adapter=from_arrays(arrays.modules, arrays.head),
             importance={n: torch.tensor(s) for n, s in arrays.importance.items()},
+            steps=int(metrics.get(STEPS, 0)),
         )
+        if self._correction is not None and not update.steps:
+            raise ReplyError(f"no {STEPS}, which federation.scaffold needs")
         update = replace(update, adapter=completed(update.adapter, update.before, update.plan))
         if not math.isfinite(update.size):
             check_finite(update.adapter)
@@ -376,3 +395,12 @@ class RoundMessages:
         stated = int(metrics[NUM_EXAMPLES])
         counted = self._bound.count(stated, request.profile)
         return metrics | {NUM_EXAMPLES: float(counted), STATED_EXAMPLES: float(stated)}
+
+
+def _corrected(content: _Content, correction: Adapter | None) -> _Content:
+    """Return a content with a correction, which is one client's, and its size."""
+    if correction is None:
+        return content
+    arrays = AdapterArrays(*to_arrays(correction))
+    records = with_correction(content.records, arrays)
+    return _Content(records, content_size(records), head_bytes(records))

@@ -126,6 +126,9 @@ class FederationSettings:
         states it, or ``uniform``: every client the same.
     server_optimizer
         Optimizer of the server, which steps on the aggregated change.
+    scaffold
+        Whether every client's gradients are corrected by control variates, for ``client=sgd``
+        without clipping, see docs/server_optimizers.md.
     max_examples_per_node
         Most examples that a node may count for; null: no limit. What it claims cannot be checked.
     max_examples_ratio
@@ -187,6 +190,7 @@ class FederationSettings:
     clip_ratio: float | None = number(None, above=0)
     weighting: str = choice("examples", "examples", "uniform")
     server_optimizer: ServerOptimizerSettings = field(default_factory=ServerOptimizerSettings)
+    scaffold: bool = False
     max_examples_per_node: int | None = number(None, at_least=1)
     max_examples_ratio: float | None = number(10.0, at_least=1)
     streaming: bool = False

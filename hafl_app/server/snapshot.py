@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.server.control_variates import ControlVariates
 from hafl_app.server.coordinator import Strategy
 from hafl_app.server.quarantine import Quarantine
 from hafl_app.server.traffic import Ledger
@@ -37,6 +38,7 @@ def take_snapshot(strategy: Strategy) -> Snapshot:
         "adapter": adapter_tree(strategy.global_adapter),
         "memory": strategy.memory(),
         "server_optimizer": coordinator.server_optimizer.memory(),
+        "control_variates": coordinator.control_variates.memory(),
     }
     state = {
         "ledger": coordinator.ledger.to_json(),
@@ -57,6 +59,7 @@ def restore(strategy: Strategy, snapshot: Snapshot) -> None:
     strategy.global_adapter = adapter_of(tree["adapter"])
     strategy.recall(tree.get("memory", {}))
     coordinator.server_optimizer.recall(tree.get("server_optimizer", {}))
+    coordinator.control_variates = ControlVariates.recalled(tree.get("control_variates", {}))
     coordinator.ledger = Ledger.from_json(state["ledger"])
     quarantine = strategy.options.federation.quarantine
     participation.quarantine = Quarantine.from_json(

@@ -28,7 +28,7 @@ class TrainedComponents:
         """Record what a client trained and uploaded."""
         for name, trained in self._trained.items():
             module = update.plan.modules[name]
-            factors = torch.tensor([module.trains_A, module.trains_B])
+            factors = torch.tensor([module.uploads != "B", module.uploads != "A"])
             trained[:, list(update.components(name))] |= factors[:, None]
 
     def note_counts(self, counts: Mapping[str, Tensor]) -> None:

@@ -29,6 +29,8 @@ class ClientUpdate:
         that the plan does not train is what was sent.
     importance
         Module name to component scores, if the plan asked for them.
+    steps
+        Optimizer steps that it took, as it states them; 0 if it does not.
     """
 
     partition_id: int
@@ -37,6 +39,7 @@ class ClientUpdate:
     sent: Adapter
     adapter: Adapter
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
 
     @property
     def before(self) -> Adapter:

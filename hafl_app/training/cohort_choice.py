@@ -102,7 +102,10 @@ def _timed(model: LoraModel, way: Callable[[], object]) -> float:
 
 
 def _alone(model: LoraModel, task: Task) -> TrainResult:
-    return train(model, task.adapter, task.plan, task.examples, task.options, task.seed)
+    return train(
+        *(model, task.adapter, task.plan, task.examples, task.options, task.seed),
+        correction=task.correction,
+    )
 
 
 def _shortened(task: Task) -> Task:

@@ -25,6 +25,7 @@ from hafl_app.training.batches import (
 )
 from hafl_app.training.choosing import chosen_plan, contributions, probe_plan, reduced
 from hafl_app.training.device import describe_device, peak_memory_mb, reset_peak_memory
+from hafl_app.training.drift_correction import DriftCorrection
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.lora_model import LoraModel, Trainee
 from hafl_app.training.proximal import ProximalTerm
@@ -129,6 +130,8 @@ class Task:
         Received adapter: the held components and the head.
     seed
         Of batch order and dropout.
+    correction
+        What is added to every gradient, see `hafl_app.training.drift_correction`.
     """
 
     adapter: Adapter
@@ -136,6 +139,7 @@ class Task:
     examples: Examples
     options: TrainOptions
     seed: int
+    correction: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ def train(
     options: TrainOptions,
     seed: int,
     on_epoch: Callable[[int, float], None] | None = None,
+    correction: Adapter | None = None,
 ) -> TrainResult:
     """Train the plan's components, and the head unless it is frozen.
 
@@ -177,6 +182,8 @@ def train(
     on_epoch
         Called after each epoch with its number, from 1, and its mean loss. It may score the
         model as it stands, but not load other factors into it.
+    correction
+        See `Task`.
 
     Raises
     ------
@@ -190,7 +197,7 @@ def train(
     device = model.device
     reset_peak_memory(device)
     model.checkpoint_gradients(options.gradient_checkpointing)
-    task = Task(adapter, plan, examples, options, seed)
+    task = Task(adapter, plan, examples, options, seed, correction)
     micro_batches = MicroBatches(options.texts_at_once)
 
     def load(adapter: Adapter, plan: TrainPlan) -> LoraModel:
@@ -276,6 +283,7 @@ def _optimize(
     plan, options = task.plan, task.options
     optimizer, rng = build_optimizer(trainee, plan, options), np.random.default_rng(task.seed)
     proximal = ProximalTerm(_parameters(optimizer), plan.proximal)
+    correction = DriftCorrection(trainee, task.correction)
     steps, losses = 0, [0.0]
     for epoch in range(plan.local_epochs):
         if allowance.is_spent(steps):
@@ -288,6 +296,7 @@ def _optimize(
             losses.append((yield Wanted(trainee, rows, plan.tail)))
             meter.update(trainee)  # what the data say, not what keeps near
             proximal.add_gradient()
+            correction.add_gradient()
             _update(optimizer, options.max_grad_norm)
             steps += 1
             if not np.isfinite(losses[-1]):

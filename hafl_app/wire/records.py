@@ -47,6 +47,8 @@ ARRAYS, LAYOUT, PLAN, METRICS, CONFIG = "arrays", "layout", "plan", "metrics", "
 FACTORS, HEAD_PREFIX, SCORES, SCALES = "factors", "head/", "scores", "scales"
 BITS, COMPONENTS = "bits", "components"
 NUM_EXAMPLES, SECONDS, SERVER_ROUND = "num-examples", "seconds", "server-round"
+STEPS = "steps"
+CORRECTION, CORRECTION_LAYOUT = "correction", "correction-layout"
 PARTITION_ID, LABEL_NAMES = "partition-id", "label-names"
 ROUNDING_ERRORS, OWN_LORA_B = "rounding-errors", "own-lora-b"
 
@@ -267,6 +269,28 @@ def read_adapter(content: RecordDict) -> AdapterArrays:
     arrays, layout = content.get(ARRAYS), content.get(LAYOUT)
     if not (isinstance(arrays, ArrayRecord) and isinstance(layout, ConfigRecord)):
         raise RecordError(f"no adapter in the message; it has {sorted(content)}")
+    return unpack(arrays, layout)
+
+
+def with_correction(content: RecordDict, correction: AdapterArrays) -> RecordDict:
+    """Return a request's content with a correction of gradients beside the adapter."""
+    arrays, layout = pack(correction)
+    return RecordDict({**content, CORRECTION: arrays, CORRECTION_LAYOUT: layout})
+
+
+def read_correction(content: RecordDict) -> AdapterArrays | None:
+    """Read the correction of a request; None if there is none.
+
+    Raises
+    ------
+    RecordError
+        If it is malformed.
+    """
+    if CORRECTION not in content:
+        return None
+    arrays, layout = content.get(CORRECTION), content.get(CORRECTION_LAYOUT)
+    if not (isinstance(arrays, ArrayRecord) and isinstance(layout, ConfigRecord)):
+        raise RecordError(f"no readable {CORRECTION} in the message")
     return unpack(arrays, layout)
 
 

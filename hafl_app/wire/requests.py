@@ -17,6 +17,7 @@ from hafl_app.wire.records import (
     SERVER_ROUND,
     config_of,
     read_adapter,
+    read_correction,
     read_plan,
 )
 
@@ -53,6 +54,8 @@ class TrainRequest:
         The run's classes; None if the node knows them.
     partition_id
         Number of the node in the run, at least 0; None if the node has its own.
+    correction
+        What is added to the gradients of the trainable components and of the head; None: nothing.
     """
 
     server_round: int
@@ -60,6 +63,7 @@ class TrainRequest:
     adapter: Adapter
     label_names: tuple[str, ...] | None
     partition_id: int | None
+    correction: Adapter | None = None
 
 
 def read_query(message: Message) -> QueryRequest:
@@ -90,9 +94,42 @@ def read_request(message: Message) -> TrainRequest:
         adapter=_adapter(message),
         label_names=_label_names(config),
         partition_id=None if given is None else _number(PARTITION_ID, given),
+        correction=_correction(message),
     )
     _check_held(request.plan.modules, request.adapter)
+    if request.correction is not None:
+        _check_correction(request.correction, request.plan, request.adapter)
     return request
+
+
+def _correction(message: Message) -> Adapter | None:
+    arrays = read_correction(message.content)
+    if arrays is None:
+        return None
+    if arrays.numbers != "fp32":
+        raise RecordError(f"the correction's numbers are {arrays.numbers}, expected fp32")
+    return from_arrays(arrays.modules, arrays.head)
+
+
+def _check_correction(correction: Adapter, plan: TrainPlan, adapter: Adapter) -> None:
+    """Refuse a correction that is not of the plan's trainable factors and the adapter's head."""
+    expected = {f"head {name}": tuple(tensor.shape) for name, tensor in adapter.head.items()}
+    got = {f"head {name}": tuple(tensor.shape) for name, tensor in correction.head.items()}
+    for name, module in plan.modules.items():
+        sent = adapter.modules[name]
+        sides = module.uploaded_sides((sent.out_features, sent.in_features))
+        expected[name] = (len(module.trainable), *sides)
+    for name, factors in correction.modules.items():
+        got[name] = (factors.rank, factors.out_features, factors.in_features)
+    for name in sorted({*expected, *got}):
+        if got.get(name) != expected.get(name):
+            raise RecordError(
+                f"correction of {name!r}: {got.get(name, 'none')}, expected "
+                f"{expected.get(name, 'none')}"
+            )
+    for name, tensor in correction.tensors().items():
+        if not tensor.isfinite().all():
+            raise RecordError(f"correction {name!r}: not all numbers are finite")
 
 
 def _adapter(message: Message) -> Adapter:

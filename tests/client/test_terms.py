@@ -127,6 +127,12 @@ class TestShare:
         check("share=scores", "strategy=zero_padding")
         check("share=labels", PLAIN)
 
+    def test_control_variates_need_the_number_of_steps(self):
+        asked = PLAIN + "federation.scaffold=true"
+        with pytest.raises(NotAllowedError, match=r"scaffold=true needs the times of this node"):
+            check("share=losses", asked)
+        check("share=times", asked)
+
     @pytest.mark.parametrize(
         ("overrides", "needs"),
         [

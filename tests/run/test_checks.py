@@ -6,6 +6,7 @@ from running import TINY
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.run.checks import (
     PRIVACY_NEEDS,
+    SCAFFOLD_NEEDS,
     STREAMING_NEEDS,
     check_base_alone,
     check_comparison,
@@ -16,7 +17,9 @@ CAUSAL = ("model=tiny_random_causal", "dataset=dolly", "dataset.path=folder")
 IMAGES = "experiment=digits"
 CROSS_CLIENT = "because one client's upload would change how the others count"
 ONE_RELEASE = "because a repeated round is one more release than epsilon counts"
-NEW = "it makes new components in every round, to which moments of the old ones say nothing"
+NEW = "it makes new components in every round, of which those before say nothing"
+SCAFFOLD = ("client=sgd", "client.max_grad_norm=0", "federation.scaffold=true")
+LONE_OFF = ("federation.alone_clients_per_rank=0", "federation.max_retries=0")
 WHOLE_ROUND = "it compares all replies of a round, and streaming drops each at once"
 COHORT = "federation.cohort={}{}"
 LOCAL_DP = (
@@ -159,6 +162,28 @@ REFUSED = [
         "federation.server_optimizer.kind=momentum, expected adam or yogi",
     ),
     (
+        ["strategy=flora", *SCAFFOLD],
+        "federation.scaffold=true is refused for strategy=flora: it merges into the base what the "
+        "mean of a round lacks, which another step belies",
+    ),
+    *(
+        (
+            [*SCAFFOLD, f"{name}={value}", *others],
+            f"federation.scaffold=true needs {name}={off}, not {value}: {SCAFFOLD_NEEDS[name][1]}",
+        )
+        for name, off, value, *others in (
+            ("client.optimizer", "sgd", "adamw"),
+            ("client.max_grad_norm", "0.0", "1.0"),
+            ("client.weight_decay", "0.0", "0.1"),
+            ("client.proximal", "0.0", "0.1"),
+            ("lora.scaling", "constant", "rslora"),
+            ("federation.upload", "fp32", "int8"),
+            ("federation.clip_ratio", "null", "2.0"),
+            ("federation.robust", "none", "median"),
+            ("privacy.kind", "none", "local_dp", "federation.fraction_evaluate=0", *LONE_OFF),
+        )
+    ),
+    (
         ["engine=inprocess", "federation.ray_address='head:6379'"],
         "federation.ray_address: engine=inprocess uses no Ray; drop either",
     ),
@@ -231,6 +256,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(overrides, line):
         ["strategy=hafl", "federation.server_optimizer.kind=yogi"],
         ["federation.server_optimizer.kind=adam", "federation.server_optimizer.tau=0.1"],
         ["strategy=flexlora", "client.proximal=0.1"],
+        [*SCAFFOLD, "federation.server_optimizer.kind=momentum"],
         ["engine=inprocess"],
         ["federation.ray_address='head:6379'"],
     ],
@@ -243,10 +269,12 @@ def test_what_goes_together_passes(overrides):
 def test_the_table_has_every_need():
     lines = [line for _, line in REFUSED]
     needs = {f"privacy={kind} needs": PRIVACY_NEEDS[kind] for kind in PRIVACY_NEEDS}
-    for words, table in {**needs, "federation.streaming=true needs": STREAMING_NEEDS}.items():
+    needs["federation.streaming=true needs"] = STREAMING_NEEDS
+    needs["federation.scaffold=true needs"] = SCAFFOLD_NEEDS
+    for words, table in needs.items():
         of_table = [line for line in lines if words in line]
         assert len(of_table) == len(table)
-        assert all(any(f"federation.{name}=" in line for line in of_table) for name in table)
+        assert all(any(f"{name}=" in line for line in of_table) for name in table)
 
 
 @pytest.mark.parametrize(

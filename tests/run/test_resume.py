@@ -40,6 +40,10 @@ VARIANTS = {
     "central privacy": ("strategy=zero_padding", "privacy=central_dp", "privacy.noise_seed=5"),
     "local privacy": ("strategy=flexlora", "privacy=local_dp", "privacy.noise_seed=5"),
     "moments": ("strategy=hafl", "federation.server_optimizer.kind=yogi", "client.proximal=0.1"),
+    "control variates": (
+        *("strategy=hafl", "client=sgd", "client.max_grad_norm=0"),
+        *("federation.scaffold=true", "federation.fraction_train=0.5"),
+    ),
     # Prunes in round 2, so that the pruned ranks must come back.
     "pruned ranks": ("strategy=hetlora", "strategy.decay=0.5", "strategy.tail_weight=10.0"),
 }

@@ -63,10 +63,12 @@ def mixed_tasks(model: LoraModel, rows, options: TrainOptions = OPTIONS) -> list
     )
     # Last batches are of one row and of three; a batch goes with others of as many rows.
     numbers = (21, 9, 8, 7, 5)
-    return [
+    tasks = [
         Task(adapter, plan, rows(number, seed=number), options, seed=number)
         for (adapter, plan), number in zip(plans, numbers, strict=True)
     ]
+    tasks[0] = replace(tasks[0], correction=random_adapter(model, 3, seed=4))
+    return tasks
 
 
 def wide_pixels(task: Task) -> Task:
@@ -78,7 +80,10 @@ def wide_pixels(task: Task) -> Task:
 
 
 def alone(model: LoraModel, task: Task):
-    return train(model, task.adapter, task.plan, task.examples, task.options, task.seed)
+    return train(
+        *(model, task.adapter, task.plan, task.examples, task.options, task.seed),
+        correction=task.correction,
+    )
 
 
 def assert_same(joint, single, rtol: float, atol: float) -> None:
