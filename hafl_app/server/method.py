@@ -33,8 +33,8 @@ class Traits:
         of that mean. The conformance suite holds the method to it.
     keeps_components
         Whether component i of one round is component i of the next. Where every round makes new
-        ones, what rounding lost of the old ones has nothing to be added to, and a server optimizer's
-        moments and SCAFFOLD's variates say nothing.
+        ones, what rounding lost of the old ones has nothing to be added to, and moments of a server
+        optimizer and SCAFFOLD's variates say nothing.
     serves_mixed_ranks
         Whether clients may have different ranks.
     not_robust

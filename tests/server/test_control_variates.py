@@ -10,6 +10,7 @@ from driving import MAX_RANK, Client, noise, run_options, strategy_named, update
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.server.aggregation import merge
 from hafl_app.server.checkpoint_store import CheckpointStore
+from hafl_app.server.compatibility import check_scaffold
 from hafl_app.server.control_variates import ControlVariates
 from hafl_app.server.method import StrategyError
 from hafl_app.server.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
@@ -271,3 +272,26 @@ class TestMemory:
 def test_methods_whose_components_are_new_each_round_are_refused(name):
     with pytest.raises(StrategyError, match=r"federation\.scaffold=true is refused for strategy="):
         with_scaffold(name).check([3, 3])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("lora_a2", "its clients choose what they train"), ("flasc", "its uploads are sparse")],
+)
+def test_plans_that_hide_what_is_trained_are_refused(name, reason):
+    strategy = with_scaffold(name)
+    with pytest.raises(StrategyError, match=f"is refused for strategy={name}: {reason}"):
+        check_scaffold(strategy, Client(3, 10, 0).profile)
+    strategy.options = run_options(strategy.options, scaffold=False)
+    check_scaffold(strategy, Client(3, 10, 0).profile)
+
+
+def test_a_factor_that_the_client_keeps_has_none():
+    strategy = with_scaffold("fedsa_lora")
+    update = replace(update_of(strategy, Client(3, 10, 0), noise), steps=2)
+    strategy.coordinator._advance(1, [update])
+    plan = strategy.plan(Client(3, 10, 0).profile, 2)
+    correction = strategy.coordinator.control_variates.correction(0, plan)
+    for factors in correction.modules.values():
+        assert factors.lora_B.shape == (0, 3)
+        assert factors.lora_A.shape[0] == 3

@@ -150,7 +150,8 @@ class TestStep:
         next_round(plain, updates)
         next_round(stepped, updates)
         ours, theirs = stepped.global_adapter.tensors(), plain.global_adapter.tensors()
-        assert not torch.allclose(ours["lora_B/query"], theirs["lora_B/query"])
+        factors = ("lora_A/query", "lora_B/query")  # some methods train one of them
+        assert not all(torch.allclose(ours[name], theirs[name]) for name in factors)
         assert not torch.allclose(ours["head/weight"], theirs["head/weight"])
 
     def test_null_rates_are_those_of_the_settings_page(self):
