@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from hafl_app.plan import TrainPlan
 from hafl_app.privacy.mechanism import PrivacyError, check_local_plan
 from hafl_app.server.method import Division, Method, StrategyError, Traits
 from hafl_app.wire.node_profile import NodeProfile, matches
@@ -116,14 +117,20 @@ def check_scaffold(method: Method, profile: NodeProfile) -> None:
     """
     if not method.options.federation.scaffold:
         return
-    plan = method.plan(profile, 1)
+    for server_round in (1, 2):  # some first rounds are unlike all others
+        if reason := _hides_gradients(method.plan(profile, server_round)):
+            raise StrategyError(scaffold_refusal(_name(method), reason))
+
+
+def _hides_gradients(plan: TrainPlan) -> str:
+    """Return why a client's gradients do not follow from its upload; empty if they do."""
     if plan.choice is not None:
-        raise StrategyError(scaffold_refusal(_name(method), "its clients choose what they train"))
+        return "its clients choose what they train"
     if plan.align is not None:
-        raise StrategyError(scaffold_refusal(_name(method), "its clients rotate what they upload"))
+        return "its clients rotate what they upload"
     if plan.upload != "fp32":
-        reason = f"its uploads are {plan.upload}, and control variates follow from whole ones"
-        raise StrategyError(scaffold_refusal(_name(method), reason))
+        return f"its uploads are {plan.upload}, and control variates follow from whole ones"
+    return ""
 
 
 def check_rank_patterns(profile: NodeProfile, modules: Iterable[str]) -> None:

@@ -276,7 +276,11 @@ def test_methods_whose_components_are_new_each_round_are_refused(name):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("lora_a2", "its clients choose what they train"), ("flasc", "its uploads are sparse")],
+    [
+        ("lora_a2", "its clients choose what they train"),
+        ("fedrot_lora", "its clients rotate what they upload"),
+        ("flasc", "its uploads are sparse"),
+    ],
 )
 def test_plans_that_hide_what_is_trained_are_refused(name, reason):
     strategy = with_scaffold(name)
