@@ -128,25 +128,28 @@ def run_job(overrides: Sequence[str], folder: Path) -> None:
 
 
 def _run_on_ray(overrides: Sequence[str], settings: Settings, folder: Path) -> None:
-    import torch
-
     from hafl_app.engines.flower_run import flwr_run, own_superlink, resources_for
     from hafl_app.engines.ray_cluster import check_shares, cluster_address
+    from hafl_app.engines.ray_cohorts import resources_of_cohorts, trainer_environment
 
-    federation, client = settings.federation, settings.client
+    federation = settings.federation
     address = cluster_address(federation.ray_address, os.environ)
-    if address:
-        check_shares(federation.client_cpus, federation.client_gpus)
-    resources = resources_for(
-        federation.num_clients,
-        client.num_threads,
-        0 if client.device == "cpu" else torch.cuda.device_count(),
-        federation.client_cpus,
-        federation.client_gpus,
-    )
+    if trainers := _trainers(settings):
+        resources = resources_of_cohorts(settings, trainers)
+    else:
+        if address:
+            check_shares(federation.client_cpus, federation.client_gpus)
+        resources = resources_for(
+            federation.num_clients,
+            settings.client.num_threads,
+            _client_gpus(settings),
+            federation.client_cpus,
+            federation.client_gpus,
+        )
     print(f"Simulating with {resources.to_federation_config()}", flush=True)
+    more = trainer_environment(trainers)
     with (
-        own_superlink(folder / "superlink.log", address) as environment,
+        own_superlink(folder / "superlink.log", address, more) as environment,
         (folder / "flower.log").open("w") as log,
     ):
 
@@ -155,6 +158,28 @@ def _run_on_ray(overrides: Sequence[str], settings: Settings, folder: Path) -> N
             log.write(f"{line}\n")
 
         flwr_run(ROOT, environment, {"overrides": shlex.join(overrides)}, resources, on_line)
+
+
+def _trainers(settings: Settings) -> int:
+    """Return how many processes train clients together; 0: each client trains in its own.
+
+    Raises
+    ------
+    hafl_app.config.overrides.SettingsError
+        If so many clients cannot train together on this machine.
+    """
+    from hafl_app.engines.ray_cohorts import trainers_for, trains_together
+
+    if settings.engine != "ray" or not trains_together(settings):
+        return 0
+    address = settings.federation.ray_address or os.environ.get("RAY_ADDRESS")
+    return trainers_for(settings, _client_gpus(settings), address)
+
+
+def _client_gpus(settings: Settings) -> int:
+    import torch
+
+    return 0 if settings.client.device == "cpu" else torch.cuda.device_count()
 
 
 @hydra.main(config_path=str(ROOT / "conf"), config_name="config", version_base="1.3")
@@ -199,6 +224,7 @@ def _run_jobs() -> int:
 
             for settings in jobs:
                 check(settings)
+                _trainers(settings)
             placed = line.placed(jobs)
     sys.argv[1:] = [*line.overrides, *placed, *line.flags]  # Hydra wants the flags together
     register_schema()

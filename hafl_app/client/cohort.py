@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MessageType
 
 from hafl_app.client.handlers import Opened, open_request, reply_of
 from hafl_app.config.schema import Settings
@@ -45,8 +45,7 @@ class Cohorts:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        asked = settings.federation.cohort
-        self._asked = int(asked) if asked.isdecimal() else None  # `checks` refuses other words
+        self._asked = settings.federation.cohort_clients
         self.choice: CohortChoice | None = None
         if why_not := _always_alone(settings):
             self.choice = CohortChoice(1, why_not)
@@ -66,7 +65,9 @@ class Cohorts:
     def answer(self, requests: Sequence[tuple[Message, Context]]) -> list[Message | None]:
         """Answer training requests of different nodes; None for each to be answered alone."""
         replies: list[Message | None] = [None] * len(requests)
-        if len(requests) < 2 or self.clients < 2:
+        nodes = {message.metadata.dst_node_id for message, _ in requests}
+        trains = all(m.metadata.message_type == MessageType.TRAIN for m, _ in requests)
+        if len(requests) < 2 or self.clients < 2 or len(nodes) < len(requests) or not trains:
             return replies
         opened, tasks = self._opened(requests)
         with threads(self._settings.client.num_threads):

@@ -1,9 +1,11 @@
-"""Routing of a message: to the node's warm worker if it has one, else to this process."""
+"""Routing of a message: to the node's warm worker or a trainer, else to this process."""
 
 import logging
+import os
 
 from flwr.app import Context, Message
 
+from hafl_app.client.ray_trainers import ask_trainer, number_of_trainers
 from hafl_app.client.warm_worker.ask import NoWorkerError, WorkerFailedError, ask_worker
 from hafl_app.client.warm_worker.options import WorkerOptions, WorkerOptionsError
 from hafl_app.client.warm_worker.ray_workers import connected
@@ -14,14 +16,16 @@ _LOGGER = logging.getLogger(__name__)
 def answer(message: Message, context: Context) -> Message:
     """Answer a message of Flower's.
 
-    A node whose config names a worker is answered by it. Without Ray the message is answered in
-    this process, which takes longer; a worker that fails is an error reply, for the same training
-    would make this process fail likewise. No exception is left to Flower, which sends its text to
-    the server.
+    A node whose config names a worker is answered by it, and in a simulation with trainers by one
+    of them. Without Ray the message is answered in this process, which takes longer; a worker that
+    fails is an error reply, for the same training would make this process fail likewise. No
+    exception is left to Flower, which sends its text to the server.
     """
     try:
         options = WorkerOptions.of(context.node_config, context.node_id)
         if options is None:
+            if trainers := number_of_trainers(os.environ):
+                return ask_trainer(trainers, message, context)
             return answer_here(message, context)
         with connected(options.port) as workers:
             return ask_worker(workers, options, message, context)

@@ -43,18 +43,22 @@ class SimulationResources:
         Virtual nodes, at least 1.
     client_cpus, client_gpus
         Share of one client; they decide how many run at once.
+    cluster_cpus
+        CPUs that a Ray of the run's own believes to have; None: those of the machine.
     """
 
     num_supernodes: int
     client_cpus: int
     client_gpus: float
+    cluster_cpus: int | None = None
 
     def to_federation_config(self) -> str:
         """Return the value of `flwr run --federation-config`."""
+        cluster = "" if self.cluster_cpus is None else f" init-args-num-cpus={self.cluster_cpus}"
         return (
             f"num-supernodes={self.num_supernodes} "
             f"client-resources-num-cpus={self.client_cpus} "
-            f"client-resources-num-gpus={self.client_gpus}"
+            f"client-resources-num-gpus={self.client_gpus}{cluster}"
         )
 
 
@@ -84,7 +88,9 @@ def resources_for(
 
 
 @contextmanager
-def own_superlink(log_file: Path, ray_address: str | None = None) -> Iterator[dict[str, str]]:
+def own_superlink(
+    log_file: Path, ray_address: str | None = None, more: Mapping[str, str] | None = None
+) -> Iterator[dict[str, str]]:
     """Start a SuperLink for simulations; yield the environment in which `flwr` reaches it.
 
     Every process that it or its runs started is stopped afterwards, and its Flower home removed,
@@ -96,6 +102,8 @@ def own_superlink(log_file: Path, ray_address: str | None = None) -> Iterator[di
         Receives the SuperLink's own log if it failed to start.
     ray_address
         A Ray cluster to simulate on, which keeps running; None starts a Ray for each run.
+    more
+        Variables of its environment, and of all that its runs start on this machine.
 
     Raises
     ------
@@ -106,6 +114,7 @@ def own_superlink(log_file: Path, ray_address: str | None = None) -> Iterator[di
     token, port = uuid.uuid4().hex, free_port()
     environment = run_environment(home, token)
     environment |= ray_environment(ray_address, home / "code", environment)
+    environment |= more or {}
     name_superlink(home, port)
     superlink_log = home / "superlink.log"
     try:

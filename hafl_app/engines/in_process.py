@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -178,9 +178,7 @@ class InProcessGrid(Grid):
 
     def _together(self, messages: Sequence[Message]) -> list[Message | None]:
         """Answer messages together if they ask different nodes to train; None for one left."""
-        nodes = {message.metadata.dst_node_id for message in messages}
-        trains = all(m.metadata.message_type == MessageType.TRAIN for m in messages)
-        if self._cohorts is None or not trains or len(nodes) < len(messages):
+        if self._cohorts is None:
             return [None] * len(messages)
         return self._cohorts.answer([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
 

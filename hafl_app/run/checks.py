@@ -266,8 +266,8 @@ def _cohort(settings: Settings) -> Iterator[str]:
         return
     if asked in ("auto", "1"):
         return
-    if settings.engine != "inprocess":
-        yield f"{given}: engine={settings.engine} trains one at a time; engine=inprocess can"
+    if settings.engine == "ray":
+        yield from _cohort_on_ray(settings, given)
     if client.max_seconds:
         yield f"{given} needs client.max_seconds=0: a time limit is each client's own"
     if client.texts_at_once < client.batch_size:
@@ -284,6 +284,18 @@ def _cohort(settings: Settings) -> Iterator[str]:
             f"{given} needs another model.quantization: under blockwise every client has its own "
             "base"
         )
+
+
+def _cohort_on_ray(settings: Settings, given: str) -> Iterator[str]:
+    federation = settings.federation
+    for name in ("client_cpus", "client_gpus"):
+        if (value := getattr(federation, name)) is not None:
+            yield (
+                f"{given} needs federation.{name}=null, not {value:g}: one process for each GPU, "
+                "or one on the CPU, trains them all"
+            )
+    if federation.ray_address:
+        yield f"{given} needs federation.ray_address=null: it takes a Ray of the run's own"
 
 
 def _word(value: object) -> str:

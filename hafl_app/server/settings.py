@@ -150,11 +150,11 @@ class FederationSettings:
     checkpoint_every
         Rounds between checkpoints; 0: none is written.
     cohort
-        Clients that train together with ``engine=inprocess``: the frozen base model's products are
-        computed once for the rows of all, and the results are those of one at a time up to
-        rounding. ``auto``: several if a measurement at the start of the run says that it pays; what
-        is chosen stands in ``summary.json`` and holds when the run is resumed. ``1``: one at a
-        time.
+        Clients that train together in a simulation: the frozen base model's products are computed
+        once for the rows of all, and the results are those of one at a time up to rounding.
+        ``auto``: with ``engine=inprocess`` several if a measurement at the start of the run says
+        that it pays, with ``engine=ray`` one at a time; what is chosen stands in ``summary.json``
+        and holds when the run is resumed. ``1``: one at a time.
     server_threads
         Threads that score the global adapter; null: ``client.num_threads``.
     client_cpus
@@ -203,3 +203,8 @@ class FederationSettings:
     client_cpus: int | None = number(None, at_least=1, resumable=True)
     client_gpus: float | None = number(None, at_least=0, resumable=True)
     ray_address: str | None = setting(None, resumable=True)
+
+    @property
+    def cohort_clients(self) -> int | None:
+        """Clients that are to train together; None for ``auto``."""
+        return int(self.cohort) if self.cohort.isdecimal() else None

@@ -50,8 +50,24 @@ REFUSED = [
     (["federation.cohort=0"], COHORT.format("0", ": expected auto or a whole number from 1")),
     (["federation.cohort=1.5"], COHORT.format("1.5", ": expected auto or a whole number from 1")),
     (
-        ["federation.cohort=4"],
-        COHORT.format("4", ": engine=ray trains one at a time; engine=inprocess can"),
+        ["federation.cohort=4", "federation.client_gpus=0.5"],
+        COHORT.format(
+            "4",
+            " needs federation.client_gpus=null, not 0.5: one process for each GPU, or one on the "
+            "CPU, trains them all",
+        ),
+    ),
+    (
+        ["federation.cohort=4", "federation.client_cpus=2"],
+        COHORT.format(
+            "4",
+            " needs federation.client_cpus=null, not 2: one process for each GPU, or one on the "
+            "CPU, trains them all",
+        ),
+    ),
+    (
+        ["federation.cohort=4", "federation.ray_address=10.0.0.1:6379"],
+        COHORT.format("4", " needs federation.ray_address=null: it takes a Ray of the run's own"),
     ),
     (
         [*TOGETHER, "client.max_seconds=5"],
