@@ -31,9 +31,9 @@ def trained(monkeypatch):
         seen.append(len(tasks))
         return joint(model, tasks)
 
-    def alone(*arguments):
+    def alone(*arguments, **more):
         seen.append(1)
-        return single(*arguments)
+        return single(*arguments, **more)
 
     monkeypatch.setattr(client_cohort, "train_cohort", together)
     monkeypatch.setattr(handlers, "train_locally", alone)
