@@ -140,7 +140,7 @@ def test_micro_batches_and_checkpoints_change_no_result(finished, causal, tmp_pa
             assert ours["metrics"][name] == pytest.approx(value, rel=1e-3), name
 
 
-def echo(model, adapter, plan, examples, options, seed):
+def echo(model, adapter, plan, examples, options, seed, correction=None):
     """Train nothing: return what was to be trained as it came."""
     modules = {n: f.select(plan.modules[n].trainable_slots) for n, f in adapter.modules.items()}
     scores = {n: torch.ones(f.rank) for n, f in modules.items()}

@@ -234,9 +234,9 @@ def test_clients_train_with_the_threads_they_are_given(tmp_path, monkeypatch, nu
     seen = set()
     train = handlers.train_locally
 
-    def spy(*args):
+    def spy(*args, **named):
         seen.add(torch.get_num_threads())
-        return train(*args)
+        return train(*args, **named)
 
     monkeypatch.setattr(handlers, "train_locally", spy)
     run_tiny(tmp_path / "a", f"client.num_threads={num_threads}", "federation.num_rounds=1")

@@ -256,7 +256,7 @@ class TestRequests:
         assert "batch_size" in reply.error.reason
 
     def test_the_text_of_what_nobody_foresaw_stays_here(self, monkeypatch):
-        def broken(*arguments):
+        def broken(*arguments, **named):
             raise KeyError("surprise")
 
         monkeypatch.setattr(handlers, "train_locally", broken)
@@ -272,11 +272,11 @@ def test_a_run_goes_on_without_the_node_and_names_its_reason(tmp_path, monkeypat
     train = handlers.train_locally
     asked = []
 
-    def scarce(classifier, adapter, *arguments):
+    def scarce(classifier, adapter, *arguments, **named):
         asked.append(adapter)
         if len(asked) == 1:
             raise DeviceMemoryError("cuda: out of memory at rank 8")
-        return train(classifier, adapter, *arguments)
+        return train(classifier, adapter, *arguments, **named)
 
     monkeypatch.setattr(handlers, "train_locally", scarce)
     run_tiny(tmp_path / "a", "federation.num_rounds=1", "federation.alone_clients_per_rank=0")

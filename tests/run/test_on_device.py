@@ -180,7 +180,9 @@ class TestSeeds:
         seen = []
         train = handlers.train_locally
         monkeypatch.setattr(
-            handlers, "train_locally", lambda *args: seen.append(args[-1]) or train(*args)
+            handlers,
+            "train_locally",
+            lambda *args, **named: seen.append(args[-1]) or train(*args, **named),
         )
         run_on(nodes, folder, "federation.num_rounds=1", "federation.fraction_evaluate=0")
         monkeypatch.undo()
