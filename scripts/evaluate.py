@@ -27,9 +27,10 @@ def main() -> int:
 
 
 def _evaluate(arguments: list[str]) -> int:
-    from hafl_app.experiments.evaluation_request import read_request
+    from hafl_app.experiments.evaluation_request import read_request, require_adapter
 
     request = read_request(arguments)
+    require_adapter(request)
     from hafl_app.experiments.evaluation import score, table  # takes seconds: not before a typo
 
     print(table(score(request)))

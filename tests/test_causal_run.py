@@ -146,7 +146,7 @@ def echo(model, adapter, plan, examples, options, seed, correction=None):
     scores = {n: torch.ones(f.rank) for n, f in modules.items()}
     head = adapter.head if plan.head == "averaged" else {}
     return TrainResult(
-        Adapter(modules, head), len(examples.labels), 1.0, 1, 0.1, 0.0, 1.0, scores, 8
+        plan, Adapter(modules, head), len(examples.labels), 1.0, 1, 0.1, 0.0, 1.0, scores, 8
     )
 
 

@@ -67,8 +67,6 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
     ------
     hafl_app.config.compose.SettingsError
         If a value is wrong, ``adapter`` is missing, or there is no such metric.
-    hafl_app.training.adapter_card.SavedAdapterError
-        If the folder holds no saved adapter.
     hafl_app.training.answers.MissingPackageError
         If a metric's package is not installed.
     """
@@ -85,8 +83,6 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
     if not alone:
         _refuse_models(named)
     settings = compose(overrides)
-    if not alone:
-        read_card(Path(own["adapter"]).expanduser())
     length = settings.dataset.max_length if alone or "dataset.max_length" in named else None
     request = EvaluationRequest(
         own["adapter"],
@@ -107,6 +103,18 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
     if ROUGE_L.name in request.metrics:
         require_rouge()
     return request
+
+
+def require_adapter(request: EvaluationRequest) -> None:
+    """Refuse a folder without a saved adapter, before anything heavy is imported.
+
+    Raises
+    ------
+    hafl_app.training.adapter_card.SavedAdapterError
+        In one line.
+    """
+    if request.adapter != NO_ADAPTER:
+        read_card(Path(request.adapter).expanduser())
 
 
 def _refuse_unclear(pairs: Iterable[tuple[str, str, str]]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
-from running import TINY, records
+from running import LONE, TINY, records
 
 from hafl_app.client import handlers
 from hafl_app.client.permissions import own_machine
@@ -275,7 +275,7 @@ class TestAServerWithATestFile:
     def test_scores_and_compares_on_it(self, nodes, tmp_path):
         test = write(tmp_path / "test.jsonl", rows_of(*WORDS, number=10))
 
-        summary, _ = run_on(nodes, tmp_path / "out", f"dataset.test_path={test}")
+        summary, _ = run_on(nodes, tmp_path / "out", LONE, f"dataset.test_path={test}")
 
         assert "test/accuracy" in summary["final"]
         assert [row["rank"] for row in summary["device_ranks"]] == [2, 4, 8]
