@@ -215,16 +215,20 @@ def main() -> int:
 
 def _run_jobs() -> int:
     line = CommandLine.of(sys.argv[1:])
+    typed = line.overrides
     placed: list[str] = []
     if line.shows != "hydra":
         line = resumed(line)
         jobs = [compose(job) for job in line.jobs()]
         if not line.shows:
+            from hafl_app.run.effects import without_effect
             from hafl_app.run.preflight import check
 
             for settings in jobs:
                 check(settings)
                 _trainers(settings)
+            for warning in without_effect(jobs, typed):
+                print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
             placed = line.placed(jobs)
     sys.argv[1:] = [*line.overrides, *placed, *line.flags]  # Hydra wants the flags together
     register_schema()
