@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -15,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from hafl_app.config.files import CONF, groups
+from hafl_app.config.files import CONF, groups, own_folder
 from hafl_app.config.habits import MODEL
 from hafl_app.config.hints import nearest, setting_hint
 from hafl_app.config.overrides import SettingsError, parse_overrides, quoted, sweep_refusal
@@ -60,7 +61,7 @@ def compose(overrides: Sequence[str]) -> Settings:
     SettingsError
         In one line: the value, what was expected, and the nearest right name.
     """
-    own: Settings = _own_copy(_compose(tuple(overrides)))
+    own: Settings = _own_copy(_compose(tuple(overrides), own_folder()))
     return own
 
 
@@ -77,7 +78,8 @@ def _own_copy(value: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _compose(overrides: tuple[str, ...]) -> Settings:
+def _compose(overrides: tuple[str, ...], own: Path | None) -> Settings:
+    del own  # a key of what is kept
     try:
         parsed = _checked(overrides)
         settings = to_settings(merge_files(overrides))
@@ -143,6 +145,8 @@ def merge_files(overrides: Sequence[str], *, with_hydra: bool = False) -> DictCo
     Also inside a Hydra job, whose own state comes back after.
     """
     register_schema()
+    if own := own_folder():
+        overrides = [*overrides, f"hydra.searchpath=[{quoted(own.as_uri())}]"]
     singleton: Any = GlobalHydra.instance()
     running, singleton.hydra = singleton.hydra, None
     try:

@@ -18,7 +18,7 @@ from hafl_app.run.run_folder import absolute, check_new, default_folder, output_
 _REFUSED = {
     "config_path": "--config-path",
     "config_name": "--config-name",
-    "config_dir": "--config-dir",
+    "config_dir": "--config-dir",  # `hafl` takes it before
     "experimental_rerun": "--experimental-rerun",
 }
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
