@@ -31,6 +31,8 @@ REFUSED = [
     ("simulate model.path=org/model", "are those of sentence-transformers/all-MiniLM-L6-v2"),
     ("simulate dataset=mine.csv", "did you mean dataset=local dataset.path=mine.csv?"),
     ("simulate strategy=fedavg", "did you mean strategy=fedit?"),
+    ("simulate strategy=fedprox", "did you mean client.proximal=0.01?"),
+    ("simulate federation.server_optimizer.lr=1", "federation.server_optimizer.learning_rate?"),
     # a setting of another strategy
     ("simulate strategy=flexlora strategy.smoothing=0.5", "strategy=fedara or hafl or haflq"),
     ("simulate pruning=false", "strategy.pruning belongs to strategy=hetlora, not to this one"),

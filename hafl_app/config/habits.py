@@ -20,6 +20,8 @@ _CALLED: Final[Mapping[str, str]] = {
     "client.batch_size": "bs batch batch_size train_batch_size per_device_train_batch_size",
     "client.micro_batch_size": "gradient_accumulation_steps",
     "client.optimizer": "optim",
+    "client.proximal": "mu proximal_mu fedprox_mu",
+    "federation.server_optimizer.learning_rate": "server_lr server_learning_rate eta",
     "client.weight_decay": "wd",
     "client.max_grad_norm": "grad_clip clip_grad",
     "client.device": "device gpu cuda use_gpu",
@@ -46,7 +48,14 @@ _CALLED: Final[Mapping[str, str]] = {
 
 SETTINGS: Final = {word: here for here, words in _CALLED.items() for word in words.split()}
 CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
-    "strategy": dict.fromkeys(("fedavg", "avg", "lora"), "strategy=fedit"),
+    "strategy": {
+        **dict.fromkeys(("fedavg", "avg", "lora"), "strategy=fedit"),
+        "fedprox": "client.proximal=0.01",
+        "scaffold": "federation.scaffold=true",
+        "fedavgm": "federation.server_optimizer.kind=momentum",
+        "fedadam": "federation.server_optimizer.kind=adam",
+        "fedyogi": "federation.server_optimizer.kind=yogi",
+    },
     "partition": dict.fromkeys(("non_iid", "noniid", "skewed"), "partition=dirichlet"),
     "privacy": dict.fromkeys(("dp", "true"), "privacy=central_dp or local_dp"),
 }

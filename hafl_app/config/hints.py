@@ -28,7 +28,8 @@ def setting_hint(name: str, known: Sequence[str]) -> str:
     if group == "strategy" and (having := _strategies_with(bare)):
         return _of_others(bare, having)
     if meant := habit(name):
-        return f"; did you mean {meant}?"
+        beside = f"{group}.{meant.rpartition('.')[2]}"
+        return f"; did you mean {beside if beside in known else meant}?"
     if same := [other for other in known if other.rpartition(".")[2] == bare]:
         return f"; did you mean {same[0]}?"
     if not group:
