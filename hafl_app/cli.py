@@ -60,7 +60,7 @@ def run_program(
         Printed by ``--help``.
     """
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
+    if arguments == ["help"] or {"-h", "--help"} & set(arguments):
         print(description)  # noqa: T201
         return 0
     return run_script(lambda: job(arguments), interrupted)

@@ -14,7 +14,11 @@ def test_the_bundle_holds_app_and_conf_and_nothing_else():
     names = set(zipfile.ZipFile(BytesIO(bundle)).namelist())
 
     app = ROOT / "hafl_app"
-    left_out = {"experiments", "deployment"}  # what no server and no client of a run imports
+    left_out = {
+        "commands",
+        "experiments",
+        "deployment",
+    }  # what no server and no client of a run imports
     used = [p for p in app.rglob("*.py") if p.parent.name not in left_out]
     expected = {str(p.relative_to(ROOT)) for p in used}
     expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "conf").rglob("*.yaml")}

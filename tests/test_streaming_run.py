@@ -7,7 +7,8 @@ from flwr.app import Error, Message
 from running import ReorderedGrid, records, run_tiny, tampering
 from safetensors.torch import load_file
 
-from hafl_app.config.compose import CONF, SettingsError
+from hafl_app.config.compose import SettingsError
+from hafl_app.config.files import CONF
 from hafl_app.server.rounds import RoundFailedError
 from hafl_app.strategies.hafl import Hafl
 

@@ -25,7 +25,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from hafl_app.client.node_config import NodeConfigError
-from hafl_app.config.compose import CONF
+from hafl_app.config.files import files_of
 from hafl_app.config.schema import Settings
 
 PATHS, MODELS, DATASETS = "allowed-paths", "allowed-models", "allowed-datasets"
@@ -181,7 +181,7 @@ def shipped_datasets() -> frozenset[str]:
 
 
 def _files(group: str) -> list[dict[str, Any]]:
-    loaded = [OmegaConf.load(path) for path in sorted((CONF / group).glob("*.yaml"))]
+    loaded = [OmegaConf.load(path) for path in files_of(group)]
     return [OmegaConf.to_container(values) for values in loaded]  # type: ignore[misc]
 
 

@@ -1,7 +1,6 @@
 """Compose `conf/` with overrides into checked settings, or say in one line what is wrong."""
 
 import dataclasses
-import difflib
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +14,18 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from hafl_app.config.files import CONF, groups, own_folder
+from hafl_app.config.habits import MODEL
+from hafl_app.config.hints import nearest, setting_hint
 from hafl_app.config.overrides import SettingsError, parse_overrides, quoted, sweep_refusal
 from hafl_app.config.schema import Settings
 from hafl_app.config.untrusted import bad_overrides, bad_values, method_class
 from hafl_app.fields import LIMIT_WORDS
 from hafl_app.renames import refusal
 
-__all__ = ["CONF", "SettingsError", "compose", "quoted"]
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
+__all__ = ["SettingsError", "compose", "quoted"]
 
 _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "at_least": operator.ge,
@@ -61,7 +61,7 @@ def compose(overrides: Sequence[str]) -> Settings:
     SettingsError
         In one line: the value, what was expected, and the nearest right name.
     """
-    own: Settings = _own_copy(_compose(tuple(overrides)))
+    own: Settings = _own_copy(_compose(tuple(overrides), own_folder()))
     return own
 
 
@@ -78,7 +78,8 @@ def _own_copy(value: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _compose(overrides: tuple[str, ...]) -> Settings:
+def _compose(overrides: tuple[str, ...], own: Path | None) -> Settings:
+    del own  # a key of what is kept
     try:
         parsed = _checked(overrides)
         settings = to_settings(merge_files(overrides))
@@ -102,19 +103,25 @@ def _checked(overrides: Sequence[str]) -> list[Override]:
     parsed = parse_overrides(overrides)
     for problem in filter(None, map(sweep_refusal, parsed)):
         raise SettingsError(problem)
-    groups = _groups()
-    for problem, name, known in bad_overrides(parsed, groups):
-        raise SettingsError(problem + _nearest(name, known))
+    files = groups()
+    for problem, name, known in bad_overrides(parsed, files):
+        raise SettingsError(problem + nearest(name, known))
     for override in parsed:
-        if override.is_delete() and override.key_or_group in groups:
+        if override.is_delete() and override.key_or_group in files:
             raise SettingsError(_removes(override))
+    if problem := _label_alone(parsed):
+        raise SettingsError(problem)
     return parsed
 
 
-def _groups() -> dict[str, list[str]]:
-    """List the files of every config group."""
-    folders = (path for path in sorted(CONF.iterdir()) if path.is_dir())
-    return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in folders}
+def _label_alone(overrides: Sequence[Override]) -> str:
+    """Refuse a name for the base model without the model: it is a label, and selects nothing."""
+    given = {override.key_or_group.lstrip("+"): override for override in overrides}
+    if "model.name" not in given or "model.path" in given:
+        return ""
+    line = given["model.name"].input_line
+    hint = MODEL.format(given["model.name"].value())
+    return f"{line}: only the label in tables and files; {hint} selects a base model"
 
 
 def check_hydra(overrides: Sequence[str]) -> None:
@@ -138,6 +145,8 @@ def merge_files(overrides: Sequence[str], *, with_hydra: bool = False) -> DictCo
     Also inside a Hydra job, whose own state comes back after.
     """
     register_schema()
+    if own := own_folder():
+        overrides = [*overrides, f"hydra.searchpath=[{quoted(own.as_uri())}]"]
     singleton: Any = GlobalHydra.instance()
     running, singleton.hydra = singleton.hydra, None
     try:
@@ -157,9 +166,9 @@ def to_settings(composed: DictConfig) -> Settings:
     """
     for problem in (*bad_values(composed), *_unknown(composed, "")):
         raise SettingsError(problem)
-    groups = composed.copy()
-    groups.strategy = None
-    settings = _in_range(groups)
+    others = composed.copy()
+    others.strategy = None
+    settings = _in_range(others)
     # Last, and once all else is right: a method's class is imported, and with it torch.
     composed = composed.copy()
     composed.strategy = _typed_strategy(composed.strategy)
@@ -191,7 +200,7 @@ def _unknown(node: Container, prefix: str) -> Iterator[str]:
     for key in map(str, node):
         name, child = f"{prefix}{key}", node._get_node(key)
         if key not in known:
-            hint = _nearest(name, [f"{prefix}{other}" for other in known])
+            hint = setting_hint(name, [f"{prefix}{other}" for other in known])
             yield refusal(name) or f"{name}: no such setting{hint}"
         elif isinstance(child, Container) and not child._is_none() and not child._is_missing():
             yield from _unknown(child, f"{name}.")
@@ -214,7 +223,8 @@ def _typed_strategy(strategy: DictConfig) -> DictConfig:
         typed: Any = OmegaConf.merge(OmegaConf.structured(method), values)
     except OmegaConfBaseException as error:
         name = f"strategy.{error.full_key}"
-        raise SettingsError(refusal(name) or f"{name}: {_first_line(error)}") from error
+        hint = setting_hint(name, []) if isinstance(error, ConfigKeyError) else ""
+        raise SettingsError(refusal(name) or f"{name}: {_first_line(error)}{hint}") from error
     merged: DictConfig = typed
     return merged
 
@@ -228,7 +238,7 @@ def _out_of_range(settings: Any, prefix: str) -> Iterator[str]:
             continue
         choices = setting.metadata.get("choices")
         if choices and value not in choices:
-            yield f"{name}={value}: expected {_or_list(choices)}{_nearest(str(value), choices)}"
+            yield f"{name}={value}: expected {_or_list(choices)}{nearest(str(value), choices)}"
         for kind, limit in setting.metadata.get("limits", {}).items():
             if not _HOLDS[kind](value, limit):
                 yield f"{name}={value}: must be {LIMIT_WORDS[kind]} {limit}"
@@ -245,10 +255,10 @@ def _groups_in(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """Name the wrong override in one line; Hydra takes several, and gives no near names."""
-    groups = _groups()
-    known = _known_keys(tuple(o for o in overrides if o.partition("=")[0] in groups))
+    files = groups()
+    known = _known_keys(tuple(o for o in overrides if o.partition("=")[0] in files))
     for override in parse_overrides(overrides):
-        if known and (problem := _misnamed(override, [*groups, *known])):
+        if known and (problem := _misnamed(override, [*files, *known])):
             return problem
     name = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     if old := refusal(name or ""):
@@ -274,7 +284,7 @@ def _misnamed(override: Override, known: Sequence[str]) -> str:
     if old := refusal(name):
         return old
     if name not in known:
-        return f"{line}: no such setting{_nearest(name, known)}"
+        return f"{line}: no such setting{setting_hint(name, known)}"
     if override.is_delete():
         return _removes(override)
     if override.is_add() and not override.is_force_add():
@@ -306,13 +316,6 @@ def _known_keys(group_overrides: tuple[str, ...]) -> list[str]:
                 yield from walk(child, f"{name}.")
 
     return list(walk(composed, ""))
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    if not near and "." not in name:
-        near = [n for n in names if n.endswith(f".{name}")][:1]
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _or_list(words: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ from typing import Any, Final, NamedTuple, TypeGuard
 
 from omegaconf import OmegaConf
 
-from hafl_app.config.compose import CONF, merge_files
+from hafl_app.config.compose import merge_files
+from hafl_app.config.files import files_of
 from hafl_app.config.schema import Settings
 from hafl_app.config.untrusted import method_class
 from hafl_app.fields import LIMIT_WORDS, REQUIRED, default_of, is_resumable
@@ -67,7 +68,7 @@ def settings_reference() -> str:
     hints = typing.get_type_hints(Settings)
     groups = {name: hint for name, hint in hints.items() if _is_group(hint)}
     plain = [row for row in _own_rows(Settings) if row.name not in (*groups, "strategy")]
-    methods = {file.stem: _comment(file) for file in _files("strategy")}
+    methods = {file.stem: _comment(file) for file in files_of("strategy")}
     sections = [
         f"## run\n\nThe run as a whole; these belong to no group.\n\n{_table(plain)}",
         "## strategy\n\nAggregation method and its hyper-parameters.\n",
@@ -125,7 +126,7 @@ def _is_group(hint: Any) -> TypeGuard[type]:
 
 
 def _group(name: str, group: type) -> str:
-    files = [f"- `{name}={file.stem}`: {_comment(file)}" for file in _files(name)]
+    files = [f"- `{name}={file.stem}`: {_comment(file)}" for file in files_of(name)]
     parts = [f"## {name}", _summary(group), "\n".join(files), _table(_rows(group))]
     return "\n\n".join(part for part in parts if part)
 
@@ -136,10 +137,6 @@ def _strategy(name: str, comment: str) -> str:
     )
     method = method_class(values.pop("_target_"))
     return f"### {name}\n\n{comment}. {_summary(method)}\n\n{_table(_rows(method), values)}"
-
-
-def _files(group: str) -> list[Path]:
-    return sorted((CONF / group).glob("*.yaml"))
 
 
 def _comment(file: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from hafl_app.config.habits import choice_habit
 from hafl_app.renames import choice_refusal, renamed_target
 
 STRATEGY_PACKAGES = "HAFL_STRATEGY_PACKAGES"
@@ -50,6 +51,9 @@ def bad_overrides(
         if key in groups and not override.is_delete() and str(value) not in groups[key]:
             if old := choice_refusal(key, str(value)):
                 yield old, "", ()
+                continue
+            if meant := choice_habit(key, str(value)):
+                yield f"{key}={value}: no such {key}; did you mean {meant}?", "", ()
                 continue
             known = ", ".join(groups[key])
             yield f"{key}={value}: no such {key}; there are {known}", str(value), groups[key]

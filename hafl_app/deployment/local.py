@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hafl_app.deployment.credentials import Credentials
 from hafl_app.deployment.own_folder import own_folder
+from hafl_app.engines.app_folder import app_folder
 from hafl_app.engines.flower_run import CONNECTION, flwr_run, name_superlink
 from hafl_app.engines.processes import (
     comes_up,
@@ -222,16 +223,17 @@ class Deployment:
         return sum(node["status"] == "online" for node in nodes)
 
     def run(
-        self, run_config: Mapping[str, str], on_line: Callable[[str], None], app: Path = _ROOT
+        self, run_config: Mapping[str, str], on_line: Callable[[str], None], app: Path | None = None
     ) -> None:
-        """Submit a run and wait for its end, as `flwr_run` does.
+        """Submit a run, of this app unless another is given, and wait for its end.
 
         Raises
         ------
         hafl_app.engines.flower_run.FlowerRunError
             If it did not complete.
         """
-        flwr_run(app, self.environment, run_config, None, on_line)
+        with nullcontext(app) if app else app_folder() as folder:
+            flwr_run(folder, self.environment, run_config, None, on_line)
 
     def flwr(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run the `flwr` command against the SuperLink, on the operator's side of the fence."""

@@ -3,19 +3,17 @@
 import json
 import re
 import secrets
-import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 from hafl_app.client.permissions import OWN_MACHINE
 from hafl_app.client.warm_worker.ray_runtime import GUARDED
+from hafl_app.engines.app_folder import copy_code
 
 ADDRESS = "RAY_ADDRESS"
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # its real name; `ray job submit` sets it, too
 NICENESS = "RAY_worker_niceness"  # added to that of the process that starts Ray
-_APP = Path(__file__).resolve().parents[2]
-_SHIPPED = ("hafl_app", "conf")
 _CONNECT_SECONDS = 5.0
 
 
@@ -97,9 +95,7 @@ def ray_environment(
         # A token in the environment goes before any file that the user may have named.
         own = {ADDRESS: "local", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         return GUARDED | own | {NICENESS: environ.get(NICENESS) or "0"}
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in _SHIPPED:
-        shutil.copytree(_APP / name, folder / name, ignore=ignored)
+    copy_code(folder)
     permissions = {name: environ[name] for name in OWN_MACHINE}
     runtime = {"working_dir": str(folder), "env_vars": permissions}
     return {ADDRESS: address, JOB_CONFIG: json.dumps({"runtime_env": runtime})}

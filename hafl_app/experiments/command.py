@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hafl_app.config.compose import CONF, SettingsError
+from hafl_app.config.compose import SettingsError
+from hafl_app.config.files import groups
 from hafl_app.run.run_folder import default_folder
 
 Reader = Callable[[str, str], object]
@@ -66,7 +67,8 @@ def parse_command(arguments: Sequence[str], experiment: str | None = None) -> Co
             raise SettingsError(f"{override}: the runs of a comparison are in process")
     chosen = own.pop("experiment", experiment)
     if not chosen:
-        raise SettingsError(f"experiment= must be given; there are {', '.join(_experiments())}")
+        there_are = ", ".join(groups()["experiment"])
+        raise SettingsError(f"experiment= must be given; there are {there_are}")
     return Command(chosen, overrides, **own)
 
 
@@ -119,10 +121,6 @@ def choose(kind: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise SettingsError(f"{kind}={name}: there are {', '.join(known) or 'none'}{hint}")
     return list(wanted or known)
-
-
-def _experiments() -> list[str]:
-    return sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
 def _whole(key: str, text: str) -> int:

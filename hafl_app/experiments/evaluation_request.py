@@ -17,6 +17,7 @@ NO_ADAPTER: Final = "none"
 METRICS: Final = (LOSS.name, ROUGE_L.name, EXACT_MATCH.name)
 _TRUST: Final = "model.trust_remote_code"
 _OF_A_RUN: Final = ("output_dir", "resume")
+_OF_TRAINING: Final = ("strategy", "lora", "partition", "ranks", "privacy", "tracking", "compare")
 _OWN: Final = ("adapter", "metrics", "max_new_tokens", "max_examples", "tasks", "output")
 
 
@@ -128,6 +129,8 @@ def _refuse_unclear(pairs: Iterable[tuple[str, str, str]]) -> None:
             raise SettingsError(f"{key}=: expected a value, or leave it out")
         if key in _OF_A_RUN:
             raise SettingsError(f"{key}=: of a run; output=FILE is where the result goes")
+        if key.partition(".")[0] in _OF_TRAINING:
+            raise SettingsError(f"{key}=: of training, an evaluation does not read it")
 
 
 def _check_output(output: Path | None) -> None:

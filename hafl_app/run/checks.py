@@ -6,9 +6,15 @@ what the data or a node do not have is found where they are read.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from omegaconf import OmegaConf
 
 from hafl_app.config.compose import SettingsError
+from hafl_app.config.files import files_of
+from hafl_app.config.habits import MODEL
 from hafl_app.config.schema import Settings
 from hafl_app.data.combinations import IMAGES, check_choices, check_sharing
 from hafl_app.data.errors import DataError
@@ -18,6 +24,9 @@ from hafl_app.server.compatibility import (
     server_optimizer_refusal,
 )
 from hafl_app.server.settings import ServerOptimizerSettings
+
+_PINS: Final = ("revision", "sha256", "package_path")
+"""Settings of `model` that belong to one repository."""
 
 CAUSAL_LM, IMAGE_CLASSIFICATION = "causal_lm", "image_classification"
 
@@ -141,6 +150,33 @@ def _images(settings: Settings) -> Iterator[str]:
             "ranks=from_memory: the memory of a training step is not counted for images; take "
             "ranks with tiers"
         )
+
+
+def _pinned_base(settings: Settings) -> Iterator[str]:
+    """Commit, checksum or package of one model of the hub beside another model."""
+    model = settings.model
+    for path, pins in _pinned().items():
+        kept = [f"model.{n}" for n, value in pins.items() if getattr(model, n) == value]
+        if kept and model.path != path and not _is_local(model.path):
+            yield (
+                f"model.path={model.path}: {' and '.join(kept)} are those of {path}; expected "
+                f"{MODEL.format(model.path)}"
+            )
+
+
+@cache
+def _pinned() -> Mapping[str, Mapping[str, str]]:
+    """Return what the files of `conf/model` pin, by the hub name that they pin it for."""
+    files: list[Any] = [OmegaConf.to_container(OmegaConf.load(f)) for f in files_of("model")]
+    return {
+        file["path"]: pins
+        for file in files
+        if (pins := {name: file[name] for name in _PINS if file.get(name)})
+    }
+
+
+def _is_local(path: str) -> bool:
+    return Path(path).is_absolute() or path.startswith((".", "~")) or Path(path).is_dir()
 
 
 def _answers(settings: Settings) -> Iterator[str]:
@@ -305,6 +341,7 @@ def _word(value: object) -> str:
 
 _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
     _privacy,
+    _pinned_base,
     _images,
     _answers,
     _data,

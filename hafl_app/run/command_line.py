@@ -8,15 +8,17 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 
 from hafl_app.config.compose import check_hydra
+from hafl_app.config.files import groups
+from hafl_app.config.habits import as_override
 from hafl_app.config.overrides import SettingsError, parse_overrides, quoted, sweep_refusal
-from hafl_app.config.schema import Settings
+from hafl_app.config.schema import Settings, declared_settings
 from hafl_app.run.going_on import key
 from hafl_app.run.run_folder import absolute, check_new, default_folder, output_folder
 
 _REFUSED = {
     "config_path": "--config-path",
     "config_name": "--config-name",
-    "config_dir": "--config-dir",
+    "config_dir": "--config-dir",  # `hafl` takes it before
     "experimental_rerun": "--experimental-rerun",
 }
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
@@ -55,7 +57,11 @@ class CommandLine:
         """
         parser = get_args_parser()
         parser.error = _refuse  # type: ignore[method-assign]
-        read = parser.parse_intermixed_args(list(arguments))
+        if list(arguments) == ["help"]:
+            arguments = ["--help"]
+        read, unknown = parser.parse_known_intermixed_args(list(arguments))
+        if unknown:
+            raise SettingsError(_no_flag(unknown[0], list(arguments)))
         for name, flag in _REFUSED.items():
             if getattr(read, name) is not None:
                 raise SettingsError(
@@ -119,6 +125,16 @@ class CommandLine:
 
 def _is_hydras(override: str) -> bool:
     return key(override).startswith(("hydra.", "hydra/"))
+
+
+def _no_flag(flag: str, arguments: Sequence[str]) -> str:
+    """Refuse a flag, and say how the setting is given that it may have meant."""
+    after = [*arguments, ""][arguments.index(flag) + 1]
+    value = "" if after.startswith("-") or "=" in after else after
+    known = {"experiment", *groups(), *(found.name for found in declared_settings())}
+    if meant := as_override(flag, value, known):
+        return f"{flag}: settings are given without hyphens; did you mean {meant}?"
+    return f"unrecognized arguments: {flag}; --hydra-help lists the flags"
 
 
 def _refuse(message: str) -> NoReturn:

@@ -4,7 +4,8 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 from omegaconf import OmegaConf
 
-from hafl_app.config.compose import CONF, SettingsError, compose, quoted
+from hafl_app.config.compose import SettingsError, compose, quoted
+from hafl_app.config.files import CONF
 from hafl_app.run import build
 from hafl_app.run.reporting import plain_settings
 from hafl_app.strategies.base import HeterogeneousLora

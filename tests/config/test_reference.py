@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from hafl_app.config.compose import CONF
+from hafl_app.config.files import CONF
 from hafl_app.config.reference import descriptions, settings_reference
 from hafl_app.config.schema import declared_settings, resumable_settings
 

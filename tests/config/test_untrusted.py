@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from hafl_app.config.compose import CONF, SettingsError, compose
+from hafl_app.config.compose import SettingsError, compose
+from hafl_app.config.files import CONF
 
 
 def refusal(*overrides):

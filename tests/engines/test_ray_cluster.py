@@ -19,6 +19,7 @@ from running import TINY, records
 
 from hafl_app.client.permissions import OWN_MACHINE
 from hafl_app.config.compose import SettingsError
+from hafl_app.engines.one_run import run_once
 from hafl_app.engines.processes import run_environment
 from hafl_app.engines.ray_cluster import (
     RayClusterError,
@@ -26,7 +27,6 @@ from hafl_app.engines.ray_cluster import (
     cluster_address,
     ray_environment,
 )
-from scripts.simulate import run_job
 
 ROOT = Path(__file__).parents[2]
 HEAD, WORKER = "127.0.0.2", "127.0.0.3"
@@ -198,7 +198,7 @@ def simulate(folder: Path, environment: dict[str, str], *arguments: str):
 def test_an_engine_without_ray_does_not_pretend_to_use_a_cluster(tmp_path):
     cluster = ("federation.ray_address=127.0.0.2:6379", "engine=inprocess")
     with pytest.raises(SettingsError, match="ray_address: engine=inprocess uses no Ray"):
-        run_job([*TINY, *cluster], tmp_path)
+        run_once([*TINY, *cluster], tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hafl_app.config.compose import CONF, compose
+from hafl_app.config.compose import compose
+from hafl_app.config.files import CONF
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
 from hafl_app.run import build
 from hafl_app.server.aggregation import merge as merge_into

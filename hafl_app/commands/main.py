@@ -1,0 +1,284 @@
+"""`hafl`: its commands, their options and their help.
+
+Each command imports what it does when it is called: a wrong name is answered at once.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from hafl_app.cli import INTERRUPTED, REFUSED
+from hafl_app.commands.completion import settings as complete_settings
+from hafl_app.printable import printable
+
+_PASSED_ON: Final = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+_Command = Callable[..., Any]
+
+
+def main(arguments: Sequence[str] | None = None, program: Sequence[str] = ()) -> int:
+    """Run a command and return its exit code; a mistake is one line.
+
+    Parameters
+    ----------
+    arguments
+        Of the command line, the command first; None: those of this process.
+    program
+        How the command began, for what is printed to be typed again; empty: with ``hafl``.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given in ([], ["plots"]):
+        given.append("--help")
+    try:
+        code = hafl.main(_asked_for_help(given), "hafl", standalone_mode=False, obj=program)
+    except click.Abort:
+        return INTERRUPTED
+    except click.ClickException as error:
+        print(f"error: {printable(error.format_message(), 2000)}", file=sys.stderr)
+        return REFUSED
+    return int(code or 0)
+
+
+def _asked_for_help(arguments: list[str]) -> list[str]:
+    """Read ``help`` as ``--help``, alone, before a command or after one."""
+    if "help" not in arguments[:2] or len(arguments) > 2:
+        return arguments
+    return [*(word for word in arguments if word != "help"), "--help"]
+
+
+class _Commands(click.Group):
+    """Commands in the order in which they are needed, and a hint for one that does not exist."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            raise click.UsageError(f"{args[0]}: no such command; {self._meant(args[0])}")
+        return super().resolve_command(ctx, args)
+
+    def _meant(self, name: str) -> str:
+        if "=" in name:
+            return f"settings come after one, as in hafl simulate {name}"
+        near = [known for known in self.commands if known.startswith(name)]
+        near = near or difflib.get_close_matches(name, self.commands, n=1)
+        return f"did you mean {near[0]}?" if near else f"there are {', '.join(self.commands)}"
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def hafl() -> None:
+    """Federated LoRA fine-tuning when clients differ.
+
+    \b
+      hafl simulate experiment=demo engine=inprocess
+      hafl export outputs/DATE/TIME-hafl --output small --rank 2
+
+    Settings are given as name=value, without hyphens; docs/settings.md lists all of them.
+    `hafl COMMAND --help` explains a command. Completion in the shell, bash for example:
+    eval "$(_HAFL_COMPLETE=bash_source hafl)"
+    """
+
+
+def _config_dir(context: click.Context, parameter: click.Parameter, folder: str | None) -> None:
+    del context, parameter
+    if folder is not None:
+        from hafl_app.config.files import ConfigFolderError, use_own_folder  # noqa: PLC0415
+
+        try:
+            use_own_folder(folder)
+        except ConfigFolderError as error:
+            raise click.UsageError(str(error)) from error
+
+
+def _takes_settings(command: _Command) -> _Command:
+    """Give a command the arguments of a run, and a folder with more files of settings."""
+    command = click.option(
+        "-cd",
+        "--config-dir",
+        metavar="DIR",
+        expose_value=False,
+        is_eager=True,
+        callback=_config_dir,
+        help="Folder of your own files of settings, laid out like conf/: DIR/experiment/mine.yaml "
+        "is experiment=mine.",
+    )(command)
+    return click.argument(
+        "arguments",
+        nargs=-1,
+        metavar="[SETTING=VALUE]...",
+        type=click.UNPROCESSED,
+        shell_complete=complete_settings,
+    )(command)
+
+
+def _began(context: click.Context) -> tuple[str, ...]:
+    """Return how this command began, to be typed again."""
+    from hafl_app.config.files import own_folder  # noqa: PLC0415
+
+    own = own_folder()
+    program = context.obj or ("hafl", context.info_name or "")
+    return (*program, *(("--config-dir", str(own)) if own else ()))
+
+
+@hafl.command(context_settings=_PASSED_ON)
+@_takes_settings
+@click.pass_context
+def simulate(context: click.Context, arguments: tuple[str, ...]) -> int:
+    """Run a federation on this machine, or with -m a sweep of several.
+
+    \b
+      hafl simulate experiment=demo engine=inprocess strategy=flexlora seed=1
+      hafl simulate -m experiment=demo engine=inprocess strategy=hafl,flexlora
+      hafl simulate resume=latest
+
+    \b
+    strategy=NAME            aggregation method (hafl)
+    model=encoder model.path=NAME
+                             base model, a hub name or a folder (MiniLM)
+    dataset=local dataset.path=FILE
+                             your own csv, tsv, json or parquet (generated text)
+    partition=dirichlet      how the data are shared out (iid)
+    ranks=NAME               rank budgets of the clients (haflq)
+    federation.num_clients=8, federation.num_rounds=5
+    client.learning_rate=1e-3, client.local_epochs=1, client.batch_size=32
+    engine=inprocess         this process; ray: Flower's simulation (ray)
+    output_dir=FOLDER        results (outputs/DATE/TIME-STRATEGY)
+    resume=FOLDER            go on with a run that stopped; or latest
+
+    All settings as they are: --cfg job. All of Hydra's flags: --hydra-help.
+    """
+    from hafl_app.commands.simulate import main as run  # noqa: PLC0415
+
+    return run(arguments, _began(context))
+
+
+@hafl.command(context_settings=_PASSED_ON)
+@_takes_settings
+@click.pass_context
+def compare(context: click.Context, arguments: tuple[str, ...]) -> int:
+    """Compare methods on identical partitions and budgets.
+
+    One table and one figure, of as many seeds as are given.
+
+    \b
+      hafl compare experiment=hafl_banking77 seeds=0,1,2
+
+    \b
+    experiment=NAME          file with the methods of the comparison
+    seeds=0,1,2              one run of every method for each (0)
+    workers=2                processes that train at once (1)
+    tune=false               learning rates of the experiment instead of a search
+    methods=a,b cells=c      only these of the experiment
+    output_dir=FOLDER        where to write; finished runs that are there are kept
+
+    All other settings hold for every run, e.g. federation.num_rounds=5.
+    """
+    from hafl_app.commands.compare import main as run  # noqa: PLC0415
+
+    return run(arguments, _began(context))
+
+
+@hafl.command(context_settings=_PASSED_ON)
+@_takes_settings
+def evaluate(arguments: tuple[str, ...]) -> int:
+    """Score a saved adapter by itself, or a base model alone.
+
+    \b
+      hafl evaluate adapter=RUN/adapter dataset=synthetic
+
+    \b
+    adapter=FOLDER           of a run, such as RUN/adapter; none: the base model
+                             that model=... names, alone
+    metrics=loss             loss (with accuracy or perplexity), rouge-l,
+                             exact-match; several with commas
+    max_new_tokens=64        of a generated answer
+    max_examples=N           rows of the test set (all)
+    tasks=NAME,...           benchmarks of lm-eval, if it is installed, or YAML
+                             files of your own
+    output=FILE              the result as JSON
+
+    The rest are settings as for simulate: the data set, client.device, and so on. Rows are cut
+    where the adapter's training cut them; dataset.max_length=N overrides it.
+    """
+    from hafl_app.commands.evaluate import main as run  # noqa: PLC0415
+
+    return run(arguments)
+
+
+_FOLDER: Final = click.Path(path_type=Path)
+
+
+@hafl.command()
+@click.argument("source", metavar="RUN", type=_FOLDER)
+@click.argument("further_ranks", nargs=-1, metavar="", type=int)
+@click.option("--output", required=True, metavar="DIR", type=_FOLDER, help="New folder.")
+@click.option("--rank", multiple=True, type=int, help="Cut to this rank; several: --rank 4 8.")
+@click.option("--merge", is_flag=True, help="Write a whole model, base and adapter in one.")
+@click.option("--dtype", help="Of merged weights (float32).")
+@click.option("--base", metavar="NAME", help="The base model's name on the hub.")
+@click.option("--push", metavar="USER/NAME", help="Upload to the hub with your own token.")
+@click.option("--public", is_flag=True, help="For all to see (private).")
+@click.option("--force", is_flag=True, help="Replace what is in DIR.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the base model's own Python code.")
+def export(
+    source: Path,
+    further_ranks: tuple[int, ...],
+    output: Path,
+    rank: tuple[int, ...],
+    push: str | None,
+    public: bool,
+    **how: Any,
+) -> int:
+    """Export a run's adapter for others to use, with a model card.
+
+    \b
+      hafl export RUN --output DIR --rank 4 8      an adapter for each rank
+      hafl export RUN --output DIR --merge         base model and adapter in one
+      hafl export RUN --output DIR --push ME/NAME  as it is, on the hub
+
+    RUN is a run's folder (its last round), or an adapter's, such as RUN/adapter-best.
+    """
+    from hafl_app.commands.export import main as run  # noqa: PLC0415
+
+    if further_ranks and not rank:
+        raise click.UsageError(f"{further_ranks[0]}: expected one RUN; ranks stand after --rank")
+    return run(source, output, [*rank, *further_ranks], push, public, **how)
+
+
+@hafl.group(cls=_Commands)
+def plots() -> None:
+    """Draw figures beyond those that every run draws.
+
+    \b
+      hafl plots curves outputs/first outputs/second
+    """
+
+
+@plots.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=_FOLDER)
+@click.option("--output", default="curves.png", type=_FOLDER, help="The PNG to write.")
+def curves(runs: tuple[Path, ...], output: Path) -> int:
+    """Test scores of finished runs, by round and by MB."""
+    from hafl_app.commands.plots import curves as draw  # noqa: PLC0415
+
+    return draw(runs, output)
+
+
+@plots.command("rank-collapse", context_settings=_PASSED_ON)
+@_takes_settings
+def rank_collapse(arguments: tuple[str, ...]) -> int:
+    """Run methods, draw their energy above the smallest rank.
+
+    \b
+      hafl plots rank-collapse seeds=0,1 federation.num_rounds=20
+
+    The arguments are those of compare; experiment=rank_collapse is the default.
+    """
+    from hafl_app.commands.plots import rank_collapse as draw  # noqa: PLC0415
+
+    return draw(arguments)

@@ -1,0 +1,153 @@
+"""`hafl simulate`: one federation on this machine, or a sweep of several."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from hafl_app.cli import FAILED, run_script
+from hafl_app.config.compose import compose, quoted, register_schema
+from hafl_app.config.files import CONF, own_folder
+from hafl_app.config.overrides import unquoted
+from hafl_app.printable import printable
+from hafl_app.run.command_line import CommandLine
+from hafl_app.run.going_on import key
+
+_program: list[str] = []
+_typed: list[str] = []
+_failures: list[str] = []
+_interruptions: list[str] = []
+
+
+def resumed(line: CommandLine) -> CommandLine:
+    """Return the command line of the run that ``resume=...`` asks for, else the same one.
+
+    The settings are those of the run that goes on, then what else stands on the command line.
+
+    Raises
+    ------
+    hafl_app.run.resumable_run.ResumeError
+        If there is no such run, or it has no whole checkpoint, or these settings do not fit it.
+    """
+    given = [o.partition("=")[2] for o in line.overrides if key(o) == "resume"]
+    if not given:
+        return line
+    from hafl_app.run.resumable_run import (  # noqa: PLC0415
+        ResumeError,
+        latest_run,
+        require_checkpoint,
+    )
+    from hafl_app.run.run_folder import absolute  # noqa: PLC0415
+
+    if line.multirun:
+        raise ResumeError("resume= resumes one run: leave out -m")
+    if any(key(o) == "output_dir" for o in line.overrides):
+        raise ResumeError("resume= goes on in the run's own folder: leave out output_dir=")
+    name = unquoted(given[-1])
+    if not name:
+        raise ResumeError("resume=: expected the folder of a run, or latest")
+    folder = latest_run(Path("outputs")) if name == "latest" else absolute(name)
+    if (folder / "checkpoints").is_dir():
+        _stop_what_is_left(folder)
+    require_checkpoint(folder)
+    from hafl_app.run.resuming import check_resumable, load_checkpoint  # noqa: PLC0415  takes seconds
+
+    checkpoint = load_checkpoint(folder)
+    own = ("resume", "output_dir")
+    overrides = [o for o in checkpoint.state["overrides"] if key(o) not in own]
+    overrides += [o for o in line.overrides if key(o) not in own]
+    line = replace(line, overrides=(*overrides, f"resume={quoted(folder)}"))
+    check_resumable(checkpoint, compose(line.jobs()[0]))
+    return line
+
+
+def _stop_what_is_left(folder: Path) -> None:
+    """Stop the processes of a run whose command was killed."""
+    from hafl_app.engines.processes import stop_abandoned_run  # noqa: PLC0415
+    from hafl_app.run.run_lock import RunLockedError, run_lock  # noqa: PLC0415
+
+    try:
+        with run_lock(folder):
+            return
+    except RunLockedError as error:
+        if not stop_abandoned_run(error.pid):
+            raise
+    print("stopped what the killed run had left behind", flush=True)
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def _hydra_job(config: DictConfig) -> None:
+    """Run one job of the command line; a failed one does not stop a sweep."""
+    del config  # composed again from the overrides, checked, wherever the apps run
+    from hafl_app.engines.one_run import run_once  # noqa: PLC0415
+    from hafl_app.run.going_on import RunWatch  # noqa: PLC0415
+
+    hydra_config = HydraConfig.get()
+    overrides = [o for o in hydra_config.overrides.task if key(o) != "output_dir"]
+    folder = Path(hydra_config.runtime.output_dir)
+    watch = RunWatch(folder, _program, _typed)
+    try:
+        run_once(overrides, folder)
+    except KeyboardInterrupt:
+        _interruptions.append(watch.interrupted())
+        raise
+    except ValueError as error:  # refused: nothing was lost
+        _failures.append(f"{type(error).__name__}: {error}")
+        print(f"error: {printable(_failures[-1], 2000)}", file=sys.stderr, flush=True)
+    except Exception as error:
+        # One line: the log above it has the details.
+        _failures.append(f"{type(error).__name__}: {error}")
+        line = f"{printable(_failures[-1], 2000)}{watch.failed()}"
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str], program: Sequence[str]) -> int:
+    """Check every job before the first one starts, run them, and say how it went.
+
+    Parameters
+    ----------
+    arguments
+        Of the command line: overrides, and Hydra's flags.
+    program
+        How the command began, for the command that goes on with a run that stopped.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    _typed[:], _program[:] = arguments, program
+    _failures.clear()
+    _interruptions.clear()
+    return run_script(_run_jobs, lambda: "; ".join(_interruptions) or "interrupted")
+
+
+def _run_jobs() -> int:
+    line = CommandLine.of(_typed)
+    typed = line.overrides
+    placed: list[str] = []
+    if line.shows != "hydra":
+        line = resumed(line)
+        jobs = [compose(job) for job in line.jobs()]
+        if not line.shows:
+            from hafl_app.engines.one_run import count_trainers  # noqa: PLC0415
+            from hafl_app.run.effects import without_effect  # noqa: PLC0415
+            from hafl_app.run.preflight import check  # noqa: PLC0415
+
+            for settings in jobs:
+                check(settings)
+                count_trainers(settings)
+            for warning in without_effect(jobs, typed):
+                print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
+            placed = line.placed(jobs)
+    # Hydra reads them from here, and wants the flags together.
+    own = own_folder()
+    folders = ["--config-dir", str(own)] if own else []
+    sys.argv[1:] = [*line.overrides, *placed, *line.flags, *folders]
+    register_schema()
+    _hydra_job()
+    return FAILED if _failures else 0

@@ -1,0 +1,94 @@
+"""Settings that have no effect beside the others of a run: what was typed is not ignored silently.
+
+Combinations that would mislead are refused in `hafl_app.run.checks`. These are harmless, and in a
+sweep over another setting often meant: they are warned of.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from hafl_app.config.overrides import parse_overrides
+from hafl_app.config.schema import Settings
+from hafl_app.data.settings import DatasetSettings
+from hafl_app.fields import choices_of
+
+_ANY: Final = ()  # any value but 0, false and null
+_TEXT: Final = tuple(name for name in choices_of(DatasetSettings, "source") if name != "digits")
+_PRIVATE: Final = ("privacy.kind", ("central_dp", "local_dp"))
+_WANDB: Final = ("tracking.kind", ("wandb",))
+_GENERATED: Final = ("dataset.source", ("synthetic",))
+_FROM_MEMORY: Final = ("ranks.source", ("memory",))
+_RAY: Final = ("engine", ("ray",))
+
+NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+    "partition.dirichlet_alpha": ("partition.kind", ("dirichlet",)),
+    "partition.classes_per_partition": ("partition.kind", ("pathological",)),
+    "partition.column": ("partition.kind", ("natural",)),
+    "privacy.clip_norm": _PRIVATE,
+    "privacy.noise_multiplier": _PRIVATE,
+    "privacy.delta": _PRIVATE,
+    "privacy.max_epsilon": _PRIVATE,
+    "privacy.noise_seed": _PRIVATE,
+    "tracking.project": _WANDB,
+    "tracking.entity": _WANDB,
+    "tracking.mode": _WANDB,
+    "dataset.num_train": _GENERATED,
+    "dataset.num_test": _GENERATED,
+    "dataset.hub": ("dataset.source", ("banking77", "newsgroups", "natural_instructions")),
+    "dataset.text_column": ("dataset.source", ("banking77", "local", "on_device")),
+    "dataset.max_length": ("dataset.source", _TEXT),
+    "model.head": ("model.task", ("classification", "image_classification")),
+    "model.pooling": ("model.task", ("classification", "image_classification")),
+    "model.memory_budget_mb": ("model.quantization", ("blockwise",)),
+    "ranks.memory_margin": _FROM_MEMORY,
+    "ranks.memory_limit_mb": _FROM_MEMORY,
+    "federation.trim_fraction": ("federation.robust", ("trimmed_mean",)),
+    "federation.stream_buffer": ("federation.streaming", (True,)),
+    "federation.generate_tokens": ("federation.generate_examples", _ANY),
+    "federation.alone_at_max_rank": ("federation.alone_clients_per_rank", _ANY),
+    "federation.quarantine.rounds": ("federation.quarantine.after", _ANY),
+    "federation.client_cpus": _RAY,
+    "federation.client_gpus": _RAY,
+}
+"""Settings, and another one that must have one of these values for them to count."""
+
+
+def without_effect(jobs: Sequence[Settings], typed: Sequence[str]) -> Iterator[str]:
+    """Yield a line for every typed setting that changes nothing.
+
+    Parameters
+    ----------
+    jobs
+        Settings of a run, or of all jobs of a sweep: what counts in one of them is not named.
+    typed
+        Overrides, as they were typed.
+    """
+    last: dict[str, str] = {}
+    for override in parse_overrides(typed):
+        name, line = override.key_or_group, override.input_line or ""
+        if name in last:
+            yield f"{last[name]} has no effect: {line} comes after it"
+        last[name] = line
+    for name, line in last.items():
+        if name.startswith("compare."):
+            yield f"{line} has no effect: only a comparison reads it"
+        if name not in NEEDS:
+            continue
+        condition, accepted = NEEDS[name]
+        values = [_value(settings, condition) for settings in jobs]
+        if not any(value in accepted if accepted else value for value in values):
+            expected = " or ".join(map(_word, accepted)) or "above 0"
+            yield (
+                f"{line} has no effect with {condition}={_word(values[0])}, only with {expected}"
+            )
+
+
+def _value(settings: Settings, name: str) -> Any:
+    value: Any = settings
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,56 @@
+"""Settings that were typed and change nothing."""
+
+import pytest
+
+from hafl_app.config.compose import compose
+from hafl_app.config.schema import declared_settings
+from hafl_app.run.effects import NEEDS, without_effect
+
+KNOWN = {found.name for found in declared_settings()}
+
+
+def lines(*typed):
+    return list(without_effect([compose(typed)], typed))
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (
+            "partition.dirichlet_alpha=0.1",
+            "partition.dirichlet_alpha=0.1 has no effect with partition.kind=iid, only with "
+            "dirichlet",
+        ),
+        ("federation.stream_buffer=4", "with federation.streaming=false, only with true"),
+        ("federation.generate_tokens=4", "federation.generate_examples=0, only with above 0"),
+        ("privacy.clip_norm=2", "privacy.kind=none, only with central_dp or local_dp"),
+        ("compare.baseline=hafl", "only a comparison reads it"),
+    ],
+)
+def test_what_has_no_effect_is_named_with_what_would_give_it_one(typed, line):
+    (said,) = lines(typed)
+    assert said.startswith(typed)
+    assert line in said
+
+
+def test_what_has_an_effect_is_not_named():
+    assert not lines("partition=dirichlet", "partition.dirichlet_alpha=0.1")
+    assert not lines("federation.generate_examples=2", "federation.generate_tokens=4")
+
+
+def test_what_files_set_is_not_named():
+    assert not list(without_effect([compose(["partition.dirichlet_alpha=0.1"])], ["seed=1"]))
+
+
+def test_a_setting_that_is_given_twice_is_named():
+    assert lines("seed=1", "seed=2") == ["seed=1 has no effect: seed=2 comes after it"]
+
+
+def test_what_counts_in_one_job_of_a_sweep_is_not_named():
+    alpha = "partition.dirichlet_alpha=0.1"
+    jobs = [compose([alpha]), compose([alpha, "partition=dirichlet"])]
+    assert not list(without_effect(jobs, ["partition=iid,dirichlet", alpha]))
+
+
+def test_the_table_names_settings_that_exist():
+    assert {*NEEDS, *(condition for condition, _ in NEEDS.values())} <= KNOWN
