@@ -69,7 +69,8 @@ def compare(command: Command, command_line: str, say: Say) -> int:
         if comparison.searches:
             write_tuning(folder / "tuning.json", record)
         if not all(outcome.error for outcome in outcomes):
-            table = _write_results(comparison, outcomes, _source(comparison, command_line, record))
+            source = _source(comparison, command_line, record, outcomes)
+            table = _write_results(comparison, outcomes, source)
     if table:
         say("\n" + table)
         say(f"Written: table.md, table.csv, results.json and comparison.png in {folder}")
@@ -79,7 +80,7 @@ def compare(command: Command, command_line: str, say: Say) -> int:
 def _check(comparison: Comparison) -> None:
     """Refuse a comparison of which a run cannot work; all values, but data and model once each."""
     trials = comparison.tuning_jobs() if comparison.searches else []
-    jobs = [*trials, *comparison.jobs(comparison.fixed_rates())]
+    jobs = [*trials, *comparison.jobs(comparison.first_rates())]
     composed = {(job.cell, job.method, job.seed): compose(job.overrides) for job in jobs}
     for settings in composed.values():
         preflight.check(settings)
@@ -98,9 +99,12 @@ def _rates(
 
 
 def _source(
-    comparison: Comparison, command_line: str, record: Sequence[Mapping[str, Any]]
+    comparison: Comparison,
+    command_line: str,
+    record: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[Outcome],
 ) -> Provenance:
-    settings = [compose(job.overrides) for job in comparison.jobs(comparison.fixed_rates())]
+    settings = [compose(outcome.job.overrides) for outcome in outcomes]
     tuning = "as in the experiment file"
     if record:
         tuning = _tuning_line(comparison, metric_named(record[0]["metric"]))

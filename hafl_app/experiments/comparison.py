@@ -159,6 +159,13 @@ class Comparison:
             for method in self.methods
         }
 
+    def first_rates(self) -> dict[tuple[str, str], Rates]:
+        """Return rates to check the runs with: the first of the grid, if there is a search."""
+        if not self.searches:
+            return self.fixed_rates()
+        keys = [(cell, method) for cell in self.cells for method in self.methods]
+        return dict.fromkeys(keys, self.grid()[0])
+
     def tuning_cells(self) -> list[str]:
         """Return the cells in which learning rates are searched."""
         return list(self.cells) if self.plan.tuning.per_cell else list(self.cells)[:1]

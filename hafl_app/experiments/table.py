@@ -240,10 +240,10 @@ def _footer(source: Provenance) -> str:
             f"test {name} of {source.baseline}'s last round on the same seed is reached, mean over "
             "the seeds that reach it (-: none, or unknown without federation.test_every=1). MB of "
             "10^6 bytes: all messages of training and evaluation, over all clients and rounds. "
-            "Rank r: the last round's adapter cut to its best approximation of rank r (-: the "
-            "method trains all clients at one rank, the largest that costs no more mean bytes "
-            "than its reference). CPU seconds: of all clients and of the server, all rounds, "
-            f"evaluation left out. Difference: from {source.baseline} in the last round, paired "
+            "Rank r: the last round's adapter cut to its best approximation of rank r (-: all "
+            "clients train at one rank; beside methods for mixed ranks it is the largest that "
+            "costs no more bytes on average). CPU seconds: of all clients and of the server, all "
+            f"rounds, evaluation left out. Difference: from {source.baseline} in the last round, paired "
             "by seed, with Student's interval of the mean (-: one pair has none).",
             "",
             f"- command: {markdown_code(source.command, _LONGEST_COMMAND)}",
