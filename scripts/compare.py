@@ -6,6 +6,7 @@ one table and one figure. Further arguments:
     workers=2             processes that train at once (default 1)
     tune=false            take the learning rates of the experiment file instead of searching
     methods=a,b cells=c   only these of the experiment
+    older=true            keep finished runs that lack a setting which has its default now
     output_dir=FOLDER     where to write; finished runs of an earlier comparison there are kept
 
 All other arguments are Hydra overrides that hold for every run, e.g. federation.num_rounds=5.

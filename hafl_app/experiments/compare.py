@@ -59,13 +59,13 @@ def compare(command: Command, command_line: str, say: Say) -> int:
     for method in comparison.methods:
         part = comparison.only(method)
         try:
-            rates, found = _rates(part, command.workers, say)
+            rates, found = _rates(part, command, say)
         except TuningError as error:
             say(f"FAILED: {error}")
             failed += 1
             continue
         record += found
-        outcomes += _run_all(part.jobs(rates), command.workers, say, lambda job: job.name)
+        outcomes += _run_all(part.jobs(rates), command, say, lambda job: job.name)
         if comparison.searches:
             write_tuning(folder / "tuning.json", record)
         if not all(outcome.error for outcome in outcomes):
@@ -87,12 +87,12 @@ def _check(comparison: Comparison) -> None:
 
 
 def _rates(
-    part: Comparison, workers: int, say: Say
+    part: Comparison, command: Command, say: Say
 ) -> tuple[Mapping[tuple[str, str], Rates], list[dict[str, Any]]]:
     """Return the rates of one method by cell and method, and the record of a search for them."""
     if not part.searches:
         return part.fixed_rates(), []
-    rates, record = choose_rates(part, _run_all(part.tuning_jobs(), workers, say, describe))
+    rates, record = choose_rates(part, _run_all(part.tuning_jobs(), command, say, describe))
     for line in map(tuned_line, record):
         say(line)
     return rates, record
@@ -130,11 +130,12 @@ def hardware() -> str:
 
 
 def _run_all(
-    jobs: Sequence[Job], workers: int, say: Say, name: Callable[[Job], str]
+    jobs: Sequence[Job], command: Command, say: Say, name: Callable[[Job], str]
 ) -> list[Outcome]:
     started = time.perf_counter()
     outcomes = []
-    for number, outcome in enumerate(run_jobs(jobs, workers), start=1):
+    found = run_jobs(jobs, command.workers, older=command.older)
+    for number, outcome in enumerate(found, start=1):
         outcomes.append(outcome)
         say(f"[{number}/{len(jobs)}] {name(outcome.job)}: {_outcome_line(outcome)}")
     say(f"{len(jobs)} runs in {time.perf_counter() - started:.0f} s")

@@ -243,8 +243,8 @@ def _footer(source: Provenance) -> str:
             "Rank r: the last round's adapter cut to its best approximation of rank r (-: all "
             "clients train at one rank; beside methods for mixed ranks it is the largest that "
             "costs no more bytes on average). CPU seconds: of all clients and of the server, all "
-            f"rounds, evaluation left out. Difference: from {source.baseline} in the last round, paired "
-            "by seed, with Student's interval of the mean (-: one pair has none).",
+            f"rounds, evaluation left out. Difference: from {source.baseline} in the last round, "
+            "paired by seed, with Student's interval of the mean (-: one pair has none).",
             "",
             f"- command: {markdown_code(source.command, _LONGEST_COMMAND)}",
             *([f"- model: {markdown_text(', '.join(source.models))}"] if source.models else []),

@@ -78,6 +78,13 @@ def run(folder, *more):
     return compare(command, "as typed", lines.append), lines
 
 
+def planned(folder):
+    """Return the runs of the finished comparison."""
+    comparison = Comparison.of(parse_command([*TINY, METHODS, "seeds=0,1"]), folder)
+    keys = [("dirichlet-0.1", method) for method in comparison.methods]
+    return comparison.jobs(dict.fromkeys(keys, Rates(0.01, 5.0)))
+
+
 def results(folder):
     rows = json.loads((folder / "results.json").read_text())["rows"]
     return {row["method"]: row for row in rows}
@@ -187,6 +194,26 @@ class TestGoingOn:
         diverged = [place for place in ran if place.name == "lr0.1-ratio5"]
         run(folder)
         assert federations.ran == diverged
+
+    def test_runs_of_an_older_version_are_kept_if_asked(self, finished, federations):
+        folder, *_ = finished
+        place = folder / "dirichlet-0.1/rbla/seed0"
+        settings = compose(next(j for j in planned(folder) if j.folder == place).overrides)
+        older = OmegaConf.create(plain_settings(settings))
+        del older.client.max_steps, older.federation.cohort  # settings that did not exist then
+        before = (place / "config.yaml").read_text()
+        try:
+            (place / "config.yaml").write_text(OmegaConf.to_yaml(older))
+            assert not running.is_finished(place, settings)
+            assert not running.is_finished(place, settings, older=True)  # cohort: not its default
+            older.federation.cohort = settings.federation.cohort
+            (place / "config.yaml").write_text(OmegaConf.to_yaml(older))
+            assert not running.is_finished(place, settings)
+            assert running.is_finished(place, settings, older=True)
+            run(folder, "older=true")
+            assert place not in federations.ran
+        finally:
+            (place / "config.yaml").write_text(before)
 
     def test_a_stopped_comparison_has_the_rows_of_methods_that_are_whole(
         self, federations, tmp_path, monkeypatch
