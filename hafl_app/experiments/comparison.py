@@ -173,7 +173,7 @@ class Comparison:
     def grid(self) -> list[Rates]:
         """Return the rates that a search tries."""
         tuning = self.plan.tuning
-        ratios = tuning.lora_B_lr_ratios or [None]
+        ratios: list[float | None] = [*tuning.lora_B_lr_ratios] or [None]
         return [Rates(rate, ratio) for rate in tuning.learning_rates for ratio in ratios]
 
     def tuning_jobs(self) -> list[Job]:

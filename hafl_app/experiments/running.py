@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, is_dataclass
@@ -50,9 +50,9 @@ def is_finished(folder: Path, settings: Settings, *, older: bool = False) -> boo
         saved = renamed_settings(saved)
     except (OSError, ValueError):
         return False
+    wanted: Any = OmegaConf.to_container(OmegaConf.create(plain_settings(settings)))
     if older:
-        _add_defaults(saved, settings)
-    wanted = OmegaConf.to_container(OmegaConf.create(plain_settings(settings)))
+        _add_defaults(saved, wanted, settings)
     return bool(summary.get("status") == "finished" and _comparable(saved) == _comparable(wanted))
 
 
@@ -115,14 +115,16 @@ def _outcome(future: Future[Outcome], job: Job) -> Outcome:
         return Outcome(job, 0.0, error="a worker process died, perhaps for lack of memory")
 
 
-def _add_defaults(saved: dict[str, Any], settings: Any) -> None:
+def _add_defaults(saved: Any, wanted: Mapping[str, Any], settings: Any) -> None:
+    """Add the default of every wanted setting, also of a whole group, that was not saved."""
+    if not isinstance(saved, dict):
+        return
     for declared in fields(settings):
-        value, default = getattr(settings, declared.name, None), default_of(declared)
-        if is_dataclass(value):
-            if isinstance(saved.get(declared.name), dict):
-                _add_defaults(saved[declared.name], value)
-        elif declared.init:
-            saved.setdefault(declared.name, default)
+        name, value = declared.name, getattr(settings, declared.name, None)
+        if name in wanted and is_dataclass(value):
+            _add_defaults(saved.setdefault(name, {}), wanted[name], value)
+        elif name in wanted:
+            saved.setdefault(name, default_of(declared))
 
 
 def _comparable(config: Any) -> Any:

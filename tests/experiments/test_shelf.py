@@ -200,7 +200,11 @@ class TestGoingOn:
         place = folder / "dirichlet-0.1/rbla/seed0"
         settings = compose(next(j for j in planned(folder) if j.folder == place).overrides)
         older = OmegaConf.create(plain_settings(settings))
-        del older.client.max_steps, older.federation.cohort  # settings that did not exist then
+        del (
+            older.client.max_steps,
+            older.federation.cohort,
+            older.federation.quarantine,
+        )  # settings that did not exist then
         before = (place / "config.yaml").read_text()
         try:
             (place / "config.yaml").write_text(OmegaConf.to_yaml(older))
