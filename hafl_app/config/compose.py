@@ -77,7 +77,7 @@ def _own_copy(value: Any) -> Any:
     return value
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)  # a comparison asks for each of its runs several times
 def _compose(overrides: tuple[str, ...], own: Path | None) -> Settings:
     del own  # a key of what is kept
     try:

@@ -78,6 +78,9 @@ class MethodSettings:
         Overrides of this method.
     learning_rate
         Learning rate when none is searched for; null: ``client.learning_rate``.
+    lora_B_lr_ratio
+        Learning rate of ``lora_B`` over that of ``lora_A`` when none is searched for; null:
+        ``client.lora_B_lr_ratio``.
     equal_mean_bytes
         Another method: this one then trains at the one rank whose mean bytes per client, up and
         down, head included, come closest to that method's from below. Null: at its own ranks.
@@ -85,17 +88,21 @@ class MethodSettings:
 
     overrides: list[str] = field(default_factory=list)
     learning_rate: float | None = number(None, above=0)
+    lora_B_lr_ratio: float | None = number(None, above=0)
     equal_mean_bytes: str | None = None
 
 
 @dataclass
 class TuningSettings:
-    """Search for each method's learning rate, on a seed that the comparison does not use.
+    """Search for each method's learning rates, on a seed that the comparison does not use.
 
     Parameters
     ----------
     learning_rates
         Rates to try; the one with the highest validation accuracy wins. Empty: no search.
+    lora_B_lr_ratios
+        Ratios of the learning rate of ``lora_B`` to that of ``lora_A`` to try with every rate.
+        Empty: each method's own.
     seed
         Seed of the search.
     num_rounds
@@ -105,6 +112,7 @@ class TuningSettings:
     """
 
     learning_rates: list[float] = field(default_factory=list)
+    lora_B_lr_ratios: list[float] = field(default_factory=list)
     seed: int = number(1000, at_least=0)
     num_rounds: int | None = number(None, at_least=1)
     per_cell: bool = False

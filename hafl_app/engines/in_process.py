@@ -8,6 +8,7 @@ the version of flwr that they were read from.
 
 import logging
 import shlex
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -101,6 +102,7 @@ class InProcessGrid(Grid):
         self._cohorts = cohorts
         self._run = Run.create_empty(run_id=1)
         self._replies: dict[str, Message] = {}
+        self._cpu_seconds = 0.0
         self._contexts = {
             node_id: Context(
                 run_id=self._run.run_id,
@@ -111,6 +113,11 @@ class InProcessGrid(Grid):
             )
             for node_id, node_config in enumerate(node_configs, 1)
         }
+
+    @property
+    def client_cpu_seconds(self) -> float:
+        """CPU seconds of all threads in which clients have answered so far."""
+        return self._cpu_seconds
 
     def cohort_choice(self) -> CohortChoice | None:
         """Return how many clients train together; None before that is chosen."""
@@ -160,9 +167,15 @@ class InProcessGrid(Grid):
         while group := list(islice(waiting, self._cohorts.clients if self._cohorts else 1)):
             for message in group:
                 message.metadata.__dict__["_message_id"] = str(uuid4())
-            for message, reply in zip(group, self._together(group), strict=True):
+            started = time.process_time()
+            replies = [
+                reply or self._answer(message)
+                for message, reply in zip(group, self._together(group), strict=True)
+            ]
+            self._cpu_seconds += time.process_time() - started
+            for message, reply in zip(group, replies, strict=True):
                 message_ids.append(message.metadata.message_id)
-                self._replies[message_ids[-1]] = self._sent(reply or self._answer(message))
+                self._replies[message_ids[-1]] = self._sent(reply)
         return message_ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -38,7 +38,7 @@ def rank_collapse(command: Command, say: Callable[[str], None]) -> Path:
     """
     folder = output_folder(command.output_dir, "rank-collapse")
     comparison = Comparison.of(command, folder)
-    jobs = comparison.jobs(comparison.fixed_learning_rates())
+    jobs = comparison.jobs(comparison.fixed_rates())
     for job in jobs:
         preflight.check(compose(job.overrides))
     say(f"Output folder: {folder}")

@@ -33,6 +33,8 @@ class Command:
         Names of the chosen ones; empty means all.
     output_dir
         Where to write; the finished runs of an earlier comparison there are kept.
+    older
+        Whether runs of an earlier version are kept that lack a setting which has its default now.
     """
 
     experiment: str
@@ -43,6 +45,7 @@ class Command:
     methods: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
     output_dir: Path | None = None
+    older: bool = False
 
 
 def parse_command(arguments: Sequence[str], experiment: str | None = None) -> Command:
@@ -164,5 +167,6 @@ _READERS: Mapping[str, Reader] = {
     "tune": _switch,
     "methods": _names,
     "cells": _names,
+    "older": _switch,
     "output_dir": lambda _, text: Path(text).expanduser().absolute(),
 }

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -12,19 +12,20 @@ import torch
 
 from hafl_app.config.compose import compose
 from hafl_app.experiments.command import Command, output_folder
-from hafl_app.experiments.comparison import Comparison, Job
+from hafl_app.experiments.comparison import Comparison, Job, Rates
 from hafl_app.experiments.figures import draw_comparison
-from hafl_app.experiments.results import Curve, make_row, read_curve
+from hafl_app.experiments.results import Curve, Row, make_row, read_curve
 from hafl_app.experiments.running import Outcome, run_jobs
 from hafl_app.experiments.table import Provenance, alone_cells, write_tables
 from hafl_app.experiments.tuning import (
-    choose_learning_rates,
+    TuningError,
+    choose_rates,
     describe,
     tuned_line,
     write_tuning,
 )
 from hafl_app.metrics import Metric, metric_named
-from hafl_app.run import preflight
+from hafl_app.run import build, preflight
 from hafl_app.training.device import cpu_name
 
 Say = Callable[[str], None]
@@ -45,41 +46,80 @@ def compare(command: Command, command_line: str, say: Say) -> int:
     ------
     hafl_app.config.compose.SettingsError, ValueError
         In one line, before anything runs.
-    hafl_app.experiments.tuning.TuningError
-        If a method cannot be trained at any learning rate.
     """
     folder = output_folder(command.output_dir, f"compare-{command.experiment}")
     comparison = Comparison.of(command, folder)
     comparison.require_baseline()
-    learning_rates = comparison.fixed_learning_rates()
-    jobs = comparison.jobs(learning_rates)
-    trials = comparison.tuning_jobs() if comparison.searches else []
-    for job in [*trials, *jobs]:
-        preflight.check(compose(job.overrides))
+    _check(comparison)
     say(f"Output folder: {folder}")
+    outcomes: list[Outcome] = []
+    record: list[dict[str, Any]] = []
+    failed, table = 0, ""
+    # Method by method, so that one that is interrupted has whole rows.
+    for method in comparison.methods:
+        part = comparison.only(method)
+        try:
+            rates, found = _rates(part, command, say)
+        except TuningError as error:
+            say(f"FAILED: {error}")
+            failed += 1
+            continue
+        record += found
+        outcomes += _run_all(part.jobs(rates), command, say, lambda job: job.name)
+        if comparison.searches:
+            write_tuning(folder / "tuning.json", record)
+        if not all(outcome.error for outcome in outcomes):
+            source = _source(comparison, command_line, record, outcomes)
+            table = _write_results(comparison, outcomes, source)
+    if table:
+        say("\n" + table)
+        say(f"Written: table.md, table.csv, results.json and comparison.png in {folder}")
+    return failed + sum(bool(outcome.error) for outcome in outcomes)
+
+
+def _check(comparison: Comparison) -> None:
+    """Refuse a comparison of which a run cannot work; all values, but data and model once each."""
+    trials = comparison.tuning_jobs() if comparison.searches else []
+    jobs = [*trials, *comparison.jobs(comparison.first_rates())]
+    composed = {(job.cell, job.method, job.seed): compose(job.overrides) for job in jobs}
+    for settings in composed.values():
+        preflight.check(settings)
+
+
+def _rates(
+    part: Comparison, command: Command, say: Say
+) -> tuple[Mapping[tuple[str, str], Rates], list[dict[str, Any]]]:
+    """Return the rates of one method by cell and method, and the record of a search for them."""
+    if not part.searches:
+        return part.fixed_rates(), []
+    rates, record = choose_rates(part, _run_all(part.tuning_jobs(), command, say, describe))
+    for line in map(tuned_line, record):
+        say(line)
+    return rates, record
+
+
+def _source(
+    comparison: Comparison,
+    command_line: str,
+    record: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[Outcome],
+) -> Provenance:
+    settings = [compose(outcome.job.overrides) for outcome in outcomes]
     tuning = "as in the experiment file"
-    if comparison.searches:
-        outcomes = _run_all(trials, command.workers, say, describe)
-        learning_rates, record = choose_learning_rates(comparison, outcomes)
-        write_tuning(folder / "tuning.json", record)
-        for line in map(tuned_line, record):
-            say(line)
+    if record:
         tuning = _tuning_line(comparison, metric_named(record[0]["metric"]))
-    outcomes = _run_all(comparison.jobs(learning_rates), command.workers, say, lambda j: j.name)
-    source = Provenance(
-        title=command.experiment,
+    return Provenance(
+        title=comparison.command.experiment,
         baseline=comparison.plan.baseline,
         command=command_line,
         hardware=hardware(),
-        seeds=command.seeds,
+        seeds=comparison.command.seeds,
         tuning=tuning,
         versions=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
         metric=comparison.metric,
-        models=tuple(dict.fromkeys(compose(job.overrides).model.title for job in jobs)),
+        models=tuple(dict.fromkeys(one.model.title for one in settings)),
+        precision=", ".join(dict.fromkeys(one.client.precision for one in settings)),
     )
-    say("\n" + _write_results(comparison, outcomes, source))
-    say(f"Written: table.md, table.csv, results.json and comparison.png in {folder}")
-    return sum(bool(outcome.error) for outcome in outcomes)
 
 
 def hardware() -> str:
@@ -90,11 +130,12 @@ def hardware() -> str:
 
 
 def _run_all(
-    jobs: Sequence[Job], workers: int, say: Say, name: Callable[[Job], str]
+    jobs: Sequence[Job], command: Command, say: Say, name: Callable[[Job], str]
 ) -> list[Outcome]:
     started = time.perf_counter()
     outcomes = []
-    for number, outcome in enumerate(run_jobs(jobs, workers), start=1):
+    found = run_jobs(jobs, command.workers, older=command.older)
+    for number, outcome in enumerate(found, start=1):
         outcomes.append(outcome)
         say(f"[{number}/{len(jobs)}] {name(outcome.job)}: {_outcome_line(outcome)}")
     say(f"{len(jobs)} runs in {time.perf_counter() - started:.0f} s")
@@ -120,6 +161,8 @@ def _tuning_line(comparison: Comparison, metric: Metric) -> str:
     if cells and not tuning.per_cell:
         where += f" in {cells[0]}"
     grid = ", ".join(f"{rate:g}" for rate in tuning.learning_rates)
+    if tuning.lora_B_lr_ratios:
+        grid += f" and of ratios {', '.join(f'{ratio:g}' for ratio in tuning.lora_B_lr_ratios)}"
     return f"best of {grid} by validation {metric.title}, per method, on {where}"
 
 
@@ -135,14 +178,7 @@ def _write_results(comparison: Comparison, outcomes: Sequence[Outcome], source: 
             curves[job.cell][job.method][job.seed] = read_curve(job.folder)
             jobs.setdefault((job.cell, job.method), []).append(job)
     rows = [
-        make_row(
-            cell,
-            method,
-            jobs[cell, method][0].learning_rate,
-            compose(jobs[cell, method][0].overrides).lora.max_rank,
-            runs,
-            methods[comparison.plan.baseline],
-        )
+        _row(jobs[cell, method][0], runs, methods[comparison.plan.baseline])
         for cell, methods in curves.items()
         for method, runs in methods.items()
         if runs
@@ -163,6 +199,20 @@ def _write_results(comparison: Comparison, outcomes: Sequence[Outcome], source: 
     }
     draw_comparison(drawn, comparison.folder / "comparison.png", source.title)
     return write_tables(comparison.folder, rows, alone, source)
+
+
+def _row(job: Job, runs: Mapping[int, Curve], baseline: Mapping[int, Curve]) -> Row:
+    settings = compose(job.overrides)
+    return make_row(
+        job.cell,
+        job.method,
+        job.rates.learning_rate,
+        settings.lora.max_rank,
+        runs,
+        baseline,
+        lora_B_lr_ratio=settings.client.lora_B_lr_ratio,
+        ranks=build.client_ranks(settings, settings.federation.num_clients),
+    )
 
 
 def _device_ranks(jobs: Sequence[Job]) -> list[list[dict[str, Any]]]:

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hafl_app.config.compose import SettingsError, compose, quoted
@@ -14,8 +14,30 @@ from hafl_app.run import preflight
 from hafl_app.run.checks import check_comparison
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_LEARNING_RATE = "client.learning_rate"
-LearningRates = Mapping[tuple[str, str], float]
+_LEARNING_RATE, _RATIO = "client.learning_rate", "client.lora_B_lr_ratio"
+_NOT_IN_A_SEARCH = (
+    "federation.alone_clients_per_rank=0",
+    "federation.test_every=0",
+    "federation.score_device_ranks=false",
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rate, and that of ``lora_B`` over it; None: the method's own ratio."""
+
+    learning_rate: float
+    ratio: float | None = None
+
+    def __str__(self) -> str:
+        """Return them as in lines of progress: ``0.003``, ``0.003 ratio 5``."""
+        return f"{self.learning_rate}" + ("" if self.ratio is None else f" ratio {self.ratio:g}")
+
+    @property
+    def overrides(self) -> list[str]:
+        """The settings of a run."""
+        ratio = [] if self.ratio is None else [f"{_RATIO}={self.ratio}"]
+        return [f"{_LEARNING_RATE}={self.learning_rate}", *ratio]
 
 
 @dataclass(frozen=True)
@@ -25,7 +47,7 @@ class Job:
     cell: str
     method: str
     seed: int
-    learning_rate: float
+    rates: Rates
     overrides: tuple[str, ...]
     folder: Path
 
@@ -110,40 +132,61 @@ class Comparison:
             overrides.append(f"lora.max_rank={_rank(*self._common(cell), *reference)}")
         return list({key_of(o): o for o in [*overrides, *more]}.values())
 
-    def jobs(self, learning_rates: LearningRates) -> list[Job]:
-        """Return the runs, those that share data and base model next to each other."""
+    def only(self, method: str) -> "Comparison":
+        """Return the part of the comparison that is one method's."""
+        return replace(self, methods={method: self.methods[method]})
+
+    def jobs(self, rates: Mapping[tuple[str, str], Rates]) -> list[Job]:
+        """Return the runs, those that share data and base model next to each other.
+
+        Parameters
+        ----------
+        rates
+            By cell and method.
+        """
         return [
-            self._job(cell, method, seed, learning_rates[cell, method], Path(cell) / method)
+            self._job(cell, method, seed, rates[cell, method], Path(cell) / method)
             for cell in self.cells
             for seed in self.command.seeds
             for method in self.methods
         ]
 
-    def fixed_learning_rates(self) -> dict[tuple[str, str], float]:
-        """Return each method's learning rate as the experiment file or the command line has it."""
+    def fixed_rates(self) -> dict[tuple[str, str], Rates]:
+        """Return each method's rates as the experiment file or the command line has them."""
         return {
             (cell, method): self._fixed(cell, method)
             for cell in self.cells
             for method in self.methods
         }
 
+    def first_rates(self) -> dict[tuple[str, str], Rates]:
+        """Return rates to check the runs with: the first of the grid, if there is a search."""
+        if not self.searches:
+            return self.fixed_rates()
+        keys = [(cell, method) for cell in self.cells for method in self.methods]
+        return dict.fromkeys(keys, self.grid()[0])
+
     def tuning_cells(self) -> list[str]:
         """Return the cells in which learning rates are searched."""
         return list(self.cells) if self.plan.tuning.per_cell else list(self.cells)[:1]
 
+    def grid(self) -> list[Rates]:
+        """Return the rates that a search tries."""
+        tuning = self.plan.tuning
+        ratios: list[float | None] = [*tuning.lora_B_lr_ratios] or [None]
+        return [Rates(rate, ratio) for rate in tuning.learning_rates for ratio in ratios]
+
     def tuning_jobs(self) -> list[Job]:
         """Return the runs of the search: every method at every rate, on validation data alone."""
         tuning = self.plan.tuning
-        extra = ["federation.alone_clients_per_rank=0", "federation.test_every=0"]
+        extra = [*_NOT_IN_A_SEARCH]
         if tuning.num_rounds is not None:
             extra.append(f"federation.num_rounds={tuning.num_rounds}")
         return [
-            self._job(
-                cell, method, tuning.seed, rate, Path("tuning") / cell / method / f"lr{rate}", extra
-            )
+            self._job(cell, method, tuning.seed, rates, _place(cell, method, rates), extra)
             for cell in self.tuning_cells()
             for method in self.methods
-            for rate in tuning.learning_rates
+            for rates in self.grid()
         ]
 
     def _common(self, cell: str) -> tuple[str, ...]:
@@ -155,20 +198,22 @@ class Comparison:
         cell: str,
         method: str,
         seed: int,
-        rate: float,
+        rates: Rates,
         place: Path,
         extra: Sequence[str] = (),
     ) -> Job:
         folder = self.folder / place if extra else self.folder / place / f"seed{seed}"
-        more = [*extra, f"{_LEARNING_RATE}={rate}", f"seed={seed}", f"output_dir={quoted(folder)}"]
+        more = [*extra, *rates.overrides, f"seed={seed}", f"output_dir={quoted(folder)}"]
         overrides = self.overrides_of(cell, method, *more)
-        return Job(cell, method, seed, rate, tuple(overrides), folder)
+        return Job(cell, method, seed, rates, tuple(overrides), folder)
 
-    def _fixed(self, cell: str, method: str) -> float:
-        own = self.methods[method].learning_rate
-        if own is None or _LEARNING_RATE in map(key_of, self.command.overrides):
-            return compose(self.overrides_of(cell, method)).client.learning_rate
-        return own
+    def _fixed(self, cell: str, method: str) -> Rates:
+        given = set(map(key_of, self.command.overrides))
+        its = self.methods[method]
+        rate = None if _LEARNING_RATE in given else its.learning_rate
+        if rate is None:
+            rate = compose(self.overrides_of(cell, method)).client.learning_rate
+        return Rates(rate, None if _RATIO in given else its.lora_B_lr_ratio)
 
     def _check(self, settings: Settings) -> None:
         tuning = self.plan.tuning
@@ -198,6 +243,8 @@ class Comparison:
             yield from ((key_of(o), f"the method {name}") for o in method.overrides)
         if self.searches:
             yield _LEARNING_RATE, "the tuning (tune=false leaves it out)"
+            if self.plan.tuning.lora_B_lr_ratios:
+                yield _RATIO, "the tuning (tune=false leaves it out)"
 
 
 def check_first(command: Command) -> Comparison:
@@ -216,6 +263,11 @@ def check_first(command: Command) -> Comparison:
     comparison = Comparison.of(command, Path())
     preflight.check_first(compose([f"experiment={command.experiment}", *command.overrides]))
     return comparison
+
+
+def _place(cell: str, method: str, rates: Rates) -> Path:
+    name = f"lr{rates}".replace(" ratio ", "-ratio")
+    return Path("tuning") / cell / method / name
 
 
 def key_of(override: str) -> str:

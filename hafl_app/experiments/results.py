@@ -4,11 +4,12 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from hafl_app.experiments.paired import Paired
 from hafl_app.metrics import ACCURACY, Metric, task_of
 
 MEGABYTE = 1e6
@@ -20,7 +21,9 @@ class Curve:
 
     Unless ``federation.test_every=1``, `test` is known of the last and the best round at least.
     `failures` counts the trainings, of all rounds, that did not count; `chosen_round` is the best
-    as the run chose it, if it did.
+    as the run chose it, if it did. `at_rank` is the test score of the last round's adapter cut to
+    the rank of a device, by rank, as far as it was measured; `client_seconds` and `server_seconds`
+    are CPU seconds of all rounds, NaN if unknown.
     """
 
     test: tuple[float, ...]
@@ -30,6 +33,9 @@ class Curve:
     failures: int = 0
     metric: Metric = ACCURACY
     chosen_round: int | None = None
+    at_rank: Mapping[int, float] = field(default_factory=dict)
+    client_seconds: float = math.nan
+    server_seconds: float = math.nan
 
     @property
     def sent(self) -> list[float]:
@@ -65,12 +71,12 @@ def read_curve(folder: Path) -> Curve:
     ValueError
         If there is no such file, or no round in it.
     """
-    rounds, best = _rounds(folder), best_entry(folder)
+    rounds, best, summary = _rounds(folder), best_entry(folder), _summary(folder)
     metric = task_of({name for line in rounds for name in line["metrics"]}).primary
     for line in rounds:
         if "round" in best and line["server_round"] == best["round"]:
             line["metrics"] = {**best, **line["metrics"]}  # its test scores came later
-    rounds[-1]["metrics"] = {**_summary(folder).get("final", {}), **rounds[-1]["metrics"]}
+    rounds[-1]["metrics"] = {**summary.get("final", {}), **rounds[-1]["metrics"]}
     return Curve(
         test=_metric(rounds, metric.key("test")),
         validation=_metric(rounds, metric.key("validation")),
@@ -79,7 +85,21 @@ def read_curve(folder: Path) -> Curve:
         failures=sum(r.get("failures", 0) for r in rounds),
         metric=metric,
         chosen_round=best.get("round"),
+        at_rank=_at_rank(summary),
+        client_seconds=_seconds(summary, "clients"),
+        server_seconds=_seconds(summary, "server"),
     )
+
+
+def _at_rank(summary: Mapping[str, Any]) -> dict[int, float]:
+    # A device whose layer types differ in rank is not one of a column.
+    rows = [row for row in summary.get("device_ranks", ()) if "ranks" not in row]
+    return {row["rank"]: row["federated"] for row in rows if row["federated"] is not None}
+
+
+def _seconds(summary: Mapping[str, Any], part: str) -> float:
+    value = summary.get("cpu_seconds", {}).get(part)
+    return math.nan if value is None else float(value)
 
 
 def last_validation(folder: Path, metric: Metric) -> float:
@@ -123,6 +143,16 @@ class Row:
         seeds that get there.
     mb_down, mb_up
         Of the whole run.
+    lora_B_lr_ratio
+        Learning rate of lora_B over ``learning_rate``.
+    ranks
+        Rank budgets that occur, in ascending order; one for all has no slices.
+    at_rank
+        Test score of the last round's adapter cut to the rank of a device, by rank.
+    client_seconds, server_seconds
+        CPU seconds of all rounds, of all clients and of the server.
+    difference
+        Of ``final`` from the baseline's on the same seeds.
     """
 
     cell: str
@@ -136,6 +166,17 @@ class Row:
     mb_to_baseline: Spread
     mb_down: Spread
     mb_up: Spread
+    lora_B_lr_ratio: float = 1.0
+    ranks: tuple[int, ...] = ()
+    at_rank: Mapping[int, Spread] = field(default_factory=dict)
+    client_seconds: Spread = Spread(())
+    server_seconds: Spread = Spread(())
+    difference: Paired = field(default_factory=lambda: Paired(()))
+
+    @property
+    def has_one_rank(self) -> bool:
+        """Whether all clients train at one rank."""
+        return len(self.ranks) == 1
 
 
 def make_row(
@@ -145,6 +186,9 @@ def make_row(
     max_rank: int,
     curves: Mapping[int, Curve],
     baseline: Mapping[int, Curve],
+    *,
+    lora_B_lr_ratio: float = 1.0,
+    ranks: Sequence[int] = (),
 ) -> Row:
     """Sum up a method's runs.
 
@@ -159,18 +203,29 @@ def make_row(
         if seed in baseline and (at := curve.first_round_at(baseline[seed].test[-1])) is not None
     ]
     runs = curves.values()
+    last = {seed: run.test[-1] for seed, run in curves.items()}
+    at_rank = {
+        rank: Spread(tuple(run.at_rank[rank] for run in runs if rank in run.at_rank))
+        for rank in sorted({rank for run in runs for rank in run.at_rank})
+    }
     return Row(
         cell,
         method,
         learning_rate,
         max_rank,
         tuple(curves),
-        final=Spread(tuple(run.test[-1] for run in runs)),
+        final=Spread(tuple(last.values())),
         best=Spread(tuple(run.test[run.best_round] for run in runs)),
         rounds_to_baseline=Spread(tuple(float(at) for _, at in reached)),
         mb_to_baseline=Spread(tuple(run.sent[at] for run, at in reached)),
         mb_down=Spread(tuple(run.bytes_down[-1] / MEGABYTE for run in runs)),
         mb_up=Spread(tuple(run.bytes_up[-1] / MEGABYTE for run in runs)),
+        lora_B_lr_ratio=lora_B_lr_ratio,
+        ranks=tuple(sorted(set(ranks))),
+        at_rank=at_rank,
+        client_seconds=Spread(tuple(run.client_seconds for run in runs)),
+        server_seconds=Spread(tuple(run.server_seconds for run in runs)),
+        difference=Paired.of(last, {seed: run.test[-1] for seed, run in baseline.items()}),
     )
 
 

@@ -3,10 +3,10 @@
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
 from hafl_app.engines.in_process import run_federation
 from hafl_app.experiments.comparison import Job
+from hafl_app.fields import default_of
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.printable import printable
 from hafl_app.renames import renamed_settings
@@ -34,15 +35,24 @@ class Outcome:
     error: str = ""
 
 
-def is_finished(folder: Path, settings: Settings) -> bool:
-    """Whether a folder holds the results of a finished run of exactly these settings."""
+def is_finished(folder: Path, settings: Settings, *, older: bool = False) -> bool:
+    """Whether a folder holds the results of a finished run of exactly these settings.
+
+    Parameters
+    ----------
+    older
+        Take a setting that the run did not have yet as its default. A version that brought a
+        setting whose default changed what a run does would be overlooked.
+    """
     try:
         summary = json.loads((folder / "summary.json").read_text())
         saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
         saved = renamed_settings(saved)
     except (OSError, ValueError):
         return False
-    wanted = OmegaConf.to_container(OmegaConf.create(plain_settings(settings)))
+    wanted: Any = OmegaConf.to_container(OmegaConf.create(plain_settings(settings)))
+    if older:
+        _add_defaults(saved, wanted, settings)
     return bool(summary.get("status") == "finished" and _comparable(saved) == _comparable(wanted))
 
 
@@ -68,15 +78,17 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
     return Outcome(job, time.perf_counter() - started)
 
 
-def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
+def run_jobs(jobs: Sequence[Job], workers: int, *, older: bool = False) -> Iterator[Outcome]:
     """Run jobs and yield each outcome when it is known; jobs finished before come first.
 
     Parameters
     ----------
     workers
         Processes; with 1 everything runs in this one. Each keeps one base model resident.
+    older
+        As for `is_finished`.
     """
-    resumed = [job for job in jobs if is_finished(job.folder, compose(job.overrides))]
+    resumed = [j for j in jobs if is_finished(j.folder, compose(j.overrides), older=older)]
     yield from (Outcome(job, 0.0, resumed=True) for job in resumed)
     left = [job for job in jobs if job not in resumed]
     if workers == 1 or len(left) < 2:
@@ -101,6 +113,18 @@ def _outcome(future: Future[Outcome], job: Job) -> Outcome:
         return future.result()
     except BrokenProcessPool:
         return Outcome(job, 0.0, error="a worker process died, perhaps for lack of memory")
+
+
+def _add_defaults(saved: Any, wanted: Mapping[str, Any], settings: Any) -> None:
+    """Add the default of every wanted setting, also of a whole group, that was not saved."""
+    if not isinstance(saved, dict):
+        return
+    for declared in fields(settings):
+        name, value = declared.name, getattr(settings, declared.name, None)
+        if name in wanted and is_dataclass(value):
+            _add_defaults(saved.setdefault(name, {}), wanted[name], value)
+        elif name in wanted:
+            saved.setdefault(name, default_of(declared))
 
 
 def _comparable(config: Any) -> Any:

@@ -14,17 +14,8 @@ from hafl_app.metrics import ACCURACY, Metric
 from hafl_app.printable import markdown_code, markdown_text
 
 _LONGEST_COMMAND = 4000
-_COLUMNS = (
-    "method",
-    "rank",
-    "learning rate",
-    "test, last round",
-    "test, best validation",
-    "rounds to baseline",
-    "MB to baseline",
-    "MB down",
-    "MB up",
-)
+_TO_BASELINE = ("rounds to baseline", "MB to baseline")
+DIFFERENCE_COLUMNS = ("method", "difference", "95 % interval", "pairs")
 
 
 @dataclass(frozen=True)
@@ -40,6 +31,7 @@ class Provenance:
     versions: str
     metric: Metric = ACCURACY
     models: tuple[str, ...] = ()
+    precision: str = ""
 
 
 def percent(spread: Spread) -> str:
@@ -70,7 +62,10 @@ def size(value: float) -> str:
 def markdown(
     rows: Sequence[Row], alone: Mapping[str, Sequence[Sequence[str]]], source: Provenance
 ) -> str:
-    """Return the table of every cell, what clients reach alone if known, and the provenance.
+    """Return the tables of every cell, and the provenance.
+
+    Scores and bytes of every method; its slices at the ranks of the devices and its seconds, and
+    what clients reach alone, as far as measured; differences from the baseline.
 
     Parameters
     ----------
@@ -81,11 +76,14 @@ def markdown(
     for cell in dict.fromkeys(row.cell for row in rows):
         if cell:
             parts.append(f"## {markdown_text(cell)}")
-        parts.append(
-            _grid(_COLUMNS, [_cells(row, source.metric) for row in rows if row.cell == cell])
-        )
+        its = [row for row in rows if row.cell == cell]
+        parts.append(_as_grid([_scores(row, source.metric) for row in its]))
+        if any(row.at_rank or math.isfinite(row.client_seconds.mean) for row in its):
+            parts.append(_as_grid(device_cells(its, source.metric)))
         if alone.get(cell):
             parts.append(_grid(ALONE_COLUMNS, alone[cell]))
+        if differences := difference_cells(its, source):
+            parts.append(_grid(DIFFERENCE_COLUMNS, differences))
     parts.append(_footer(source))
     return "\n\n".join(parts) + "\n"
 
@@ -98,8 +96,9 @@ def alone_cells(
 ) -> list[list[str]]:
     """Return rows of `ALONE_COLUMNS` from the ``device_ranks`` of a method's summaries."""
     rows = []
-    for rank in sorted({row["rank"] for summary in by_seed for row in summary}):
-        same = [row for summary in by_seed for row in summary if row["rank"] == rank]
+    known = [row for summary in by_seed for row in summary if "alone" in row]
+    for rank in sorted({row["rank"] for row in known}):
+        same = [row for row in known if row["rank"] == rank]
         each = {
             key: Spread(tuple(row[key] for row in same if row.get(key) is not None))
             for key in ("federated", "alone", "alone_at_max_rank")
@@ -128,18 +127,69 @@ def write_tables(
     return text
 
 
-def _cells(row: Row, metric: Metric) -> list[str]:
+def device_cells(rows: Sequence[Row], metric: Metric) -> list[dict[str, str]]:
+    """Return a line a method, by column: its slice at the rank of each device, and its seconds.
+
+    A method that trains all clients at one rank has no slices.
+    """
+    ranks = sorted({rank for row in rows if not row.has_one_rank for rank in row.at_rank})
     return [
-        row.method,
-        str(row.max_rank),
-        f"{row.learning_rate:g}",
-        score(row.final, metric),
-        score(row.best, metric),
-        _rounds(row),
-        size(row.mb_to_baseline.mean),
-        size(row.mb_down.mean),
-        size(row.mb_up.mean),
+        {
+            "method": row.method,
+            **{
+                f"rank {rank}": "-"
+                if row.has_one_rank
+                else score(row.at_rank.get(rank, Spread(())), metric)
+                for rank in ranks
+            },
+            "whole": score(row.final, metric),
+            "client CPU s": size(row.client_seconds.mean),
+            "server CPU s": size(row.server_seconds.mean),
+        }
+        for row in rows
     ]
+
+
+def difference_cells(rows: Sequence[Row], source: Provenance) -> list[list[str]]:
+    """Return rows of `DIFFERENCE_COLUMNS` for all methods but the baseline.
+
+    In percentage points for shares; without an interval where there is one pair.
+    """
+    factor, decimals = (100, 1) if source.metric.is_share else (1, 2)
+
+    def signed(value: float) -> str:
+        return f"{factor * value:+.{decimals}f}"
+
+    cells = []
+    for row in rows:
+        if row.method == source.baseline or not row.difference.each:
+            continue
+        ends = row.difference.interval
+        interval = f"{signed(ends[0])} to {signed(ends[1])}" if ends else "-"
+        pairs = str(len(row.difference.each))
+        cells.append([row.method, signed(row.difference.mean), interval, pairs])
+    return cells
+
+
+def _scores(row: Row, metric: Metric) -> dict[str, str]:
+    """Return a method's line of the first table, by column."""
+    return {
+        "method": row.method,
+        "rank": _ranks(row),
+        "learning rate": f"{row.learning_rate:g}",
+        "lr ratio": f"{row.lora_B_lr_ratio:g}",
+        "test, last round": score(row.final, metric),
+        "test, best validation": score(row.best, metric),
+        **dict(zip(_TO_BASELINE, (_rounds(row), size(row.mb_to_baseline.mean)), strict=True)),
+        "MB down": size(row.mb_down.mean),
+        "MB up": size(row.mb_up.mean),
+    }
+
+
+def _ranks(row: Row) -> str:
+    if not row.ranks:
+        return str(row.max_rank)
+    return f"{row.ranks[0]} for all" if row.has_one_rank else f"{row.ranks[0]} to {row.ranks[-1]}"
 
 
 def _rounds(row: Row) -> str:
@@ -148,6 +198,16 @@ def _rounds(row: Row) -> str:
         return "-"
     some = f" ({reached} of {len(row.seeds)} seeds)" if reached < len(row.seeds) else ""
     return f"{row.rounds_to_baseline.mean:.1f}{some}"
+
+
+def _as_grid(lines: Sequence[Mapping[str, str]]) -> str:
+    """Return the Markdown of lines by column, without the columns to the baseline if empty."""
+    columns = [
+        column
+        for column in lines[0]
+        if column not in _TO_BASELINE or any(line[column] != "-" for line in lines)
+    ]
+    return _grid(columns, [[line[column] for column in columns] for line in lines])
 
 
 def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -179,11 +239,17 @@ def _footer(source: Provenance) -> str:
             f"Test {name}{unit}: mean ± standard deviation over the seeds. To baseline: until the "
             f"test {name} of {source.baseline}'s last round on the same seed is reached, mean over "
             "the seeds that reach it (-: none, or unknown without federation.test_every=1). MB of "
-            "10^6 bytes: all messages of training and evaluation, over all clients and rounds.",
+            "10^6 bytes: all messages of training and evaluation, over all clients and rounds. "
+            "Rank r: the last round's adapter cut to its best approximation of rank r (-: all "
+            "clients train at one rank; beside methods for mixed ranks it is the largest that "
+            "costs no more bytes on average). CPU seconds: of all clients and of the server, all "
+            f"rounds, evaluation left out. Difference: from {source.baseline} in the last round, "
+            "paired by seed, with Student's interval of the mean (-: one pair has none).",
             "",
             f"- command: {markdown_code(source.command, _LONGEST_COMMAND)}",
             *([f"- model: {markdown_text(', '.join(source.models))}"] if source.models else []),
-            f"- seeds: {', '.join(map(str, source.seeds))}",
+            f"- seeds: {', '.join(map(str, source.seeds))} ({len(source.seeds)})",
+            *([f"- precision: {source.precision}"] if source.precision else []),
             f"- learning rates: {markdown_text(source.tuning)}",
             f"- hardware: {markdown_text(source.hardware)}",
             f"- versions: {markdown_text(source.versions)}",
@@ -197,15 +263,28 @@ def _plain(row: Row) -> dict[str, Any]:
         "method": row.method,
         "max_rank": row.max_rank,
         "learning_rate": row.learning_rate,
+        "lora_B_lr_ratio": row.lora_B_lr_ratio,
         "seeds": list(row.seeds),
+        "ranks": list(row.ranks),
     }
     for name, value in vars(row).items():
         if isinstance(value, Spread):
             plain[f"{name}_mean"] = value.mean if math.isfinite(value.mean) else None
             plain[f"{name}_sd"] = value.sd if math.isfinite(value.sd) else None
-            plain[f"{name}_each"] = list(value.each)
+            plain[f"{name}_each"] = [one if math.isfinite(one) else None for one in value.each]
+    for rank, spread in row.at_rank.items():
+        plain[f"at_rank_{rank}_mean"] = spread.mean if math.isfinite(spread.mean) else None
+        plain[f"at_rank_{rank}_each"] = list(spread.each)
+    ends = row.difference.interval or (None, None)
+    mean = row.difference.mean
+    plain["difference_mean"] = mean if math.isfinite(mean) else None
+    plain["difference_low"], plain["difference_high"] = ends
+    plain["difference_each"] = list(row.difference.each)
     return plain
 
 
 def _csv_fields(plain: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [key for key, value in plain[0].items() if not isinstance(value, list)] if plain else []
+    """Return the columns of all rows: not every method has every slice."""
+    keys = dict.fromkeys(key for row in plain for key in row)
+    lists = {key for row in plain for key, value in row.items() if isinstance(value, list)}
+    return [key for key in keys if key not in lists]

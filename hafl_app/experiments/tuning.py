@@ -1,4 +1,4 @@
-"""Choose each method's learning rate by its validation score, on a seed of its own."""
+"""Choose each method's learning rates by its validation score, on a seed of its own."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hafl_app.experiments.comparison import Comparison, Job
+from hafl_app.experiments.comparison import Comparison, Job, Rates
 from hafl_app.experiments.results import best_entry, last_validation
 from hafl_app.experiments.running import Outcome
 from hafl_app.metrics import Metric, metric_named
@@ -27,10 +27,10 @@ def choice_metric(comparison: Comparison, outcomes: Sequence[Outcome]) -> Metric
     return metric_named(name) if name else comparison.metric
 
 
-def choose_learning_rates(
+def choose_rates(
     comparison: Comparison, outcomes: Sequence[Outcome]
-) -> tuple[dict[tuple[str, str], float], list[dict[str, Any]]]:
-    """Return the learning rate of every cell and method, and the record of the search.
+) -> tuple[dict[tuple[str, str], Rates], list[dict[str, Any]]]:
+    """Return the rates of every cell and method, and the record of the search.
 
     The best validation score of the last round wins, by the metric that chooses rounds too, the
     first of the grid among equals. Runs that failed, as at a rate so high that training diverges,
@@ -42,17 +42,18 @@ def choose_learning_rates(
         If all runs of a method failed.
     """
     metric = choice_metric(comparison, outcomes)
-    scores: dict[tuple[str, str], dict[float, float]] = {}
+    scores: dict[tuple[str, str], dict[Rates, float]] = {}
     for outcome in outcomes:
         job = outcome.job
         score = math.nan if outcome.error else last_validation(job.folder, metric)
-        scores.setdefault((job.cell, job.method), {})[job.learning_rate] = score
-    best: dict[tuple[str, str], float] = {}
+        scores.setdefault((job.cell, job.method), {})[job.rates] = score
+    best: dict[tuple[str, str], Rates] = {}
     for (cell, method), by_rate in scores.items():
-        known = {rate: value for rate, value in by_rate.items() if math.isfinite(value)}
+        known = {rates: value for rates, value in by_rate.items() if math.isfinite(value)}
         if not known:
-            raise TuningError(f"{method}: no learning rate of {list(by_rate)} works; see run.log")
-        best[cell, method] = max(known, key=lambda rate: metric.merit(known[rate]))
+            tried = ", ".join(map(str, by_rate))
+            raise TuningError(f"{method}: no learning rate of {tried} works; see run.log")
+        best[cell, method] = max(known, key=lambda rates: metric.merit(known[rates]))
     record = [
         _record(cell, method, best[cell, method], by_rate, comparison, metric)
         for (cell, method), by_rate in scores.items()
@@ -81,33 +82,36 @@ def tuned_line(record: dict[str, Any]) -> str:
     )
     edge = "; at the edge of the grid" if record["at_edge"] else ""
     name = " ".join(part for part in (record["cell"], record["method"]) if part)
-    return f"{name}: learning rate {record['learning_rate']} ({tried}{edge})"
+    ratio = record["lora_B_lr_ratio"]
+    best = Rates(record["learning_rate"], ratio)
+    return f"{name}: learning rate {best} ({tried}{edge})"
 
 
 def describe(job: Job) -> str:
     """Name a run of the search for a line of progress."""
     name = " ".join(part for part in (job.cell, job.method) if part)
-    return f"{name} lr {job.learning_rate}"
+    return f"{name} lr {job.rates}"
 
 
 def _record(
     cell: str,
     method: str,
-    best: float,
-    by_rate: dict[float, float],
+    best: Rates,
+    by_rate: dict[Rates, float],
     comparison: Comparison,
     metric: Metric,
 ) -> dict[str, Any]:
-    grid = sorted(by_rate)
+    grid = sorted({rates.learning_rate for rates in by_rate})
     return {
         "cell": cell,
         "method": method,
-        "learning_rate": best,
+        "learning_rate": best.learning_rate,
+        "lora_B_lr_ratio": best.ratio,
         "metric": metric.name,
         "validation": {
-            str(rate): value if math.isfinite(value) else None for rate, value in by_rate.items()
+            str(rates): value if math.isfinite(value) else None for rates, value in by_rate.items()
         },
-        "at_edge": len(grid) > 1 and best in {grid[0], grid[-1]},
+        "at_edge": len(grid) > 1 and best.learning_rate in {grid[0], grid[-1]},
         "seed": comparison.plan.tuning.seed,
         "num_rounds": comparison.plan.tuning.num_rounds,
     }

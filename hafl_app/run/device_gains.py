@@ -32,8 +32,9 @@ def device_gains(
     alone: Sequence[AloneResult],
     score_of: Callable[[Adapter], float],
     metric: Metric,
+    profiles: Sequence[NodeProfile] = (),
 ) -> list[dict[str, Any]]:
-    """Compare, for every budget, the federation's adapter with those of clients trained alone.
+    """Score the global adapter cut to every budget, beside clients trained alone, if any.
 
     Parameters
     ----------
@@ -47,37 +48,49 @@ def device_gains(
         The metric of an adapter on the test data.
     metric
         Of the scores.
+    profiles
+        Nodes whose budgets have a row although none of them trained alone.
 
     Returns
     -------
     list
-        A row a budget: ``rank`` (``ranks`` too where layer types differ), the scores
-        ``federated`` and ``alone`` (mean over ``clients_alone``), and ``gain``, the margin of the
-        first.
+        A row a budget: ``rank`` (``ranks`` too where layer types differ) and the score
+        ``federated``; where clients trained alone also ``alone`` (mean over ``clients_alone``),
+        and ``gain``, the margin of the first.
     """
+    budgets = {p.ranks: p for p in [*profiles, *(result.profile for result in alone)]}
     rows = []
-    for ranks in sorted({result.profile.ranks for result in alone}):
-        same = [result for result in alone if result.profile.ranks == ranks]
-        profile = same[0].profile
+    for ranks, profile in sorted(budgets.items(), key=lambda item: item[0]):
         whole = all(f.rank <= profile.rank_of(n) for n, f in global_adapter.modules.items())
         federated = whole_score if whole else score_of(_cut(global_adapter, profile))
-        each = [score_of(result.adapter) for result in same if result.at_own_rank]
-        at_max = [score_of(result.adapter) for result in same if not result.at_own_rank]
-        mean = _mean(each)
-        row: dict[str, Any] = {
-            "rank": ranks[0],
-            "federated": federated,
-            "alone": mean,
-            "gain": metric.difference(federated, mean),
-            "clients_alone": len(each),
-            "alone_each": each,
-        }
+        row: dict[str, Any] = {"rank": ranks[0], "federated": federated}
         if len(ranks) > 1:
             row["ranks"] = list(ranks)
-        if at_max:
-            row |= {"alone_at_max_rank": _mean(at_max), "alone_at_max_rank_each": at_max}
+        if same := [result for result in alone if result.profile.ranks == ranks]:
+            row |= _alone(same, federated, score_of, metric)
         rows.append(row)
     return rows
+
+
+def _alone(
+    same: Sequence[AloneResult],
+    federated: float,
+    score_of: Callable[[Adapter], float],
+    metric: Metric,
+) -> dict[str, Any]:
+    """Return what clients of one budget reach alone, and what the federation gains them."""
+    each = [score_of(result.adapter) for result in same if result.at_own_rank]
+    at_max = [score_of(result.adapter) for result in same if not result.at_own_rank]
+    mean = _mean(each)
+    row: dict[str, Any] = {
+        "alone": mean,
+        "gain": metric.difference(federated, mean),
+        "clients_alone": len(each),
+        "alone_each": each,
+    }
+    if at_max:
+        row |= {"alone_at_max_rank": _mean(at_max), "alone_at_max_rank_each": at_max}
+    return row
 
 
 def _cut(adapter: Adapter, profile: NodeProfile) -> Adapter:

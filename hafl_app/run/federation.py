@@ -11,6 +11,7 @@ from hafl_app.data.shares import CentralText
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.run import build
 from hafl_app.run.checks import check_settings
+from hafl_app.run.cpu_seconds import CpuSeconds
 from hafl_app.run.data_report import report_data
 from hafl_app.run.device_gains import lone_clients
 from hafl_app.run.evaluation import CentralEvaluation
@@ -93,12 +94,14 @@ def _run(
     strategy = build.strategy(settings)
     report = RunReport(settings, strategy, folder)
     checkpoints = RunCheckpoints(folder, settings, tuple(overrides))
+    cpu_seconds = CpuSeconds(grid)
 
     def after_round(server_round: int) -> None:
-        report.evaluate(server_round)
-        if on_round is not None:
-            on_round(server_round, strategy.global_adapter)
-        checkpoints.save(strategy, report, grid, server_round)
+        with cpu_seconds.apart():
+            report.evaluate(server_round)
+            if on_round is not None:
+                on_round(server_round, strategy.global_adapter)
+            checkpoints.save(strategy, report, grid, server_round)
 
     try:
         checkpoint = load_checkpoint(folder) if settings.resume else None
@@ -115,10 +118,13 @@ def _run(
         else:
             resume(checkpoint, settings, strategy, report, grid)
             report_data(settings, text, profiles, folder)
-        run_rounds(strategy, grid, checkpoint.server_round + 1 if checkpoint else 1, after_round)
+        first_round = checkpoint.server_round + 1 if checkpoint else 1
+        with cpu_seconds.rounds():
+            run_rounds(strategy, grid, first_round, after_round)
         unseen = evaluate_unseen(strategy, grid, report.rounds[-1].server_round)
         alone = _alone(grid, settings, strategy, initial) if report.has_test else []
-        report.finish(alone, unseen, cohort_facts(grid))
+        times = None if checkpoint else cpu_seconds.to_json()  # of all rounds, or not at all
+        report.finish(alone, unseen, cohort=cohort_facts(grid), cpu_seconds=times)
     except (KeyboardInterrupt, SystemExit):  # Flower's processes end themselves by the latter
         report.fail("interrupted", INTERRUPTED)
         raise

@@ -246,7 +246,7 @@ class RunReport:
         self,
         alone: Sequence[AloneResult],
         unseen: Mapping[str, Any] | None = None,
-        cohort: Mapping[str, Any] | None = None,
+        **facts: Mapping[str, Any] | None,
     ) -> None:
         """Write adapters, curves and the summary.
 
@@ -256,8 +256,9 @@ class RunReport:
             Results of clients that trained without the federation.
         unseen
             Scores of clients that never trained, see `hafl_app.server.held_out_clients`.
-        cohort
-            How many clients trained together, and why; None where an engine does not choose.
+        facts
+            By key of the summary: ``cohort``, how many clients trained together, and why;
+            ``cpu_seconds`` of the rounds. None where an engine does not know.
         """
         last = self._strategy.global_adapter
         self._complete(self.rounds[-1], last, "test", "validation")
@@ -274,7 +275,7 @@ class RunReport:
 
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
         generation = self._evaluation.generation(last)
-        apart = {"clients": self._clients(unseen), "generation": generation, "cohort": cohort}
+        apart = {"clients": self._clients(unseen), "generation": generation, **facts}
         self._trackers.finish(self._summary(alone) | {k: v for k, v in apart.items() if v})
         for name in ("adapter", "adapter-best"):
             if (self._folder / name).is_dir():
@@ -341,6 +342,12 @@ class RunReport:
         metrics = self._best_record(self._best).metrics
         return {f"best_{self._choice.phase}": {**entry, **metrics}}
 
+    def _scored_devices(self) -> Sequence[NodeProfile]:
+        """Return the nodes whose slices of the last adapter are scored, alone trained or not."""
+        wanted = self._settings.federation.score_device_ranks
+        has_scores = self._evaluation.of_rounds and self.has_test
+        return self._coordinator.directory.in_order() if wanted and has_scores else ()
+
     def _summary(self, alone: Sequence[AloneResult]) -> dict[str, Any]:
         ledger = self._coordinator.ledger
         return {
@@ -358,6 +365,7 @@ class RunReport:
                 alone,
                 self._evaluation.primary_test_metric,
                 self._metric,
+                self._scored_devices(),
             ),
             "metric": self._metric.name,
             "bytes": bytes_by_phase(ledger),

@@ -95,6 +95,9 @@ class FederationSettings:
     alone_at_max_rank
         Whether they train alone once more at ``lora.max_rank``, to separate the cost of
         their rank from that of their little data.
+    score_device_ranks
+        Whether the last round's adapter is also scored on the test data cut to the rank of each
+        device, by its best approximation: a pass over the test data for every rank.
     partition_owner
         Owner of a partition, which one node at a time trains. ``connected``: a node that went
         offline frees its partition for another, so that one that restarts comes back. ``node``:
@@ -178,6 +181,7 @@ class FederationSettings:
     generate_tokens: int = number(64, at_least=1, resumable=True)
     alone_clients_per_rank: int = number(0, at_least=0, resumable=True)
     alone_at_max_rank: bool = setting(False, resumable=True)
+    score_device_ranks: bool = setting(False, resumable=True)
     partition_owner: str = choice("connected", "connected", "node")
     round_timeout_s: float = number(3600.0, above=0, resumable=True)
     start_timeout_s: float = number(600.0, above=0, resumable=True)

@@ -363,7 +363,7 @@ def _device_row(row: Mapping[str, Any], metric: Metric) -> list[str | Text]:
     return [
         "/".join(str(rank) for rank in row.get("ranks", [row["rank"]])),
         metric.text(row["federated"]),
-        metric.text(row["alone"]),
-        points(row["gain"]) if metric.is_share else gained(row["gain"]),
-        str(row["clients_alone"]),
+        metric.text(row.get("alone")),
+        points(row.get("gain")) if metric.is_share else gained(row.get("gain")),
+        str(row.get("clients_alone", 0)),
     ]
