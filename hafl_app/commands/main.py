@@ -174,7 +174,7 @@ def compare(context: click.Context, arguments: tuple[str, ...]) -> int:
     workers=2                processes that train at once (1)
     tune=false               learning rates of the experiment instead of a search
     methods=a,b cells=c      only these of the experiment
-    older=true               keep finished runs that lack a setting with its default now
+    older=true               keep runs without a setting that has its default now
     output_dir=FOLDER        where to write; finished runs that are there are kept
 
     All other settings hold for every run, e.g. federation.num_rounds=5.

@@ -5,8 +5,6 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from scipy import stats
-
 
 @dataclass(frozen=True)
 class Paired:
@@ -48,6 +46,8 @@ class Paired:
         n = len(self.each)
         if n < 2:
             return None
+        from scipy import stats  # noqa: PLC0415  takes a second
+
         half = stats.t.ppf((1 + self.confidence) / 2, n - 1) * statistics.stdev(self.each)
         half /= math.sqrt(n)
         return self.mean - float(half), self.mean + float(half)

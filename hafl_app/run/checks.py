@@ -18,11 +18,6 @@ from hafl_app.config.habits import MODEL
 from hafl_app.config.schema import Settings
 from hafl_app.data.combinations import IMAGES, check_choices, check_sharing
 from hafl_app.data.errors import DataError
-from hafl_app.server.compatibility import (
-    no_server_optimizer,
-    scaffold_refusal,
-    server_optimizer_refusal,
-)
 from hafl_app.server.settings import ServerOptimizerSettings
 
 _PINS: Final = ("revision", "sha256", "package_path")
@@ -244,8 +239,15 @@ def _server_optimizer(settings: Settings) -> Iterator[str]:
     """Server optimizers without a meaning for the method, and settings that one does not have."""
     optimizer, defaults = settings.federation.server_optimizer, ServerOptimizerSettings()
     kind, method = optimizer.kind, type(settings.strategy).__module__.rpartition(".")[2]
-    if kind != "none" and (reason := no_server_optimizer(settings.strategy.traits)):
-        yield server_optimizer_refusal(kind, method, reason)
+    if kind != "none":
+        # Here, because it imports torch, as the method's class has by now.
+        from hafl_app.server.compatibility import (  # noqa: PLC0415
+            no_server_optimizer,
+            server_optimizer_refusal,
+        )
+
+        if reason := no_server_optimizer(settings.strategy.traits):
+            yield server_optimizer_refusal(kind, method, reason)
     for name, kinds in SERVER_OPTIMIZERS_WITH.items():
         if kind not in kinds and (value := getattr(optimizer, name)) != getattr(defaults, name):
             yield (
@@ -258,6 +260,11 @@ def _scaffold(settings: Settings) -> Iterator[str]:
     """Refuse what makes a client's change no sum of its gradients, or hides it."""
     if not settings.federation.scaffold:
         return
+    from hafl_app.server.compatibility import (  # noqa: PLC0415  it imports torch
+        no_server_optimizer,
+        scaffold_refusal,
+    )
+
     if reason := no_server_optimizer(settings.strategy.traits):
         yield scaffold_refusal(type(settings.strategy).__module__.rpartition(".")[2], reason)
     for name, (expected, reason) in SCAFFOLD_NEEDS.items():

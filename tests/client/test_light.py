@@ -29,4 +29,4 @@ def test_so_it_does_when_it_speaks_to_a_worker():
 
 
 def test_what_is_heavy_is_noticed():
-    assert imported_with("import hafl_app.client.permissions") == ["hydra", "omegaconf"]
+    assert imported_with("import hafl_app.client.permissions") == ["omegaconf"]

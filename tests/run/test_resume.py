@@ -335,6 +335,7 @@ def test_what_may_change_is_declared_by_the_fields():
         "federation.alone_clients_per_rank",
         "federation.alone_at_max_rank",
         "federation.cohort",
+        "federation.score_device_ranks",
     } == resumable_settings()
 
 
