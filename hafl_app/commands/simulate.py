@@ -128,7 +128,8 @@ def main(arguments: Sequence[str], program: Sequence[str]) -> int:
 
 def _run_jobs() -> int:
     line = CommandLine.of(_typed)
-    typed = line.overrides
+    # resume= is a folder as the shell gives it, with spaces and no quotes of Hydra's.
+    typed = [override for override in line.overrides if key(override) != "resume"]
     placed: list[str] = []
     if line.shows != "hydra":
         line = resumed(line)
