@@ -10,12 +10,12 @@ from flwr.app import Array, Message, RecordDict
 from running import LONE, ReorderedGrid, records, run_tiny, tampering
 from safetensors.torch import load_file
 
+from hafl_app.cgroups import usable_cpus
 from hafl_app.client import handlers
 from hafl_app.server.method import StrategyError
 from hafl_app.server.rounds import RoundFailedError
 from hafl_app.training import lora_model
 from hafl_app.training.adapter_files import load_adapter
-from hafl_app.training.device import usable_cpus
 from hafl_app.training.evaluate import evaluate
 from hafl_app.wire.records import METRICS
 

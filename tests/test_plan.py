@@ -7,18 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hafl_app.component_choice import ComponentChoice
-from hafl_app.plan import (
+from hafl_app.component_lists import (
     BIT_LEVELS,
+    format_bits,
+    format_indices,
+    parse_bits,
+    parse_indices,
+)
+from hafl_app.plan import (
     Alignment,
     ModulePlan,
     TailPruning,
     TrainPlan,
     component_bytes,
-    format_bits,
-    format_indices,
     largest_code,
-    parse_bits,
-    parse_indices,
 )
 
 CHOICE = ComponentChoice("contribution", "module")

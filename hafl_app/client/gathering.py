@@ -23,8 +23,8 @@ class _Waiting(Generic[_Request, _Reply]):
 class Gathering(Generic[_Request, _Reply]):
     """Gathers requests and answers them, all in one thread.
 
-    A group that is not full is answered when none has come for a while: nobody says how many there
-    will be, and those who wait for a reply send no other request.
+    A group that is not full is answered when none has come for a while: no sender says how many
+    there will be, and those who wait for a reply send no other request.
 
     Parameters
     ----------

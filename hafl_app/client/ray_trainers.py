@@ -108,7 +108,7 @@ def choice_of(trainers: int) -> "CohortChoice | None":
 
 
 def _trainer(number: int, run_config: UserConfig) -> Any:
-    """Return a trainer, started if need be; the Ray job's own names are nobody else's."""
+    """Return a trainer, started if need be; its name is the Ray job's alone."""
     if number not in _started:
         ray = _ray()
         actor = ray.remote(Trainer).options(

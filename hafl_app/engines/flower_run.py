@@ -1,7 +1,6 @@
 """Run `flwr run` on a SuperLink and in a Flower home of its own, both removed afterwards."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hafl_app.cgroups import usable_cpus
 from hafl_app.engines.processes import (
     HOME_PREFIX,
     comes_up,
@@ -80,7 +80,7 @@ def resources_for(
     client_cpus, client_gpus
         Given shares take precedence.
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = usable_cpus()
     share = client_cpus if client_cpus is not None else min(num_threads, cpus)
     at_once = max(1, min(num_clients, cpus // share))
     gpu_share = client_gpus if client_gpus is not None else min(1.0, num_gpus / at_once)

@@ -58,7 +58,7 @@ def flower_messages_at_once() -> int:
 def resources_of_cohorts(settings: Settings, trainers: int) -> SimulationResources:
     """Return the resources with which the clients of a cohort for each trainer come at once.
 
-    Their processes wait most of the time, so Ray is told of as many CPUs as there are of them.
+    Their processes wait most of the time, so Ray counts on as many CPUs as there are of them.
     """
     federation = settings.federation
     at_once = min((federation.cohort_clients or 1) * trainers, federation.num_clients)

@@ -24,8 +24,9 @@ class FedPLora(ComponentMean):
     folded into its base: ``W_k = W_0 + sum_{i not in K_k} b_i a_i``. So every client starts from
     the whole global model, whatever its rank. Afterwards
     ``b_i <- sum_{i in K_k} w_k b_{k,i} / sum_{i in K_k} w_k``, ``w_k ~ num_examples``, and a_i
-    likewise; what nobody drew keeps its value. It is `Hafl` with ``scheme=freezing`` and
-    ``selection=random``, without a score; `FedIt` where every client has rank ``max_rank``.
+    likewise; a component that no client drew keeps its value. It is `Hafl` with
+    ``scheme=freezing`` and ``selection=random``, without a score; `FedIt` where every client has
+    rank ``max_rank``.
 
     Reconstruction: the paper was read in its abstract and in accounts of it. The server draws, from
     seed, round and client, with the same distribution. Frozen components stand beside the base

@@ -15,12 +15,10 @@ from hafl_app.fields import number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import TrainPlan
 from hafl_app.server.method import Traits
-from hafl_app.server.update import ClientUpdate
-from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.kept_updates import KeptUpdates, Updates
 from hafl_app.strategies.product_mean import OF_PRODUCTS
 from hafl_app.wire.node_profile import NodeProfile
 
-Updates = tuple[ClientUpdate, ...]
 Weights = Float[Tensor, " clients"]
 Gram = Float[Tensor, "clients rank clients rank"]
 
@@ -30,7 +28,7 @@ _SINGULAR = 1e-10
 
 
 @dataclass(kw_only=True, eq=False)
-class FloraNa(HeterogeneousLora):
+class FloraNa(KeptUpdates):
     """FedIT with other weights, one for each client and factor; what travels is what FedIT sends.
 
     With ``w_k ~ num_examples``, for every weight of the model:
@@ -66,14 +64,6 @@ class FloraNa(HeterogeneousLora):
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client trains the same components: all of its rank."""
         return self.prefix_plan(self.budgets(profile))
-
-    def begin(self, previous: Adapter) -> Updates:
-        """Return no updates."""
-        return ()
-
-    def accumulate(self, state: Updates, update: ClientUpdate) -> Updates:
-        """Keep the update until all are there."""
-        return (*state, update)
 
     def finish(self, state: Updates, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Seek the weights of every module, and add up with them what was trained."""

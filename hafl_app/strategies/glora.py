@@ -17,18 +17,15 @@ from hafl_app.lowrank.spectrum import Spectrum, sum_of
 from hafl_app.lowrank.svd import truncated_svds
 from hafl_app.plan import TrainPlan
 from hafl_app.server.method import StrategyError
-from hafl_app.server.update import ClientUpdate
-from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.kept_updates import KeptUpdates, Updates
 from hafl_app.strategies.product_mean import OF_PRODUCTS
 from hafl_app.wire.node_profile import NodeProfile
-
-Updates = tuple[ClientUpdate, ...]
 
 _SHARED = "arXiv:2605.06733: what lies outside the clients' consensus subspace is lost"
 
 
 @dataclass(kw_only=True, eq=False)
-class GLora(HeterogeneousLora):
+class GLora(KeptUpdates):
     """FlexLoRA in consensus coordinates: clients vote on directions, whatever their size.
 
     With ``w_k ~ num_examples`` and, of every client's product ``B_k A_k``, the orthonormal bases
@@ -68,14 +65,6 @@ class GLora(HeterogeneousLora):
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client holds and trains the first components, as many as its rank allows."""
         return self.prefix_plan(self.budgets(profile))
-
-    def begin(self, previous: Adapter) -> Updates:
-        """Return no updates."""
-        return ()
-
-    def accumulate(self, state: Updates, update: ClientUpdate) -> Updates:
-        """Keep the update until the subspace is known."""
-        return (*state, update)
 
     def finish(self, state: Updates, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Find the consensus subspaces, average in them, and decompose."""

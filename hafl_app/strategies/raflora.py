@@ -12,29 +12,26 @@ import torch
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.product_sum import ProductSum, truncated_sums
 from hafl_app.plan import TrainPlan
-from hafl_app.server.update import ClientUpdate
-from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.kept_updates import KeptUpdates, Updates
 from hafl_app.strategies.product_mean import OF_PRODUCTS
 from hafl_app.wire.node_profile import NodeProfile
 
-Updates = tuple[ClientUpdate, ...]
-
 
 @dataclass(kw_only=True, eq=False)
-class RaFlora(HeterogeneousLora):
+class RaFlora(KeptUpdates):
     """FlexLoRA whose divisor follows the rank: high components are not diluted.
 
     The ranks that occur cut the components into blocks ``(l, h]``. With ``w_k ~ num_examples``,
 
     ``M <- trunc(sum_h sum_{r_k >= h} w_k B_k[:, l:h] A_k[l:h, :] / sum_{r_k >= h} w_k)``
 
-    where FlexLoRA divides by everybody, so that singular value i shrinks each round by the share of
-    the clients that hold it, and the update collapses to the lowest rank. ``trunc`` keeps
+    where FlexLoRA divides by all clients, so that singular value i shrinks each round by the share
+    of the clients that hold it, and the update collapses to the lowest rank. ``trunc`` keeps
     ``max_rank`` singular values as ``lora_B = U S``, ``lora_A = V^T``; a client of rank r receives
     the first r.
 
     Reconstruction: the paper was read in its abstract and in re-implementations. A block that
-    nobody covers in a round stays as it was, where a plain sum would lose it. All components of
+    no client covers in a round stays as it was, where a plain sum would lose it. All components of
     a block have the same clients, so the mean is taken component by component, and the blocks are
     the same whoever takes part. A re-implementation splits the singular values' square root between
     both factors; where they are 0 neither could learn again. Every upload is kept until the round
@@ -54,14 +51,6 @@ class RaFlora(HeterogeneousLora):
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client holds and trains the largest components, as many as its rank allows."""
         return self.prefix_plan(self.budgets(profile))
-
-    def begin(self, previous: Adapter) -> Updates:
-        """Return no updates."""
-        return ()
-
-    def accumulate(self, state: Updates, update: ClientUpdate) -> Updates:
-        """Keep the update until the divisors are known."""
-        return (*state, update)
 
     def finish(self, state: Updates, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Divide each component by the weight of those who trained it, and decompose."""

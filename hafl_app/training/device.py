@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import math
 import os
 import platform
 import resource
@@ -16,9 +15,10 @@ from typing import Any
 import psutil
 import torch
 
+from hafl_app.cgroups import memory_limits, usable_cpus
+
 _LOGGER = logging.getLogger(__name__)
 _MEGABYTE = 1e6
-_CGROUPS = Path("/sys/fs/cgroup")
 _ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
@@ -105,46 +105,9 @@ def _memory(device: torch.device) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(device)
         return total, free
     machine = psutil.virtual_memory()
-    limits = list(_cgroup_memory(_CGROUPS, _own_cgroup()))
+    limits = list(memory_limits())
     total = min([machine.total, *(limit for limit, _ in limits)])
     return total, min([machine.available, *(max(0, limit - used) for limit, used in limits)])
-
-
-def _own_cgroup() -> str:
-    """Return this process's path in the unified hierarchy (cgroup v2), ``/`` when there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            if line.startswith("0::"):
-                return line.removeprefix("0::")
-    return "/"
-
-
-def _cgroup_memory(root: Path, own: str) -> Iterator[tuple[int, int]]:
-    """Yield the limit and the use, in bytes, of every group around a process that has a limit."""
-    for group in _groups_around(root, own):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit here
-            limit = int((group / "memory.max").read_text(encoding="utf-8"))
-            yield limit, _cgroup_use(group)
-
-
-def _groups_around(root: Path, own: str) -> Iterator[Path]:
-    """Yield the folders of a process's own group and of those that it lies in."""
-    folder = root / own.strip("/")
-    # A container may be shown the host's path under a mount that begins at its own group.
-    for group in (folder, *folder.parents):
-        if not group.is_relative_to(root):
-            return
-        yield group
-
-
-def _cgroup_use(group: Path) -> int:
-    """Return the used bytes of a group that cannot be reclaimed, so without its files' cache."""
-    used = int((group / "memory.current").read_text(encoding="utf-8"))
-    for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(" ")
-        if name == "inactive_file":
-            return used - int(value)
-    return used
 
 
 def cpu_name() -> str:
@@ -183,21 +146,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the autocast context for ``auto``, ``fp32`` or ``bf16``."""
     enabled = resolve_precision(precision, device) == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def usable_cpus() -> int:
-    """Return the number of CPUs that this process may use, by its affinity and its cgroups."""
-    affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min([cpus, *_cgroup_cpus(_CGROUPS, _own_cgroup())])
-
-
-def _cgroup_cpus(root: Path, own: str) -> Iterator[int]:
-    """Yield the CPUs, rounded up, of every group around a process that has a quota."""
-    for group in _groups_around(root, own):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no quota here
-            quota, period = map(int, (group / "cpu.max").read_text(encoding="utf-8").split())
-            yield math.ceil(quota / period)
 
 
 @contextlib.contextmanager

@@ -243,9 +243,7 @@ def read_sizes(layout: Mapping[str, Any], key: str, count: int) -> list[int]:
     RecordError
         If it is missing or malformed.
     """
-    sizes = _list(layout, key, int, "whole numbers")
-    if len(sizes) != count:
-        raise RecordError(f"layout: {key!r} has {len(sizes)} values for {count} modules")
+    sizes = _one_a_module(layout, key, int, "whole numbers", count)
     if odd := [size for size in sizes if not 0 <= size <= _LARGEST_SIZE]:
         raise RecordError(f"layout: {key!r} has {odd[0]}, expected 0 to {_LARGEST_SIZE}")
     return sizes
@@ -259,10 +257,16 @@ def read_texts(layout: Mapping[str, Any], key: str, count: int) -> list[str]:
     RecordError
         If it is missing or malformed.
     """
-    texts = _list(layout, key, str, "text")
-    if len(texts) != count:
-        raise RecordError(f"layout: {key!r} has {len(texts)} values for {count} modules")
-    return texts
+    return _one_a_module(layout, key, str, "text", count)
+
+
+def _one_a_module(
+    layout: Mapping[str, Any], key: str, kind: type[T], expected: str, count: int
+) -> list[T]:
+    values = _list(layout, key, kind, expected)
+    if len(values) != count:
+        raise RecordError(f"layout: {key!r} has {len(values)} values for {count} modules")
+    return values
 
 
 def _list(layout: Mapping[str, Any], key: str, kind: type[T], expected: str) -> list[T]:

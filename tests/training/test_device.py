@@ -5,6 +5,7 @@ import pytest
 import torch
 from training_factories import CPU
 
+from hafl_app import cgroups
 from hafl_app.training import device
 from hafl_app.training.device import (
     autocast,
@@ -58,8 +59,8 @@ class TestUsableCpus:
         """Cgroups without a quota, for a process in /a/b that may run on eight CPUs."""
         (tmp_path / "a" / "b").mkdir(parents=True)
         (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
-        monkeypatch.setattr(device, "_CGROUPS", tmp_path)
-        monkeypatch.setattr(device, "_own_cgroup", lambda: "/a/b")
+        monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
+        monkeypatch.setattr(cgroups, "_own_group", lambda: "/a/b")
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
         return tmp_path
 
@@ -69,7 +70,7 @@ class TestUsableCpus:
     def test_a_quota_of_a_group_around_counts(self, root, quota, cpus):
         (root / "a" / "cpu.max").write_text(f"{quota}\n")
 
-        assert device.usable_cpus() == cpus
+        assert cgroups.usable_cpus() == cpus
 
     def test_no_more_threads_run_and_it_is_said_once(self, root, caplog):
         (root / "a" / "cpu.max").write_text("100000 100000\n")
@@ -133,8 +134,8 @@ class TestContainers:
         (folder / "memory.stat").write_text(f"anon 5\ninactive_file {reclaimable}\nslab 7\n")
 
     def memory(self, monkeypatch, root, own="/"):
-        monkeypatch.setattr(device, "_CGROUPS", root)
-        monkeypatch.setattr(device, "_own_cgroup", lambda: own)
+        monkeypatch.setattr(cgroups, "_ROOT", root)
+        monkeypatch.setattr(cgroups, "_own_group", lambda: own)
         facts = device_facts(CPU)
         return facts.memory_total_mb, facts.memory_free_mb
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from training_factories import SPEC, WIDE, plan_for, random_adapter, random_rows
 
 from hafl_app.lowrank.factors import Adapter
@@ -24,11 +23,7 @@ SCALING = 2.5
 
 @pytest.fixture(scope="module")
 def classifier() -> LoraClassifier:
-    classifier = LoraClassifier(SPEC)
-    for module in classifier.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return classifier
+    return LoraClassifier(SPEC)
 
 
 @pytest.fixture(scope="module")

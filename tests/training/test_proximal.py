@@ -32,11 +32,7 @@ SGD = TrainOptions(
 
 @pytest.fixture(scope="module")
 def classifier() -> LoraClassifier:
-    classifier = LoraClassifier(SPEC)
-    for module in classifier.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return classifier
+    return LoraClassifier(SPEC)
 
 
 @pytest.fixture(scope="module")
