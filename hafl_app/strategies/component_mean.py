@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hafl_app.lowrank.components import ComponentSums
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.server.aggregation import empty_sums
+from hafl_app.server.options import RunOptions
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
 
@@ -19,7 +20,7 @@ class ComponentMean(HeterogeneousLora, ABC):
 
     def begin(self, previous: Adapter) -> Sums:
         """Return the empty sums of every module."""
-        return {n: empty_sums(factors, self.options) for n, factors in previous.modules.items()}
+        return empty_components(previous, self.options)
 
     def weight(self, update: ClientUpdate) -> float:
         """Return a client's weight: its number of examples."""
@@ -27,11 +28,20 @@ class ComponentMean(HeterogeneousLora, ABC):
 
     def accumulate(self, state: Sums, update: ClientUpdate) -> Sums:
         """Add the client's components to the slots that its plan names."""
-        weight = self.weight(update)
-        return {
-            name: sums.add(update.adapter.modules[name], update.components(name), weight)
-            for name, sums in state.items()
-        }
+        return add_components(state, update, self.weight(update))
+
+
+def empty_components(adapter: Adapter, options: RunOptions) -> Sums:
+    """Return empty sums of the components of every module of ``adapter``."""
+    return {name: empty_sums(factors, options) for name, factors in adapter.modules.items()}
+
+
+def add_components(state: Sums, update: ClientUpdate, weight: float) -> Sums:
+    """Return the sums with a client's components, each in the slot that its plan names."""
+    return {
+        name: sums.add(update.adapter.modules[name], update.components(name), weight)
+        for name, sums in state.items()
+    }
 
 
 def over_contributors(state: Sums, previous: Adapter) -> dict[str, LoraFactors]:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.server.aggregation import empty_product_sum, empty_sums
+from hafl_app.server.aggregation import empty_product_sum
 from hafl_app.server.options import RunOptions
 from hafl_app.server.update import ClientUpdate
-from hafl_app.strategies.component_mean import Sums
+from hafl_app.strategies.component_mean import Sums, add_components, empty_components
 from hafl_app.strategies.product_mean import ProductSums, add_products, empty_products
 
 
@@ -20,14 +20,10 @@ class FactorAndProductSums:
     @classmethod
     def empty(cls, adapter: Adapter, options: RunOptions) -> "FactorAndProductSums":
         """Return empty sums of the components of ``adapter``."""
-        sums = {name: empty_sums(factors, options) for name, factors in adapter.modules.items()}
+        sums = empty_components(adapter, options)
         return cls(sums, empty_products(adapter, empty_product_sum(options)))
 
     def add(self, update: ClientUpdate) -> "FactorAndProductSums":
         """Return the sums with a client's factors and products, weighted by its examples."""
-        weight = float(update.num_examples)
-        sums = {
-            name: one.add(update.adapter.modules[name], update.components(name), weight)
-            for name, one in self.factors.items()
-        }
+        sums = add_components(self.factors, update, float(update.num_examples))
         return FactorAndProductSums(sums, add_products(self.products, update))

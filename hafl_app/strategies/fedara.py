@@ -18,14 +18,14 @@ from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.seeds import client_seed
 from hafl_app.server.aggregation import mean_over_clients
 from hafl_app.server.method import Traits
-from hafl_app.server.update import ClientUpdate
-from hafl_app.strategies.component_mean import ComponentMean, Sums, over_contributors
+from hafl_app.strategies.component_mean import Sums, over_contributors
 from hafl_app.strategies.importance import GRADIENT_MEASURES, ImportanceScores
+from hafl_app.strategies.scored_mean import ScoredMean
 from hafl_app.wire.node_profile import NodeProfile
 
 
 @dataclass(kw_only=True, eq=False)
-class FedAra(ComponentMean):
+class FedAra(ScoredMean):
     """The least important components of the whole model are pruned for good, round by round.
 
     Of N modules with ``max_rank`` components each, round t of T keeps the b(t) most important,
@@ -69,9 +69,12 @@ class FedAra(ComponentMean):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.scores = ImportanceScores(self.importance, False, self.smoothing, 1.0, 1.0)
         self.pruned: dict[str, Tensor] = {}
         self.rounds = 0
+
+    def new_scores(self) -> ImportanceScores:
+        """Return scores that clients measure from their gradients."""
+        return ImportanceScores(self.importance, False, self.smoothing, 1.0, 1.0)
 
     def budget(self, server_round: int) -> int:
         """Return b(t), the components of the whole model in a round."""
@@ -101,16 +104,6 @@ class FedAra(ComponentMean):
         return self.train_plan(
             modules, importance=self.importance, importance_smoothing=self.smoothing
         )
-
-    def begin(self, previous: Adapter) -> Sums:
-        """Return empty sums, and forget the last round's measurements."""
-        self.scores.begin_round()
-        return super().begin(previous)
-
-    def accumulate(self, state: Sums, update: ClientUpdate) -> Sums:
-        """Add the client's components to their slots, and keep its importance scores."""
-        self.scores.add(update)
-        return super().accumulate(state, update)
 
     def finish(self, state: Sums, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Average over contributors, update the scores, and prune down to the next budget."""

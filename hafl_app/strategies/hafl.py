@@ -18,15 +18,15 @@ from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.seeds import client_seed
 from hafl_app.server.aggregation import mean_over_clients
 from hafl_app.server.method import StrategyError, Traits
-from hafl_app.server.update import ClientUpdate
-from hafl_app.strategies.component_mean import ComponentMean, Sums, over_all, over_contributors
+from hafl_app.strategies.component_mean import Sums, over_all, over_contributors
 from hafl_app.strategies.importance import GRADIENT_MEASURES, ImportanceScores
+from hafl_app.strategies.scored_mean import ScoredMean
 from hafl_app.strategies.selection import ComponentSelection
 from hafl_app.wire.node_profile import NodeProfile
 
 
 @dataclass(kw_only=True, eq=False)
-class Hafl(ComponentMean):
+class Hafl(ScoredMean):
     """Each client trains its budget's worth of the most important components.
 
     *Freezing*: every client holds the global rank, trains and uploads only the chosen components;
@@ -90,14 +90,17 @@ class Hafl(ComponentMean):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.scores = ImportanceScores(
+        self.traits = self._declare()
+
+    def new_scores(self) -> ImportanceScores:
+        """Return scores that are measured where and as the settings say."""
+        return ImportanceScores(
             measure=self.importance if self._scores_on_server else "none",
             by_server=self.source == "server",
             smoothing=self.smoothing,
             learning_rate=self.learning_rate,
             lora_B_lr_ratio=self.lora_B_lr_ratio,
         )
-        self.traits = self._declare()
 
     @property
     def _by_client(self) -> bool:
@@ -195,16 +198,6 @@ class Hafl(ComponentMean):
         return self.scores.of(self.global_adapter)
 
     # ---- merging ---------------------------------------------------------------------------
-
-    def begin(self, previous: Adapter) -> Sums:
-        """Return empty sums, and forget the last round's measurements."""
-        self.scores.begin_round()
-        return super().begin(previous)
-
-    def accumulate(self, state: Sums, update: ClientUpdate) -> Sums:
-        """Add the client's components to their slots, and keep its importance scores."""
-        self.scores.add(update)
-        return super().accumulate(state, update)
 
     def finish(self, state: Sums, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Average by the chosen rule, then update the scores of what was trained."""
