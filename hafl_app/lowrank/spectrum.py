@@ -99,10 +99,3 @@ def sum_of(pieces: Iterable[tuple[LoraFactors, float]]) -> ProductSum:
     for factors, weight in pieces:
         total = total.add(factors, weight)
     return total
-
-
-def size_of(factors: LoraFactors) -> float:
-    """Return ``sum_i ||b_i|| ||a_i||``, an upper bound of every norm of the product."""
-    columns: Tensor = torch.linalg.vector_norm(factors.lora_B.double(), dim=0)
-    rows: Tensor = torch.linalg.vector_norm(factors.lora_A.double(), dim=1)
-    return float(columns @ rows)

@@ -211,7 +211,12 @@ def rounding_error(factors: LoraFactors) -> Float[Tensor, ""]:
     is bounded by ``sum_i ||b_i|| ||a_i||``. Pieces that cancel each other can make the largest
     singular value far smaller than that, so it cannot serve as the yardstick.
     """
+    size = max(factors.out_features, factors.in_features, factors.rank)
+    return _EPS * size * size_of(factors)
+
+
+def size_of(factors: LoraFactors) -> Float[Tensor, ""]:
+    """Return ``sum_i ||b_i|| ||a_i||`` in float64, an upper bound of every norm of the product."""
     columns: Tensor = torch.linalg.vector_norm(factors.lora_B.double(), dim=0)
     rows: Tensor = torch.linalg.vector_norm(factors.lora_A.double(), dim=1)
-    size = max(factors.out_features, factors.in_features, factors.rank)
-    return _EPS * size * (columns @ rows)
+    return columns @ rows

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
-from hafl_app.lowrank.spectrum import Spectrum, size_of, sum_of
+from hafl_app.lowrank.spectrum import Spectrum, sum_of
+from hafl_app.lowrank.thin_svd import size_of
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.product_mean import OF_PRODUCTS, ProductMean
@@ -104,7 +105,7 @@ def extended(base: LoraFactors, addition: LoraFactors) -> LoraFactors:
         return base
     if not base.rank:
         return addition
-    noise = _ROUNDING * (size_of(base) + size_of(addition))
+    noise = rounding_of(base, addition)
     return Spectrum.of(sum_of([(base, 1.0), (addition, 1.0)]), noise=noise).factors(
         base.lora_A.dtype
     )
@@ -112,4 +113,4 @@ def extended(base: LoraFactors, addition: LoraFactors) -> LoraFactors:
 
 def rounding_of(*parts: LoraFactors) -> float:
     """Return the size up to which the difference of sums of these is float32's rounding."""
-    return _ROUNDING * sum(map(size_of, parts))
+    return _ROUNDING * sum(float(size_of(part)) for part in parts)
