@@ -18,8 +18,16 @@ from hafl_app.kept import kept
 from hafl_app.run import build
 from hafl_app.run.summary import versions
 from hafl_app.run.tokenization import cache_folder
+from hafl_app.server.client_sampling import sample_size
 from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
-from hafl_app.training.cohort_choice import CHOSEN_CLIENTS, CohortChoice, choose, differ
+from hafl_app.training.cohort_choice import (
+    CHOSEN_CLIENTS,
+    CohortChoice,
+    choose,
+    differ,
+    steps_of,
+    too_short,
+)
 from hafl_app.training.device import cpu_name, describe_device, resolve_device, threads
 from hafl_app.training.local import Task, TrainResult
 from hafl_app.training.lora_model import LoraModel
@@ -27,6 +35,8 @@ from hafl_app.training.quantization.precisions import BLOCKWISE
 
 _LOGGER = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+_OF_SPEED = ("batch_size", "gradient_checkpointing", "optimizer", "precision", "num_threads")
+"""Settings of a client that its speed depends on; a rate is searched without measuring again."""
 
 
 class Cohorts:
@@ -101,13 +111,24 @@ class Cohorts:
         return _attempt(train_cohort, model, tasks)
 
     def _choose(self, model: LoraModel, tasks: Sequence[Task]) -> CohortChoice:
-        if why_not := obstacle_of(model) or differ(model, tasks):
+        if why_not := obstacle_of(model):
+            return CohortChoice(1, why_not)
+        if not self._asked and (why_not := too_short(model.device, self._steps(tasks))):
+            return CohortChoice(1, why_not)
+        if why_not := differ(model, tasks):
             return CohortChoice(1, why_not)
         if self._asked:
             return CohortChoice(self._asked, "as the setting says")
         # Kept on this machine: the same run twice is to give the same numbers to the last bit.
         key = _measured_on(self._settings)
         return kept(_folder(), key, CohortChoice, lambda: choose(model, tasks))
+
+    def _steps(self, tasks: Sequence[Task]) -> int:
+        """Return about how many steps all clients take in the run, by those of some."""
+        federation = self._settings.federation
+        clients = sample_size(federation.fraction_train, federation.num_clients)
+        mean = sum(steps_of(task) for task in tasks) / len(tasks)
+        return round(mean * clients * federation.num_rounds)
 
 
 def _always_alone(settings: Settings) -> str:
@@ -144,7 +165,7 @@ def _measured_on(settings: Settings) -> dict[str, Any]:
     return {
         "model": asdict(settings.model),
         "lora": asdict(settings.lora),
-        "client": asdict(settings.client),
+        "client": {name: getattr(settings.client, name) for name in _OF_SPEED},
         "ranks": asdict(settings.ranks),
         "length": settings.dataset.max_length,
         "strategy": type(settings.strategy).__name__,

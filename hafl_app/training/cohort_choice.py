@@ -1,5 +1,6 @@
 """The number of clients that train together, chosen by a measurement on the run's own clients."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ CHOSEN_CLIENTS = 16
 
 _PAYS_FROM = 1.1  # times as fast as one at a time
 _STEPS, _REPEATS = 2, 2
-_MEASURED = {"cpu": 8, "cuda": 16}  # clients; more cost time
+_MEASURED = {"cpu": 4, "cuda": 16}  # clients; more cost time
+_MOST_OF_RUN = {"cpu": 0.02, "cuda": 0.2}  # where it pays little, finding that out must cost less
 _COMPARED = 4  # clients
 _SAME_LOSS = {"fp32": 1e-3, "bf16": 3e-2}  # relative, after two steps
 
@@ -38,6 +40,22 @@ class CohortChoice:
     clients: int
     reason: str
     speedup: float | None = None
+
+
+def steps_of(task: Task) -> int:
+    """Return the optimizer steps that a client's training takes at most."""
+    plan = task.plan
+    steps = plan.local_epochs * math.ceil(len(task.examples.labels) / task.options.batch_size)
+    return min(steps, plan.max_steps) if plan.max_steps else steps
+
+
+def too_short(device: torch.device, steps: int) -> str:
+    """Say why a run with so many steps of clients is not worth a measurement; empty if it is."""
+    turns = 2 * (1 + _REPEATS)  # both ways, and once to warm up
+    measured = turns * _MEASURED[device.type] * _STEPS
+    if steps * _MOST_OF_RUN[device.type] >= measured:
+        return ""
+    return f"{steps:,} steps of clients in all are too few to measure what pays"
 
 
 def choose(model: LoraModel, tasks: Sequence[Task]) -> CohortChoice:

@@ -23,7 +23,11 @@ from hafl_app.engines.in_process import run_federation
 
 START, OTHER = "start", "other"
 PHASES = {
-    "training": ("hafl_app.client.handlers.train_locally",),
+    "training": (
+        "hafl_app.client.handlers.train_locally",
+        "hafl_app.client.cohort.train_cohort",
+    ),
+    "choosing a cohort": ("hafl_app.client.cohort.differ", "hafl_app.client.cohort.choose"),
     "lone clients": ("hafl_app.run.federation.train_alone",),
     "scoring by clients": ("hafl_app.client.handlers.score",),
     "scoring by the server": (

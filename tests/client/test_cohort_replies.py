@@ -178,7 +178,13 @@ class TestChoice:
         assert summary["cohort"]["clients"] == 1
         assert summary["cohort"]["reason"].startswith(overrides[0].partition("=")[0])
 
+    def test_a_short_run_is_not_measured(self, tmp_path, trained):
+        summary = run_together(tmp_path / "run", "auto", "federation.num_rounds=1")
+        assert set(trained) == {1}
+        assert "too few to measure" in summary["cohort"]["reason"]
+
     def test_what_is_measured_is_kept_on_this_machine(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(client_cohort, "too_short", lambda *_: "")
         measured = []
 
         def choose(model, tasks):
@@ -190,7 +196,13 @@ class TestChoice:
         first = run_together(tmp_path / "a", "auto", "federation.num_rounds=1")
         second = run_together(tmp_path / "b", "auto", "federation.num_rounds=1")
 
+        # Another rate is as fast.
+        third = run_together(
+            *(tmp_path / "c", "auto", "federation.num_rounds=1", "client.learning_rate=0.02")
+        )
+
         assert measured == [5]
+        assert third["cohort"] == second["cohort"]
         assert (
             first["cohort"]
             == second["cohort"]
@@ -202,6 +214,7 @@ class TestChoice:
         )
 
     def test_a_run_that_goes_on_keeps_it_and_its_bits(self, tmp_path, trained, monkeypatch):
+        monkeypatch.setattr(client_cohort, "too_short", lambda *_: "")
         monkeypatch.setattr(
             client_cohort, "kept", lambda *_: CohortChoice(2, "1.5 times as fast together", 1.5)
         )

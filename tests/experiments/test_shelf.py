@@ -177,7 +177,7 @@ class TestTable:
 
     def test_says_the_precision_and_the_number_of_seeds(self, finished):
         text = (finished[0] / "table.md").read_text()
-        assert "- precision: fp32" in text
+        assert "- precision: bf16" in text
         assert "- seeds: 0, 1 (2)" in text
 
     def test_one_seed_has_no_interval(self, finished, federations):

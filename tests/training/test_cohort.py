@@ -23,7 +23,7 @@ from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import Alignment, TailPruning
 from hafl_app.training import cohort, cohort_choice
 from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
-from hafl_app.training.cohort_choice import choose, differ
+from hafl_app.training.cohort_choice import choose, differ, steps_of, too_short
 from hafl_app.training.local import Task, train
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.settings import TrainOptions
@@ -346,6 +346,18 @@ class TestChoice:
         choice = choose(classifier, mixed_tasks(classifier, random_rows))
         assert choice.clients == clients
         assert choice.speedup == pytest.approx(1 / together, abs=0.01)
+
+    def test_a_short_run_is_not_measured(self):
+        cpu = torch.device("cpu")
+        assert "1,000 steps" in too_short(cpu, 1000)
+        assert too_short(cpu, 5000) == ""
+
+    @pytest.mark.parametrize(("max_steps", "steps"), [(0, 6), (5, 5), (9, 6)])
+    def test_the_steps_of_a_client_are_known_before(self, classifier, max_steps, steps):
+        adapter = random_adapter(classifier, 2, seed=1)
+        plan = plan_for(adapter, local_epochs=2, max_steps=max_steps)
+        task = Task(adapter, plan, random_rows(9, seed=1), OPTIONS, seed=0)
+        assert steps_of(task) == steps == alone(classifier, task).steps
 
     def test_equal_results_do_not_differ(self, classifier):
         assert differ(classifier, mixed_tasks(classifier, random_rows)) == ""
