@@ -19,22 +19,25 @@ class TrainedComponents:
     """
 
     def __init__(self, adapter: Adapter) -> None:
-        self._trained = {
-            name: torch.zeros(2, factors.rank, dtype=torch.bool)
-            for name, factors in adapter.modules.items()
+        self._ranks = {name: factors.rank for name, factors in adapter.modules.items()}
+        self._trained: dict[str, tuple[set[int], set[int]]] = {
+            name: (set(), set()) for name in self._ranks
         }
 
     def note(self, update: ClientUpdate) -> None:
         """Record what a client trained and uploaded."""
-        for name, trained in self._trained.items():
-            module = update.plan.modules[name]
-            factors = torch.tensor([module.uploads != "B", module.uploads != "A"])
-            trained[:, list(update.components(name))] |= factors[:, None]
+        for name, (of_A, of_B) in self._trained.items():
+            uploads, components = update.plan.modules[name].uploads, update.components(name)
+            if uploads != "B":
+                of_A.update(components)
+            if uploads != "A":
+                of_B.update(components)
 
     def note_counts(self, counts: Mapping[str, Tensor]) -> None:
         """Record what any node's plan trains: see `central_privacy.trainable_counts`."""
         for name, count in counts.items():
-            self._trained[name] |= count > 0
+            for trained, counts_of_factor in zip(self._trained[name], count, strict=True):
+                trained.update(counts_of_factor.nonzero().flatten().tolist())
 
     def masks(self) -> dict[str, Tensor]:
         """Return which rows of lora_A and which columns of lora_B were trained.
@@ -46,6 +49,9 @@ class TrainedComponents:
             for lora_B, bool.
         """
         masks = {}
-        for name, (trains_A, trains_B) in self._trained.items():
-            masks[f"lora_A/{name}"], masks[f"lora_B/{name}"] = trains_A[:, None], trains_B[None]
+        for name, trained in self._trained.items():
+            of_A, of_B = torch.zeros(2, self._ranks[name], dtype=torch.bool)
+            of_A[list(trained[0])] = True
+            of_B[list(trained[1])] = True
+            masks[f"lora_A/{name}"], masks[f"lora_B/{name}"] = of_A[:, None], of_B[None]
         return masks
