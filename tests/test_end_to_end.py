@@ -159,6 +159,7 @@ def test_a_killed_run_is_stopped_and_goes_on(tmp_path):
         [
             *(sys.executable, str(ROOT / "scripts" / "simulate.py")),
             *(f"resume={tmp_path / 'out'}", f"federation.num_rounds={rounds}"),
+            "engine=inprocess",  # as the rounds that went on are many
         ],
         capture_output=True,
         text=True,
