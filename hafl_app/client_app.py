@@ -9,6 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from hafl_app.client.routing import answer
+from hafl_app.wire.message_types import FEATURE_SUMS, TEMPERATURE_LOSSES
 
 app = ClientApp()
 
@@ -16,6 +17,12 @@ app = ClientApp()
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Answer with this node's profile."""
+    return answer(message, context)
+
+
+@app.query(FEATURE_SUMS)
+def feature_sums(message: Message, context: Context) -> Message:
+    """Add up the features of this node's data, for a head in closed form."""
     return answer(message, context)
 
 
@@ -28,4 +35,10 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score what the server sent on the share of data that this node kept aside."""
+    return answer(message, context)
+
+
+@app.evaluate(TEMPERATURE_LOSSES)
+def temperature_losses(message: Message, context: Context) -> Message:
+    """Score the head at several temperatures on this node's held-out data."""
     return answer(message, context)

@@ -23,7 +23,7 @@ from hafl_app.component_lists import (
     parse_indices,
 )
 
-HeadPolicy = Literal["averaged", "frozen", "local"]
+HeadPolicy = Literal["averaged", "frozen", "local", "sent"]
 ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
 NumberFormat = Literal["fp32", "bf16", "int8", "mixed", "sparse"]
 TrainedFactors = Literal["A", "B", "both"]
@@ -273,7 +273,8 @@ class TrainPlan:
         Module name to its components.
     head
         ``averaged``: the head travels and is trained. ``frozen``: it is not trained and does
-        not travel; it follows from the seed. ``local``: each client keeps its own.
+        not travel; it follows from the seed. ``local``: each client keeps its own. ``sent``: it
+        travels to the client, which does not train it.
     importance
         Importance to measure from the gradients of the trainable components, see
         `hafl_app.lowrank.importance`.
@@ -381,6 +382,21 @@ class TrainPlan:
                 raise ValueError(
                     f"module {name!r}: align needs the first components, all trained, none kept"
                 )
+
+    @property
+    def sends_head(self) -> bool:
+        """Whether the head travels to the client."""
+        return self.head in ("averaged", "sent")
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the client trains a head, whoever keeps it."""
+        return self.head in ("averaged", "local")
+
+    @property
+    def uploads_head(self) -> bool:
+        """Whether the head travels back, trained."""
+        return self.head == "averaged"
 
     @property
     def uploaded_factors(self) -> dict[str, TrainedFactors]:

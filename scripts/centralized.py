@@ -21,10 +21,12 @@ def main() -> int:
 
 def _train(arguments: list[str]) -> int:
     from hafl_app.config.compose import compose
+    from hafl_app.run.checks import check_centralized
     from hafl_app.run.preflight import check
     from hafl_app.run.run_folder import absolute, check_new, default_folder
 
     settings = compose(arguments)
+    check_centralized(settings)
     check(settings)
     given = absolute(settings.output_dir) if settings.output_dir else None
     if given is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
 
 from hafl_app.client.bandwidth import bandwidth_kbps
+from hafl_app.client.closed_form import check_closed_form, losses_content, sums_content
 from hafl_app.client.error_replies import Handler, errors_as_replies
 from hafl_app.client.node import Job, Node
 from hafl_app.client.terms import DEVICE, SCORES
@@ -23,6 +24,7 @@ from hafl_app.training.device import (
 from hafl_app.training.evaluate import evaluate as score
 from hafl_app.training.local import TrainResult
 from hafl_app.training.local import train as train_locally
+from hafl_app.wire.message_types import EVALUATE_TEMPERATURES, QUERY_FEATURE_SUMS
 from hafl_app.wire.node_profile import PROFILE, NodeProfile
 from hafl_app.wire.records import METRICS
 from hafl_app.wire.requests import read_query, read_request
@@ -101,14 +103,43 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received adapter on this node's held-out share of data."""
     node, request = Node.of(context), read_request(message)
-    if node.is_private:
-        raise PrivacyError("scores on private data carry no noise: refused under local_dp")
-    node.terms.check_field(SCORES, "evaluation")
+    _check_scores(node)
     job = node.prepare(request)
     with threads(node.settings.client.num_threads):
         job.model.load(job.adapter, job.plan)
         scores = score(job.model, _held_out(node, job.share), node.settings.client.precision)
     return Message(RecordDict({METRICS: MetricRecord({**scores.to_wire()})}), reply_to=message)
+
+
+@errors_as_replies
+def feature_sums(message: Message, context: Context) -> Message:
+    """Add up the features of this node's training data under the received adapter."""
+    node, request = Node.of(context), read_request(message)
+    check_closed_form(node)
+    job = node.prepare(request)
+    with threads(node.settings.client.num_threads):
+        job.model.load(job.adapter, job.plan)
+        content = sums_content(node, job)
+    return Message(content, reply_to=message)
+
+
+@errors_as_replies
+def temperature_losses(message: Message, context: Context) -> Message:
+    """Score the received head at several temperatures on this node's held-out data."""
+    node, request = Node.of(context), read_request(message)
+    _check_scores(node)
+    job = node.prepare(request)
+    with threads(node.settings.client.num_threads):
+        job.model.load(job.adapter, job.plan)
+        content = losses_content(node, job, _held_out(node, job.share))
+    return Message(content, reply_to=message)
+
+
+def _check_scores(node: Node) -> None:
+    """Refuse to score what was received where scores must not leave the node."""
+    if node.is_private:
+        raise PrivacyError("scores on private data carry no noise: refused under local_dp")
+    node.terms.check_field(SCORES, "evaluation")
 
 
 def _held_out(node: Node, share: Share) -> Examples:
@@ -124,5 +155,7 @@ HANDLERS: dict[str, Handler] = {
     MessageType.QUERY: query,
     MessageType.TRAIN: train,
     MessageType.EVALUATE: evaluate,
+    QUERY_FEATURE_SUMS: feature_sums,
+    EVALUATE_TEMPERATURES: temperature_losses,
 }
 """The handler of each type of message."""

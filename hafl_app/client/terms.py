@@ -20,12 +20,13 @@ from hafl_app.client.node_config import NodeConfigError, positive_number
 from hafl_app.client.permissions import NotAllowedError
 from hafl_app.config.schema import Settings
 from hafl_app.plan import TrainPlan
+from hafl_app.training.settings import CLOSED_FORM
 
 LEAST_PRIVACY, MAX_CLIP_NORM, MIN_NOISE = "least-privacy", "max-clip-norm", "min-noise-multiplier"
 SHARE: Final = "share"
 LABELS, SCORES, IMPORTANCE = "labels", "scores", "importance"
-LOSSES, TIMES, DEVICE = "losses", "times", "device"
-FIELDS: Final = (LABELS, SCORES, IMPORTANCE, LOSSES, TIMES, DEVICE)
+LOSSES, TIMES, DEVICE, SUMS = "losses", "times", "device", "sums"
+FIELDS: Final = (LABELS, SCORES, IMPORTANCE, LOSSES, TIMES, DEVICE, SUMS)
 """What a node may withhold; docs/privacy.md says what each is, and what leaves in any case."""
 
 # Each kind with those that promise at least as much.
@@ -90,6 +91,10 @@ class Terms:
             raise _withheld(asked, SCORES)
         if settings.federation.scaffold and not self.shares(TIMES):
             raise _withheld("federation.scaffold=true", TIMES)
+        if settings.model.head == CLOSED_FORM and not self.shares(SUMS):
+            raise _withheld(f"model.head={CLOSED_FORM}", SUMS)
+        if settings.model.asks_for_losses and not self.shares(SCORES):
+            raise _withheld("model.closed_form.temperature_by=clients", SCORES)
         if settings.strategy.traits.uploads_importance and not self.shares(IMPORTANCE):
             raise _withheld("the strategy", IMPORTANCE)
 

@@ -22,7 +22,7 @@ def training_reply(node: Node, job: Job, result: TrainResult) -> RecordDict:
         node.keep_head(result.adapter)
     keep_lora_B(node.state, result.adapter, result.plan)
     upload = result.adapter.only(result.plan.uploaded_factors)
-    upload = upload if job.plan.head == "averaged" else upload.with_head({})
+    upload = upload if job.plan.uploads_head else upload.with_head({})
     if node.is_private:
         upload = _privatized(node, job, upload)
     importance = {name: scores.numpy() for name, scores in result.importance.items()}

@@ -15,6 +15,7 @@ from hafl_app.run.checks import check_comparison
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _LEARNING_RATE, _RATIO = "client.learning_rate", "client.lora_B_lr_ratio"
+_NO_ROUNDS = "federation.num_rounds=0"
 _NOT_IN_A_SEARCH = (
     "federation.alone_clients_per_rank=0",
     "federation.test_every=0",
@@ -120,8 +121,15 @@ class Comparison:
 
     @property
     def searches(self) -> bool:
-        """Whether learning rates are searched: there is a grid, and `tune=false` is not set."""
-        return self.command.tune and bool(self.plan.tuning.learning_rates)
+        """Whether learning rates are searched: there is a grid, and `tune=false` is not set.
+
+        Not for methods that train nothing.
+        """
+        searches = self.command.tune and bool(self.plan.tuning.learning_rates)
+        return searches and any(map(self._trains, self.methods))
+
+    def _trains(self, method: str) -> bool:
+        return _NO_ROUNDS not in self.plan.methods[method].overrides
 
     def overrides_of(self, cell: str, method: str, *more: str) -> list[str]:
         """Return the overrides of a run: the command line's, the cell's, then the method's."""
@@ -163,8 +171,8 @@ class Comparison:
         """Return rates to check the runs with: the first of the grid, if there is a search."""
         if not self.searches:
             return self.fixed_rates()
-        keys = [(cell, method) for cell in self.cells for method in self.methods]
-        return dict.fromkeys(keys, self.grid()[0])
+        searched = [(c, m) for c in self.cells for m in filter(self._trains, self.methods)]
+        return self.fixed_rates() | dict.fromkeys(searched, self.grid()[0])
 
     def tuning_cells(self) -> list[str]:
         """Return the cells in which learning rates are searched."""
@@ -185,7 +193,7 @@ class Comparison:
         return [
             self._job(cell, method, tuning.seed, rates, _place(cell, method, rates), extra)
             for cell in self.tuning_cells()
-            for method in self.methods
+            for method in filter(self._trains, self.methods)
             for rates in self.grid()
         ]
 

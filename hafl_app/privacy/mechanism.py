@@ -126,7 +126,7 @@ def trained_part(adapter: Adapter, plan: TrainPlan) -> Adapter:
     travels. So nothing else counts in the norm of its change, or gets noise.
     """
     modules = {n: f.select(plan.modules[n].trainable_slots) for n, f in adapter.modules.items()}
-    trained = Adapter(modules, adapter.head if plan.head == "averaged" else {})
+    trained = Adapter(modules, adapter.head if plan.uploads_head else {})
     return trained.only(plan.uploaded_factors)
 
 

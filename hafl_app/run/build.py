@@ -27,7 +27,7 @@ from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.device import resolve_device
 from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model, with_quantization
 from hafl_app.training.quantization.precisions import BLOCKWISE, NOT_QUANTIZED, PRECISIONS
-from hafl_app.training.settings import BaseSpec, TrainOptions
+from hafl_app.training.settings import CLOSED_FORM, BaseSpec, ModelSettings, TrainOptions
 from hafl_app.training.specs import lora_spec
 from hafl_app.training.step_memory import StepMemory
 from hafl_app.training.step_memory import step_memory as count_step_memory
@@ -204,9 +204,20 @@ def run_options(settings: Settings) -> RunOptions:
         client=settings.client,
         lora=settings.lora,
         privacy=privacy_options(settings),
-        head=settings.model.head,  # type: ignore[arg-type]
         seed=settings.seed,
+        **_head_options(settings.model),
     )
+
+
+def _head_options(model: ModelSettings) -> dict[str, Any]:
+    """Return the options of a run about its head."""
+    if model.head != CLOSED_FORM:
+        return {"head": model.head}
+    return {
+        "head": "averaged" if model.closed_form.trained else "sent",
+        "closed_form": model.closed_form,
+        "head_refresh_every": model.head_refresh_every,
+    }
 
 
 def node_directory(

@@ -16,9 +16,10 @@ from hafl_app.config.compose import SettingsError
 from hafl_app.config.files import files_of
 from hafl_app.config.habits import MODEL
 from hafl_app.config.schema import Settings
-from hafl_app.data.combinations import IMAGES, check_choices, check_sharing
+from hafl_app.data.combinations import IMAGES, ON_DEVICE, check_choices, check_sharing
 from hafl_app.data.errors import DataError
 from hafl_app.server.settings import ServerOptimizerSettings
+from hafl_app.training.settings import CLOSED_FORM
 
 _PINS: Final = ("revision", "sha256", "package_path")
 """Settings of `model` that belong to one repository."""
@@ -106,6 +107,22 @@ def check_comparison(settings: Settings, searches_rates: bool) -> None:
         raise SettingsError("dataset.validation_fraction=0: nothing to tune on; add tune=false")
 
 
+def check_centralized(settings: Settings) -> None:
+    """Refuse settings under which all data in one place cannot be trained on.
+
+    Raises
+    ------
+    SettingsError
+        In one line.
+    """
+    if settings.model.head == CLOSED_FORM:
+        raise SettingsError(
+            f"model.head={CLOSED_FORM}: centralized training learns its head by gradients; "
+            "expected averaged or frozen. The head alone of all data, which no partition changes: "
+            f"scripts/simulate.py model.head={CLOSED_FORM} federation.num_rounds=0"
+        )
+
+
 def check_base_alone(settings: Settings) -> None:
     """Refuse to score a base model alone that cannot be.
 
@@ -189,6 +206,64 @@ def _answers(settings: Settings) -> Iterator[str]:
         )
     if causal and settings.model.head == "local":
         yield "model.head=local: a causal language model has no head"
+
+
+def _closed_form(settings: Settings) -> Iterator[str]:
+    """Refuse what a head that is solved from sums of features cannot do, or lacks."""
+    federation, dataset, model = settings.federation, settings.dataset, settings.model
+    if model.head != CLOSED_FORM:
+        if not federation.num_rounds:
+            yield (
+                "federation.num_rounds=0: nothing is trained; expected at least 1, or "
+                f"model.head={CLOSED_FORM}, which is solved before round 1"
+            )
+        return
+    given = f"model.head={CLOSED_FORM}"
+    if model.task == CAUSAL_LM:
+        yield f"{given}: a causal language model has no head; expected averaged"
+    if settings.privacy.kind != "none":
+        yield (
+            f"{given}: refused under privacy={settings.privacy.kind}, since sums of features are "
+            "uploaded without noise; expected averaged, frozen or local"
+        )
+    if federation.robust != "none":
+        yield (
+            f"{given}: refused with federation.robust={federation.robust}, since sums of features "
+            "are added up; expected none"
+        )
+    if model.closed_form.chooses_on_validation:
+        yield from _no_validation(settings)
+    if model.asks_for_losses and not dataset.holdout_fraction:
+        yield (
+            "model.closed_form.temperature_by=clients: they score rows that they hold out; "
+            "expected dataset.holdout_fraction above 0"
+        )
+    if not federation.num_rounds and federation.alone_clients_per_rank:
+        yield (
+            f"federation.alone_clients_per_rank={federation.alone_clients_per_rank}: with "
+            "federation.num_rounds=0 nothing is trained; expected 0"
+        )
+
+
+def _no_validation(settings: Settings) -> Iterator[str]:
+    """Yield what keeps the server from choosing ridge or temperature on validation data."""
+    closed_form = settings.model.closed_form
+    other = "temperature_by=clients, or a number as model.closed_form.temperature"
+    if closed_form.temperature is not None or closed_form.temperature_by != "validation":
+        other = "ridge_by=gcv, or a number as model.closed_form.ridge"
+    expected = f"expected model.closed_form.{other}"
+    if settings.dataset.source == ON_DEVICE:
+        yield f"model.head={CLOSED_FORM}: dataset=on_device has no validation data; {expected}"
+    elif not settings.dataset.validation_fraction:
+        yield (
+            f"model.head={CLOSED_FORM}: dataset.validation_fraction=0 leaves nothing to choose on; "
+            f"{expected}"
+        )
+    elif not settings.federation.central_evaluation:
+        yield (
+            f"model.head={CLOSED_FORM}: with federation.central_evaluation=false the server has no "
+            f"model to choose with; {expected}"
+        )
 
 
 def _unseen_clients(settings: Settings) -> Iterator[str]:
@@ -352,6 +427,7 @@ _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
     _images,
     _answers,
     _data,
+    _closed_form,
     _unseen_clients,
     _generation,
     _upload,

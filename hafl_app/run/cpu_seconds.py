@@ -35,12 +35,13 @@ class CpuSeconds:
 
     @contextmanager
     def rounds(self) -> Iterator[None]:
-        """Measure the rounds in it."""
+        """Add the rounds in it, or what belongs to them."""
         started, apart, clients = time.process_time(), self._apart, self._answers()
         yield
-        self._clients = self._answers() - clients
+        answers = self._answers() - clients
         whole = time.process_time() - started
-        self._server = whole - self._clients - (self._apart - apart)
+        self._clients += answers
+        self._server += whole - answers - (self._apart - apart)
 
     @contextmanager
     def apart(self) -> Iterator[None]:

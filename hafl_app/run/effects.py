@@ -5,12 +5,15 @@ sweep over another setting often meant: they are warned of.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Final
 
 from hafl_app.config.overrides import parse_overrides
 from hafl_app.config.schema import Settings
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.fields import choices_of
+from hafl_app.heads.settings import ClosedFormSettings
+from hafl_app.training.settings import CLOSED_FORM
 
 _ANY: Final = ()  # any value but 0, false and null
 _TEXT: Final = tuple(name for name in choices_of(DatasetSettings, "source") if name != "digits")
@@ -18,6 +21,7 @@ _PRIVATE: Final = ("privacy.kind", ("central_dp", "local_dp"))
 _WANDB: Final = ("tracking.kind", ("wandb",))
 _GENERATED: Final = ("dataset.source", ("synthetic",))
 _FROM_MEMORY: Final = ("ranks.source", ("memory",))
+_CLOSED_FORM: Final = ("model.head", (CLOSED_FORM,))
 _RAY: Final = ("engine", ("ray",))
 
 NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
@@ -38,6 +42,8 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "dataset.text_column": ("dataset.source", ("banking77", "local", "on_device")),
     "dataset.max_length": ("dataset.source", _TEXT),
     "model.head": ("model.task", ("classification", "image_classification")),
+    "model.head_refresh_every": _CLOSED_FORM,
+    **{f"model.closed_form.{field.name}": _CLOSED_FORM for field in fields(ClosedFormSettings)},
     "model.pooling": ("model.task", ("classification", "image_classification")),
     "model.memory_budget_mb": ("model.quantization", ("blockwise",)),
     "ranks.memory_margin": _FROM_MEMORY,

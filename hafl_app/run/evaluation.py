@@ -4,16 +4,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from hafl_app.config.schema import Settings
 from hafl_app.data.shares import CentralText
 from hafl_app.data.text import EncodedText
+from hafl_app.heads.solve import ValidationFeatures
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import TASKS, Choice
 from hafl_app.run import build
 from hafl_app.training.device import threads
 from hafl_app.training.evaluate import Scores, adapter_evaluator
+from hafl_app.training.features import features_of
 from hafl_app.training.generate import GenerationOptions, score_generation
 from hafl_app.training.lora_model import LoraModel
 
@@ -81,6 +84,20 @@ class CentralEvaluation:
         """Return an adapter's primary metric on the test data."""
         key = TASKS[self._settings.model.task].primary.key("test")
         return self._score_on(adapter, "test").named("test")[key]
+
+    def validation_features(self, adapter: Adapter) -> ValidationFeatures:
+        """Return the features of the validation rows under an adapter, as clients sum them up."""
+        settings, text = self._settings, self.text.validation
+        with threads(self._num_threads):
+            self._model.load_whole(adapter)
+            features = features_of(
+                self._model,
+                text,
+                settings.model.closed_form,
+                precision=settings.client.precision,
+                seed=settings.seed,
+            )
+        return ValidationFeatures(features, torch.from_numpy(text.labels))
 
     def generation(self, adapter: Adapter) -> dict[str, float | int]:
         """Return the scores of answers that an adapter writes; empty if none are requested."""

@@ -33,7 +33,7 @@ from hafl_app.server.checkpoint_store import Checkpoint
 from hafl_app.server.held_out_clients import evaluate_unseen
 from hafl_app.server.local_baseline import AloneResult, train_alone
 from hafl_app.server.numbering import Numbering
-from hafl_app.server.rounds import run_rounds
+from hafl_app.server.rounds import run_rounds, solve_head
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.tracking.base import INTERRUPTED
 from hafl_app.training.lora_model import adapter_shapes
@@ -114,6 +114,8 @@ def _run(
         if checkpoint is None:
             checkpoints.forget()
             report_data(settings, text, profiles, folder)
+            with cpu_seconds.rounds():
+                solve_head(strategy, grid, 0)
             after_round(0)
         else:
             resume(checkpoint, settings, strategy, report, grid)
@@ -155,6 +157,7 @@ def _prepare(
     )
     evaluation = CentralEvaluation(settings, text, head)
     report.evaluate_with(evaluation)
+    strategy.coordinator.closed_form.validation = evaluation.validation_features
     strategy.coordinator.prepare(initial, report.on_reply)
     return initial, text
 

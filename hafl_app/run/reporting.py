@@ -348,6 +348,11 @@ class RunReport:
         has_scores = self._evaluation.of_rounds and self.has_test
         return self._coordinator.directory.in_order() if wanted and has_scores else ()
 
+    def _heads(self) -> dict[str, Any]:
+        """Return how heads in closed form were solved, if any were."""
+        heads = self._coordinator.closed_form.to_json()
+        return {"heads": heads} if heads else {}
+
     def _summary(self, alone: Sequence[AloneResult]) -> dict[str, Any]:
         ledger = self._coordinator.ledger
         return {
@@ -370,6 +375,7 @@ class RunReport:
             "metric": self._metric.name,
             "bytes": bytes_by_phase(ledger),
             "nodes": [device_facts(p) for p in self._coordinator.directory.in_order()],
+            **self._heads(),
             "left_out": {
                 str(node_id): why for node_id, why in self._coordinator.directory.refusals.items()
             },

@@ -10,7 +10,7 @@ from hafl_app.server.traffic import Ledger
 from hafl_app.training.settings import ModelSettings
 from hafl_app.wire.node_profile import NodeProfile
 
-_PHASES = ("train", "evaluate", "alone", "unseen")
+_PHASES = ("train", "evaluate", "head", "alone", "unseen")
 _DEVICE_FACTS = (
     "partition_id",
     "rank",

@@ -120,7 +120,7 @@ def _merge_privately(
 
 
 def head_that_travels(adapter: Adapter, options: RunOptions) -> Mapping[str, Tensor]:
-    """Return the tensors of the head that clients receive, train and upload."""
+    """Return the tensors of the head that clients train and upload."""
     return adapter.head if options.head == "averaged" else {}
 
 

@@ -64,7 +64,7 @@ class ControlVariates:
             name: factors.select(plan.modules[name].trainable).only(plan.modules[name].uploads)
             for name, factors in whole.modules.items()
         }
-        return Adapter(modules, whole.head if plan.head == "averaged" else {})
+        return Adapter(modules, whole.head if plan.uploads_head else {})
 
     def after(
         self, update: ClientUpdate, previous: Adapter, client: ClientSettings

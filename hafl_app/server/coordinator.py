@@ -14,6 +14,7 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import CLASSIFICATION, weighted_mean
 from hafl_app.printable import printable
 from hafl_app.server.aggregation import merge
+from hafl_app.server.closed_form import ClosedFormHead
 from hafl_app.server.control_variates import ControlVariates
 from hafl_app.server.method import Method
 from hafl_app.server.node_directory import NodeDirectory
@@ -55,6 +56,8 @@ class Coordinator:
         Moments of the global adapter's changes.
     control_variates
         The clients' mean gradients; none without ``federation.scaffold``.
+    closed_form
+        The head, where it is solved from sums of features.
     task
         Metrics of the clients' scores.
     train_loss
@@ -73,6 +76,7 @@ class Coordinator:
         self.ledger = Ledger()
         self.server_optimizer = ServerOptimizer()
         self.control_variates = ControlVariates()
+        self.closed_form = ClosedFormHead(method, self.participation, self.messages)
         self.task = CLASSIFICATION
         self.train_loss = math.nan
         self.client_scores: Mapping[str, float] = {}

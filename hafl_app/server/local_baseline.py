@@ -62,7 +62,7 @@ def train_alone(
 
     def dispatch(plan: TrainPlan) -> Adapter:
         modules = {n: f.select(plan.modules[n].held) for n, f in initial.modules.items()}
-        return Adapter(modules, initial.head if plan.head == "averaged" else {})
+        return Adapter(modules, initial.head if plan.sends_head else {})
 
     after = num_rounds + 1
     exchange = strategy.coordinator.messages(after, "alone")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from hafl_app.heads.settings import ClosedFormSettings
 from hafl_app.plan import HeadPolicy
 from hafl_app.privacy.mechanism import PrivacyOptions
 from hafl_app.server.settings import FederationSettings
@@ -25,6 +26,10 @@ class RunOptions:
         Differential privacy of the run, with the key of its noise.
     head
         Treatment of the classification head, see `TrainPlan`.
+    closed_form
+        How the head is solved from sums of features; None: it is not.
+    head_refresh_every
+        Rounds between those after which it is solved anew; 0: never.
     seed
         Seed of client selection.
     """
@@ -34,6 +39,8 @@ class RunOptions:
     lora: LoraSettings = field(default_factory=LoraSettings)
     privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     head: HeadPolicy = "averaged"
+    closed_form: ClosedFormSettings | None = None
+    head_refresh_every: int = 0
     seed: int = 0
 
     @cached_property
@@ -45,6 +52,13 @@ class RunOptions:
 
         rate = self.federation.fraction_train
         return rounds_within(self.privacy, rate, self.federation.num_rounds)
+
+    def is_head_due(self, server_round: int) -> bool:
+        """Whether the head is solved after this round; round 0 is before the first."""
+        if self.closed_form is None:
+            return False
+        every = self.head_refresh_every
+        return server_round == 0 or (every > 0 and server_round % every == 0)
 
     def is_evaluated(self, server_round: int) -> bool:
         """Whether the global adapter after this round is evaluated, by nodes and server."""

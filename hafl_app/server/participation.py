@@ -154,6 +154,10 @@ class Participation:
         fraction = options.federation.fraction_evaluate
         return sample_profiles(present, fraction, options.seed, server_round, "evaluate")
 
+    def reachable(self, server_round: int, grid: Grid) -> list[NodeProfile]:
+        """Return all that could be selected for training, in partition order."""
+        return self._present(server_round, grid)
+
     def held_out_present(self, grid: Grid) -> list[NodeProfile]:
         """Return the connected nodes that never train."""
         return [p for p in self._connected(grid) if p.partition_id in self.held_out]

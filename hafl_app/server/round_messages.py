@@ -5,6 +5,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
@@ -45,6 +46,7 @@ from hafl_app.wire.records import (
 )
 
 _LOGGER = logging.getLogger(__name__)
+Content = TypeVar("Content")
 Correction = Callable[[int, TrainPlan], Adapter | None]
 STATED_EXAMPLES = "stated-examples"
 """Metric of a reply beside ``num-examples``, its weight: how many the node states."""
@@ -173,7 +175,7 @@ class RoundMessages:
     server_round
         Round, from 1.
     phase
-        ``train``, ``evaluate`` or ``alone``.
+        ``train``, ``evaluate``, ``head``, ``alone`` or ``unseen``.
     label_names
         The run's classes, which nodes with data of their own are sent with every request.
     bound
@@ -264,6 +266,46 @@ class RoundMessages:
     def validate_scores(self, replies: Iterable[Message]) -> list[Reply]:
         """Validate every reply to an evaluation request, in partition order."""
         return [self._validate(*pair, self._read_scores) for pair in self._pairs(replies)]
+
+    def validate_by(
+        self,
+        replies: Iterable[Message],
+        read: Callable[[Message, Mapping[str, float]], Content],
+        most_bytes: int,
+        *,
+        in_order: bool,
+    ) -> Iterator[tuple[Reply, Content | None]]:
+        """Validate and settle replies that are no updates, in partition order.
+
+        Parameters
+        ----------
+        read
+            Returns what a reply holds beside its metrics.
+        most_bytes
+            Of a reply; a larger one is not read.
+        in_order
+            Whether they come in partition order, so that one can be dropped before the next.
+
+        Yields
+        ------
+        tuple
+            The reply, and what it holds; None if it does not count.
+        """
+        found: list[Content] = []
+
+        def read_all(
+            reply: Message, request: Request, num_bytes: int
+        ) -> tuple[dict[str, float], None]:
+            if num_bytes > most_bytes:
+                raise ReplyError(f"{num_bytes} bytes, expected at most {most_bytes}")
+            metrics = self._read_metrics(reply, request)
+            found.append(read(reply, metrics))
+            return metrics, None
+
+        for group in ([reply] for reply in replies) if in_order else [replies]:
+            for pair in self._pairs(group):
+                settled = self.settle(self._validate(*pair, read_all))
+                yield settled, found.pop() if found else None
 
     def close(self, replies: Sequence[Reply]) -> list[Reply]:
         """Settle these replies and the stragglers that are silent, in partition order."""
@@ -360,7 +402,8 @@ class RoundMessages:
             If it must not count.
         """
         sent, _ = self._dispatches.of(request.plan)
-        head = {n: tuple(t.shape) for n, t in sent.head.items()}
+        trained = sent.head if request.plan.uploads_head else {}
+        head = {n: tuple(t.shape) for n, t in trained.items()}
         sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
         check_size(num_bytes, request.plan, head, sizes)  # before anything is unpacked
         metrics = self._read_metrics(reply, request)

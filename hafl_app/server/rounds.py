@@ -10,6 +10,7 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
+from hafl_app.server.closed_form import TooFewSumsError
 from hafl_app.server.coordinator import Strategy, TooFewRepliesError
 from hafl_app.server.method import StrategyError
 from hafl_app.server.options import RunOptions
@@ -41,6 +42,7 @@ def run_rounds(
     """
     for server_round in range(first_round, _last_round(strategy.options) + 1):
         _train(strategy, grid, server_round)
+        solve_head(strategy, grid, server_round)
         _evaluate(strategy, grid, server_round)
         after_round(server_round)
 
@@ -49,7 +51,7 @@ def _last_round(options: RunOptions) -> int:
     """Return the number of the last round, and say so if the privacy budget ends before."""
     last = options.last_round
     limit = f"privacy.max_epsilon={options.privacy.max_epsilon}"
-    if last == 0:
+    if last < min(1, options.federation.num_rounds):
         raise StrategyError(f"{limit}: the first round would already spend more")
     if last < options.federation.num_rounds:
         _LOGGER.warning(
@@ -71,6 +73,33 @@ def _train(strategy: Strategy, grid: Grid, server_round: int) -> None:
                 ) from error
         else:
             return
+
+
+def solve_head(strategy: Strategy, grid: Grid, server_round: int) -> None:
+    """Solve the head from sums of features, if it is due after this round.
+
+    Later than before round 1, a head that cannot be solved stays as it is, which is logged.
+
+    Raises
+    ------
+    RoundFailedError
+        If before round 1 the sums of too few clients count, also in all repeats.
+    """
+    if not strategy.options.is_head_due(server_round):
+        return
+    attempts = 1 + strategy.options.federation.max_retries
+    for attempt in range(1, attempts + 1):
+        try:
+            strategy.coordinator.closed_form.solve(server_round, grid)
+        except TooFewSumsError as error:
+            _LOGGER.warning("%s (attempt %d of %d)", error, attempt, attempts)
+            if attempt == attempts and server_round == 0:
+                raise RoundFailedError(
+                    f"{error} (the last of {attempts} attempts; the log names each reason)"
+                ) from error
+        else:
+            return
+    _LOGGER.warning("round %d: the head stays as it is", server_round)
 
 
 def _train_once(strategy: Strategy, grid: Grid, server_round: int) -> None:

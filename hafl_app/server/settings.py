@@ -67,7 +67,8 @@ class FederationSettings:
     num_clients
         Clients of a simulation; nodes to wait for where they have data of their own.
     num_rounds
-        Rounds, those of the run to resume included.
+        Rounds, those of the run to resume included. 0, with ``model.head=closed_form``: the head
+        alone, without adapters.
     fraction_train
         Share of the nodes that are selected for training in a round.
     fraction_evaluate
@@ -170,7 +171,7 @@ class FederationSettings:
     """
 
     num_clients: int = number(10, at_least=1)
-    num_rounds: int = number(10, at_least=1, resumable=True)
+    num_rounds: int = number(10, at_least=0, resumable=True)
     fraction_train: float = number(1.0, above=0, at_most=1)
     fraction_evaluate: float = number(1.0, at_least=0, at_most=1, resumable=True)
     evaluate_every: int = number(1, at_least=1, resumable=True)

@@ -48,6 +48,7 @@ def take_snapshot(strategy: Strategy) -> Snapshot:
         ).to_json(),
         "rank_limits": {str(k): rank for k, rank in participation.rank_limits.items()},
         "train_loss": coordinator.train_loss,
+        "heads": coordinator.closed_form.to_json(),
     }
     return Snapshot(tree, state)
 
@@ -67,6 +68,7 @@ def restore(strategy: Strategy, snapshot: Snapshot) -> None:
     ).renamed({p.partition_id: p.node_id for p in coordinator.directory.in_order()})
     participation.rank_limits = {int(k): rank for k, rank in state["rank_limits"].items()}
     coordinator.train_loss = state["train_loss"]
+    coordinator.closed_form.recall(state.get("heads", ()))
 
 
 def adapter_tree(adapter: Adapter) -> dict[str, Any]:

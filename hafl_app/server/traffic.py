@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+_OF_A_ROUND = ("train", "evaluate", "head")  # phases
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -33,14 +35,14 @@ class Ledger:
         Parameters
         ----------
         phase
-            ``train``, ``evaluate`` or ``alone``.
+            ``train``, ``evaluate``, ``head``, ``alone`` or ``unseen``.
         rank
             The node's budget.
         """
         key = (server_round, phase, rank)
         self._sums[key] = self._sums.get(key, Traffic()) + traffic
 
-    def of_round(self, server_round: int, phases: Iterable[str] = ("train", "evaluate")) -> Traffic:
+    def of_round(self, server_round: int, phases: Iterable[str] = _OF_A_ROUND) -> Traffic:
         """Return the sums of one round."""
         chosen = [t for (r, p, _), t in self._sums.items() if r == server_round and p in phases]
         return sum(chosen, start=Traffic())

@@ -20,7 +20,6 @@ from flwr.serverapp.strategy import Strategy
 from hafl_app.fields import number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import NUMBER_BYTES, ModulePlan, TrainedFactors, TrainPlan
-from hafl_app.server.aggregation import head_that_travels
 from hafl_app.server.compatibility import check_method, no_error_feedback
 from hafl_app.server.coordinator import Coordinator
 from hafl_app.server.method import Traits
@@ -104,7 +103,7 @@ class HeterogeneousLora(Strategy, ABC):
             module = plan.modules[name]
             held = factors.select(module.held)
             modules[name] = held.only("A") if module.own_lora_B else held
-        return Adapter(modules, self.global_adapter.head if plan.head == "averaged" else {})
+        return Adapter(modules, self.global_adapter.head if plan.sends_head else {})
 
     def memory(self) -> dict[str, Any]:
         """Return the method's own state beside the global adapter.
@@ -208,10 +207,10 @@ class HeterogeneousLora(Strategy, ABC):
         Of the first round's plan, without the message's overhead; the ledger has what was sent.
         """
         plan, shapes = self.plan(profile, 1), self.layer_shapes()
-        head = head_that_travels(self.global_adapter, self.options)
-        head_bytes = NUMBER_BYTES["fp32"] * sum(tensor.numel() for tensor in head.values())
-        down = plan.held_bytes(shapes)
-        return down + head_bytes, plan.upload_bytes(shapes) + head_bytes
+        head = sum(tensor.numel() for tensor in self.global_adapter.head.values())
+        head_bytes = NUMBER_BYTES["fp32"] * head
+        down = plan.held_bytes(shapes) + plan.sends_head * head_bytes
+        return down, plan.upload_bytes(shapes) + plan.uploads_head * head_bytes
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """Return ``(out_features, in_features)`` of every adapted module."""

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hafl_app.heads.temperature import losses_by_temperature
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import with_perplexity
 from hafl_app.training.batches import Batch, Examples, evaluation_batches
@@ -124,7 +125,7 @@ def predict_logits(
     """Return a classifier's logits of shape ``(rows, num_labels)``, in the order of the rows."""
     model.eval()
     rows_seen, chunks = [], []
-    for rows in _batches(model, examples):
+    for rows in scored_batches(model, examples):
         batch = model.batch(examples, rows)
         with model.computing(precision):
             logits = model(*batch.inputs)
@@ -134,6 +135,15 @@ def predict_logits(
     logits_by_row = np.empty_like(sorted_logits)
     logits_by_row[np.concatenate(rows_seen)] = sorted_logits
     return logits_by_row
+
+
+def temperature_losses(model: LoraModel, examples: Examples, precision: str = "auto") -> Tensor:
+    """Return a classifier's summed cross entropy at each of the temperatures that are tried.
+
+    Of the head as it is now, taken to be at temperature 1, see `hafl_app.heads.temperature`.
+    """
+    logits = torch.from_numpy(predict_logits(model, examples, precision))
+    return losses_by_temperature(logits, torch.from_numpy(examples.labels))
 
 
 def _score_classes(model: LoraModel, examples: Examples, precision: str) -> ClassificationScores:
@@ -171,7 +181,8 @@ def _token_sums(model: LoraCausalLM, batch: Batch) -> tuple[Tensor, Tensor, Tens
     return losses.double().sum(), (chosen.argmax(1) == wanted).sum(), is_target.sum()
 
 
-def _batches(model: LoraModel, examples: Examples) -> Iterator[NDArray[np.int64]]:
+def scored_batches(model: LoraModel, examples: Examples) -> Iterator[NDArray[np.int64]]:
+    """Yield the rows of all batches in which examples are scored."""
     # Elsewhere than on a CPU, tokens cost little beside the start of a batch.
     most_padding = _MOST_PADDING if model.device.type == "cpu" else math.inf
     return evaluation_batches(examples, _BATCH_SIZE, most_padding)
@@ -180,7 +191,7 @@ def _batches(model: LoraModel, examples: Examples) -> Iterator[NDArray[np.int64]
 def _bounded_batches(model: LoraCausalLM, examples: Examples) -> Iterator[NDArray[np.int64]]:
     """Yield all rows in batches whose logits are bounded: a vocabulary may be large."""
     lengths, vocabulary = np.diff(examples.offsets), int(model.base.config.vocab_size)
-    for rows in _batches(model, examples):
+    for rows in scored_batches(model, examples):
         longest = int(lengths[rows].max())
         size = max(1, _LOGITS_AT_ONCE // (longest * vocabulary))
         for start in range(0, len(rows), size):

@@ -377,7 +377,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer over the plan's trainable tensors, and nothing frozen."""
     pairs = list(model.trainable_factors().values())
-    head = [] if plan.head == "frozen" else list(model.head_module.parameters())
+    head = list(model.head_module.parameters()) if plan.trains_head else []
     groups = [
         {"params": [a for a, _ in pairs if a.requires_grad] + head, "lr": options.learning_rate},
         {

@@ -73,6 +73,11 @@ class Trainee(Protocol):
     """One client's factors and head where a model holds them: a `LoraModel`, or one of a cohort."""
 
     @property
+    def num_classes(self) -> int:
+        """Outputs of the head; 0 for a model without classes."""
+        return self._spec.num_labels
+
+    @property
     def device(self) -> torch.device:
         """Device of the tensors."""
 
@@ -159,6 +164,11 @@ class LoraModel(nn.Module, ABC):
     @abstractmethod
     def labels_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of a batch's labels; its token ids have ``shape``."""
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head; 0 for a model without classes."""
+        return self._spec.num_labels
 
     @property
     def device(self) -> torch.device:
@@ -268,7 +278,7 @@ class LoraModel(nn.Module, ABC):
             layer.set_adapter(active)
             _freeze_untrained(layer, module)
         self.head_module.load_state_dict(dict(adapter.head) or self.initial_head)
-        self.head_module.requires_grad_(plan.head != "frozen")
+        self.head_module.requires_grad_(plan.trains_head)
         pairs = self.trainable_factors().values()
         trained = [p for pair in pairs for p in pair if p.requires_grad]
         self._with_gradients = [*trained, *self.head_module.parameters()]

@@ -1,9 +1,13 @@
 """Settings of the base model, the adapter and local training."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from hafl_app.fields import REQUIRED, choice, number, setting
+from hafl_app.heads.settings import ClosedFormSettings
+
+CLOSED_FORM: Final = "closed_form"
+"""``model.head`` of a head that is solved from sums of features."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,13 @@ class ModelSettings(BaseSpec):
         Name of the model in tables and files.
     head
         Treatment of the classification head: ``averaged`` over the clients, ``frozen`` as it
-        was initialized, or ``local``: each client trains and keeps its own. No meaning for
-        ``causal_lm``.
+        was initialized, ``local``: each client trains and keeps its own, or ``closed_form``: solved
+        from sums of all clients' features before round 1. No meaning for ``causal_lm``.
+    head_refresh_every
+        ``head: closed_form``: rounds between those after which the head is solved anew, from the
+        features under the adapter of that round; 0: never.
+    closed_form
+        ``head: closed_form``: how the head is solved.
     memory_budget_mb
         MB (10^6 bytes) that the base model may take on a node under ``quantization: blockwise``;
         ``memory-mb`` in a node's config, a limit of everything in training, goes before it. Null:
@@ -85,8 +94,15 @@ class ModelSettings(BaseSpec):
     """
 
     name: str = REQUIRED
-    head: str = choice("averaged", "averaged", "frozen", "local")
+    head: str = choice("averaged", "averaged", "frozen", "local", CLOSED_FORM)
+    head_refresh_every: int = number(0, at_least=0)
+    closed_form: ClosedFormSettings = field(default_factory=ClosedFormSettings)
     memory_budget_mb: float | None = number(None, above=0)
+
+    @property
+    def asks_for_losses(self) -> bool:
+        """Whether clients say which temperature of a solved head fits the rows they hold out."""
+        return self.head == CLOSED_FORM and self.closed_form.asks_for_losses
 
     @property
     def title(self) -> str:

@@ -112,8 +112,9 @@ def _correction(message: Message) -> Adapter | None:
 
 
 def _check_correction(correction: Adapter, plan: TrainPlan, adapter: Adapter) -> None:
-    """Refuse a correction that is not of the plan's trainable factors and the adapter's head."""
-    expected = {f"head {name}": tuple(tensor.shape) for name, tensor in adapter.head.items()}
+    """Refuse a correction that is not of the plan's trainable factors and the head it trains."""
+    trained = adapter.head if plan.uploads_head else {}
+    expected = {f"head {name}": tuple(tensor.shape) for name, tensor in trained.items()}
     got = {f"head {name}": tuple(tensor.shape) for name, tensor in correction.head.items()}
     for name, module in plan.modules.items():
         sent = adapter.modules[name]

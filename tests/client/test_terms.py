@@ -127,6 +127,14 @@ class TestShare:
         check("share=scores", "strategy=zero_padding")
         check("share=labels", PLAIN)
 
+    def test_a_head_in_closed_form_needs_sums(self):
+        closed = PLAIN + "model.head=closed_form "
+        with pytest.raises(NotAllowedError, match=r"model\.head=closed_form needs the sums of"):
+            check("share=labels,scores", closed)
+        check("share=sums", closed)
+        with pytest.raises(NotAllowedError, match=r"temperature_by=clients needs the scores of"):
+            check("share=sums", closed + "model.closed_form.temperature_by=clients")
+
     def test_control_variates_need_the_number_of_steps(self):
         asked = PLAIN + "federation.scaffold=true"
         with pytest.raises(NotAllowedError, match=r"scaffold=true needs the times of this node"):

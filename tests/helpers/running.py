@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from hafl_app.client.permissions import own_machine
 from hafl_app.client_app import app as client_app
 from hafl_app.engines.in_process import InProcessGrid, server_identity
+from hafl_app.lowrank.factors import Adapter
 from hafl_app.run import build
 from hafl_app.run.federation import run
 
@@ -48,6 +49,7 @@ def run_tiny(
     app: ClientApp = client_app,
     grid_type: type[InProcessGrid] = InProcessGrid,
     draws: bool = False,
+    on_round: Callable[[int, Adapter], None] | None = None,
 ) -> dict[str, Any]:
     """Run a federation; return its summary.
 
@@ -59,7 +61,8 @@ def run_tiny(
     settings = build.settings_of_run(run_config)
     drawing = nullcontext() if draws else mock.patch.object(Figure, "savefig")
     with server_identity(), own_machine(), drawing:
-        run(grid_type(app, settings.federation.num_clients, run_config), settings)
+        grid = grid_type(app, settings.federation.num_clients, run_config)
+        run(grid, settings, on_round=on_round)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
 

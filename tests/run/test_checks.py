@@ -9,6 +9,7 @@ from hafl_app.run.checks import (
     SCAFFOLD_NEEDS,
     STREAMING_NEEDS,
     check_base_alone,
+    check_centralized,
     check_comparison,
     check_settings,
 )
@@ -35,6 +36,11 @@ NO_ANSWERS = (
     "model.task=causal_lm needs prompts with answers: dataset=dolly, or another with "
     "dataset.answer_column and dataset.template"
 )
+
+
+CLOSED = "model.head=closed_form"
+NO_NOISE = "since sums of features are uploaded without noise; expected averaged, frozen or local"
+BY_CLIENTS = "expected model.closed_form.temperature_by=clients, or a number as model.closed_form.temperature"
 
 
 def images(task: str, source: str) -> str:
@@ -121,6 +127,57 @@ REFUSED = [
     (
         [*CAUSAL, "model.head=local"],
         "model.head=local: a causal language model has no head",
+    ),
+    # heads in closed form
+    (
+        [*CAUSAL, CLOSED],
+        f"{CLOSED}: a causal language model has no head; expected averaged",
+    ),
+    (
+        ["strategy=zero_padding", "privacy=central_dp", CLOSED],
+        f"{CLOSED}: refused under privacy=central_dp, {NO_NOISE}",
+    ),
+    ([*LOCAL_DP, CLOSED], f"{CLOSED}: refused under privacy=local_dp, {NO_NOISE}"),
+    (
+        ["federation.robust=median", CLOSED],
+        f"{CLOSED}: refused with federation.robust=median, since sums of features are added up; "
+        "expected none",
+    ),
+    (
+        ["dataset.validation_fraction=0", CLOSED],
+        f"{CLOSED}: dataset.validation_fraction=0 leaves nothing to choose on; {BY_CLIENTS}",
+    ),
+    (
+        ["federation.central_evaluation=false", CLOSED],
+        f"{CLOSED}: with federation.central_evaluation=false the server has no model to choose "
+        f"with; {BY_CLIENTS}",
+    ),
+    (
+        [
+            *("dataset.validation_fraction=0", CLOSED, "model.closed_form.temperature=0.1"),
+            "model.closed_form.ridge_by=validation",
+        ],
+        f"{CLOSED}: dataset.validation_fraction=0 leaves nothing to choose on; expected "
+        "model.closed_form.ridge_by=gcv, or a number as model.closed_form.ridge",
+    ),
+    (
+        ["dataset=on_device", CLOSED],
+        f"{CLOSED}: dataset=on_device has no validation data; {BY_CLIENTS}",
+    ),
+    (
+        ["dataset.holdout_fraction=0", CLOSED, "model.closed_form.temperature_by=clients"],
+        "model.closed_form.temperature_by=clients: they score rows that they hold out; expected "
+        "dataset.holdout_fraction above 0",
+    ),
+    (
+        ["federation.num_rounds=0"],
+        "federation.num_rounds=0: nothing is trained; expected at least 1, or "
+        "model.head=closed_form, which is solved before round 1",
+    ),
+    (
+        ["federation.num_rounds=0", CLOSED, "federation.alone_clients_per_rank=1"],
+        "federation.alone_clients_per_rank=1: with federation.num_rounds=0 nothing is trained; "
+        "expected 0",
     ),
     # federation
     (
@@ -273,6 +330,10 @@ def test_what_does_not_go_together_is_refused_in_one_line(overrides, line):
         ["federation.server_optimizer.kind=adam", "federation.server_optimizer.tau=0.1"],
         ["strategy=flexlora", "client.proximal=0.1"],
         [*SCAFFOLD, "federation.server_optimizer.kind=momentum"],
+        [CLOSED],
+        [CLOSED, "federation.num_rounds=0"],
+        [CLOSED, "dataset.validation_fraction=0", "model.closed_form.temperature=0.1"],
+        [CLOSED, "dataset.validation_fraction=0", "model.closed_form.temperature_by=clients"],
         ["engine=inprocess"],
         ["federation.ray_address='head:6379'"],
     ],
@@ -309,6 +370,12 @@ def test_what_cannot_be_compared(overrides, searches, line):
         check_comparison(settings(*overrides), searches)
     assert str(caught.value) == line
     check_comparison(settings(*(o for o in overrides if "head" not in o)), searches_rates=False)
+
+
+def test_what_cannot_be_centralized():
+    with pytest.raises(SettingsError, match="centralized training learns its head by gradients"):
+        check_centralized(settings(CLOSED))
+    check_centralized(settings())
 
 
 @pytest.mark.parametrize(

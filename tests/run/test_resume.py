@@ -44,6 +44,10 @@ VARIANTS = {
         *("strategy=hafl", "client=sgd", "client.max_grad_norm=0"),
         *("federation.scaffold=true", "federation.fraction_train=0.5"),
     ),
+    "closed-form heads": (
+        *("strategy=hafl", "model.head=closed_form", "model.head_refresh_every=2"),
+        "model.closed_form.temperature_by=clients",
+    ),
     # Prunes in round 2, so that the pruned ranks must come back.
     "pruned ranks": ("strategy=hetlora", "strategy.decay=0.5", "strategy.tail_weight=10.0"),
 }
