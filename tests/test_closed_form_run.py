@@ -92,6 +92,17 @@ class TestHeadAlone:
         assert float((mine - theirs).abs().max()) < 1e-3 * float(mine.abs().max())
         assert other["final"]["test/accuracy"] == summary["final"]["test/accuracy"]
 
+    def test_a_streaming_server_solves_the_same(self, iid, tmp_path):
+        folder, _ = iid
+        streaming = ("federation.streaming=true", "federation.max_norm_ratio=null")
+        run_tiny(tmp_path / "a", *ALONE, *FIXED, ALL_ROWS, *streaming)
+        assert torch.equal(head_of(folder)["weight"], head_of(tmp_path / "a")["weight"])
+
+    def test_clients_that_never_train_are_not_in_it(self, tmp_path):
+        summary = run_tiny(tmp_path / "a", *ALONE, *FIXED, "federation.unseen_clients=1")
+        assert summary["heads"][0]["clients"] == 4
+        assert summary["heads"][0]["absent"] == []
+
     def test_it_is_that_of_all_texts_in_one_place(self, iid):
         folder, _ = iid
         overrides = [*TINY, *ALONE, *FIXED, ALL_ROWS]

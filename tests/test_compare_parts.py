@@ -122,6 +122,18 @@ class TestExperimentFiles:
             for alpha in ("0.1", "0.01")
         }
 
+    def test_a_head_alone_has_no_rounds_and_no_learning_rate(self):
+        given = ["experiment=closed_form_banking77", "federation.num_rounds=4"]
+        comparison = Comparison.of(parse_command(given), Path("out"))
+        alone = ["head-alone", "class-means-alone"]
+        assert not {job.method for job in comparison.tuning_jobs()} & set(alone)
+        assert not any(comparison.only(method).searches for method in alone)
+        assert comparison.only("hafl-closed-form").searches
+        jobs = comparison.jobs(comparison.first_rates())
+        rounds = {job.method: compose(job.overrides).federation.num_rounds for job in jobs}
+        assert {m for m, number in rounds.items() if not number} == set(alone)
+        assert rounds["hafl-closed-form"] == 4
+
     def test_a_cell_reaches_its_runs(self):
         command = parse_command(["experiment=hafl_newsgroups", "cells=clients10-0.01"])
         comparison = Comparison.of(command, Path("out"))

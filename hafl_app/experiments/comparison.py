@@ -248,7 +248,9 @@ class Comparison:
         for name, overrides in self.cells.items():
             yield from ((key_of(o), f"the cell {name}") for o in overrides)
         for name, method in self.methods.items():
-            yield from ((key_of(o), f"the method {name}") for o in method.overrides)
+            # A method without rounds has none, however many the others have.
+            own = [override for override in method.overrides if override != _NO_ROUNDS]
+            yield from ((key_of(o), f"the method {name}") for o in own)
         if self.searches:
             yield _LEARNING_RATE, "the tuning (tune=false leaves it out)"
             if self.plan.tuning.lora_B_lr_ratios:

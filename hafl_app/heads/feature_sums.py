@@ -116,4 +116,5 @@ def triangle_size(width: int) -> int:
 def limit_norm(features: Tensor, most: float) -> Tensor:
     """Return features whose L2 norm is at most ``most``: longer vectors are scaled down to it."""
     norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    return features * (most / norms.clamp(min=most))
+    limited: Tensor = features * (most / norms.clamp(min=most))
+    return limited

@@ -23,4 +23,5 @@ def random_projection(width: int, size: int, seed: int) -> Tensor:
     drawn = random.Random(f"{seed}/head projection/{width}/{size}").randrange(2**63)
     generator = torch.Generator().manual_seed(drawn)
     gaussian = torch.randn(width, size, generator=generator, dtype=torch.float64)
-    return gaussian / size**0.5
+    scaled: Tensor = gaussian / size**0.5
+    return scaled

@@ -14,7 +14,7 @@ import torch
 from hafl_app.heads.feature_sums import FeatureSums
 from hafl_app.heads.linear_head import LinearHead
 
-STRENGTHS = tuple(10.0 ** (k / 2) for k in range(-12, 3))
+STRENGTHS: tuple[float, ...] = tuple(10.0 ** (k / 2) for k in range(-12, 3))
 """Strengths that are tried, from 1e-6 to 10."""
 
 # Of a feature's mean square: below, its variance is what rounding to float32 has left.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-TEMPERATURES = tuple(2.0 ** (-k / 2) for k in range(-4, 21))
+TEMPERATURES: tuple[float, ...] = tuple(2.0 ** (-k / 2) for k in range(-4, 21))
 """Temperatures that are tried, from 4 down to 1/1024: every second one halves."""
 
 

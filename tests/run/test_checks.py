@@ -40,7 +40,8 @@ NO_ANSWERS = (
 
 CLOSED = "model.head=closed_form"
 NO_NOISE = "since sums of features are uploaded without noise; expected averaged, frozen or local"
-BY_CLIENTS = "expected model.closed_form.temperature_by=clients, or a number as model.closed_form.temperature"
+A_NUMBER = "a number as model.closed_form.temperature"
+BY_CLIENTS = f"expected model.closed_form.temperature_by=clients, or {A_NUMBER}"
 
 
 def images(task: str, source: str) -> str:
