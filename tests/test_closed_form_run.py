@@ -98,6 +98,23 @@ class TestHeadAlone:
         run_tiny(tmp_path / "a", *ALONE, *FIXED, ALL_ROWS, *streaming)
         assert torch.equal(head_of(folder)["weight"], head_of(tmp_path / "a")["weight"])
 
+    def test_clients_that_count_alike_are_as_many_examples(self, iid, tmp_path):
+        _, summary = iid
+        uniform = "federation.weighting=uniform"
+        other = run_tiny(tmp_path / "a", *ALONE, ALL_ROWS, uniform)
+        examples = summary["heads"][0]["examples"]
+        assert other["heads"][0]["examples"] == pytest.approx(examples, rel=0.01)
+
+    def test_rounds_may_follow(self, tmp_path):
+        run_tiny(tmp_path / "a", CLOSED, *FIXED, "federation.num_rounds=0")
+        resumed = (CLOSED, *FIXED, "federation.num_rounds=1", f"resume={tmp_path / 'a'}")
+        assert run_tiny(tmp_path / "a", *resumed)["rounds"] == 1
+        run_tiny(tmp_path / "b", CLOSED, *FIXED, "federation.num_rounds=1")
+        one, other = (
+            load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab"
+        )
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
     def test_clients_that_never_train_are_not_in_it(self, tmp_path):
         summary = run_tiny(tmp_path / "a", *ALONE, *FIXED, "federation.unseen_clients=1")
         assert summary["heads"][0]["clients"] == 4
@@ -234,5 +251,7 @@ def test_every_model_with_classes_gets_one(tmp_path):
     summary = run_tiny(tmp_path / "images", *ALONE, *images)
     assert summary["final"]["test/accuracy"] > 0.2
     assert run_tiny(tmp_path / "own head", *ALONE, "model.pooling=cls")["heads"]
+    blind = (*FIXED, "federation.central_evaluation=false")
+    assert run_tiny(tmp_path / "no model at the server", *ALONE, *blind)["heads"]
     projected = run_tiny(tmp_path / "projected", *ALONE, "model.closed_form.projection=8")
     assert projected["bytes"]["head"]["up"] < 5 * (4 * (8 * 20 + 36) + 8 * 20 + 2000)

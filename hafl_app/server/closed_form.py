@@ -155,7 +155,7 @@ class ClosedFormHead:
         federation = self._method.options.federation
         most_norm, most_examples = settings.most_norm(self._width), federation.max_examples_per_node
 
-        def read(reply: Message, metrics: Mapping[str, float]) -> FeatureSums:
+        def read(reply: Message, metrics: Mapping[str, float]) -> tuple[FeatureSums, float]:
             stated = int(metrics[STATED_EXAMPLES])
             if most_examples is not None and stated > most_examples:
                 raise ReplyError(
@@ -169,20 +169,25 @@ class ClosedFormHead:
                 )
             if reason := implausible(sums, most_norm):
                 raise ReplyError(reason)
-            return sums.scaled(metrics[NUM_EXAMPLES] / stated)
+            weight = metrics[NUM_EXAMPLES] / stated  # of an example
+            return sums.scaled(weight), weight**2 * stated
 
         total = FeatureSums.zeros(asked.width, asked.num_classes, moments=asked.moments)
         counted: list[int] = []
-        for profile, sums in self._ask(
+        squares = 0.0
+        for profile, (sums, squared) in self._ask(
             server_round, grid, QUERY_FEATURE_SUMS, "frozen", {}, read, asked.payload_bytes
         ):
-            total += sums
+            total, squares = total + sums, squares + squared
             counted.append(profile.partition_id)
         if len(counted) < federation.min_replies:
             raise TooFewSumsError(
                 f"closed-form head after round {server_round}: the sums of {len(counted)} clients "
                 f"count, federation.min_replies={federation.min_replies}"
             )
+        # Kish's number where examples weigh differently: what cross-validation reckons with.
+        effective = total.num_examples**2 / squares
+        total = total.scaled(effective / total.num_examples)
         known = [profile.partition_id for profile in self._participation.trainable()]
         return _Collected(total, len(counted), tuple(p for p in known if p not in set(counted)))
 
@@ -204,7 +209,7 @@ class ClosedFormHead:
         elif validation is not None:
             losses = validation_losses(solved.head, validation)
         else:
-            return 1.0
+            raise ValueError("no validation data to choose the temperature on")
         chosen = best_temperature(losses)
         if is_at_edge(chosen):
             _LOGGER.warning(
