@@ -73,11 +73,6 @@ class Trainee(Protocol):
     """One client's factors and head where a model holds them: a `LoraModel`, or one of a cohort."""
 
     @property
-    def num_classes(self) -> int:
-        """Outputs of the head; 0 for a model without classes."""
-        return self._spec.num_labels
-
-    @property
     def device(self) -> torch.device:
         """Device of the tensors."""
 
