@@ -30,24 +30,16 @@ from hafl_app.heads.solve import (
 )
 from hafl_app.heads.temperature import TEMPERATURES, best_temperature
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import HeadPolicy, ModulePlan, TrainPlan
+from hafl_app.server.forward_exchange import ForwardExchange
 from hafl_app.server.method import Method
 from hafl_app.server.participation import Participation
-from hafl_app.server.replies import all_replies, replies_in_order
 from hafl_app.server.reply_validation import ReplyError
-from hafl_app.server.round_messages import STATED_EXAMPLES, Content, RoundMessages
-from hafl_app.wire.arrays import RecordError
-from hafl_app.wire.faults import one_line
+from hafl_app.server.round_messages import STATED_EXAMPLES, RoundMessages
 from hafl_app.wire.feature_sums import SumsFormat, read_losses, read_sums
 from hafl_app.wire.message_types import EVALUATE_TEMPERATURES, QUERY_FEATURE_SUMS
-from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import NUM_EXAMPLES
 
 _LOGGER = logging.getLogger(__name__)
-PHASE = "head"
-"""Under which its traffic is entered in the ledger."""
-
-_SLACK_BYTES = 64 * 1024  # what a reply may weigh above its numbers
 
 
 class TooFewSumsError(RuntimeError):
@@ -110,7 +102,7 @@ class ClosedFormHead:
     ) -> None:
         self._method = method
         self._participation = participation
-        self._new_exchange = new_exchange
+        self._exchange = ForwardExchange(method, participation, new_exchange)
         self.validation: Callable[[Adapter], ValidationFeatures] | None = None
         self.records: list[HeadRecord] = []
 
@@ -175,7 +167,7 @@ class ClosedFormHead:
         total = FeatureSums.zeros(asked.width, asked.num_classes, moments=asked.moments)
         counted: list[int] = []
         squares = 0.0
-        for profile, (sums, squared) in self._ask(
+        for profile, (sums, squared) in self._exchange.ask(
             server_round, grid, QUERY_FEATURE_SUMS, "frozen", {}, read, asked.payload_bytes
         ):
             total, squares = total + sums, squares + squared
@@ -234,7 +226,7 @@ class ClosedFormHead:
         total = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
         size = total.element_size() * len(total)
         count = 0
-        for _, losses in self._ask(
+        for _, losses in self._exchange.ask(
             server_round, grid, EVALUATE_TEMPERATURES, "sent", head, read, size
         ):
             total += losses
@@ -245,50 +237,6 @@ class ClosedFormHead:
                 "count"
             )
         return total
-
-    # ---- both ------------------------------------------------------------------------------
-
-    def _ask(
-        self,
-        server_round: int,
-        grid: Grid,
-        message_type: str,
-        policy: HeadPolicy,
-        head: Mapping[str, Tensor],
-        read: Callable[[Message, Mapping[str, float]], Content],
-        payload_bytes: int,
-    ) -> Iterable[tuple[NodeProfile, Content]]:
-        """Send all reachable clients the same adapter; yield what counts, in partition order."""
-        profiles = self._participation.reachable(server_round, grid)
-        adapter, federation = self._method.global_adapter, self._method.options.federation
-        plan = _forward_plan(adapter, policy)
-        held = {n: f.select(plan.modules[n].held) for n, f in adapter.modules.items()}
-        sent = Adapter(held, head)
-        exchange = self._new_exchange(server_round, PHASE)
-        messages = exchange.messages(profiles, [plan] * len(profiles), lambda _: sent, message_type)
-
-        def read_record(reply: Message, metrics: Mapping[str, float]) -> Content:
-            try:
-                return read(reply, metrics)
-            except RecordError as error:
-                raise ReplyError(one_line(str(error))) from error
-
-        timeout_s, streaming = federation.round_timeout_s, federation.streaming
-        replies = (
-            replies_in_order(grid, messages, timeout_s, federation.stream_buffer)
-            if streaming
-            else all_replies(grid, messages, timeout_s, self._participation.seconds)
-        )
-        most_bytes, quarantine = payload_bytes + _SLACK_BYTES, self._participation.quarantine
-        for reply, content in exchange.validate_by(
-            replies, read_record, most_bytes, in_order=streaming
-        ):
-            if content is None:
-                quarantine.record(reply.profile.node_id, False, server_round)
-            else:
-                yield reply.profile, content
-        for silent in exchange.close([]):
-            quarantine.record(silent.profile.node_id, False, server_round)
 
     def _note(
         self, server_round: int, collected: "_Collected", ridge: float | None, temperature: float
@@ -358,15 +306,3 @@ class _Collected:
     sums: FeatureSums
     clients: int
     absent: tuple[int, ...]
-
-
-def _forward_plan(adapter: Adapter, head: HeadPolicy) -> TrainPlan:
-    """Return the plan that holds what has an effect of an adapter, and trains none of it.
-
-    A component whose column of lora_B is 0 has none: before round 1 that is each of them.
-    """
-    modules = {}
-    for name, factors in adapter.modules.items():
-        with_effect = factors.lora_B.any(0).nonzero().flatten().tolist()
-        modules[name] = ModulePlan(held=tuple(with_effect), trainable=())
-    return TrainPlan(modules, head=head)

@@ -185,7 +185,7 @@ def check_training(client: Trained, initial_head: dict[str, torch.Tensor]) -> No
             after = client.inside[part][name]
             _check_moves(f"{name}: lora_A, {part}", before[0], after[0], moves=trains_A)
             _check_moves(f"{name}: lora_B, {part}", before[1].T, after[1].T, moves=trains_B)
-    trains_head = client.plan.head != "frozen"
+    trains_head = client.plan.head in ("averaged", "local")
     for name, tensor in (client.sent.head or initial_head).items():
         assert torch.equal(client.head[name], tensor) != trains_head, f"head {name}"
 

@@ -21,7 +21,6 @@ from driving import (
 
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import TrainPlan
-from hafl_app.server.aggregation import merge as merge_into
 
 TOLERANCE = 1e-6
 
@@ -53,22 +52,6 @@ def skip_if_broken(name: str, law: str) -> None:
 
 def test_there_are_strategies():
     assert {"fedit", "zero_padding", "hafl"} <= set(STRATEGIES)
-
-
-class TestHeadsThatAreSent:
-    """A head in closed form: every client receives it as it is, and none changes it."""
-
-    def test_it_is_sent_and_stays(self, name):
-        strategy = strategy_named(name)
-        strategy.options = replace(strategy.options, head="sent")
-        head = strategy.global_adapter.head
-        updates = [update_of(strategy, client, noise) for client in clients_for(name)]
-        for update in updates:
-            assert update.plan.head == "sent"
-            assert update.sent.head == head
-        without = [replace(u, adapter=u.adapter.with_head({})) for u in updates]
-        merged = merge_into(strategy, strategy.global_adapter, without)
-        assert merged.head == head
 
 
 class TestLaws:

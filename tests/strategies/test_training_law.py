@@ -54,6 +54,12 @@ class TestLaw:
         strategy = strategy_on(model, name, "frozen")
         check_law(model, strategy, train_round(model, strategy, one_module_per_choice))
 
+    def test_holds_with_a_head_that_is_sent(self, model, name):
+        strategy = strategy_on(model, name, "sent")
+        clients = train_round(model, strategy, own_plan)
+        assert all(client.sent.head for client in clients)
+        check_law(model, strategy, clients)
+
 
 class TestItFails:
     """Each test breaks the code in one way."""
