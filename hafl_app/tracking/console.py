@@ -46,6 +46,7 @@ class ConsoleTracker:
         self._num_rounds = num_rounds
         self._rounds: list[RoundRecord] = []
         self._trainings: list[ClientRecord] = []
+        self._before_training = "untrained"
 
     def start(
         self,
@@ -55,6 +56,8 @@ class ConsoleTracker:
     ) -> None:
         """Print a table of the clients, by rank when there are many."""
         self._rounds, self._trainings = list(history.rounds), list(history.clients)
+        if settings.get("model", {}).get("head") == "closed_form":
+            self._before_training = "head alone"
         examples = sum(client.examples for client in clients)
         title = f"{len(clients)} clients, {examples:,} examples"
         if len(clients) > ROWS_BEFORE_GROUPING:
@@ -137,7 +140,7 @@ class ConsoleTracker:
     def _time_left(self, record: RoundRecord) -> str:
         left = self._num_rounds - record.server_round
         if record.server_round == 0:
-            return "untrained"
+            return self._before_training
         if left <= 0:
             return ""
         seconds = [past.seconds for past in self._rounds if past.server_round > 0]

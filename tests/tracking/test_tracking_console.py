@@ -79,6 +79,11 @@ class TestRound:
             f"round 2/10 {scores} 10 s ETA 1 min 12 s",
         ]
 
+    def test_a_head_in_closed_form_is_there_before_training(self, log, untrained):
+        log.tracker.start({"model": {"head": "closed_form"}}, [])
+        log.tracker.log_round(untrained)
+        assert log.rows[-1].endswith("2.0 s head alone")
+
     def test_last_line_has_no_time_left(self, log, round_record):
         log.tracker.log_round(round_record(server_round=10))
 
