@@ -293,7 +293,7 @@ class RunReport:
             record = self._best_record(self._best)
             self._save("adapter-best", adapter.with_head(adapter.head or head), record)
         # Only now, because matplotlib takes its time to import.
-        from hafl_app.tracking.curves import draw_curves  # noqa: PLC0415
+        from hafl_app.reports.figures.curves import draw_curves  # noqa: PLC0415
 
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
         generation = self._evaluation.generation(last)
