@@ -85,7 +85,7 @@ def report_on(folders: Sequence[Path], baseline: str = "") -> Report:
 
 def _touch(run: Run) -> None:
     """Read what a report needs, so that a damaged file shows before anything is drawn."""
-    for frame in (run.rounds, run.clients, run.scores, run.importance, run.labels):
+    for frame in (run.rounds, run.clients, run.scores, run.importance, run.influence, run.labels):
         del frame
 
 

@@ -23,8 +23,8 @@ class Curve:
     `failures` counts the trainings, of all rounds, that did not count; `chosen_round` is the best
     as the run chose it, if it did. `at_rank` is the test score of the last round's adapter cut to
     the rank of a device, by rank, as far as it was measured; `client_seconds` and `server_seconds`
-    are CPU seconds of all rounds, NaN if unknown. `simulated` is the time so far in seconds on
-    simulated devices; empty without such.
+    are CPU seconds of all rounds, NaN if unknown. `simulated` are the seconds so far on simulated
+    devices, NaN without any.
     """
 
     test: tuple[float, ...]
@@ -43,6 +43,11 @@ class Curve:
     def sent(self) -> list[float]:
         """MB so far, down and up."""
         return [(d + u) / MEGABYTE for d, u in zip(self.bytes_down, self.bytes_up, strict=True)]
+
+    @property
+    def simulated_seconds(self) -> float:
+        """Seconds of all rounds on simulated devices; NaN without any."""
+        return self.simulated[-1] if self.simulated else math.nan
 
     @property
     def best_round(self) -> int:
@@ -105,7 +110,6 @@ def _curve(rounds: list[dict[str, Any]], summary: Mapping[str, Any]) -> Curve:
         if "round" in best and line["server_round"] == best["round"]:
             line["metrics"] = {**best, **line["metrics"]}  # its test scores came later
     rounds[-1]["metrics"] = {**summary.get("final", {}), **rounds[-1]["metrics"]}
-    timed = all(line.get(SIMULATED) is not None for line in rounds[1:]) and len(rounds) > 1
     return Curve(
         test=_metric(rounds, metric.key("test")),
         validation=_metric(rounds, metric.key("validation")),
@@ -117,7 +121,7 @@ def _curve(rounds: list[dict[str, Any]], summary: Mapping[str, Any]) -> Curve:
         at_rank=_at_rank(summary),
         client_seconds=_seconds(summary, "clients"),
         server_seconds=_seconds(summary, "server"),
-        simulated=tuple(accumulate(float(r.get(SIMULATED) or 0) for r in rounds)) if timed else (),
+        simulated=tuple(accumulate(_number(r.get(SIMULATED)) for r in rounds)),
     )
 
 
@@ -136,10 +140,13 @@ def _at_rank(summary: Mapping[str, Any]) -> dict[int, float]:
 
 
 def _seconds(summary: Mapping[str, Any], part: str) -> float:
-    value = summary.get("cpu_seconds", {}).get(part)
-    return math.nan if value is None else float(value)
+    return _number(summary.get("cpu_seconds", {}).get(part))
 
 
 def _metric(rounds: Sequence[Mapping[str, Any]], name: str) -> tuple[float, ...]:
-    values = [r["metrics"].get(name) for r in rounds]
-    return tuple(math.nan if value is None else float(value) for value in values)
+    return tuple(_number(r["metrics"].get(name)) for r in rounds)
+
+
+def _number(value: Any) -> float:
+    """Return a recorded number; NaN, which JSON does not have, of null."""
+    return math.nan if value is None else float(value)

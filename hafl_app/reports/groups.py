@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from hafl_app.data.errors import nearest
 from hafl_app.metrics import Metric
 from hafl_app.reports.folders import Place
 from hafl_app.reports.runs import Run, method_of, value_text
@@ -15,6 +16,7 @@ from hafl_app.reports.tables import NONE
 METHOD: Final = "strategy"
 """The method among the settings that differ."""
 _NO_DIFFERENCE = ("seed", "output_dir", "resume", "strategy._target_")
+_OTHERS: Final = "outside of a comparison"
 _MOST_IN_A_NAME = 3  # settings that differ
 
 Settings = Mapping[str, Any]
@@ -104,11 +106,12 @@ def sections_of(found: Sequence[tuple[Place, Run]], baseline: str = "") -> list[
             cell,
             metric.title if several["metric"] else "",
         ]
-        title = ", ".join(filter(None, words))
+        title = ", ".join(filter(None, words)) or (_OTHERS if len(parts) > 1 else "")
         sections.append(_section(title, metric, members, baseline))
     names = [group.name for section in sections for group in section.groups]
     if baseline and baseline not in names:
-        raise ValueError(f"--baseline {baseline}: there are {', '.join(dict.fromkeys(names))}")
+        there_are = ", ".join(dict.fromkeys(names))
+        raise ValueError(f"--baseline {baseline}: there are {there_are}{nearest(baseline, names)}")
     return sections
 
 

@@ -8,11 +8,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hafl_app.reports.client_scores import ranks_trained
-from hafl_app.reports.figures.clients import bytes_by_client, ranks_over_rounds, scores_by_rank
+from hafl_app.reports.figures.clients import (
+    bytes_by_client,
+    influence_by_rank,
+    ranks_over_rounds,
+    scores_by_rank,
+)
 from hafl_app.reports.figures.curves import SIMULATED_TIME, figure_of, row_of
 from hafl_app.reports.figures.energy import energy_by_value
 from hafl_app.reports.figures.heat_maps import importance_over_rounds, labels_by_client
 from hafl_app.reports.groups import Group, Section
+from hafl_app.reports.records import UnreadableRunError
 from hafl_app.reports.runs import Run
 from hafl_app.reports.spectra import read_energy
 
@@ -55,7 +61,7 @@ def pictures_of(section: Section, missing: list[str]) -> list[Picture]:
         )
     return [
         _curves(section, missing),
-        *_of_clients(section, some),
+        *_of_clients(section, some, missing),
         *_of_labels(some),
         *_of_importance(some),
     ]
@@ -70,12 +76,12 @@ def _curves(section: Section, missing: list[str]) -> Picture:
         "highest seed."
     )
     names = [group.name for group in section.groups]
-    return Picture("curves", caption, figure_of([row], names, section.title))
+    return Picture("curves", caption, figure_of([row], names, ""))
 
 
-def _of_clients(section: Section, some: Sequence[Group]) -> list[Picture]:
+def _of_clients(section: Section, some: Sequence[Group], missing: list[str]) -> list[Picture]:
     """Return the figures with a panel, or a line, for each group, of what is known."""
-    metric, title = section.metric, section.title
+    metric, title = section.metric, ""  # the headings above, and the captions, say it
     figures: dict[str, tuple[str, Frames, Callable[[Frames], Figure]]] = {
         "clients": (
             f"{metric.title.capitalize()} of each client by rank, the worst tenth marked.",
@@ -87,9 +93,15 @@ def _of_clients(section: Section, some: Sequence[Group]) -> list[Picture]:
             {group.name: trained_ranks(group.first) for group in some},
             lambda frames: ranks_over_rounds(frames, title),
         ),
+        "influence": (
+            "Influence: share of each rank in the adapter's step beside that in the data, mean "
+            "over the rounds; lines from the lowest round to the highest.",
+            {group.name: group.first.influence for group in some},
+            lambda frames: influence_by_rank(frames, title),
+        ),
         "energy": (
             "Energy of the last global update by singular value: mean, and range of the layers.",
-            {group.name: read_energy(group.first.folder) for group in section.groups},
+            {group.name: _energy_of(group, missing) for group in section.groups},
             lambda frames: energy_by_value(frames, title),
         ),
         "bytes": (
@@ -136,6 +148,14 @@ def trained_ranks(run: Run) -> pd.DataFrame:
     """Return the ranks that a run's clients trained, see `ranks_trained`; empty if not known."""
     modules = run.importance["module"].nunique()
     return ranks_trained(run.clients, modules) if modules else pd.DataFrame()
+
+
+def _energy_of(group: Group, missing: list[str]) -> pd.DataFrame:
+    try:
+        return read_energy(group.first.folder)
+    except UnreadableRunError as error:
+        missing.append(f"No energy of {group.name}: {error}")
+        return pd.DataFrame()
 
 
 def _scores_of(group: Group, metric: str) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from hafl_app.reports.records import (
 from hafl_app.tracking.details import IMPORTANCE, SCORES
 
 _DATA_FILE = "data.json"
+_INFLUENCE = "influence"  # of each client, in the records of rounds that have it
 _FOREIGN = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
 
 
@@ -86,6 +87,23 @@ class Run:
         """A row a round, module and component: ``importance``, NaN if not measured; ``measure``."""
         kept = [record for record in self._details if record["kind"] == IMPORTANCE]
         return self._read(lambda: _importance(kept))
+
+    @cached_property
+    def influence(self) -> pd.DataFrame:
+        """A row a round and client: its shares of the step, ``influence``, and of the data.
+
+        ``examples``, and ``components``, the share of examples times trained components. Empty
+        where none was recorded.
+        """
+        return self._read(
+            lambda: pd.DataFrame(
+                [
+                    {"server_round": record["server_round"], **one}
+                    for record in rounds_of(self._records)
+                    for one in record.get(_INFLUENCE) or ()
+                ]
+            )
+        )
 
     @cached_property
     def labels(self) -> pd.DataFrame:
@@ -190,7 +208,8 @@ def _rounds(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def _widened(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return records with a column for each of their metrics."""
-    rest = [{k: v for k, v in record.items() if k not in {"kind", "metrics"}} for record in records]
+    apart = {"kind", "metrics", _INFLUENCE}
+    rest = [{k: v for k, v in record.items() if k not in apart} for record in records]
     rows = [{**row, **record["metrics"]} for row, record in zip(rest, records, strict=True)]
     return pd.DataFrame(rows)
 

@@ -42,7 +42,7 @@ def scores_table(section: Section) -> Table:
                 ),
                 "MB down": _mean_size(curve.bytes_down[-1] / MEGABYTE for curve in curves),
                 "MB up": _mean_size(curve.bytes_up[-1] / MEGABYTE for curve in curves),
-                "simulated s": _mean_size(c.simulated[-1] for c in curves if c.simulated),
+                "simulated s": _mean_size(curve.simulated_seconds for curve in curves),
                 "client CPU s": _mean_size(curve.client_seconds for curve in curves),
                 "server CPU s": _mean_size(curve.server_seconds for curve in curves),
             }

@@ -17,6 +17,12 @@ from hafl_app.reports.figures.curves import draw_band
 
 _GOLDEN: Final = (5**0.5 - 1) / 2
 _WIDTH: Final = 0.5  # of a rank's clients; ranks are 1 apart
+# Column of a share to its label, color and hatch.
+_SHARES: Final = {
+    "examples": ("of the examples", style.COLORS[6], ""),
+    "components": ("of examples times components", style.COLORS[3], "..."),
+    "influence": ("of the adapter's step", style.COLORS[2], "///"),
+}
 _WORST: Final = "worst tenth"
 _PANELS_IN_A_ROW: Final = 3
 
@@ -96,7 +102,7 @@ def bytes_by_client(runs: Mapping[str, pd.DataFrame], title: str) -> Figure:
     runs
         Name of a panel to the trainings of a run, see `hafl_app.reports.runs.Run`; none empty.
     """
-    figure, panels = _panels(len(runs), title, width=6.5)
+    figure, panels = _panels(len(runs), title)
     for axes, (name, clients) in zip(panels, runs.items(), strict=True):
         total = clients.groupby("partition_id").agg(
             rank=("rank", "max"), down=("bytes_down", "sum"), up=("bytes_up", "sum")
@@ -112,7 +118,7 @@ def bytes_by_client(runs: Mapping[str, pd.DataFrame], title: str) -> Figure:
             )  # fmt: skip
             below += sent
         names = [f"{i} (r{rank})" for i, rank in zip(total.index, total["rank"], strict=True)]
-        axes.set_xticks(*style.thinned(names), rotation=90, fontsize=7)
+        axes.set_xticks(*style.thinned(names, 24), rotation=90, fontsize=7)
         axes.set(xlabel="client (rank)", title=figure_text(name))
         style.plain(axes)
         axes.grid(visible=False, axis="x")
@@ -121,11 +127,43 @@ def bytes_by_client(runs: Mapping[str, pd.DataFrame], title: str) -> Figure:
     return figure
 
 
-def _panels(count: int, title: str, width: float = 4.2) -> tuple[Figure, Sequence[Axes]]:
+def influence_by_rank(runs: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """Draw how much of the adapter's step the clients of a rank decide, beside their data.
+
+    Parameters
+    ----------
+    runs
+        Name of a panel to the influences of a run, see `hafl_app.reports.runs.Run`; none empty.
+    """
+    figure, panels = _panels(len(runs), title)
+    width = 0.8 / len(_SHARES)
+    for axes, (name, frame) in zip(panels, runs.items(), strict=True):
+        by_round = frame.groupby(["rank", "server_round"])[[*_SHARES]].sum().groupby("rank")
+        mean, low, high = by_round.mean(), by_round.min(), by_round.max()
+        places = np.arange(len(mean))
+        for number, (column, (label, color, hatch)) in enumerate(_SHARES.items()):
+            xs = places + (number - (len(_SHARES) - 1) / 2) * width
+            axes.bar(
+                xs, mean[column], width, color=color, hatch=hatch, edgecolor="white", lw=0.3,
+                label=label,
+            )  # fmt: skip
+            axes.vlines(xs, low[column], high[column], color=style.COLORS[0], lw=1)
+        style.plain(axes)
+        axes.grid(visible=False, axis="x")
+        axes.axhline(0, color=style.COLORS[0], lw=0.8)
+        style.percent(axes.yaxis)
+        axes.set_xticks(places, [str(rank) for rank in mean.index])
+        axes.set(xlabel="rank of the client", title=figure_text(name))
+    panels[0].set_ylabel("share")
+    style.legend_below(figure, *panels)
+    return figure
+
+
+def _panels(count: int, title: str) -> tuple[Figure, Sequence[Axes]]:
     """Return a figure with as many panels, which share their vertical axis."""
     columns = min(count, _PANELS_IN_A_ROW)
     rows = -(-count // columns)
-    figure = style.new_figure(title, max(6.0, width * columns), 0.9 + 3.6 * rows)
+    figure = style.new_figure(title, max(6.0, 4.2 * columns), 0.9 + 3.6 * rows)
     grid = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axes in grid[count:]:
         axes.set_axis_off()

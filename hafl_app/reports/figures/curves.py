@@ -138,7 +138,7 @@ def row_of(title: str, methods: Mapping[str, Sequence[Curve]]) -> Row:
         scores = [getattr(curve, phase) for curve in curves]
         lines["round"][method] = Line(range(len(scores[0])), scores)
         lines[SENT][method] = Line(_mean([curve.sent for curve in curves]), scores)
-        if all(curve.simulated for curve in curves):
+        if all(math.isfinite(curve.simulated_seconds) for curve in curves):
             seconds = _mean([curve.simulated for curve in curves])
             lines[SIMULATED_TIME][method] = Line(seconds, scores)
     if not lines[SIMULATED_TIME]:

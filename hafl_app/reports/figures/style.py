@@ -27,6 +27,7 @@ GRID: Final = "0.9"
 FORMATS: Final = (".png", ".svg", ".pdf")
 
 _MOST_TICKS = 40
+_CHARACTERS_IN_AN_INCH = 13  # of a legend
 # Nothing in a file but the figure: no date, which would differ, and no address.
 _METADATA: Final = {
     "png": {"Software": None},
@@ -38,7 +39,8 @@ _METADATA: Final = {
 def new_figure(title: str, width: float, height: float) -> Figure:
     """Return an empty figure; outside pyplot, it needs no display and leaves no global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(figure_text(title), fontsize=13)
+    if title:
+        figure.suptitle(figure_text(title), fontsize=13)
     return figure
 
 
@@ -79,7 +81,8 @@ def legend_below(figure: Figure, *axes: Axes) -> None:
         for handle, label in zip(*its.get_legend_handles_labels(), strict=True)
     }
     if found:
-        columns = min(4, len(found))
+        fit = figure.get_figwidth() * _CHARACTERS_IN_AN_INCH / (max(map(len, found)) + 8)
+        columns = min(max(1, int(fit)), len(found))
         figure.legend(
             found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False
         )
