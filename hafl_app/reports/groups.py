@@ -15,7 +15,7 @@ from hafl_app.reports.tables import NONE
 
 METHOD: Final = "strategy"
 """The method among the settings that differ."""
-_NO_DIFFERENCE = ("seed", "output_dir", "resume", "strategy._target_")
+_NO_DIFFERENCE = ("seed", "output_dir", "resume", "name", "tags", "strategy._target_")
 _OTHERS: Final = "outside of a comparison"
 _MOST_IN_A_NAME = 3  # settings that differ
 

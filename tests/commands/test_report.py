@@ -1,7 +1,7 @@
 """`hafl report` and `hafl plots` on folders of runs: what they write and say."""
 
 import pytest
-from run_folders import write_run
+from written_runs import write_run
 
 from hafl_app.commands.main import main
 

@@ -6,7 +6,7 @@ import pytest
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from run_folders import RANKS, write_adapter, write_run
+from written_runs import RANKS, write_adapter, write_run
 
 from hafl_app.metrics import ACCURACY
 from hafl_app.reports.client_scores import ranks_trained, worst_tenth

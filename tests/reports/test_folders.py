@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from run_folders import write_run
+from written_runs import write_run
 
 from hafl_app.reports import folders
 from hafl_app.reports.folders import NoRunError, find_runs

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from run_folders import write_run
+from written_runs import write_run
 
 from hafl_app.reports.folders import Place
 from hafl_app.reports.groups import differing, sections_of
@@ -55,7 +55,7 @@ def test_a_methods_own_setting_counts_among_its_runs():
 
 
 def test_folder_seed_and_tracking_are_no_differences():
-    settings = {"seed": 1, "output_dir": "a", "resume": None, "tracking.kind": "wandb"}
+    settings = {"seed": 1, "output_dir": "a", "resume": None, "tracking.kind": "wandb", "name": "x"}
     assert differing([settings, settings | dict.fromkeys(settings, "other")]) == []
 
 

@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from run_folders import write_adapter, write_run
+from written_runs import write_adapter, write_run
 
 from hafl_app.reports.content import report_on
 from hafl_app.reports.records import UnreadableRunError
