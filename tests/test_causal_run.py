@@ -15,8 +15,8 @@ from hafl_app.client.node import Node
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.experiments.budget import equal_mean_bytes_rank
 from hafl_app.experiments.centralized import train_centralized
-from hafl_app.experiments.results import read_curve
 from hafl_app.lowrank.factors import Adapter
+from hafl_app.reports.curve import read_curve
 from hafl_app.run import build
 from hafl_app.run.preflight import check
 from hafl_app.training import lora_model

@@ -39,6 +39,13 @@ NAMES = [
     ("centralized nope=1", "nope=1: no such setting"),
     ("plots rank-collapse nope=1", "nope=1: no such setting"),
     ("plots curves /nope", "no readable metrics.jsonl"),
+    ("plots energy /nope", "no readable metrics.jsonl"),
+    ("plots importance /nope --output x.gif", "expected a name that ends in .png, .svg, .pdf"),
+    ("plots labels nope=1", "nope=1: no such setting"),
+    ("report /nope", "/nope: no such folder"),
+    ("report tests/reports", "tests/reports: no run in it"),
+    ("report outputs --output README.md", "README.md: a file; expected a folder"),
+    ("report outputs --output docs", "docs: it holds something else than a report"),
     ("chaos bad=x", "expected a number from 0 to 1"),
 ]
 """Faults that show in names, types, ranges and folders."""

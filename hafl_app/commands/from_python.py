@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hafl_app.tracking.jsonl import METRICS_FILE, SUMMARY_FILE
+from hafl_app.tracking.jsonl import SUMMARY_FILE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,12 +45,9 @@ class Result:
     @cached_property
     def history(self) -> "pd.DataFrame":
         """A row a round from round 0, the index: scores, seconds, bytes and replies."""
-        import pandas as pd  # noqa: PLC0415  takes a second
+        from hafl_app.reports.runs import read_history  # noqa: PLC0415  pandas takes a second
 
-        lines = (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-        rounds = [line for line in map(json.loads, lines) if line.pop("kind") == "round"]
-        rows = [{**line, **line.pop("metrics")} for line in rounds]
-        return pd.DataFrame(rows).set_index("server_round")
+        return read_history(self.folder)
 
 
 def simulate(*overrides: str) -> Result:

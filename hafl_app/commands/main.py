@@ -214,6 +214,20 @@ def evaluate(arguments: tuple[str, ...]) -> int:
 _FOLDER: Final = click.Path(path_type=Path)
 
 
+class _Figure(click.Path):
+    """Name of a figure's file, refused before anything is drawn if it has no known suffix."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        if path.suffix.lower() not in _FORMATS:
+            self.fail(f"{path}: expected a name that ends in {', '.join(_FORMATS)}", param, ctx)
+        return path
+
+
+_FORMATS: Final = (".png", ".svg", ".pdf")
+_FIGURE: Final = _Figure()
+
+
 @hafl.command()
 @click.argument("source", metavar="RUN", type=_FOLDER)
 @click.argument("further_ranks", nargs=-1, metavar="", type=int)
@@ -251,23 +265,97 @@ def export(
     return run(source, output, [*rank, *further_ranks], push, public, **how)
 
 
+@hafl.command()
+@click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=_FOLDER)
+@click.option("--output", default="report", metavar="DIR", type=_FOLDER, help="Folder (report).")
+@click.option("--baseline", default="", metavar="NAME", help="Runs that others are compared with.")
+@click.option(
+    "--figures",
+    default="svg",
+    type=click.Choice(["svg", "pdf", "png"]),
+    help="Format of the figures' files (svg).",
+)
+def report(folders: tuple[Path, ...], output: Path, baseline: str, figures: str) -> int:
+    """Report on runs, sweeps and comparisons.
+
+    \b
+      hafl report outputs/first outputs/second
+      hafl report COMPARISON --output paper --figures pdf --baseline fedit
+
+    DIR is the folder of a run, of a sweep or of a comparison, or one above such. Runs that differ
+    in their seed alone count as one: mean and spread, and paired differences from a baseline with
+    95 % intervals. It writes report.html, which needs no other file, report.md, report.tex with
+    tables for booktabs, and figures/.
+    """
+    from hafl_app.commands.report import main as run  # noqa: PLC0415
+
+    return run(folders, output, baseline, figures)
+
+
 @hafl.group(cls=_Commands)
 def plots() -> None:
-    """Draw figures beyond those that every run draws.
+    """Draw figures of runs, beyond the one that every run draws.
 
     \b
       hafl plots curves outputs/first outputs/second
+      hafl plots importance outputs/first --output importance.svg
+
+    A figure is PNG, SVG or PDF, by the suffix of --output.
     """
 
 
+def _takes_runs(name: str) -> Callable[[_Command], _Command]:
+    """Give a command the folders of runs, and the figure to write."""
+
+    def give(command: _Command) -> _Command:
+        command = click.option(
+            "--output", default=f"{name}.png", type=_FIGURE, help=f"Figure ({name}.png)."
+        )(command)
+        return click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=_FOLDER)(
+            command
+        )
+
+    return give
+
+
 @plots.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=_FOLDER)
-@click.option("--output", default="curves.png", type=_FOLDER, help="The PNG to write.")
+@_takes_runs("curves")
 def curves(runs: tuple[Path, ...], output: Path) -> int:
-    """Test scores of finished runs, by round and by MB."""
+    """Scores of runs, by round, by MB and by simulated time."""
     from hafl_app.commands.plots import curves as draw  # noqa: PLC0415
 
     return draw(runs, output)
+
+
+@plots.command(context_settings=_PASSED_ON)
+@click.option("--output", default="labels.png", type=_FIGURE, help="Figure (labels.png).")
+@click.argument("arguments", nargs=-1, metavar="RUN | [SETTING=VALUE]...", type=click.UNPROCESSED)
+def labels(arguments: tuple[str, ...], output: Path) -> int:
+    """Training rows by class and client, of a run or before one.
+
+    \b
+      hafl plots labels outputs/first
+      hafl plots labels dataset=synthetic partition=dirichlet
+    """
+    from hafl_app.commands.plots import labels as draw  # noqa: PLC0415
+
+    return draw(arguments, output)
+
+
+def _plot_of_runs(kind: str, help_text: str) -> None:
+    def draw(runs: tuple[Path, ...], output: Path) -> int:
+        from hafl_app.commands.plots import of_runs  # noqa: PLC0415
+
+        return of_runs(kind, runs, output)
+
+    plots.command(kind, help=help_text)(_takes_runs(kind)(draw))
+
+
+_plot_of_runs("clients", "Last scores of the clients by rank, the worst tenth marked.")
+_plot_of_runs("importance", "Importance of a run's layers and components over rounds.")
+_plot_of_runs("ranks", "Ranks that clients trained over rounds.")
+_plot_of_runs("energy", "Energy of the last global update by singular value.")
+_plot_of_runs("bytes", "Bytes of training by client.")
 
 
 @plots.command("rank-collapse", context_settings=_PASSED_ON)

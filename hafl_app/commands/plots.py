@@ -2,8 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hafl_app.cli import run_script
+from hafl_app.reports.folders import require_records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def rank_collapse(settings: Sequence[str]) -> int:
@@ -14,6 +19,16 @@ def rank_collapse(settings: Sequence[str]) -> int:
 def curves(folders: Sequence[Path], output: Path) -> int:
     """Draw the test scores of finished runs; return the exit code."""
     return run_script(lambda: _curves(folders, output))
+
+
+def of_runs(kind: str, folders: Sequence[Path], output: Path) -> int:
+    """Draw one figure of runs, see `hafl_app.reports.plots`; return the exit code."""
+    return run_script(lambda: _of_runs(kind, folders, output))
+
+
+def labels(arguments: Sequence[str], output: Path) -> int:
+    """Draw the classes of each client of a run, or of settings; return the exit code."""
+    return run_script(lambda: _labels(arguments, output))
 
 
 def _rank_collapse(settings: Sequence[str]) -> int:
@@ -29,11 +44,53 @@ def _rank_collapse(settings: Sequence[str]) -> int:
 
 
 def _curves(folders: Sequence[Path], output: Path) -> int:
-    from hafl_app.experiments.results import read_curve  # noqa: PLC0415
+    from hafl_app.reports.curve import read_curve  # noqa: PLC0415
 
     runs = {str(folder): [read_curve(folder)] for folder in folders}
-    from hafl_app.experiments.figures import draw_comparison  # noqa: PLC0415  takes seconds
+    from hafl_app.reports.figures.curves import comparison_figure  # noqa: PLC0415  takes seconds
 
-    draw_comparison({"": runs}, output, "Test scores")
+    return _write(comparison_figure({"": runs}, "Test scores"), output)
+
+
+def _of_runs(kind: str, folders: Sequence[Path], output: Path) -> int:
+    require_records(folders)
+    from hafl_app.reports.plots import figure_of_runs  # noqa: PLC0415  takes seconds
+
+    return _write(figure_of_runs(kind, folders), output)
+
+
+def _labels(arguments: Sequence[str], output: Path) -> int:
+    settings = [argument for argument in arguments if "=" in argument]
+    folders = [Path(argument) for argument in arguments if "=" not in argument]
+    if folders and settings:
+        raise ValueError(f"{folders[0]}: expected a run's folder, or settings, not both")
+    if folders:
+        return _of_runs("labels", folders, output)
+    from hafl_app.config.compose import compose  # noqa: PLC0415
+    from hafl_app.data.combinations import ON_DEVICE  # noqa: PLC0415
+    from hafl_app.run.preflight import check_first  # noqa: PLC0415
+
+    composed = compose(settings)
+    if composed.dataset.source == ON_DEVICE:
+        raise ValueError(f"dataset={ON_DEVICE}: what classes the nodes have is theirs to know")
+    check_first(composed)
+    from hafl_app.run.build import federated_text  # noqa: PLC0415  takes seconds
+
+    text = federated_text(composed, composed.federation.num_clients)
+    account = text.account(by_tokens=False)
+    from hafl_app.reports.figures.heat_maps import labels_by_client  # noqa: PLC0415
+    from hafl_app.reports.runs import labels_frame  # noqa: PLC0415
+
+    frame = labels_frame(account.to_json())
+    if frame.empty:
+        raise ValueError(f"dataset={composed.dataset.source}: it has no classes")
+    title = f"{composed.dataset.source}, {composed.partition.kind}, seed {composed.seed}"
+    return _write(labels_by_client(frame, title), output)
+
+
+def _write(figure: "Figure", output: Path) -> int:
+    from hafl_app.reports.figures.style import save  # noqa: PLC0415
+
+    save(figure, output)
     print(f"Written: {output}")
     return 0

@@ -12,10 +12,10 @@ from pathlib import Path
 from hafl_app.config.compose import compose
 from hafl_app.experiments.command import Command, output_folder
 from hafl_app.experiments.comparison import Comparison, Job
-from hafl_app.experiments.figures import Line, draw_shares
 from hafl_app.experiments.running import run_job
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.lowrank.svd import tail_energy
+from hafl_app.reports.figures.curves import Line, draw_shares
 from hafl_app.run import build, preflight
 
 Energies = dict[int, float]

@@ -13,8 +13,7 @@ import torch
 from hafl_app.config.compose import compose
 from hafl_app.experiments.command import Command, output_folder
 from hafl_app.experiments.comparison import Comparison, Job, Rates
-from hafl_app.experiments.figures import draw_comparison
-from hafl_app.experiments.results import Curve, Row, make_row, read_curve
+from hafl_app.experiments.results import Row, make_row
 from hafl_app.experiments.running import Outcome, run_jobs
 from hafl_app.experiments.table import Provenance, alone_cells, write_tables
 from hafl_app.experiments.tuning import (
@@ -25,6 +24,8 @@ from hafl_app.experiments.tuning import (
     write_tuning,
 )
 from hafl_app.metrics import Metric, metric_named
+from hafl_app.reports.curve import Curve, read_curve
+from hafl_app.reports.figures.curves import draw_comparison
 from hafl_app.run import build, preflight
 from hafl_app.training.device import cpu_name
 

@@ -1,7 +1,5 @@
 """A comparison as a table: Markdown to read, CSV and JSON to process."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,9 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hafl_app.experiments.results import Row, Spread
+import pandas as pd
+
+from hafl_app.experiments.results import Row
 from hafl_app.metrics import ACCURACY, Metric
 from hafl_app.printable import markdown_code, markdown_text
+from hafl_app.reports.statistics import Spread
+from hafl_app.reports.tables import Table, difference_cells, score, size
 
 _LONGEST_COMMAND = 4000
 _TO_BASELINE = ("rounds to baseline", "MB to baseline")
@@ -32,31 +34,6 @@ class Provenance:
     metric: Metric = ACCURACY
     models: tuple[str, ...] = ()
     precision: str = ""
-
-
-def percent(spread: Spread) -> str:
-    """Return mean and deviation in percent, e.g. ``81.2 ± 0.4``; ``-`` if there is none."""
-    return _mean_and_deviation(spread, 100, 1)
-
-
-def score(spread: Spread, metric: Metric) -> str:
-    """Return mean and deviation of a metric: shares in percent, others with two decimals."""
-    return percent(spread) if metric.is_share else _mean_and_deviation(spread, 1, 2)
-
-
-def _mean_and_deviation(spread: Spread, factor: float, decimals: int) -> str:
-    if not math.isfinite(spread.mean):
-        return "-"
-    deviation = f" ± {factor * spread.sd:.{decimals}f}" if math.isfinite(spread.sd) else ""
-    return f"{factor * spread.mean:.{decimals}f}{deviation}"
-
-
-def size(value: float) -> str:
-    """Return a number with three significant digits or whole; ``-`` if there is none."""
-    if not math.isfinite(value):
-        return "-"
-    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
-    return f"{value:.{min(decimals, 3)}f}"
 
 
 def markdown(
@@ -81,9 +58,9 @@ def markdown(
         if any(row.at_rank or math.isfinite(row.client_seconds.mean) for row in its):
             parts.append(_as_grid(device_cells(its, source.metric)))
         if alone.get(cell):
-            parts.append(_grid(ALONE_COLUMNS, alone[cell]))
-        if differences := difference_cells(its, source):
-            parts.append(_grid(DIFFERENCE_COLUMNS, differences))
+            parts.append(Table("", ALONE_COLUMNS, alone[cell]).markdown())
+        if differences := difference_rows(its, source):
+            parts.append(Table("", DIFFERENCE_COLUMNS, differences).markdown())
     parts.append(_footer(source))
     return "\n\n".join(parts) + "\n"
 
@@ -116,12 +93,11 @@ def write_tables(
     """Write ``table.md``, ``table.csv`` and ``results.json``; return the Markdown."""
     text = markdown(rows, alone, source)
     (folder / "table.md").write_text(text, encoding="utf-8")
-    stream = io.StringIO()
     plain = [_plain(row) for row in rows]
-    writer = csv.DictWriter(stream, fieldnames=_csv_fields(plain), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: v for k, v in row.items() if not isinstance(v, list)} for row in plain)
-    (folder / "table.csv").write_text(stream.getvalue(), encoding="utf-8")
+    # Not every method has every slice; what has a value a seed stands in the JSON alone.
+    frame = pd.DataFrame(plain)
+    several = [name for name in frame if frame[name].map(lambda cell: isinstance(cell, list)).any()]
+    frame.drop(columns=several).to_csv(folder / "table.csv", index=False, lineterminator="\n")
     results = {**asdict(source), "metric": source.metric.name, "rows": plain}
     (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     return text
@@ -150,25 +126,13 @@ def device_cells(rows: Sequence[Row], metric: Metric) -> list[dict[str, str]]:
     ]
 
 
-def difference_cells(rows: Sequence[Row], source: Provenance) -> list[list[str]]:
-    """Return rows of `DIFFERENCE_COLUMNS` for all methods but the baseline.
-
-    In percentage points for shares; without an interval where there is one pair.
-    """
-    factor, decimals = (100, 1) if source.metric.is_share else (1, 2)
-
-    def signed(value: float) -> str:
-        return f"{factor * value:+.{decimals}f}"
-
-    cells = []
-    for row in rows:
-        if row.method == source.baseline or not row.difference.each:
-            continue
-        ends = row.difference.interval
-        interval = f"{signed(ends[0])} to {signed(ends[1])}" if ends else "-"
-        pairs = str(len(row.difference.each))
-        cells.append([row.method, signed(row.difference.mean), interval, pairs])
-    return cells
+def difference_rows(rows: Sequence[Row], source: Provenance) -> list[list[str]]:
+    """Return rows of `DIFFERENCE_COLUMNS` for all methods but the baseline."""
+    return [
+        [row.method, *difference_cells(row.difference, source.metric)]
+        for row in rows
+        if row.method != source.baseline and row.difference.each
+    ]
 
 
 def _scores(row: Row, metric: Metric) -> dict[str, str]:
@@ -207,28 +171,7 @@ def _as_grid(lines: Sequence[Mapping[str, str]]) -> str:
         for column in lines[0]
         if column not in _TO_BASELINE or any(line[column] != "-" for line in lines)
     ]
-    return _grid(columns, [[line[column] for column in columns] for line in lines])
-
-
-def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns line up in a terminal too."""
-    rows = [[markdown_text(text) for text in row] for row in rows]
-    widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
-    lines = [
-        "| "
-        + " | ".join(
-            text.ljust(w) if i == 0 else text.rjust(w)
-            for i, (text, w) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in [columns, *rows]
-    ]
-    rule = (
-        "| "
-        + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-        + " |"
-    )
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return Table("", columns, [[line[name] for name in columns] for line in lines]).markdown()
 
 
 def _footer(source: Provenance) -> str:
@@ -245,7 +188,7 @@ def _footer(source: Provenance) -> str:
             "clients train at one rank; beside methods for mixed ranks it is the largest that "
             "costs no more bytes on average). CPU seconds: of all clients and of the server, all "
             f"rounds, evaluation left out. Difference: from {source.baseline} in the last round, "
-            "paired by seed, with Student's interval of the mean (-: one pair has none).",
+            "paired by seed, with Student's interval of the mean (one pair has none).",
             "",
             f"- command: {markdown_code(source.command, _LONGEST_COMMAND)}",
             *([f"- model: {markdown_text(', '.join(source.models))}"] if source.models else []),
@@ -282,10 +225,3 @@ def _plain(row: Row) -> dict[str, Any]:
     plain["difference_low"], plain["difference_high"] = ends
     plain["difference_each"] = list(row.difference.each)
     return plain
-
-
-def _csv_fields(plain: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns of all rows: not every method has every slice."""
-    keys = dict.fromkeys(key for row in plain for key in row)
-    lists = {key for row in plain for key, value in row.items() if isinstance(value, list)}
-    return [key for key in keys if key not in lists]

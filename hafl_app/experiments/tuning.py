@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hafl_app.experiments.comparison import Comparison, Job, Rates
-from hafl_app.experiments.results import best_entry, last_validation
 from hafl_app.experiments.running import Outcome
 from hafl_app.metrics import Metric, metric_named
+from hafl_app.reports.curve import best_entry, last_validation
+from hafl_app.reports.records import read_summary
 
 
 class TuningError(RuntimeError):
@@ -21,7 +22,9 @@ def choice_metric(comparison: Comparison, outcomes: Sequence[Outcome]) -> Metric
 
     All have the same validation rows, so that they differ only across cells of other data.
     """
-    entries = [best_entry(outcome.job.folder) for outcome in outcomes if not outcome.error]
+    entries = [
+        best_entry(read_summary(outcome.job.folder)) for outcome in outcomes if not outcome.error
+    ]
     names = {entry.get("chosen_by") for entry in entries}
     name = names.pop() if len(names) == 1 else None
     return metric_named(name) if name else comparison.metric

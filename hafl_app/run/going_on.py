@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hafl_app.run.run_folder import FINISHED, last_round, read_summary, status
+from hafl_app.reports.records import read_summary
+from hafl_app.run.run_folder import FINISHED, last_round, status
 from hafl_app.tracking.base import INTERRUPTED
 from hafl_app.tracking.jsonl import JsonlTracker
 

@@ -37,6 +37,7 @@ from hafl_app.tracking.base import (
     Trackers,
 )
 from hafl_app.tracking.console import ConsoleTracker
+from hafl_app.tracking.details import DetailsFile, importance_record, score_record
 from hafl_app.tracking.jsonl import SUMMARY_FILE, JsonlTracker, read_history, replace_file
 from hafl_app.tracking.wandb import WandbTracker
 from hafl_app.training.adapter_files import save_adapter
@@ -82,6 +83,7 @@ class RunReport:
         self._metric = self._task.primary
         self._strategy, self._coordinator = strategy, strategy.coordinator
         self._folder = folder
+        self._details = DetailsFile(folder)
         self._run_id = uuid4().hex
         self._history = NO_HISTORY
         self._started = time.perf_counter()
@@ -126,6 +128,7 @@ class RunReport:
             for p in profiles
         ]
         self._trackers.start(plain_settings(self._settings), rows, self._history)
+        self._details.start(self.rounds[-1].server_round if self.rounds else -1)
         self._write_settings()
 
     def _write_settings(self) -> None:
@@ -218,12 +221,31 @@ class RunReport:
         self._outcomes = []
         self.rounds.append(record)
         self._trackers.log_round(record)
+        self._log_details(server_round)
         if server_round and self._choice and self._is_best(record, self._choice):
             central = self._choice.phase == "validation"
             rows = len(self._evaluation.text.validation) if central else 0
             rows = rows or self._coordinator.scored_examples
             self._best = _Best(server_round, rows, self._strategy.global_adapter)
         return MetricRecord(dict(metrics))
+
+    def _log_details(self, server_round: int) -> None:
+        """Record each client's scores, and the components' importance once there was training."""
+        scores = [
+            score_record(
+                server_round,
+                reply.profile.partition_id,
+                reply.profile.rank,
+                int(reply.metrics[STATED_EXAMPLES]),
+                self._task.of_clients([reply.metrics], STATED_EXAMPLES),
+            )
+            for reply in self._coordinator.scored
+        ]
+        self._details.write(scores)
+        if server_round:
+            measure, modules = self._strategy.component_importance()
+            values = {name: scores.tolist() for name, scores in modules.items()}
+            self._details.write([importance_record(server_round, measure, values)])
 
     def _splits(self, server_round: int) -> list[str]:
         """Return the server's data that the adapter after this round is scored on."""
@@ -271,7 +293,7 @@ class RunReport:
             record = self._best_record(self._best)
             self._save("adapter-best", adapter.with_head(adapter.head or head), record)
         # Only now, because matplotlib takes its time to import.
-        from hafl_app.tracking.curves import draw_curves  # noqa: PLC0415
+        from hafl_app.reports.figures.curves import draw_curves  # noqa: PLC0415
 
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
         generation = self._evaluation.generation(last)

@@ -1,15 +1,13 @@
 """Folder of a run: its name, and the refusal of one whose earlier run would be lost."""
 
-import json
 import shlex
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from hafl_app.config.schema import Settings
+from hafl_app.reports.records import read_summary
 from hafl_app.run.run_lock import check_unlocked
 from hafl_app.server.checkpoint_files import newest_first
-from hafl_app.tracking.jsonl import SUMMARY_FILE
 
 FINISHED = "finished"
 
@@ -97,15 +95,6 @@ def status(folder: Path) -> str | None:
     """Return how the run in a folder ended; None if there is none, or it has not ended."""
     found = read_summary(folder).get("status")
     return None if found is None else str(found)
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Return the summary in a folder; empty if there is none that can be read."""
-    try:
-        found = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def last_round(folder: Path) -> int | None:

@@ -66,6 +66,8 @@ class Coordinator:
         Means over the clients that evaluated last; empty if none did.
     scored_examples
         On how many examples those were, as the clients state it.
+    scored
+        Replies that those scores come from, in partition order.
     round_started
         When the current round was configured first, on the performance counter; 0 before round 1.
     """
@@ -81,6 +83,7 @@ class Coordinator:
         self.train_loss = math.nan
         self.client_scores: Mapping[str, float] = {}
         self.scored_examples = 0
+        self.scored: Sequence[Reply] = ()
         self.round_started = 0.0
         self._on_reply: Callable[[Reply], None] = lambda _: None
         self._messages = RoundMessages(self.ledger, 0, "train")
@@ -119,7 +122,7 @@ class Coordinator:
         else:
             self._server_round, self._attempt = server_round, 0
             self.round_started = time.perf_counter()
-        self.client_scores, self._errors = {}, []
+        self.client_scores, self.scored, self._errors = {}, (), []
         selected = self.participation.select_for_training(server_round, self._attempt, grid)
         return self._ask(selected, server_round, MessageType.TRAIN)
 
@@ -230,7 +233,8 @@ class Coordinator:
         """Average the clients' scores by their number of examples; empty if none counts."""
         checked = self._messages.validate_scores(replies)
         self._messages.close(checked)
-        metrics = [reply.metrics for reply in checked if not reply.error]
+        self.scored = [reply for reply in checked if not reply.error]
+        metrics = [reply.metrics for reply in self.scored]
         if metrics:
             self.client_scores = self.task.of_clients(metrics, NUM_EXAMPLES)
             self.scored_examples = sum(int(one[STATED_EXAMPLES]) for one in metrics)

@@ -16,9 +16,11 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from hafl_app.fields import number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.lowrank.importance import magnitude_scores
 from hafl_app.plan import NUMBER_BYTES, ModulePlan, TrainedFactors, TrainPlan
 from hafl_app.server.compatibility import check_method, no_error_feedback
 from hafl_app.server.coordinator import Coordinator
@@ -115,6 +117,15 @@ class HeterogeneousLora(Strategy, ABC):
 
     def recall(self, memory: Mapping[str, Any]) -> None:
         """Forget everything since `memory` returned this; branches without a leaf may be gone."""
+
+    def component_importance(self) -> tuple[str, Mapping[str, Tensor]]:
+        """Return what the components' importance is measured by, and its values by module.
+
+        Shape (rank,) each, NaN where a component was never measured. Of a method that measures
+        nothing itself it is the norm of the component, ``||b_i|| ||a_i||``.
+        """
+        modules = self.global_adapter.modules
+        return "norm", {name: magnitude_scores(factors) for name, factors in modules.items()}
 
     # ---- Flower's hooks --------------------------------------------------------------------
 

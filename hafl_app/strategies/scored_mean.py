@@ -1,7 +1,10 @@
 """The fold of component means beside which clients' importance scores are gathered."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.server.update import ClientUpdate
@@ -20,6 +23,12 @@ class ScoredMean(ComponentMean, ABC):
     @abstractmethod
     def new_scores(self) -> ImportanceScores:
         """Return the scores of a run that begins, by the method's settings."""
+
+    def component_importance(self) -> tuple[str, Mapping[str, Tensor]]:
+        """Return the scores that the method chooses by, once there are any."""
+        if self.scores.values:
+            return self.scores.measure, self.scores.values
+        return super().component_importance()
 
     def begin(self, previous: Adapter) -> Sums:
         """Return empty sums, and forget the last round's measurements."""

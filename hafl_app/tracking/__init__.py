@@ -1,4 +1,4 @@
-"""Trackers of a run's metrics: files, the terminal, Weights & Biases, a picture.
+"""Trackers of a run's metrics: files, the terminal, Weights & Biases.
 
 `base` has the interface and the records; every other module is one tracker. Trackers live in
 the server process alone.

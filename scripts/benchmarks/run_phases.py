@@ -46,7 +46,7 @@ PHASES = {
     "files": (
         "hafl_app.run.resuming.RunCheckpoints.save",
         "hafl_app.run.reporting.save_adapter",
-        "hafl_app.tracking.curves.draw_curves",
+        "hafl_app.reports.figures.curves.draw_curves",
     ),
 }
 """The functions of each phase, where they are called from. The codec validates what it reads."""

@@ -17,7 +17,7 @@ from chaos_suite.strangers import try_profiles, try_run_configs
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.experiments.command import output_folder
 from hafl_app.experiments.compare import hardware
-from hafl_app.experiments.results import read_curve
+from hafl_app.reports.curve import read_curve
 from hafl_app.run import preflight
 from hafl_app.run.run_folder import check_new
 

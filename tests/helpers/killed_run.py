@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hafl_app.client import handlers
 from hafl_app.engines.in_process import run_federation
+from hafl_app.reports.figures import curves
 from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.server import checkpoint_store as checkpoint
 from hafl_app.strategies.hafl import Hafl
-from hafl_app.tracking import curves
 from hafl_app.tracking.base import Trackers
 
 

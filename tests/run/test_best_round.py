@@ -5,8 +5,8 @@ import json
 import pytest
 from running import records, run_tiny
 
-from hafl_app.experiments.results import read_curve
 from hafl_app.metrics import MACRO_F1, Choice
+from hafl_app.reports.curve import read_curve
 from hafl_app.tracking.closing import closing_lines
 
 WORDS = {"weather": "rain cloud storm", "music": "song drum choir", "food": "bread soup apple"}

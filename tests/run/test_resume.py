@@ -24,6 +24,7 @@ from hafl_app.run.resuming import (
     load_checkpoint,
 )
 from hafl_app.server.checkpoint_store import CheckpointStore
+from hafl_app.tracking.details import DETAILS_FILE
 from hafl_app.training import device as device_module
 
 STRATEGIES = ["zero_padding", "hafl", "hetlora", "flexlora", "flexlora_change", "flora"]
@@ -66,6 +67,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert torch.equal(tensor, got[name]), name
     for kind in ("round", "client"):
         assert records(one, kind) == records(other, kind)
+    assert (one / DETAILS_FILE).read_text() == (other / DETAILS_FILE).read_text()
     summaries = [json.loads((f / "summary.json").read_text()) for f in (one, other)]
     for summary in summaries:  # measured anew in every process
         del summary["seconds"]

@@ -5,9 +5,9 @@ import math
 import pytest
 from running import LONE, TINY, records, run_tiny
 
-from hafl_app.experiments.results import read_curve
 from hafl_app.privacy.accounting import central_epsilon
 from hafl_app.privacy.mechanism import PrivacyOptions
+from hafl_app.reports.curve import read_curve
 from hafl_app.run import build, evaluation
 from hafl_app.server.options import RunOptions
 from hafl_app.server.settings import FederationSettings

@@ -1,20 +1,10 @@
-import math
 from dataclasses import replace
 
 import pytest
+from round_records import round_record, untrained  # noqa: F401  fixtures
 
-from hafl_app.tracking.base import ClientRecord, ClientRow, RoundRecord
+from hafl_app.tracking.base import ClientRecord, ClientRow
 
-ROUND = RoundRecord(
-    server_round=1,
-    seconds=8.4,
-    train_loss=0.75,
-    bytes_down=12_340_000,
-    bytes_up=4_100_000,
-    replies=3,
-    failures=0,
-    metrics={"validation/accuracy": 0.512, "test/accuracy": 0.487, "test/macro-f1": 0.431},
-)
 CLIENT = ClientRecord(
     server_round=1,
     partition_id=7,
@@ -28,26 +18,12 @@ CLIENT = ClientRecord(
     bytes_down=360_000,
     bytes_up=120_000,
 )
-UNTRAINED = {"seconds": 2.0, "train_loss": math.nan, "bytes_down": 0, "bytes_up": 0}
-
-
-@pytest.fixture
-def round_record():
-    """Make a round; a keyword changes a field."""
-    return lambda **changes: replace(ROUND, **changes)
 
 
 @pytest.fixture
 def client_record():
     """Make a client's round; a keyword changes a field."""
     return lambda **changes: replace(CLIENT, **changes)
-
-
-@pytest.fixture
-def untrained(round_record):
-    """Round 0, before training."""
-    metrics = {"validation/accuracy": 0.25, "test/accuracy": 0.24}
-    return round_record(server_round=0, metrics=metrics, **UNTRAINED)
 
 
 @pytest.fixture

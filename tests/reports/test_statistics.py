@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hafl_app.experiments.paired import Paired
+from hafl_app.reports.statistics import Paired
 
 
 def test_the_interval_is_students():

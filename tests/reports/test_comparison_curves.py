@@ -5,8 +5,9 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from hafl_app.experiments.figures import Line, draw_comparison, draw_lines, draw_shares
-from hafl_app.experiments.results import Curve
+from hafl_app.metrics import ACCURACY
+from hafl_app.reports.curve import Curve
+from hafl_app.reports.figures.curves import Line, draw_comparison, draw_lines, draw_shares
 
 
 @pytest.mark.parametrize("name", ["$x_$", "$\\frac{$", "a $ b", "a\nb"])
@@ -25,7 +26,7 @@ def test_points_that_a_seed_does_not_know_are_left_out():
     unknown = math.nan
     seeds = [[unknown, 0.2, unknown, 0.4], [unknown, 0.4, 0.5, 0.8]]
 
-    draw_lines(axes, {"m": Line(range(4), seeds)}, ["m"])
+    draw_lines(axes, {"m": Line(range(4), seeds)}, ["m"], ACCURACY)
 
     (line,) = axes.lines
     assert line.get_xdata().tolist() == [1, 3]

@@ -1,9 +1,32 @@
-"""Paired differences between methods that met the same clients on the same seeds."""
+"""Statistics over seeds: mean and spread, and paired differences with an interval.
+
+SciPy is imported where an interval is computed, since it takes a second.
+"""
 
 import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
+
+CONFIDENCE: Final = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of several seeds."""
+
+    each: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean; NaN of none."""
+        return statistics.fmean(self.each) if self.each else math.nan
+
+    @property
+    def sd(self) -> float:
+        """Sample standard deviation; NaN of fewer than two."""
+        return statistics.stdev(self.each) if len(self.each) > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -16,7 +39,7 @@ class Paired:
     """
 
     each: tuple[float, ...]
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
 
     @classmethod
     def of(cls, scores: Mapping[int, float], baseline: Mapping[int, float]) -> "Paired":
@@ -48,6 +71,7 @@ class Paired:
             return None
         from scipy import stats  # noqa: PLC0415  takes a second
 
+        # Of differences that are alike stats.t.interval, and a test's own interval, are NaN.
         half = stats.t.ppf((1 + self.confidence) / 2, n - 1) * statistics.stdev(self.each)
         half /= math.sqrt(n)
         return self.mean - float(half), self.mean + float(half)
