@@ -54,6 +54,15 @@ def over_all(state: Sums, previous: Adapter) -> dict[str, LoraFactors]:
     return {name: sums.average_over_all(previous.modules[name]) for name, sums in state.items()}
 
 
-def of_changes(state: Sums, previous: Adapter) -> dict[str, LoraFactors]:
-    """Move each component by the mean change over all participants, 0 of those without it."""
-    return {name: sums.average_of_changes(previous.modules[name]) for name, sums in state.items()}
+def of_changes(
+    state: Sums, previous: Adapter, coverage_exponent: float = 1.0, step: float = 1.0
+) -> dict[str, LoraFactors]:
+    """Move each component by the mean change over all participants, 0 of those without it.
+
+    With a ``coverage_exponent`` below 1 it moves closer to those who trained it, see
+    `hafl_app.lowrank.components.ComponentSums.average_of_changes`.
+    """
+    return {
+        name: sums.average_of_changes(previous.modules[name], coverage_exponent, step)
+        for name, sums in state.items()
+    }
