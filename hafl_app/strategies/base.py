@@ -196,6 +196,7 @@ class HeterogeneousLora(Strategy, ABC):
             "local_epochs": client.local_epochs,
             "max_steps": client.max_steps,
             "proximal": client.proximal,
+            "logit_adjustment": client.logit_adjustment,
             "upload": federation.upload,
             "error_feedback": federation.error_feedback is not False
             and not no_error_feedback(self),
