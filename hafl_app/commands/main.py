@@ -270,6 +270,16 @@ def curves(runs: tuple[Path, ...], output: Path) -> int:
     return draw(runs, output)
 
 
+@plots.command()
+@click.argument("run", metavar="RUN", type=_FOLDER)
+@click.option("--output", default="influence.png", type=_FOLDER, help="The PNG to write.")
+def influence(run: Path, output: Path) -> int:
+    """Share of each rank in the adapter's step, beside its share of the data."""
+    from hafl_app.commands.plots import influence as draw  # noqa: PLC0415
+
+    return draw(run, output)
+
+
 @plots.command("rank-collapse", context_settings=_PASSED_ON)
 @_takes_settings
 def rank_collapse(arguments: tuple[str, ...]) -> int:

@@ -16,6 +16,21 @@ def curves(folders: Sequence[Path], output: Path) -> int:
     return run_script(lambda: _curves(folders, output))
 
 
+def influence(folder: Path, output: Path) -> int:
+    """Draw how much of the step the clients of each rank decide; return the exit code."""
+    return run_script(lambda: _influence(folder, output))
+
+
+def _influence(folder: Path, output: Path) -> int:
+    from hafl_app.tracking.influence import draw_influence, influence_of_run  # noqa: PLC0415
+
+    rounds = influence_of_run(folder)
+    if not draw_influence(rounds, output, f"{folder.name}: who decides the adapter's step"):
+        raise ValueError(f"{folder}: all clients that have a known influence are of one rank")
+    print(f"Written: {output}")
+    return 0
+
+
 def _rank_collapse(settings: Sequence[str]) -> int:
     from hafl_app.experiments.command import parse_command  # noqa: PLC0415
     from hafl_app.experiments.comparison import check_first  # noqa: PLC0415

@@ -79,6 +79,10 @@ class HeterogeneousLora(Strategy, ABC):
     def finish(self, state: Any, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Return the factors of the next global adapter; components that no client trained stay."""
 
+    def weight(self, update: ClientUpdate) -> float:
+        """Return a client's weight in averages: its number of examples."""
+        return float(update.num_examples)
+
     def check(self, ranks: Sequence[int]) -> None:
         """Refuse a federation of these rank budgets, or do nothing.
 

@@ -22,10 +22,6 @@ class ComponentMean(HeterogeneousLora, ABC):
         """Return the empty sums of every module."""
         return empty_components(previous, self.options)
 
-    def weight(self, update: ClientUpdate) -> float:
-        """Return a client's weight: its number of examples."""
-        return float(update.num_examples)
-
     def accumulate(self, state: Sums, update: ClientUpdate) -> Sums:
         """Add the client's components to the slots that its plan names."""
         return add_components(state, update, self.weight(update))

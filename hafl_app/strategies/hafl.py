@@ -136,6 +136,9 @@ class Hafl(ScoredMean):
             self.traits,
             uploads_importance=self.scores.from_gradients or self._by_client,
             not_robust=_NOT_ROBUST[self.aggregation],
+            coverage_exponent={"adaptive": 0.0, "zero_padding": 2.0}.get(
+                self.aggregation, self.coverage_exponent
+            ),
             dp_division=None if by_uploads else _DP_DIVISION[self.aggregation],
             dp_refusal="privacy=central_dp does not cover components that clients choose by their "
             "data: use strategy.selection_by=server"
