@@ -311,6 +311,9 @@ class TrainPlan:
     proximal
         Weight of the term that keeps trained numbers near what was sent, at least 0, see
         `hafl_app.training.proximal`.
+    logit_adjustment
+        ``tau``, at least 0, by which the loss adjusts logits by the client's own classes, see
+        `hafl_app.training.own_classes`; None: plain cross entropy.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -327,6 +330,7 @@ class TrainPlan:
     density: float = 1.0
     align: Alignment | None = None
     proximal: float = 0.0
+    logit_adjustment: float | None = None
 
     def __post_init__(self) -> None:
         # A plan comes over the wire: a word that no branch knows would silently train by default.
@@ -351,6 +355,9 @@ class TrainPlan:
         _require(rounds, "error_feedback", f"false with upload={self.upload}", self.error_feedback)
         near = _is_finite(self.proximal) and self.proximal >= 0
         _require(near, "proximal", "at least 0 and finite", self.proximal)
+        tau = self.logit_adjustment
+        adjusts = tau is None or (_is_finite(tau) and tau >= 0)
+        _require(adjusts, "logit_adjustment", "null, or at least 0 and finite", tau)
         for name, module in self.modules.items():
             self._check_bits_of(name, module)
             if (module.budget is None) != (self.choice is None):
@@ -539,7 +546,13 @@ def _with_keys_of(kind: type[Any], values: Any) -> dict[str, Any]:
     return values
 
 
-_RARE_OF_PLANS: Mapping[str, Any] = {"choice": None, "density": 1.0, "align": None, "proximal": 0.0}
+_RARE_OF_PLANS: Mapping[str, Any] = {
+    "choice": None,
+    "density": 1.0,
+    "align": None,
+    "proximal": 0.0,
+    "logit_adjustment": None,
+}
 """What few plans have, by name, with what it is for all others."""
 
 _RARE: Mapping[str, Any] = {"budget": None, "gain": 1.0, "own_lora_B": False}

@@ -76,6 +76,7 @@ def train_plans(draw):
         local_epochs=draw(st.integers(1, 9)),
         max_steps=draw(st.integers(0, 99)),
         proximal=draw(st.floats(0, 10) | st.just(0.0)),
+        logit_adjustment=draw(st.none() | st.floats(0, 2)),
         **draw(upload),
     )
 
@@ -326,6 +327,8 @@ class TestTrainPlan:
             ({"proximal": float("inf")}, "proximal must be at least 0 and finite"),
             ({"proximal": "1"}, "proximal must be at least 0 and finite"),
             ({"proximal": None}, "proximal must be at least 0 and finite"),
+            ({"logit_adjustment": -1}, "logit_adjustment must be null, or at least 0 and finite"),
+            ({"logit_adjustment": "1"}, "logit_adjustment must be null, or at least 0 and finite"),
             ({"modules": [["0-1", "5", 1.0, ["q"]]]}, "among the held"),
             ({"modules": [["0-1", "0", "1", ["q"]]]}, "not a train plan"),
             ({"modules": [["0-1", "0", 1.0]]}, "not enough values"),

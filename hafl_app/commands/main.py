@@ -356,6 +356,7 @@ _plot_of_runs("importance", "Importance of a run's layers and components over ro
 _plot_of_runs("ranks", "Ranks that clients trained over rounds.")
 _plot_of_runs("energy", "Energy of the last global update by singular value.")
 _plot_of_runs("bytes", "Bytes of training by client.")
+_plot_of_runs("influence", "Share of each rank in the adapter's step, and in the data.")
 
 
 @plots.command("rank-collapse", context_settings=_PASSED_ON)

@@ -21,6 +21,7 @@ _CALLED: Final[Mapping[str, str]] = {
     "client.micro_batch_size": "gradient_accumulation_steps",
     "client.optimizer": "optim",
     "client.proximal": "mu proximal_mu fedprox_mu",
+    "client.logit_adjustment": "balanced_softmax logit_adjust",
     "federation.server_optimizer.learning_rate": "server_lr server_learning_rate eta",
     "client.weight_decay": "wd",
     "client.max_grad_norm": "grad_clip clip_grad",
@@ -51,6 +52,7 @@ CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
     "strategy": {
         **dict.fromkeys(("fedavg", "avg", "lora"), "strategy=fedit"),
         "fedprox": "client.proximal=0.01",
+        **dict.fromkeys(("fedlc", "fedrs"), "client.logit_adjustment=1 or 0"),
         "scaffold": "federation.scaffold=true",
         "fedavgm": "federation.server_optimizer.kind=momentum",
         "fedadam": "federation.server_optimizer.kind=adam",

@@ -140,6 +140,7 @@ def _start(settings: Settings, model: LoraModel) -> tuple[Adapter, TrainPlan]:
         local_epochs=num_passes(settings),
         max_steps=federation.num_rounds * clients * settings.client.max_steps,
         proximal=0.0,
+        logit_adjustment=None,
     )
     return strategy.global_adapter.with_head(model.initial_head), plan
 

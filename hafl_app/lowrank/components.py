@@ -129,25 +129,36 @@ class ComponentSums:
         total = torch.full_like(self.weight, self.total_weight)
         return self._divide(previous, total, uncovered="clear")
 
-    def average_of_changes(self, previous: LoraFactors) -> LoraFactors:
-        """Return each component moved by the mean change over all participants.
+    def average_of_changes(
+        self, previous: LoraFactors, coverage_exponent: float = 1.0, step: float = 1.0
+    ) -> LoraFactors:
+        """Return each component moved by the sum of its changes over a damped divisor.
 
-        ``a_i + sum_{k in K_i} w_k (a_{k,i} - a_i) / sum_k w_k`` and likewise ``b_i``: one that a
-        participant did not train counts as unchanged, so nothing shrinks, and a component that few
-        trained moves little.
+        ``a_i + step * sum_{k in K_i} w_k (a_{k,i} - a_i) / (W_i^(1 - e) W^e)`` and likewise
+        ``b_i``, with ``K_i`` the participants that trained component ``i``, ``W_i`` their weight,
+        ``W`` that of all, and ``e = coverage_exponent``. At 1 it is the mean change over all
+        participants, one that did not train a component counting as unchanged: a component that
+        few trained moves little, and nothing shrinks. At 0 it is `average_over_contributors`, bit
+        for bit where ``step`` is 1.
 
         Parameters
         ----------
         previous
             The module before the round, returned as it is if there was no participant. A component
             that no one trained keeps its values bit for bit.
+        coverage_exponent
+            ``e``, in [0, 1].
+        step
+            At least 0.
         """
         if self.total_weight == 0:
             return previous
-        rest = (self.total_weight - self.weight).clamp(min=0)  # of those who did not train it
-        lora_A = (self.lora_A + rest[:, None] * previous.lora_A) / self.total_weight
-        lora_B = (self.lora_B + rest * previous.lora_B) / self.total_weight
         covered = self.weight > 0
+        weight = self.weight.where(covered, 1.0)
+        # The same, written as a share of the way to the average over those who trained it.
+        way = step * (weight / self.total_weight) ** coverage_exponent
+        lora_A = torch.lerp(previous.lora_A.double(), self.lora_A / weight[:, None], way[:, None])
+        lora_B = torch.lerp(previous.lora_B.double(), self.lora_B / weight, way[None])
         return LoraFactors(
             lora_A.to(previous.lora_A.dtype).where(covered[:, None], previous.lora_A),
             lora_B.to(previous.lora_B.dtype).where(covered, previous.lora_B),

@@ -7,7 +7,12 @@ from typing import Final
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hafl_app.reports.figures.clients import bytes_by_client, ranks_over_rounds, scores_by_rank
+from hafl_app.reports.figures.clients import (
+    bytes_by_client,
+    influence_by_rank,
+    ranks_over_rounds,
+    scores_by_rank,
+)
 from hafl_app.reports.figures.energy import energy_by_value
 from hafl_app.reports.figures.heat_maps import importance_over_rounds, labels_by_client
 from hafl_app.reports.pictures import trained_ranks
@@ -20,6 +25,10 @@ Runs = Mapping[str, Run]
 _NO_SCORES = (
     "no client scored its slice: federation.fraction_evaluate and dataset.holdout_fraction must be "
     "above 0"
+)
+_NO_INFLUENCE = (
+    "no round has a record of influence: its method has none, or privacy=central_dp or "
+    "federation.robust hides it"
 )
 _NO_IMPORTANCE = "no importance was recorded, as in a run of an earlier version"
 
@@ -68,6 +77,11 @@ def _ranks(runs: Runs) -> Figure:
     return ranks_over_rounds(frames, "Ranks that clients trained")
 
 
+def _influence(runs: Runs) -> Figure:
+    frames = _known(runs, lambda run: run.influence, _NO_INFLUENCE)
+    return influence_by_rank(frames, "Who decides the adapter's step")
+
+
 def _energy(runs: Runs) -> Figure:
     frames = _known(runs, lambda run: read_energy(run.folder), "no adapter was saved")
     return energy_by_value(frames, "Energy by singular value")
@@ -83,6 +97,7 @@ KINDS: Final[Mapping[str, Callable[[Runs], Figure]]] = {
     "clients": _clients,
     "importance": _importance,
     "ranks": _ranks,
+    "influence": _influence,
     "energy": _energy,
     "bytes": _bytes,
 }

@@ -206,6 +206,8 @@ def _answers(settings: Settings) -> Iterator[str]:
         )
     if causal and settings.model.head == "local":
         yield "model.head=local: a causal language model has no head"
+    if causal and (tau := settings.client.logit_adjustment) is not None:
+        yield f"client.logit_adjustment={tau:g}: a causal language model has no classes"
 
 
 def _closed_form(settings: Settings) -> Iterator[str]:

@@ -15,6 +15,7 @@ from hafl_app.fields import choices_of
 from hafl_app.heads.settings import ClosedFormSettings
 from hafl_app.training.settings import CLOSED_FORM
 
+_NO_SUCH: Final = object()
 _ANY: Final = ()  # any value but 0, false and null
 _TEXT: Final = tuple(name for name in choices_of(DatasetSettings, "source") if name != "digits")
 _PRIVATE: Final = ("privacy.kind", ("central_dp", "local_dp"))
@@ -23,6 +24,7 @@ _GENERATED: Final = ("dataset.source", ("synthetic",))
 _FROM_MEMORY: Final = ("ranks.source", ("memory",))
 _CLOSED_FORM: Final = ("model.head", (CLOSED_FORM,))
 _RAY: Final = ("engine", ("ray",))
+_CHANGE: Final = ("strategy.aggregation", ("change",))
 
 NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "partition.dirichlet_alpha": ("partition.kind", ("dirichlet",)),
@@ -53,6 +55,8 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "federation.generate_tokens": ("federation.generate_examples", _ANY),
     "federation.alone_at_max_rank": ("federation.alone_clients_per_rank", _ANY),
     "federation.quarantine.rounds": ("federation.quarantine.after", _ANY),
+    "strategy.coverage_exponent": _CHANGE,
+    "strategy.server_step": _CHANGE,
     "federation.client_cpus": _RAY,
     "federation.client_gpus": _RAY,
 }
@@ -81,7 +85,9 @@ def without_effect(jobs: Sequence[Settings], typed: Sequence[str]) -> Iterator[s
         if name not in NEEDS:
             continue
         condition, accepted = NEEDS[name]
-        values = [_value(settings, condition) for settings in jobs]
+        values = [value for job in jobs if (value := _value(job, condition)) is not _NO_SUCH]
+        if len(values) < len(jobs):  # a strategy that has the setting without the condition
+            continue
         if not any(value in accepted if accepted else value for value in values):
             expected = " or ".join(map(_word, accepted)) or "above 0"
             yield (
@@ -92,7 +98,7 @@ def without_effect(jobs: Sequence[Settings], typed: Sequence[str]) -> Iterator[s
 def _value(settings: Settings, name: str) -> Any:
     value: Any = settings
     for part in name.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, _NO_SUCH)
     return value
 
 

@@ -23,6 +23,7 @@ from hafl_app.run.device_gains import device_gains
 from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.run.precisions import server_precision
 from hafl_app.run.summary import bytes_by_phase, device_facts, model_facts, versions
+from hafl_app.server.influence import deciding
 from hafl_app.server.local_baseline import AloneResult
 from hafl_app.server.round_messages import STATED_EXAMPLES, Reply
 from hafl_app.server.snapshot import adapter_of, adapter_tree
@@ -90,6 +91,7 @@ class RunReport:
         self._outcomes: list[Reply] = []
         self.rounds: list[RoundRecord] = []
         self._best: _Best | None = None
+        self._has_warned = False  # of few clients that decide
 
     @cached_property
     def _trackers(self) -> Trackers:
@@ -217,6 +219,7 @@ class RunReport:
             replies=sum(not outcome.error for outcome in self._outcomes),
             failures=sum(bool(outcome.error) for outcome in self._outcomes),
             metrics=metrics,
+            influence=self._influence(server_round),
         )
         self._outcomes = []
         self.rounds.append(record)
@@ -246,6 +249,24 @@ class RunReport:
             measure, modules = self._strategy.component_importance()
             values = {name: scores.tolist() for name, scores in modules.items()}
             self._details.write([importance_record(server_round, measure, values)])
+
+    def _influence(self, server_round: int) -> list[dict[str, float]]:
+        """Return the influence of each client in a round; warn once if few of them decide."""
+        found = self._coordinator.influences if server_round else ()
+        if (few := deciding(found)) and not self._has_warned:
+            self._has_warned = True
+            _LOGGER.warning("round %d: %s, see docs/methods.md#influence", server_round, few)
+        ranks = {p.partition_id: p.rank for p in self._coordinator.directory.in_order()}
+        return [
+            {
+                "partition_id": one.partition_id,
+                "rank": ranks.get(one.partition_id, 0),
+                "influence": one.share,
+                "examples": one.examples,
+                "components": one.components,
+            }
+            for one in found
+        ]
 
     def _splits(self, server_round: int) -> list[str]:
         """Return the server's data that the adapter after this round is scored on."""

@@ -16,6 +16,7 @@ from hafl_app.privacy.mechanism import NoiseSource
 from hafl_app.server.central_privacy import next_adapter, trainable_counts
 from hafl_app.server.compatibility import private_division
 from hafl_app.server.heads import HeadMean, RobustHeads
+from hafl_app.server.influence import InfluenceMeter
 from hafl_app.server.method import Method
 from hafl_app.server.options import RunOptions
 from hafl_app.server.server_optimizer import ServerOptimizer
@@ -37,6 +38,7 @@ def merge(
     nodes: Sequence[NodeProfile] = (),
     server_round: int = 1,
     optimizer: ServerOptimizer | None = None,
+    influence: InfluenceMeter | None = None,
 ) -> Adapter:
     """Merge updates into an adapter by a method's rule; neither the adapter nor they change.
 
@@ -54,6 +56,8 @@ def merge(
         From 1; names the noise of central privacy.
     optimizer
         With the moments of earlier rounds, which advance; None: those of a first round.
+    influence
+        Notes the clients' changes, if they are to be compared; not under central privacy.
 
     Returns
     -------
@@ -65,7 +69,7 @@ def merge(
     if method.options.privacy.kind == "central_dp":
         merged = _merge_privately(method, previous, updates, nodes, server_round, trained)
     else:
-        merged = _merge(method, previous, updates, trained)
+        merged = _merge(method, previous, updates, trained, influence)
     heads = head_that_travels(previous, method.options)
     masks = trained.masks() | {f"head/{name}": torch.tensor(True) for name in heads}
     settings = method.options.federation.server_optimizer
@@ -73,7 +77,11 @@ def merge(
 
 
 def _merge(
-    method: Method, previous: Adapter, updates: Iterable[ClientUpdate], trained: TrainedComponents
+    method: Method,
+    previous: Adapter,
+    updates: Iterable[ClientUpdate],
+    trained: TrainedComponents,
+    influence: InfluenceMeter | None,
 ) -> Adapter:
     """Return the next global adapter by the method's fold; note what was trained."""
     state, heads = method.begin(previous), _empty_heads(previous, method.options)
@@ -83,6 +91,8 @@ def _merge(
         heads.add(update.adapter.head, update.num_examples)
         untrained.note(update.plan)
         trained.note(update)
+        if influence is not None:
+            influence.note(update, method.weight(update))
     modules = method.finish(state, previous)
     if method.traits.keeps_components:
         modules = untrained.kept(modules, previous.modules)

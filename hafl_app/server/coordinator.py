@@ -16,6 +16,7 @@ from hafl_app.printable import printable
 from hafl_app.server.aggregation import merge
 from hafl_app.server.closed_form import ClosedFormHead
 from hafl_app.server.control_variates import ControlVariates
+from hafl_app.server.influence import Influence, InfluenceMeter
 from hafl_app.server.method import Method
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.outliers import clip_updates, reject_outliers
@@ -27,6 +28,8 @@ from hafl_app.server.update import ClientUpdate
 from hafl_app.server.weights import ExampleBound
 from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import NUM_EXAMPLES
+
+_EXACT_INFLUENCES = 100  # clients; each with all others takes its time
 
 
 class TooFewRepliesError(RuntimeError):
@@ -68,6 +71,9 @@ class Coordinator:
         On how many examples those were, as the clients state it.
     scored
         Replies that those scores come from, in partition order.
+    influences
+        How much of the last round's step each client decided; empty where that is not known, as
+        under a robust rule, or must not be, under central privacy.
     round_started
         When the current round was configured first, on the performance counter; 0 before round 1.
     """
@@ -84,6 +90,7 @@ class Coordinator:
         self.client_scores: Mapping[str, float] = {}
         self.scored_examples = 0
         self.scored: Sequence[Reply] = ()
+        self.influences: Sequence[Influence] = ()
         self.round_started = 0.0
         self._on_reply: Callable[[Reply], None] = lambda _: None
         self._messages = RoundMessages(self.ledger, 0, "train")
@@ -191,21 +198,34 @@ class Coordinator:
 
     def _advance(self, server_round: int, updates: Iterable[ClientUpdate]) -> None:
         """Make the next global adapter, or, if that fails, change nothing."""
-        memory = self.method.memory()
+        memory, meter = self.method.memory(), self._influence_meter()
         variates = dict(self.control_variates.own)
         try:
-            self.method.global_adapter = merge(
+            merged = merge(
                 self.method,
                 self.method.global_adapter,
                 self._noting(updates, variates),
                 nodes=self.directory.in_order(),
                 server_round=server_round,
                 optimizer=self.server_optimizer,
+                influence=meter,
             )
+            self.influences = () if meter is None else meter.result()
         except BaseException:
             self.method.recall(memory)
             raise
+        self.method.global_adapter = merged
         self.control_variates = ControlVariates(variates)
+
+    def _influence_meter(self) -> InfluenceMeter | None:
+        """Return a meter for a round's changes; None where a client's must not, or cannot, show."""
+        options, exponent = self.method.options, self.method.traits.coverage_exponent
+        federation = options.federation
+        hidden = options.privacy.kind == "central_dp"
+        if hidden or federation.robust != "none" or exponent is None:
+            return None
+        many = self._num_asked > _EXACT_INFLUENCES
+        return InfluenceMeter(exponent, projects=federation.streaming or many)
 
     def _noting(
         self, updates: Iterable[ClientUpdate], variates: dict[int, Mapping[str, Tensor]]

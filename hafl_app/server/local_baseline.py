@@ -53,6 +53,7 @@ def train_alone(
             local_epochs=num_rounds * options.client.local_epochs,
             max_steps=num_rounds * options.client.max_steps,
             proximal=0.0,  # there are no others to drift away from
+            logit_adjustment=None,  # nor any who have the other classes
             # Alone, a device uploads nothing; here it does so only to be scored.
             upload="fp32",
             error_feedback=False,

@@ -55,6 +55,11 @@ class Traits:
     uploads_sparsely
         Whether its plans upload the largest numbers alone (``upload=sparse``), so that
         ``federation.upload`` must leave them as they are.
+    coverage_exponent
+        ``e``, if a component's divisor in the mean of the clients' changes is ``N_i^(1-e) N^e``:
+        1 over all participants, as in a mean of products; 0 over those who trained it; 2 where both
+        factors are averaged with zeros for the missing, so that a change also meets a factor that
+        has shrunk by ``N_i / N``. None: the step is no such mean. See `hafl_app.server.influence`.
     breaks
         Laws of the conformance suite that the method breaks by its paper, with the source.
     """
@@ -72,6 +77,7 @@ class Traits:
     changes_base: bool = False
     uploads_importance: bool = False
     uploads_sparsely: bool = False
+    coverage_exponent: float | None = 1.0
     breaks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -100,6 +106,9 @@ class Method(Protocol):
 
     def finish(self, state: Any, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Return the next global factors."""
+
+    def weight(self, update: ClientUpdate) -> float:
+        """Return a client's weight in its averages."""
 
     def memory(self) -> dict[str, Any]:
         """Return the method's own state beside the global adapter."""

@@ -80,6 +80,10 @@ class HeterogeneousLora(Strategy, ABC):
     def finish(self, state: Any, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Return the factors of the next global adapter; components that no client trained stay."""
 
+    def weight(self, update: ClientUpdate) -> float:
+        """Return a client's weight in averages: its number of examples."""
+        return float(update.num_examples)
+
     def check(self, ranks: Sequence[int]) -> None:
         """Refuse a federation of these rank budgets, or do nothing.
 
@@ -206,6 +210,7 @@ class HeterogeneousLora(Strategy, ABC):
             "local_epochs": client.local_epochs,
             "max_steps": client.max_steps,
             "proximal": client.proximal,
+            "logit_adjustment": client.logit_adjustment,
             "upload": federation.upload,
             "error_feedback": federation.error_feedback is not False
             and not no_error_feedback(self),

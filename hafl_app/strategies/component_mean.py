@@ -22,10 +22,6 @@ class ComponentMean(HeterogeneousLora, ABC):
         """Return the empty sums of every module."""
         return empty_components(previous, self.options)
 
-    def weight(self, update: ClientUpdate) -> float:
-        """Return a client's weight: its number of examples."""
-        return float(update.num_examples)
-
     def accumulate(self, state: Sums, update: ClientUpdate) -> Sums:
         """Add the client's components to the slots that its plan names."""
         return add_components(state, update, self.weight(update))
@@ -54,6 +50,15 @@ def over_all(state: Sums, previous: Adapter) -> dict[str, LoraFactors]:
     return {name: sums.average_over_all(previous.modules[name]) for name, sums in state.items()}
 
 
-def of_changes(state: Sums, previous: Adapter) -> dict[str, LoraFactors]:
-    """Move each component by the mean change over all participants, 0 of those without it."""
-    return {name: sums.average_of_changes(previous.modules[name]) for name, sums in state.items()}
+def of_changes(
+    state: Sums, previous: Adapter, coverage_exponent: float = 1.0, step: float = 1.0
+) -> dict[str, LoraFactors]:
+    """Move each component by the mean change over all participants, 0 of those without it.
+
+    With a ``coverage_exponent`` below 1 it moves closer to those who trained it, see
+    `hafl_app.lowrank.components.ComponentSums.average_of_changes`.
+    """
+    return {
+        name: sums.average_of_changes(previous.modules[name], coverage_exponent, step)
+        for name, sums in state.items()
+    }

@@ -59,6 +59,7 @@ class FedAra(ScoredMean):
         dp_refusal="privacy=central_dp does not cover components that are pruned by scores without "
         "noise: use strategy=hafl strategy.importance=magnitude",
         uploads_importance=True,
+        coverage_exponent=0.0,
     )
 
     target_rank: int = number(2, at_least=1)

@@ -31,7 +31,8 @@ class FedSaLora(ComponentMean):
     classifier stays on the clients on GLUE: ``model.head=local``.
     """
 
-    traits = Traits(not_robust="", dp_division="contributors")
+    # The lora_B of its products are the clients' own.
+    traits = Traits(not_robust="", dp_division="contributors", coverage_exponent=None)
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client trains the prefix that its rank allows, and keeps its lora_B."""

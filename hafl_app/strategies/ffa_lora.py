@@ -32,7 +32,7 @@ class FfaLora(ComponentMean):
     never changes.
     """
 
-    traits = Traits(not_robust="", dp_division="contributors")
+    traits = Traits(not_robust="", dp_division="contributors", coverage_exponent=0.0)
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client trains lora_B of the prefix that its rank allows."""

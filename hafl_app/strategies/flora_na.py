@@ -56,6 +56,7 @@ class FloraNa(KeptUpdates):
         serves_mixed_ranks=False,
         not_robust="it seeks weights for which factors come close to a mean of products",
         dp_refusal=OF_PRODUCTS.dp_refusal,
+        coverage_exponent=None,
         breaks={"homogeneous form": _NEAREST},
     )
 

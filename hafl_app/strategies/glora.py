@@ -49,7 +49,7 @@ class GLora(KeptUpdates):
         ``R``, at least ``max_rank``; 0 is ``max_rank``.
     """
 
-    traits = replace(OF_PRODUCTS, breaks={"homogeneous form": _SHARED})
+    traits = replace(OF_PRODUCTS, breaks={"homogeneous form": _SHARED}, coverage_exponent=None)
 
     subspace_rank: int = number(0, at_least=0)
 

@@ -17,12 +17,23 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.seeds import client_seed
 from hafl_app.server.aggregation import mean_over_clients
-from hafl_app.server.method import StrategyError, Traits
-from hafl_app.strategies.component_mean import Sums, over_all, over_contributors
+from hafl_app.server.method import Division, StrategyError, Traits
+from hafl_app.strategies.component_mean import Sums, of_changes, over_all, over_contributors
 from hafl_app.strategies.importance import GRADIENT_MEASURES, ImportanceScores
 from hafl_app.strategies.scored_mean import ScoredMean
 from hafl_app.strategies.selection import ComponentSelection
 from hafl_app.wire.node_profile import NodeProfile
+
+_NOT_ROBUST: Mapping[str, str] = {
+    "adaptive": "",
+    "zero_padding": "aggregation=zero_padding counts missing components as zeros, use adaptive",
+    "change": "aggregation=change weighs a component by all participants, use adaptive",
+}
+_DP_DIVISION: Mapping[str, Division | None] = {
+    "adaptive": "contributors",
+    "zero_padding": "participants",
+    "change": None,
+}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -48,7 +59,14 @@ class Hafl(ScoredMean):
     scheme
         ``freezing`` or ``truncation``.
     aggregation
-        ``adaptive`` or ``zero_padding`` (divide by the weight of all participants).
+        ``adaptive``; ``zero_padding`` (divide by the weight of all participants); or ``change``,
+        ours: ``b_i += eta sum_{k in K_i} n_k (b_{k,i} - b_i) / (N_i^(1-e) N^e)`` and a_i likewise,
+        with ``N_i = sum_{k in K_i} n_k``, N of all participants, e the ``coverage_exponent``.
+    coverage_exponent
+        ``e`` of ``change``, in [0, 1]: at 0 it is adaptive aggregation, at 1 the mean of changes
+        over all participants, under which few clients do not decide what they alone trained.
+    server_step
+        ``eta`` of ``change``, above 0.
     selection
         ``importance``, ``random`` or ``prefix``, see `hafl_app.strategies.selection`.
     selection_by
@@ -76,7 +94,9 @@ class Hafl(ScoredMean):
     """
 
     scheme: str = choice("freezing", "freezing", "truncation")
-    aggregation: str = choice("adaptive", "adaptive", "zero_padding")
+    aggregation: str = choice("adaptive", *_NOT_ROBUST)
+    coverage_exponent: float = number(1.0, at_least=0, at_most=1)
+    server_step: float = number(1.0, above=0)
     selection: str = choice("importance", "importance", "random", "prefix")
     selection_by: str = choice("server", "server", "client")
     scope: str = choice("module", "module", "model")
@@ -111,21 +131,24 @@ class Hafl(ScoredMean):
         return self.selection == "importance" and not self._by_client
 
     def _declare(self) -> Traits:
-        adaptive = self.aggregation == "adaptive"
         by_uploads = self._by_client or (self._scores_on_server and self.importance != "magnitude")
         return replace(
             self.traits,
             uploads_importance=self.scores.from_gradients or self._by_client,
-            not_robust=""
-            if adaptive
-            else "aggregation=zero_padding counts missing components as zeros, use adaptive",
-            dp_division=None if by_uploads else "contributors" if adaptive else "participants",
+            not_robust=_NOT_ROBUST[self.aggregation],
+            coverage_exponent={"adaptive": 0.0, "zero_padding": 2.0}.get(
+                self.aggregation, self.coverage_exponent
+            ),
+            dp_division=None if by_uploads else _DP_DIVISION[self.aggregation],
             dp_refusal="privacy=central_dp does not cover components that clients choose by their "
             "data: use strategy.selection_by=server"
             if self._by_client
             else f"privacy=central_dp does not cover importance={self.importance}, which "
             "chooses components from uploads without noise: use strategy.importance=magnitude, or "
-            "strategy.selection=random or prefix",
+            "strategy.selection=random or prefix"
+            if by_uploads
+            else "privacy=central_dp has no denominators for aggregation=change: use "
+            "strategy.aggregation=adaptive",
         )
 
     def check(self, ranks: Sequence[int]) -> None:
@@ -201,8 +224,7 @@ class Hafl(ScoredMean):
 
     def finish(self, state: Sums, previous: Adapter) -> Mapping[str, LoraFactors]:
         """Average by the chosen rule, then update the scores of what was trained."""
-        average = over_contributors if self.aggregation == "adaptive" else over_all
-        merged = average(state, previous)
+        merged = self._averaged(state, previous)
         trained = {n: torch.nonzero(s.weight > 0).flatten().tolist() for n, s in state.items()}
         self.scores.end_round(
             previous,
@@ -212,6 +234,11 @@ class Hafl(ScoredMean):
             lambda values, weights: mean_over_clients(values, weights, self.options),
         )
         return merged
+
+    def _averaged(self, state: Sums, previous: Adapter) -> dict[str, LoraFactors]:
+        if self.aggregation == "change":
+            return of_changes(state, previous, self.coverage_exponent, self.server_step)
+        return (over_contributors if self.aggregation == "adaptive" else over_all)(state, previous)
 
     def memory(self) -> dict[str, Any]:
         """Return the scores of all components."""

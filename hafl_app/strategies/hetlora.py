@@ -91,6 +91,7 @@ class HetLora(HeterogeneousLora):
         not_robust="its clients are weighted by their norm, and a robust rule has no weights",
         dp_refusal="privacy=central_dp does not cover weights by norm and ranks by pruning, which "
         "follow from uploads without noise: use strategy=zero_padding",
+        coverage_exponent=2.0,
         breaks={
             "homogeneous form": _NORM_WEIGHTS,
             "num_examples": _NORM_WEIGHTS,
@@ -178,6 +179,14 @@ class HetLora(HeterogeneousLora):
             averaged = chosen.average_over_all(before)
             merged[name] = averaged.replace(beyond, before.select(beyond))
         return merged
+
+    def weight(self, update: ClientUpdate) -> float:
+        """Return a client's weight over all modules; in each it has one of its own, its `norms`."""
+        return (
+            super().weight(update)
+            if self.weighting == "examples"
+            else sum(self.norms(update).values())
+        )
 
     def norms(self, update: ClientUpdate) -> dict[str, float]:
         """Return the client's unnormalized phi by module."""

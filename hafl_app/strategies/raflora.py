@@ -45,7 +45,9 @@ class RaFlora(KeptUpdates):
     """
 
     traits = replace(
-        OF_PRODUCTS, not_robust="it averages products over those who reach a component"
+        OF_PRODUCTS,
+        not_robust="it averages products over those who reach a component",
+        coverage_exponent=0.0,
     )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:

@@ -43,7 +43,10 @@ class ReplicationPadding(HeterogeneousLora):
     devices' own, and its rule is carried over to any number of them.
     """
 
-    traits = Traits(not_robust="it counts the clients of the largest rank several times")
+    traits = Traits(
+        not_robust="it counts the clients of the largest rank several times",
+        coverage_exponent=None,
+    )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client holds and trains the prefix that its rank allows."""

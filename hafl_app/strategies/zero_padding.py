@@ -33,6 +33,7 @@ class ZeroPadding(ComponentMean):
     traits = Traits(
         not_robust="it counts missing components as zeros, which a median takes for the majority",
         dp_division="participants",
+        coverage_exponent=2.0,
     )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:

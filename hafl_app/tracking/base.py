@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,10 @@ class RoundRecord:
     metrics
         ``phase/name`` to value, e.g. ``"validation/accuracy"``, ``"test/macro-f1"``; accuracies
         and F1 in [0, 1].
+    influence
+        One entry a client whose reply counts: its ``partition_id`` and ``rank``; ``influence``, its
+        share of the adapter's step, see `hafl_app.server.influence`; and its shares of ``examples``
+        and of ``components`` times examples. Empty where it is not known.
     """
 
     server_round: int
@@ -114,6 +118,7 @@ class RoundRecord:
     replies: int
     failures: int
     metrics: Mapping[str, float]
+    influence: Sequence[Mapping[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,9 @@ class _Together:
         with self._cohort.reading(adapters):
             with model.computing(options.precision):
                 logits, targets = model.predictions(joined(rows, IGNORED))
-                parts = zip(logits.chunk(len(chunk)), targets.chunk(len(chunk)), strict=True)
-                losses = torch.stack([mean_loss(*part) for part in parts])
+                classes = [task.own_classes for task in tasks]
+                parts = (logits.chunk(len(chunk)), targets.chunk(len(chunk)), classes)
+                losses = torch.stack([mean_loss(*part) for part in zip(*parts, strict=True)])
             penalties = [tail_penalty(w.trainee, w.tail) for w in wanted if w.tail is not None]
             sum(penalties, losses.sum()).backward()  # type: ignore[no-untyped-call]
         means: list[float] = losses.tolist()

@@ -1,5 +1,6 @@
 """Local training: execute a plan on one client's data."""
 
+import functools
 import gc
 import logging
 import time
@@ -28,6 +29,7 @@ from hafl_app.training.device import describe_device, peak_memory_mb, reset_peak
 from hafl_app.training.drift_correction import DriftCorrection
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.lora_model import LoraModel, Trainee
+from hafl_app.training.own_classes import OwnClasses
 from hafl_app.training.proximal import ProximalTerm
 from hafl_app.training.rank_pruning import prune_tail, tail_norms, tail_penalty
 from hafl_app.training.settings import TrainOptions
@@ -141,6 +143,12 @@ class Task:
     seed: int
     correction: Adapter | None = None
 
+    @functools.cached_property
+    def own_classes(self) -> OwnClasses | None:
+        """The classes by which the loss adjusts logits; None: it does not."""
+        tau = self.plan.logit_adjustment
+        return None if tau is None else OwnClasses(self.examples.labels, tau)
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -248,6 +256,8 @@ def training_steps(
     task = replace(task, plan=plan)
     torch.manual_seed(task.seed)  # the probe's dropout must not change the training's
     trainee = load(*reduced(task.adapter, plan))
+    if plan.logit_adjustment is not None and not list(trainee.head_module.parameters()):
+        raise TrainingError("logit_adjustment needs classes, and the model has no head")
     tail_before = tail_norms(trainee, plan.tail)
     meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
     loss, steps = yield from _optimize(task, trainee, meter, allowance, on_epoch)
@@ -345,7 +355,7 @@ def _backward_in_parts(
     for index, part in enumerate(micro_batches.split(rows)):
         batch = model.batch(task.examples, part)
         with model.computing(task.options.precision):
-            mean = model.loss(batch)
+            mean = model.loss(batch, task.own_classes)
         # Its share of the batch's mean: the mean of the parts' means would favor small parts.
         loss = mean * (model.num_targets(task.examples, part) / targets)
         total = loss if tail is None or index else loss + tail_penalty(wanted.trainee, tail)

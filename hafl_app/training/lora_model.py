@@ -24,6 +24,7 @@ from hafl_app.training.device import autocast, resolve_precision
 from hafl_app.training.fused_lora import fuse
 from hafl_app.training.half_precision import restore_weights, round_weights
 from hafl_app.training.locate import ModelError
+from hafl_app.training.own_classes import OwnClasses
 from hafl_app.training.settings import BaseSpec
 
 TRAINABLE, FROZEN = "trainable_components", "frozen_components"
@@ -144,9 +145,9 @@ class LoraModel(nn.Module, ABC):
     def predictions(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return logits ``(rows, ..., classes)`` and their targets ``(rows, ...)``."""
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: Any, own_classes: OwnClasses | None = None) -> Tensor:
         """Return the mean cross entropy over the targets of what `batch` returned."""
-        return mean_loss(*self.predictions(batch))
+        return mean_loss(*self.predictions(batch), own_classes)
 
     @abstractmethod
     def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
@@ -341,9 +342,17 @@ def trained_adapter(
     return Adapter(modules, _state_of(head))
 
 
-def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross entropy over targets ``(rows, ...)``, in float32 or wider."""
+def mean_loss(logits: Tensor, targets: Tensor, own_classes: OwnClasses | None = None) -> Tensor:
+    """Return the mean cross entropy over targets ``(rows, ...)``, in float32 or wider.
+
+    Parameters
+    ----------
+    own_classes
+        Of the client whose rows these are, if its loss adjusts logits by them.
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if own_classes is not None:
+        wide = own_classes.adjust(wide)
     return nn.functional.cross_entropy(wide.flatten(0, -2), targets.flatten())
 
 

@@ -203,6 +203,12 @@ class ClientSettings(TrainOptions):
     proximal
         FedProx: weight of a term ``proximal / 2 * ||w - w_sent||^2`` in the loss, over the trained
         factors and the head. 0: none. Clients that train alone and central training have none.
+    logit_adjustment
+        For skewed labels: ``tau`` of ``z_c + tau log n_c``, which the loss reads in place of the
+        logit of class c, with the client's own n_c examples of it; a class that it does not have is
+        left out. 1: balanced softmax; 0: a softmax over its own classes alone; null: plain cross
+        entropy, which clients that train alone and central training always have. Classification
+        only.
     num_threads
         CPU threads of one client, as many at most as its process may use CPUs.
     device
@@ -212,5 +218,6 @@ class ClientSettings(TrainOptions):
     local_epochs: int = number(1, at_least=1)
     max_steps: int = number(0, at_least=0)
     proximal: float = number(0.0, at_least=0)
+    logit_adjustment: float | None = number(None, at_least=0)
     num_threads: int = number(1, at_least=1)
     device: str = choice("auto", "auto", "cpu", "cuda", resumable=True)

@@ -156,6 +156,53 @@ class TestAverageOverAll:
         assert_same_bits(fold([]).average_over_all(PREVIOUS), PREVIOUS)
 
 
+class TestAverageOfChanges:
+    """The oracle is the equation, summed up change by change in plain loops."""
+
+    @given(
+        participants=PARTICIPANTS,
+        seed=st.integers(0, 2**32 - 1),
+        exponent=st.floats(0, 1),
+        step=st.floats(0.1, 4),
+    )
+    def test_is_the_equation(self, participants, seed, exponent, step):
+        updates = updates_of(participants, seed)
+
+        result = fold(updates).average_of_changes(PREVIOUS, exponent, step)
+
+        total = sum(weight for _, _, weight in updates)
+        for i in range(RANK):
+            row, column, covered = torch.zeros(IN).double(), torch.zeros(OUT).double(), 0.0
+            for factors, indices, weight in updates:
+                if i in indices:
+                    slot = indices.index(i)
+                    row += weight * (factors.lora_A[slot].double() - PREVIOUS.lora_A[i])
+                    column += weight * (factors.lora_B[:, slot].double() - PREVIOUS.lora_B[:, i])
+                    covered += weight
+            if not covered:
+                assert_same_bits(result.select([i]), PREVIOUS.select([i]))
+                continue
+            divisor = covered ** (1 - exponent) * total**exponent / step
+            expected = PREVIOUS.lora_A[i] + row / divisor, PREVIOUS.lora_B[:, i] + column / divisor
+            close = {"rtol": 1e-5, "atol": 1e-5}
+            torch.testing.assert_close(result.lora_A[i].double(), expected[0], **close)
+            torch.testing.assert_close(result.lora_B[:, i].double(), expected[1], **close)
+
+    @given(participants=PARTICIPANTS, seed=st.integers(0, 2**32 - 1))
+    def test_with_exponent_0_is_the_average_over_contributors_bit_for_bit(self, participants, seed):
+        sums = fold(updates_of(participants, seed))
+
+        changes = sums.average_of_changes(PREVIOUS, coverage_exponent=0.0)
+
+        assert_same_bits(changes, sums.average_over_contributors(PREVIOUS))
+
+    @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+    def test_no_change_is_none_bit_for_bit(self, exponent):
+        updates = [(PREVIOUS, tuple(range(RANK)), 3.0), (PREVIOUS.select([1]), (1,), 0.3)]
+        assert_same_bits(fold(updates).average_of_changes(PREVIOUS, exponent, 2.0), PREVIOUS)
+        assert_same_bits(fold([]).average_of_changes(PREVIOUS, exponent), PREVIOUS)
+
+
 class TestFold:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
     def test_dtype_is_that_of_the_previous_adapter(self, dtype):

@@ -1,12 +1,15 @@
 """Settings that were typed and change nothing."""
 
+from dataclasses import fields
+
 import pytest
 
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import declared_settings
 from hafl_app.run.effects import NEEDS, without_effect
+from hafl_app.strategies.hafl import Hafl
 
-KNOWN = {found.name for found in declared_settings()}
+KNOWN = {found.name for found in declared_settings()} | {f"strategy.{f.name}" for f in fields(Hafl)}
 
 
 def lines(*typed):
@@ -25,6 +28,7 @@ def lines(*typed):
         ("federation.generate_tokens=4", "federation.generate_examples=0, only with above 0"),
         ("privacy.clip_norm=2", "privacy.kind=none, only with central_dp or local_dp"),
         ("compare.baseline=hafl", "only a comparison reads it"),
+        ("strategy.server_step=2", "strategy.aggregation=adaptive, only with change"),
     ],
 )
 def test_what_has_no_effect_is_named_with_what_would_give_it_one(typed, line):
@@ -36,6 +40,7 @@ def test_what_has_no_effect_is_named_with_what_would_give_it_one(typed, line):
 def test_what_has_an_effect_is_not_named():
     assert not lines("partition=dirichlet", "partition.dirichlet_alpha=0.1")
     assert not lines("federation.generate_examples=2", "federation.generate_tokens=4")
+    assert not lines("strategy.aggregation=change", "strategy.server_step=2")
 
 
 def test_what_files_set_is_not_named():

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from driving import MAX_RANK, Client, merge, noise, nothing, run_options, strategy_named, update_of
 
 from hafl_app.seeds import client_seed
+from hafl_app.server.compatibility import private_division
+from hafl_app.server.method import StrategyError
 
 RANK, ALPHA = 2, 16.0
 
@@ -239,6 +242,67 @@ class TestAggregation:
         for name in before:
             torch.testing.assert_close(kept[name].delta_weight(), before[name].delta_weight())
             assert shrunk[name].delta_weight().norm() < 0.9 * before[name].delta_weight().norm()
+
+
+class TestAggregationOfChanges:
+    """The oracle is the equation alone, in numpy; ranks, and so coverage, and examples differ."""
+
+    def updates(self, strategy):
+        clients = [(1, 10), (2, 30), (4, 5), (2, 12)]
+        return [update_of(strategy, Client(r, n, p), noise) for p, (r, n) in enumerate(clients)]
+
+    @pytest.mark.parametrize("scheme", ["freezing", "truncation"])
+    @pytest.mark.parametrize(("exponent", "step"), [(0.0, 1.0), (0.5, 1.0), (1.0, 3.0)])
+    def test_is_the_equation(self, scheme, exponent, step):
+        settings = (f"coverage_exponent={exponent}", f"server_step={step}")
+        strategy = hafl("aggregation=change", f"scheme={scheme}", *settings)
+        updates = self.updates(strategy)
+        start = {n: f.lora_B.double().numpy() for n, f in strategy.global_adapter.modules.items()}
+
+        merged = merge(strategy, updates)
+
+        everybody = sum(u.num_examples for u in updates)
+        for name, before in start.items():
+            expected = before.copy()
+            for i in range(MAX_RANK):
+                trained = [u for u in updates if i in u.plan.modules[name].trainable]
+                examples = sum(u.num_examples for u in trained)
+                for u in trained:
+                    plan = u.plan.modules[name]
+                    after = u.adapter.modules[name].lora_B[:, plan.trainable.index(i)].numpy()
+                    sent = u.sent.modules[name].lora_B[:, plan.held.index(i)].numpy()
+                    share = u.num_examples / (examples ** (1 - exponent) * everybody**exponent)
+                    expected[:, i] += step * share * (after - sent)
+            np.testing.assert_allclose(merged[name].lora_B.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("scheme", ["freezing", "truncation"])
+    def test_with_exponent_0_is_the_papers_rule_bit_for_bit(self, scheme):
+        ours = hafl("aggregation=change", "coverage_exponent=0", f"scheme={scheme}")
+        paper = hafl("aggregation=adaptive", f"scheme={scheme}")
+        got, expected = (merge(s, self.updates(s)) for s in (ours, paper))
+        mean = merge(s := hafl("aggregation=change", f"scheme={scheme}"), self.updates(s))
+        for name, factors in expected.items():
+            assert torch.equal(got[name].lora_A, factors.lora_A)
+            assert torch.equal(got[name].lora_B, factors.lora_B)
+            assert not torch.allclose(mean[name].lora_B, factors.lora_B, rtol=1e-2)
+
+    def test_few_clients_do_not_decide_what_they_alone_train(self):
+        """Of two components one has two clients of 5 of 100 examples; it moves by 5 % of theirs."""
+        strategy = hafl("aggregation=change", "selection=prefix")
+        clients = [Client(1, 95, 0), Client(2, 5, 1)]
+        updates = [update_of(strategy, client, noise) for client in clients]
+        before = strategy.global_adapter.modules["dense"].lora_B
+        change = merge(strategy, updates)["dense"].lora_B - before
+        own = updates[1].adapter.modules["dense"].lora_B[:, 1] - before[:, 1]
+        torch.testing.assert_close(change[:, 1], 0.05 * own, rtol=1e-4, atol=1e-6)
+
+    def test_is_refused_where_it_has_no_meaning(self):
+        strategy = hafl("aggregation=change", "selection=prefix")
+        strategy.options = run_options(strategy.options, robust="median")
+        with pytest.raises(StrategyError, match="aggregation=change weighs a component by all"):
+            strategy.check([1, 2])
+        with pytest.raises(StrategyError, match="no denominators for aggregation=change"):
+            private_division(strategy)
 
 
 class TestScoresUnderARobustRule:
