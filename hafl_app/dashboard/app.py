@@ -152,6 +152,7 @@ class _Pages:
             titles={name: q.title for name, q in charts.QUANTITIES.items()},
             heat_map=_url("/heat.svg", run=run.name, heat=heat, v=run.version) if heat else "",
             nodes=fleet(run, watched, now),
+            is_watched=bool(watched),
             note=note(watched, now) if run.state == RUNNING else "",
         )
 
@@ -223,6 +224,7 @@ def _templates() -> Environment:
         loader=FileSystemLoader(_HERE / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        auto_reload=False,  # those of the code that runs, also after an update
         trim_blocks=True,
         lstrip_blocks=True,
         # What a folder says stays on its line, whatever characters are in it.

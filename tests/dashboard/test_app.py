@@ -176,7 +176,7 @@ class TestFleet:
         cells = self.nodes(ask("/run?run=day/one").text)[NODE_IDS[0]]
         assert cells[0] == str(NODE_IDS[0])
         assert cells[2:5] == ["0", "2", "A phone"]
-        assert cells[6:] == ["reply of round 3", "3", "0", "3.00 MB", "0.900 MB"]
+        assert cells[5:] == ["-", "reply of round 3", "3", "0", "3.00 MB", "0.900 MB"]
 
     def test_one_that_the_fence_no_longer_hears_is_gone(self, ask, root):
         (root / "day/one/logs").mkdir()
