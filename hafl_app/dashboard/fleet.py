@@ -125,10 +125,9 @@ def _state(seen: Mapping[str, Any], now: float) -> str:
         return UNKNOWN
     if seen.get("call") == _GOOD_BYE:
         return LEFT
-    if now - last_call > _SILENT_S:
-        return SILENT
-    is_gone = seen.get("connected") is False and now - max(last_call, closed) > _RECONNECT_S
-    return GONE if is_gone else ONLINE
+    if seen.get("connected") is False and not math.isnan(closed):
+        return GONE if now - max(last_call, closed) > _RECONNECT_S else ONLINE
+    return SILENT if now - last_call > _SILENT_S else ONLINE
 
 
 def _age(seconds: float) -> str:

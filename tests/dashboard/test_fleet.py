@@ -81,7 +81,8 @@ class TestState:
             (seen(connected=False, closed=NOW - 1), "online"),  # its next connection may come
             (seen(ago=20, connected=False, closed=NOW - 4.5), "gone"),
             (seen(ago=4.5, connected=False, closed=NOW - 20), "gone"),
-            (seen(ago=2, connected=False), "online"),  # its first call is going on
+            (seen(ago=60, connected=False, closed=NOW - 58), "gone"),  # and stays so
+            (seen(ago=20, connected=False), "online"),  # its first call is going on
             (seen(call="deactivate-node", connected=False, closed=NOW - 9), "left"),
             (seen(last_call=None), "unknown"),
             (seen(last_call="soon"), "unknown"),
