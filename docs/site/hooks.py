@@ -25,7 +25,9 @@ def navigation(docs: Path) -> list[dict[str, Any]]:
     pages: list[dict[str, Any]] = [{"Documentation": "README.md"}, {"Overview": _PROJECT}]
     for section in index.split("\n## ")[1:]:
         title = section.partition("\n")[0]
-        rows: list[Any] = [{name.capitalize(): page} for name, page in _ROW.findall(section)]
+        rows: list[Any] = [
+            {name[0].upper() + name[1:]: page} for name, page in _ROW.findall(section)
+        ]
         if title == "Methods":
             rows.append({"Each method": _methods(docs)})
         pages.append({title: rows})

@@ -25,7 +25,7 @@ from hafl_app.dashboard import charts
 from hafl_app.dashboard.fleet import fleet, note
 from hafl_app.dashboard.folders import FolderError, Root
 from hafl_app.dashboard.records import read_json
-from hafl_app.dashboard.runs import PHASES, RUNNING, STATES, Run, RunReader
+from hafl_app.dashboard.runs import PHASES, RUNNING, STATES, Run, RunReader, phases_of
 from hafl_app.deployment.presence import FLEET_FILE
 from hafl_app.printable import printable
 from hafl_app.tracking.console import duration, megabytes
@@ -114,7 +114,7 @@ class _Pages:
         runs = self._reader.all()
         shown = [run for run in runs if _fits(run, words, state)]
         chosen = [run for run in runs if run.name in set(asked.getlist("run"))][:_MOST_COMPARED]
-        phases = [p for p in PHASES if any(p in run.phases() for run in chosen)]
+        phases = phases_of(chosen)
         phase = _one_of(asked.get("phase"), phases)
         return self._html(
             "index.html",
@@ -133,7 +133,7 @@ class _Pages:
     def run(self, request: Request) -> Response:
         """Answer with all of one run."""
         run, asked = self._asked_run(request), request.query_params
-        phases = run.phases()
+        phases = phases_of([run])
         phase = _one_of(asked.get("phase"), phases)
         heats = [*charts.QUANTITIES] if run.trainings else []
         heats = [charts.IMPORTANCE, *heats] if run.importance else heats

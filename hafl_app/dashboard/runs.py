@@ -26,6 +26,12 @@ _SETTINGS_FILE, _DETAILS_FILE = "config.yaml", "details.jsonl"
 _JITTER_S = 2.0
 
 
+def phases_of(runs: Sequence["Run"]) -> list[str]:
+    """Return the phases of which a score of these runs is known, that of most rounds first."""
+    known = {phase: sum(run.num_scores(phase) for run in runs) for phase in PHASES}
+    return sorted((phase for phase in PHASES if known[phase]), key=lambda p: -known[p])
+
+
 @dataclass(frozen=True)
 class Run:
     """What is shown of a run.
@@ -117,9 +123,9 @@ class Run:
                     return f"{phase} {self.metric.text(value)}"
         return ""
 
-    def phases(self) -> list[str]:
-        """Return the phases of which a score is known."""
-        return [phase for phase in PHASES if any(map(math.isfinite, self.scores(phase)))]
+    def num_scores(self, phase: str) -> int:
+        """Return of how many rounds a score is known."""
+        return sum(map(math.isfinite, self.scores(phase)))
 
     def scores(self, phase: str) -> list[float]:
         """Return the score of each round; NaN where it is not known."""
@@ -169,6 +175,7 @@ class RunReader:
             If there is no such run.
         """
         folder = self.root.folder(name)
+        name = folder.relative_to(self.root.path).as_posix()  # one name, however it is spelled
         stamps = _stamps(folder)
         with self._lock:
             known = self._ended.get(name)
