@@ -11,4 +11,4 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 WANDB_MODE=offline
 "$bin/mypy"
 "$bin/lint-imports"
 # Two processes of one thread each; the tests of a file stay together.
-exec "$bin/pytest" -n 2 --dist loadfile --no-loadscope-reorder -m "not deploy and not soak and not gpu and not wheel" "$@"
+exec "$bin/pytest" -n 2 --dist loadfile --no-loadscope-reorder -m "not deploy and not soak and not gpu and not wheel and not browser and not site" "$@"

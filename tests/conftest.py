@@ -47,5 +47,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {file: place for place, file in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
     for item in items:
-        if any(map(item.get_closest_marker, ("deploy", "soak", "wheel"))):
+        if any(map(item.get_closest_marker, ("deploy", "soak", "wheel", "browser", "site"))):
             item.add_marker(pytest.mark.slow)

@@ -16,6 +16,7 @@ def test_the_bundle_holds_app_and_conf_and_nothing_else():
     app = ROOT / "hafl_app"
     left_out = {
         "commands",
+        "dashboard",
         "experiments",
         "deployment",
     }  # what no server and no client of a run imports

@@ -102,7 +102,27 @@ def test_every_page_is_in_the_index():
     )
 
     pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
-    assert pages - {"README.md"} <= index
+    missing = ", ".join(sorted(pages - {"README.md"} - index))
+    assert not missing, f"docs/README.md (or docs/methods.md, of a method) has no row for {missing}"
+
+
+def test_every_method_has_a_page():
+    pages = {Path(page).stem for page in PAGES}
+    methods = {file.stem for file in (ROOT / "conf" / "strategy").glob("*.yaml")}
+    missing = ", ".join(sorted(methods - pages))
+    assert not missing, f"no page for {missing}: write docs/methods/NAME.md"
+
+
+def test_every_quoted_error_is_one_of_the_code():
+    """Each row of the tables starts with words that stand in a message, `...` for what varies."""
+    code = "".join(
+        "".join(re.split(r'"\s*\n\s*f?"', file.read_text("utf-8")))
+        for file in (ROOT / "hafl_app").rglob("*.py")
+    )
+    quoted = re.findall(r"^\| `([^`]+)`", _text("docs/troubleshooting.md"), re.MULTILINE)
+    pieces = [piece.strip() for row in quoted for piece in row.split("...") if piece.strip()]
+    assert len(quoted) > 25
+    assert [piece for piece in pieces if piece not in code] == []
 
 
 def test_every_figure_is_shown():

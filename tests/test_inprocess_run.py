@@ -34,6 +34,7 @@ class TestOutput:
             "config.yaml",
             "metrics.jsonl",
             "summary.json",
+            "clients.json",
             "adapter",
             "adapter-best",
             "curves.png",

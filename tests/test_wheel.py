@@ -52,6 +52,9 @@ def test_the_wheel_has_every_file_of_the_app_and_of_conf(site):
     assert {path.relative_to(conf) for path in conf.rglob("*.yaml")} == shipped
     names = {str(p.relative_to(site)) for p in site.rglob("*.py")}
     assert names == {str(p.relative_to(ROOT)) for p in (ROOT / "hafl_app").rglob("*.py")}
+    page = {str(p.relative_to(site)) for p in (site / "hafl_app" / "dashboard").glob("*/*.*")}
+    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "hafl_app" / "dashboard").glob("*/*.*")}
+    assert {name for name in wanted if not name.endswith(".pyc")} <= page
     assert "hafl = hafl_app.commands.main:main" in "".join(
         file.read_text() for file in site.glob("*.dist-info/entry_points.txt")
     )

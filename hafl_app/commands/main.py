@@ -292,6 +292,36 @@ def report(folders: tuple[Path, ...], output: Path, baseline: str, figures: str)
     return run(folders, output, baseline, figures)
 
 
+@hafl.command()
+@click.argument("root", metavar="[FOLDER]", type=_FOLDER, default="outputs")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    default=8050,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="0 takes a free one.",
+)
+@click.option("--name", "names", multiple=True, help="Host name that browsers ask for, beside it.")
+@click.option(
+    "--fleet", metavar="FILE", type=_FOLDER, help="What the fence writes of the nodes (--fleet)."
+)
+def dashboard(root: Path, host: str, port: int, names: tuple[str, ...], fleet: Path | None) -> int:
+    """Look at runs in a browser, while they go and afterwards.
+
+    \b
+      hafl dashboard outputs
+      hafl dashboard outputs --fleet /var/lib/hafl/fleet.json
+
+    Shows every run below FOLDER (outputs): state, scores of several over each other, heat maps,
+    and of a deployment its nodes. It only reads, needs no network, and asks for no password: it
+    listens on this machine alone unless --host says otherwise.
+    """
+    from hafl_app.commands.dashboard import main as run  # noqa: PLC0415
+
+    return run(root, host, port, names, fleet)
+
+
 @hafl.group(cls=_Commands)
 def plots() -> None:
     """Draw figures of runs, beyond the one that every run draws.

@@ -12,6 +12,7 @@ Who calls is known from the headers, before any of the body is read::
 """
 
 import argparse
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,9 +24,10 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from hafl_app.deployment.body_limits import BodyLimits, BodyRoom
-from hafl_app.deployment.connections import BoundedConnection
+from hafl_app.deployment.connections import PRESENCE, BoundedConnection
 from hafl_app.deployment.credentials import Credentials
 from hafl_app.deployment.forwarding import Proxy, ask_for_node, ask_health, refuse
+from hafl_app.deployment.presence import Presence, keep_written
 from hafl_app.deployment.registered_keys import (
     RegisteredKeys,
     keys_of_superlink,
@@ -54,6 +56,7 @@ def fence(
     *,
     transport: httpx.AsyncBaseTransport | None = None,
     limits: BodyLimits | None = None,
+    fleet: Path | None = None,
 ) -> Starlette:
     """Return the proxy as an ASGI app.
 
@@ -67,15 +70,23 @@ def fence(
         Transport to it, if not the network.
     limits
         Of nodes' bodies.
+    fleet
+        File that says every second when each node was last heard, for `hafl dashboard`.
     """
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Presence]]:
         async with superlink_client(superlink, ca, transport) as client:
-            app.state.client = client
-            app.state.registered = RegisteredKeys(keys_of_superlink(client))
+            registered = RegisteredKeys(keys_of_superlink(client))
+            app.state.client, app.state.registered = client, registered
             app.state.room = BodyRoom(limits or BodyLimits())
-            yield
+            app.state.presence = presence = Presence()
+            writing = fleet and asyncio.create_task(
+                keep_written(presence, lambda: registered.nodes, fleet)
+            )
+            yield {PRESENCE: presence}
+            if writing:
+                writing.cancel()
 
     app = Starlette(
         routes=[
@@ -100,8 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in (credentials.ca, credentials.server_certificate, credentials.server_key):
         if not path.is_file():
             parser.error(f"argument --credentials: {path} is missing")
+    if options.fleet and not options.fleet.absolute().parent.is_dir():
+        parser.error(f"argument --fleet: no folder {options.fleet.absolute().parent}")
     uvicorn.run(
-        fence(options.superlink, credentials.ca),
+        fence(options.superlink, credentials.ca, fleet=options.fleet),
         host=options.host,
         port=options.port,
         ssl_certfile=credentials.server_certificate,
@@ -125,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--superlink", default="127.0.0.1:8000", help="default: %(default)s")
     parser.add_argument("--host", default="0.0.0.0", help="to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8443, help="default: %(default)s")
+    parser.add_argument(
+        "--fleet",
+        type=Path,
+        metavar="FILE",
+        help="written every second: when each node was last heard, for hafl dashboard --fleet FILE",
+    )
     return parser
 
 

@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from hafl_app.deployment.body_limits import BodyLimits, BodyRoom, in_time
+from hafl_app.deployment.connections import NODE
 from hafl_app.deployment.node_signatures import SignatureError, authenticated_key
 
 _LOGGER = logging.getLogger("uvicorn.error")  # the one that uvicorn prints
@@ -67,6 +68,8 @@ async def ask_for_node(request: Request, stack: AsyncExitStack) -> httpx.Respons
     state = request.app.state
     room: BodyRoom = state.room
     node = await authenticated_key(request.headers, state.registered)
+    request.scope["state"][NODE] = node
+    state.presence.called(node, request.scope["path"].rpartition("/")[2])
     await stack.enter_async_context(room.call(node))
     size = _stated_length(request)
     # The path is one of the list, so nothing of the caller's URL goes on: no query, no encoding.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hafl_app.deployment.credentials import Credentials
 from hafl_app.deployment.own_folder import own_folder
+from hafl_app.deployment.presence import FLEET_FILE
 from hafl_app.engines.app_folder import app_folder
 from hafl_app.engines.flower_run import CONNECTION, flwr_run, name_superlink
 from hafl_app.engines.processes import (
@@ -128,6 +129,7 @@ class Deployment:
             *("--credentials", str(self.credentials.folder)),
             *("--superlink", f"127.0.0.1:{self.superlink_port}"),
             *("--host", "127.0.0.1", "--port", str(self.fence_port)),
+            *("--fleet", str(self.logs / FLEET_FILE)),
         ]
         self.start_server("fence", command, self.fence_port)
 

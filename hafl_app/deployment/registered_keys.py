@@ -3,7 +3,8 @@
 import asyncio
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,22 @@ class SuperlinkSilentError(RuntimeError):
     """The SuperLink did not say which keys are registered."""
 
 
+@dataclass(frozen=True)
+class RegisteredNode:
+    """A node as the SuperLink lists it.
+
+    Parameters
+    ----------
+    node_id
+        Flower's id of it.
+    name
+        As its operator registered it; may be empty.
+    """
+
+    node_id: int
+    name: str
+
+
 class RegisteredKeys:
     """Public keys of the registered nodes, as the SuperLink lists them.
 
@@ -36,17 +53,22 @@ class RegisteredKeys:
         Asks the SuperLink.
     clock
         Seconds, monotonic.
+
+    Attributes
+    ----------
+    nodes
+        Registered nodes by key, as of the last answer.
     """
 
     def __init__(
         self,
-        ask: Callable[[], Awaitable[frozenset[bytes]]],
+        ask: Callable[[], Awaitable[Mapping[bytes, RegisteredNode]]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ask = ask
         self._clock = clock
         self._asking = asyncio.Lock()
-        self._keys: frozenset[bytes] = frozenset()
+        self.nodes: Mapping[bytes, RegisteredNode] = {}
         self._asked_at = float("-inf")
         self._silent: SuperlinkSilentError | None = None
 
@@ -60,28 +82,30 @@ class RegisteredKeys:
         """
         arrived = self._clock()
         believed = self._silent is None and arrived - self._asked_at < _BELIEVED_SECONDS
-        if believed and key in self._keys:
+        if believed and key in self.nodes:
             return True
         async with self._asking:
             if self._asked_at < arrived:  # else another caller asked for all who were waiting
                 await self._ask_again()
         if self._silent is not None:
             raise SuperlinkSilentError(str(self._silent)) from self._silent
-        return key in self._keys
+        return key in self.nodes
 
     async def _ask_again(self) -> None:
         pause = self._asked_at + _BETWEEN_QUESTIONS_SECONDS - self._clock()
         await asyncio.sleep(max(0.0, pause))
         asked_at = self._clock()
         try:
-            self._keys, self._silent = await self._ask(), None
+            self.nodes, self._silent = await self._ask(), None
         except SuperlinkSilentError as error:
             self._silent = error
         self._asked_at = asked_at
 
 
-def keys_of_superlink(client: httpx.AsyncClient) -> Callable[[], Awaitable[frozenset[bytes]]]:
-    """Return a function that reads the registered keys from a SuperLink, behind the fence.
+def keys_of_superlink(
+    client: httpx.AsyncClient,
+) -> Callable[[], Awaitable[Mapping[bytes, RegisteredNode]]]:
+    """Return a function that reads the registered nodes from a SuperLink, behind the fence.
 
     Parameters
     ----------
@@ -89,7 +113,7 @@ def keys_of_superlink(client: httpx.AsyncClient) -> Callable[[], Awaitable[froze
         Its base URL is the SuperLink's.
     """
 
-    async def ask() -> frozenset[bytes]:
+    async def ask() -> Mapping[bytes, RegisteredNode]:
         try:
             reply = await client.post(
                 "/v1/control/list-nodes",
@@ -101,7 +125,11 @@ def keys_of_superlink(client: httpx.AsyncClient) -> Callable[[], Awaitable[froze
             nodes = ListNodesResponse.FromString(reply.content).nodes_info
         except (httpx.HTTPError, DecodeError) as error:
             raise SuperlinkSilentError(f"SuperLink: {type(error).__name__}") from error
-        return frozenset(node.public_key for node in nodes if node.status != _UNREGISTERED)
+        return {
+            node.public_key: RegisteredNode(node.node_id, node.name)
+            for node in nodes
+            if node.status != _UNREGISTERED
+        }
 
     return ask
 

@@ -19,6 +19,7 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import TASKS, Choice
 from hafl_app.publishing.card import add_card
 from hafl_app.run import build
+from hafl_app.run.clients_file import ClientsFile
 from hafl_app.run.device_gains import device_gains
 from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.run.precisions import server_precision
@@ -83,7 +84,7 @@ class RunReport:
         self._task = TASKS[settings.model.task]
         self._metric = self._task.primary
         self._strategy, self._coordinator = strategy, strategy.coordinator
-        self._folder = folder
+        self._folder, self._clients_file = folder, ClientsFile(folder)
         self._details = DetailsFile(folder)
         self._run_id = uuid4().hex
         self._history = NO_HISTORY
@@ -197,6 +198,7 @@ class RunReport:
         """Evaluate the global adapter on the server's data, if it is due, and log the round."""
         if server_round == 0:
             self.clients(self._coordinator.directory.in_order())
+        self._clients_file.update(self._coordinator.directory)
         metrics = {f"clients/{k}": v for k, v in self._coordinator.client_scores.items()}
         splits = self._splits(server_round)
         if self._evaluation.of_rounds:

@@ -18,7 +18,7 @@ from hafl_app.tracking.base import (
     RoundRecord,
 )
 
-METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
+METRICS_FILE, SUMMARY_FILE, CLIENTS_FILE = "metrics.jsonl", "summary.json", "clients.json"
 
 
 class JsonlTracker:
