@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from hafl_app.dashboard.folders import MEGABYTE
 from hafl_app.dashboard.records import Importance
 from hafl_app.dashboard.runs import Run
-from hafl_app.experiments.figures import Line, draw_lines
 from hafl_app.printable import figure_text
+from hafl_app.reports.figures.curves import Line, draw_lines
 from hafl_app.tracking.base import ClientRecord
 
 _LONGEST_NAME = 60
@@ -69,7 +69,7 @@ def curves(runs: Mapping[str, Run], phase: str) -> bytes:
         }
         sent = {legend[n]: Line(_sent(run), [run.scores(phase)]) for n, run in shown.items()}
         for axes, lines in ((by_round, rounds), (by_traffic, sent)):
-            draw_lines(axes, lines, list(legend.values()), percent=metric.is_share)
+            draw_lines(axes, lines, list(legend.values()), metric)
         by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
         by_round.set(xlabel="round", ylabel=f"{phase} {metric.title}")
         by_traffic.set(xlabel="sent so far, down and up (MB)")
