@@ -11,8 +11,10 @@ import httpx
 import pytest
 from programs import ROOT
 from run_folders import write_run
+from starlette.testclient import TestClient
 
 from hafl_app.commands.main import main
+from hafl_app.dashboard.app import dashboard
 from hafl_app.dashboard.server import _hosts, _is_loopback
 
 
@@ -57,6 +59,13 @@ def test_hosts_are_those_that_were_named():
     assert _hosts("127.0.0.1", []) == ["localhost", "127.0.0.1", "127.0.0.1"]
     assert "fl.example.org" in _hosts("0.0.0.0", ["fl.example.org"])
     assert "*" not in _hosts("0.0.0.0", ["fl.example.org"])
+
+
+def test_the_loopback_of_ipv6_is_answered_too(tmp_path):
+    app = dashboard(tmp_path, _hosts("::1", []))
+    client = TestClient(app, base_url="http://127.0.0.1")
+    assert client.get("/", headers={"host": "[::1]:8050"}).status_code == 200
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
