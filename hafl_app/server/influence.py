@@ -79,14 +79,15 @@ class InfluenceMeter:
 
     def note(self, update: ClientUpdate, weight: float) -> None:
         """Keep a client's change; ``weight`` is its weight in the method's averages, at least 0."""
-        before, after = update.before.modules, update.adapter.modules
+        after = update.adapter.modules
 
-        def change(name: str) -> LoraFactors:
-            return change_factors(before[name], after[name])
+        def of_update(name: str) -> LoraFactors:
+            return change_factors(update.before_of(name), after[name])
 
-        components = {name: update.components(name) for name in after}
+        change: Callable[[str], LoraFactors] = of_update
         if self._projects:
-            change = {name: self._projected(change(name)) for name in after}.__getitem__
+            change = {name: self._projected(of_update(name)) for name in after}.__getitem__
+        components = {name: update.components(name) for name in after}
         self._clients.append(
             _Client(update.partition_id, update.num_examples, weight, components, change)
         )

@@ -44,13 +44,15 @@ class ClientUpdate:
     @property
     def before(self) -> Adapter:
         """The uploaded components and the head as they were when they were sent."""
-        modules = {
-            name: _selected(
-                self.sent.modules[name], self.plan.modules[name].trainable_slots[: factors.rank]
-            )
-            for name, factors in self.adapter.modules.items()
-        }
+        modules = {name: self.before_of(name) for name in self.adapter.modules}
         return Adapter(modules, {name: self.sent.head[name] for name in self.adapter.head})
+
+    def before_of(self, module: str) -> LoraFactors:
+        """Return the uploaded components of one module as they were when they were sent."""
+        rank = self.adapter.modules[module].rank
+        return _selected(
+            self.sent.modules[module], self.plan.modules[module].trainable_slots[:rank]
+        )
 
     @functools.cached_property
     def size(self) -> float:

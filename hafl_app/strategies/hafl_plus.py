@@ -33,10 +33,11 @@ class HaflPlus(ComponentMean):
     """HAFL with freezing, and five ingredients, each of which is a setting.
 
     1. *Damped step*: ``b_i += eta sum_{k: i in S_k} v_k (b_{k,i} - b_i) / (V_i^(1-e) V^e)`` and a_i
-       likewise, over the components ``S_k`` that client k trains, ``V_i`` and V the weights of those
-       who train i and of all: at ``e = 0`` HAFL's adaptive aggregation, at 1 the mean of changes.
-    2. *Weight of an example*: ``v_k = n_k / |S_k|`` in place of ``n_k``, so that at ``e = 1`` client
-       k has the part ``n_k / N`` of the step whatever its rank.
+       likewise, over the components ``S_k`` that client k trains, ``V_i`` and V the weights of
+       those who train i and of all: at ``e = 0`` HAFL's adaptive aggregation, at 1 the mean of
+       changes.
+    2. *Weight of an example*: ``v_k = n_k / |S_k|`` in place of ``n_k``, so that at ``e = 1``
+       client k has the part ``n_k / N`` of the step whatever its rank.
     3. *Balanced coverage*: the server assigns components so that each is trained by about the same
        number of examples, each client getting those that it has contributed most to,
        ``||b'_i a'_i - b_i a_i||`` of its uploads, as far as they have room.
@@ -45,9 +46,9 @@ class HaflPlus(ComponentMean):
        as the rank says: the same bytes up over two rounds, and no product of two changes.
 
     Beside them ``lora_B`` learns five times as fast as ``lora_A``: ``conf/strategy/hafl_plus.yaml``
-    sets ``client.lora_B_lr_ratio``. ``model.head``, ``federation.server_optimizer`` and the settings
-    of the client's loss combine with it. For models that need both factors at once, such as causal
-    ones, ``factors=both``, and ``rotation_weight`` in place of a choice of components.
+    sets ``client.lora_B_lr_ratio``. ``model.head``, ``federation.server_optimizer`` and the
+    settings of the client's loss combine with it. For models that need both factors at once, such
+    as causal ones, ``factors=both``, and ``rotation_weight`` in place of a choice of components.
 
     Parameters
     ----------

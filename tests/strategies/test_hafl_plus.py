@@ -154,7 +154,7 @@ def candidates(budgets, examples, scores=None, rank=8):
 
 class TestBalancedCoverage:
     def loads(self, clients, rank=8):
-        loads = Counter({i: 0 for i in range(rank)})
+        loads = Counter(dict.fromkeys(range(rank), 0))
         for client, own in zip(clients, balanced(clients, "m", rank), strict=True):
             assert len(own) == len(set(own)) == client.budgets["m"]
             for i in own:
