@@ -135,12 +135,19 @@ def _numbers(value: object) -> dict[str, float]:
     return {str(name): number(one) for name, one in value.items()}
 
 
+def _rows(value: object) -> list[dict[str, float]]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, got {type(value).__name__}")
+    return [_numbers(one) for one in value]
+
+
 _READERS: dict[Any, Callable[[Any], Any]] = {
     int: _whole,
     float: number,
     str: str,
     bool: bool,
     Mapping[str, float]: _numbers,
+    Sequence[Mapping[str, float]]: _rows,
 }
 
 
