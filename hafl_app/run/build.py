@@ -275,7 +275,7 @@ def strategy(settings: Settings) -> HeterogeneousLora:
 
     Raises
     ------
-    hafl_app.training.answers.MissingPackageError
+    hafl_app.packages.MissingPackageError
         If answers are to be scored that cannot be.
     """
     if settings.federation.generate_examples:
