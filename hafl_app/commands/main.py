@@ -361,6 +361,25 @@ def runs(
     return run(root, RunFilter(name, tags, method, data, state or ""), last, paths)
 
 
+@hafl.command(context_settings=_PASSED_ON)
+@_takes_settings
+def doctor(arguments: tuple[str, ...]) -> int:
+    """Check this machine and, for given settings, what a run takes on it.
+
+    \b
+      hafl doctor
+      hafl doctor experiment=demo engine=inprocess
+
+    Python, packages, torch and CUDA, Ray, Flower, a SuperLink that was left behind, ports, base
+    model, hub, disk, memory, caches; with settings also whether they go together, the clients that
+    train at a time, the memory, the minutes by a few steps timed now, and what to change. Ends with
+    1 if something needed is broken, with 2 if a run would be refused.
+    """
+    from hafl_app.commands.doctor import main as run  # noqa: PLC0415
+
+    return run(arguments)
+
+
 @hafl.group(cls=_Commands)
 def plots() -> None:
     """Draw figures of runs, beyond the one that every run draws.

@@ -36,6 +36,13 @@ class Printer:
         for piece in wrapped(text, indent) or [""]:
             self._print(Text(piece, style=style))
 
+    def marked(self, mark: Text, text: str, indent: str) -> None:
+        """Print a styled word and a line behind it, which goes on below, indented."""
+        first, *rest = wrapped(f"{mark.plain}  {text}", indent)
+        self._print(mark.copy().append(first[len(mark.plain) :], style="default"))
+        for piece in rest:
+            self._print(Text(piece))
+
     def parts(self, parts: Iterable[Text]) -> None:
         """Print parts beside each other, as many as fit, and the others below."""
         for line in fitted([part for part in parts if part.plain]):
@@ -81,8 +88,10 @@ def wrapped(text: str, indent: str = INDENT) -> list[str]:
     line = Text(" ".join(text.splitlines()))
     if line.cell_len <= WIDTH:
         return [line.plain.rstrip()] if line.plain.strip() else []
-    first, *rest = line.wrap(_PLAIN, WIDTH - len(indent), overflow="fold")
-    return [first.plain.rstrip(), *(indent + piece.plain.rstrip() for piece in rest)]
+    first = line.wrap(_PLAIN, WIDTH, overflow="fold")[0]
+    rest = line[len(first) :].wrap(_PLAIN, WIDTH - len(indent), overflow="fold")
+    pieces = [first.plain.rstrip(), *(indent + piece.plain.strip() for piece in rest)]
+    return [piece for piece in pieces if piece.strip()]
 
 
 def fitted(parts: Sequence[Text]) -> list[Text]:
