@@ -19,12 +19,12 @@ from hafl_app.printable import printable
 from hafl_app.process_identity import start_of
 from hafl_app.run.progress import progress_line, read_progress
 from hafl_app.run.run_folder import FINISHED, read_summary
-from hafl_app.tracking.as_text import WIDTH, Printer, short_duration
+from hafl_app.tracking.as_text import Printer, short_duration, standard_output
 from hafl_app.tracking.base import RoundRecord
 from hafl_app.tracking.closing import Clock, print_closing
 from hafl_app.tracking.jsonl import read_history
 
-_BAR = 12  # columns
+_BAR = 8  # columns
 _REFRESHED_A_SECOND = 2
 _EVERY_ROUND = 2**62
 
@@ -41,7 +41,7 @@ class Screen:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console = console or standard_output()
         self._live: Live | None = None
         self._spinner = Spinner("dots")
         self._folder: Path | None = None
@@ -71,17 +71,14 @@ class Screen:
         if self._folder is not None:
             self._started = time.monotonic()
         self._folder = folder
-        Printer(self._out()).path(f"Output folder: {printable(short(folder), 4000)}")
+        Printer(self._console).path(f"Output folder: {printable(short(folder), 4000)}")
         self._start()
 
     def close_run(self) -> None:
         """Print the closing block of the run that is followed, if it is finished."""
         self._stop()
         if self._folder is not None:
-            print_run(self._folder, time.monotonic() - self._started, self._out())
-
-    def _out(self) -> Console:
-        return self._console if self._console.is_terminal else Console(width=WIDTH)
+            print_run(self._folder, time.monotonic() - self._started, self._console)
 
     def _start(self) -> None:
         if self.is_live and self._live is None:
@@ -105,7 +102,7 @@ class Screen:
         state = read_progress(self._folder) if self._folder else None
         row: list[Spinner | ProgressBar | Text] = [self._spinner]
         if state is None:
-            row.append(Text("starting" if self._folder else "checking settings, model and data"))
+            row.append(Text("at work" if self._folder else "checking settings, model and data"))
         else:
             if state["asked"]:
                 row.append(ProgressBar(state["asked"], state["done"], width=_BAR))
@@ -113,7 +110,8 @@ class Screen:
                 passed = time.time() - state["written"]
                 state["seconds_left"] = max(0.0, state["seconds_left"] - passed)
             row.append(Text(progress_line(state)))
-        row.append(Text(short_duration(time.monotonic() - self._started), style="dim"))
+        passed = short_duration(time.monotonic() - self._started)
+        row.append(Text(f"({passed} so far)", style="dim"))
         line = Table.grid(*("" for _ in row), padding=(0, 1))
         for column in line.columns:
             column.no_wrap = True

@@ -1,5 +1,7 @@
 """`hafl simulate`: one federation on this machine, or a sweep of several."""
 
+import atexit
+import gc
 import shlex
 import sys
 from collections.abc import Sequence
@@ -130,6 +132,8 @@ def main(arguments: Sequence[str], program: Sequence[str]) -> int:
     _typed[:], _program[:] = arguments, program
     _failures.clear()
     _interruptions.clear()
+    # Else Python looks for garbage in all of torch once more, for a second after the last line.
+    atexit.register(gc.freeze)
     return run_script(_run_jobs, lambda: "; ".join(_interruptions) or "interrupted")
 
 

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Final, TextIO
 
 from hafl_app.printable import printable
-from hafl_app.tracking.as_text import wrapped
+from hafl_app.tracking.as_text import is_terminal, wrapped
 
 _FORMAT: Final = "%(levelname)s %(name)s: %(message)s"
 _LONGEST_MESSAGE: Final = 4000
@@ -58,7 +58,7 @@ def show_log() -> None:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
-        handler.setFormatter(LogFormatter(wraps=handler.stream.isatty()))
+        handler.setFormatter(LogFormatter(wraps=is_terminal(handler.stream)))
         logger.addHandler(handler)
 
 

@@ -100,7 +100,7 @@ class Progress:
         self._asked += len(node_ids)
         if self._stage == "train":
             self._asked_texts += sum(self._texts.get(node_id, 0.0) for node_id in node_ids)
-        self._show()
+        self._show(at_once=True)
 
     def answered(self, node_id: int) -> None:
         """Record that a client has answered."""
@@ -227,7 +227,7 @@ def progress_line(state: Mapping[str, Any]) -> str:
         From `Progress.state`, or from its file.
     """
     number, rounds, stage = state["round"], state["rounds"], state["stage"]
-    parts = [f"round {number}/{rounds}"] if number <= rounds else ["after the rounds"]
+    parts = [f"round {number}/{rounds}"] if number <= rounds else []
     parts.append(STAGES.get(stage, stage or "preparing"))
     if state["asked"]:
         parts.append(f"{state['done']} of {state['asked']} clients")

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, TextIO
 
-from rich import box
+from rich import box, get_console
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,7 +29,7 @@ class Printer:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or _standard_output()
+        self._console = console or standard_output()
 
     def line(self, text: str = "", style: str = "", indent: str = INDENT) -> None:
         """Print a line; a long one goes on below, indented, so that its start is its own."""
@@ -78,9 +78,18 @@ class Printer:
         self._console.print(line, soft_wrap=True, highlight=False)
 
 
-def _standard_output() -> Console:
-    console = Console()
+def standard_output() -> Console:
+    """Return the console that all of a process prints to, 80 columns wide where it is a file.
+
+    On a terminal it is rich's own, the only one that leaves a line alone which moves below.
+    """
+    console = get_console()
     return console if console.is_terminal else Console(width=WIDTH)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a stream ends in a terminal, also while rich stands between."""
+    return bool(getattr(stream, "rich_proxied_file", stream).isatty())
 
 
 def wrapped(text: str, indent: str = INDENT) -> list[str]:
