@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 _ROOT = Path("/sys/fs/cgroup")
 
 
@@ -14,6 +16,13 @@ def usable_cpus() -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # on Linux alone
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     return min([cpus, *_cpu_quotas()])
+
+
+def usable_memory() -> tuple[int, int]:
+    """Return the memory that this process may use and the free part of it, in bytes."""
+    machine, limits = psutil.virtual_memory(), list(memory_limits())
+    total = min([machine.total, *(limit for limit, _ in limits)])
+    return total, min([machine.available, *(max(0, limit - used) for limit, used in limits)])
 
 
 def memory_limits() -> Iterator[tuple[int, int]]:

@@ -38,3 +38,9 @@ def kept(
         json.dump(asdict(found), file)  # type: ignore[call-overload]
     os.replace(file.name, path)  # noqa: PTH105  a reader sees all of it or nothing
     return found
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is kept: `$HAFL_CACHE`, else `hafl` in the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HAFL_CACHE") or Path(root) / "hafl")

@@ -74,7 +74,7 @@ class TestRun:
         folder, result, _ = on_ray
         assert result.returncode == 0, result.stdout + result.stderr
         assert "round 2/2" in result.stdout
-        assert "Traffic by client rank" in result.stdout
+        assert "training, rank 2" in result.stdout
         assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
     def test_nothing_is_left_running(self, on_ray):

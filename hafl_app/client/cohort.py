@@ -14,10 +14,9 @@ from flwr.app import Context, Message, MessageType
 
 from hafl_app.client.handlers import Opened, open_request, reply_of
 from hafl_app.config.schema import Settings
-from hafl_app.kept import kept
+from hafl_app.kept import cache_folder, kept
 from hafl_app.run import build
 from hafl_app.run.summary import versions
-from hafl_app.run.tokenization import cache_folder
 from hafl_app.server.client_sampling import sample_size
 from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
 from hafl_app.training.cohort_choice import (

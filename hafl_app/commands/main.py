@@ -322,6 +322,64 @@ def dashboard(root: Path, host: str, port: int, names: tuple[str, ...], fleet: P
     return run(root, host, port, names, fleet)
 
 
+@hafl.command()
+@click.argument("root", metavar="[DIR]", type=_FOLDER, default="outputs")
+@click.option("--name", default="", help="Part of their name.")
+@click.option("--tag", "tags", multiple=True, help="A tag that they have; several: all of them.")
+@click.option("--method", default="", metavar="NAME", help="Aggregation method.")
+@click.option("--data", default="", metavar="NAME", help="Data set.")
+@click.option(
+    "--state",
+    type=click.Choice(["finished", "running", "failed", "interrupted", "stopped"]),
+    default=None,
+    help="How they ended, or that they go on.",
+)
+@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the latest N.")
+@click.option("--paths", is_flag=True, help="Their folders alone, for another command.")
+def runs(
+    root: Path,
+    name: str,
+    tags: tuple[str, ...],
+    method: str,
+    data: str,
+    state: str | None,
+    last: int | None,
+    paths: bool,
+) -> int:
+    """List runs: when, how they ended, score, method, data, name and tags.
+
+    \b
+      hafl runs --tag paper --method flexlora
+      hafl plots curves $(hafl runs --tag paper --last 2 --paths)
+
+    Looks through DIR (outputs) at any depth. A run gets its name and tags as settings:
+    hafl simulate name=first "tags=[paper,try2]"
+    """
+    from hafl_app.commands.runs import main as run  # noqa: PLC0415
+    from hafl_app.run.run_list import RunFilter  # noqa: PLC0415
+
+    return run(root, RunFilter(name, tags, method, data, state or ""), last, paths)
+
+
+@hafl.command(context_settings=_PASSED_ON)
+@_takes_settings
+def doctor(arguments: tuple[str, ...]) -> int:
+    """Check this machine and, for given settings, what a run takes on it.
+
+    \b
+      hafl doctor
+      hafl doctor experiment=demo engine=inprocess
+
+    Python, packages, torch and CUDA, Ray, Flower, a SuperLink that was left behind, ports, base
+    model, hub, disk, memory, caches; with settings also whether they go together, the clients that
+    train at a time, the memory, the minutes by a few steps timed now, and what to change. Ends with
+    1 if something needed is broken, with 2 if a run would be refused.
+    """
+    from hafl_app.commands.doctor import main as run  # noqa: PLC0415
+
+    return run(arguments)
+
+
 @hafl.group(cls=_Commands)
 def plots() -> None:
     """Draw figures of runs, beyond the one that every run draws.

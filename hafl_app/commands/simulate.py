@@ -1,5 +1,8 @@
 """`hafl simulate`: one federation on this machine, or a sweep of several."""
 
+import atexit
+import gc
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,15 +13,19 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from hafl_app.cli import FAILED, run_script
+from hafl_app.commands.screen import Screen
 from hafl_app.config.compose import compose, quoted, register_schema
 from hafl_app.config.files import CONF, own_folder
 from hafl_app.config.overrides import unquoted
+from hafl_app.config.schema import Settings
 from hafl_app.printable import printable
 from hafl_app.run.command_line import CommandLine
 from hafl_app.run.going_on import key
+from hafl_app.run.origin import Origin, announced, commit
 
 _program: list[str] = []
 _typed: list[str] = []
+_screen: list[Screen] = []
 _failures: list[str] = []
 _interruptions: list[str] = []
 
@@ -90,8 +97,10 @@ def _hydra_job(config: DictConfig) -> None:
     overrides = [o for o in hydra_config.overrides.task if key(o) != "output_dir"]
     folder = Path(hydra_config.runtime.output_dir)
     watch = RunWatch(folder, _program, _typed)
+    _screen[0].follow(folder)
     try:
         run_once(overrides, folder)
+        _screen[0].close_run()
     except KeyboardInterrupt:
         _interruptions.append(watch.interrupted())
         raise
@@ -123,6 +132,8 @@ def main(arguments: Sequence[str], program: Sequence[str]) -> int:
     _typed[:], _program[:] = arguments, program
     _failures.clear()
     _interruptions.clear()
+    # Else Python looks for garbage in all of torch once more, for a second after the last line.
+    atexit.register(gc.freeze)
     return run_script(_run_jobs, lambda: "; ".join(_interruptions) or "interrupted")
 
 
@@ -135,20 +146,39 @@ def _run_jobs() -> int:
         line = resumed(line)
         jobs = [compose(job) for job in line.jobs()]
         if not line.shows:
-            from hafl_app.engines.one_run import count_trainers  # noqa: PLC0415
-            from hafl_app.run.effects import without_effect  # noqa: PLC0415
-            from hafl_app.run.preflight import check  # noqa: PLC0415
-
-            for settings in jobs:
-                check(settings)
-                count_trainers(settings)
-            for warning in without_effect(jobs, typed):
-                print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
+            with Screen():
+                _check_jobs(jobs, typed)
             placed = line.placed(jobs)
     # Hydra reads them from here, and wants the flags together.
     own = own_folder()
     folders = ["--config-dir", str(own)] if own else []
     sys.argv[1:] = [*line.overrides, *placed, *line.flags, *folders]
     register_schema()
-    _hydra_job()
+    if line.shows:
+        _hydra_job()
+        return 0
+    _run_shown()
     return FAILED if _failures else 0
+
+
+def _run_shown() -> None:
+    """Run the jobs, and show how far they are."""
+    with Screen() as screen:
+        _screen[:] = [screen]
+        command = shlex.join([*_program, *_typed])
+        origin = Origin(command, commit(), closes=True, watched=screen.is_live)
+        with announced(origin):
+            _hydra_job()
+
+
+def _check_jobs(jobs: Sequence[Settings], typed: Sequence[str]) -> None:
+    """Check all jobs, and warn of what was typed without effect."""
+    from hafl_app.engines.one_run import count_trainers  # noqa: PLC0415
+    from hafl_app.run.effects import without_effect  # noqa: PLC0415
+    from hafl_app.run.preflight import check  # noqa: PLC0415
+
+    for settings in jobs:
+        check(settings)
+        count_trainers(settings)
+    for warning in without_effect(jobs, typed):
+        print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)

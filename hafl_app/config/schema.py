@@ -172,6 +172,10 @@ class Settings:
         Seed of every draw of the run but the data's.
     engine
         ``ray``: `flwr run` with virtual clients; ``inprocess``: the same app in one process.
+    name
+        Name of the run in lists and trackers; null: none.
+    tags
+        Words by which `hafl runs` finds it.
     output_dir
         Folder of the run; null: ``outputs/<date>/<time>-<strategy>``.
     resume
@@ -192,6 +196,8 @@ class Settings:
     compare: CompareSettings = field(default_factory=CompareSettings)
     seed: int = number(0, at_least=0)
     engine: str = choice("ray", "ray", "inprocess", resumable=True)
+    name: str | None = setting(None, resumable=True)
+    tags: list[str] = field(default_factory=list, metadata={"resumable": True})
     output_dir: str | None = setting(None, resumable=True)
     resume: str | None = setting(None, resumable=True)
 

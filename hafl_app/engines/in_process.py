@@ -103,6 +103,7 @@ class InProcessGrid(Grid):
         self._run = Run.create_empty(run_id=1)
         self._replies: dict[str, Message] = {}
         self._cpu_seconds = 0.0
+        self.on_answer: Callable[[int], None] = lambda _: None
         self._contexts = {
             node_id: Context(
                 run_id=self._run.run_id,
@@ -174,6 +175,7 @@ class InProcessGrid(Grid):
             ]
             self._cpu_seconds += time.process_time() - started
             for message, reply in zip(group, replies, strict=True):
+                self.on_answer(message.metadata.dst_node_id)
                 message_ids.append(message.metadata.message_id)
                 self._replies[message_ids[-1]] = self._sent(reply)
         return message_ids

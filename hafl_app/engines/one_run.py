@@ -2,12 +2,14 @@
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hafl_app.config.compose import compose, quoted
 from hafl_app.config.schema import Settings
 from hafl_app.run.run_folder import check_new
+from hafl_app.tracking.as_text import is_terminal, wrapped
 
 
 def run_once(overrides: Sequence[str], folder: Path) -> None:
@@ -116,4 +118,5 @@ def _client_gpus(settings: Settings) -> int:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201
+    lines = wrapped(line) if is_terminal(sys.stdout) else [line]
+    print("\n".join(lines), flush=True)  # noqa: T201

@@ -68,7 +68,7 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
     ------
     hafl_app.config.compose.SettingsError
         If a value is wrong, ``adapter`` is missing, or there is no such metric.
-    hafl_app.training.answers.MissingPackageError
+    hafl_app.packages.MissingPackageError
         If a metric's package is not installed.
     """
     pairs = [argument.partition("=") for argument in arguments]

@@ -1,13 +1,13 @@
 """The benchmarks of EleutherAI's ``lm-eval`` on an adapted model, where it is installed."""
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import nearest
+from hafl_app.packages import is_installed, missing
 from hafl_app.training.base_model import hub_tokenizer
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.settings import BaseSpec
@@ -26,8 +26,8 @@ def check_tasks(tasks: Sequence[str]) -> None:
     hafl_app.config.compose.SettingsError
         If it is not installed, or a task is neither.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise SettingsError("tasks= needs the package lm-eval: pip install 'lm-eval[hf]'")
+    if not is_installed("lm-eval"):
+        raise SettingsError(missing("lm-eval[hf]", "tasks="))
     known = _task_manager().task_index
     for task in tasks:
         if task not in known and not Path(task).is_file():

@@ -128,5 +128,5 @@ def _add_defaults(saved: Any, wanted: Mapping[str, Any], settings: Any) -> None:
 
 
 def _comparable(config: Any) -> Any:
-    # The folder may have been moved since.
-    return {k: v for k, v in config.items() if k != "output_dir"}
+    # The folder may have been moved since, and names decide nothing.
+    return {k: v for k, v in config.items() if k not in {"output_dir", "name", "tags"}}

@@ -13,10 +13,11 @@ from hafl_app.data.federated import FederatedText
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.sources import load_text
+from hafl_app.kept import cache_folder
 from hafl_app.metrics import TASKS, Task
 from hafl_app.privacy.mechanism import PrivacyOptions, new_noise_key
 from hafl_app.run.checks import check_settings
-from hafl_app.run.tokenization import cache_folder, pair_tokenizer, tokenizing
+from hafl_app.run.tokenization import pair_tokenizer, tokenizing
 from hafl_app.server.held_out_clients import draw_unseen
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
@@ -275,7 +276,7 @@ def strategy(settings: Settings) -> HeterogeneousLora:
 
     Raises
     ------
-    hafl_app.training.answers.MissingPackageError
+    hafl_app.packages.MissingPackageError
         If answers are to be scored that cannot be.
     """
     if settings.federation.generate_examples:

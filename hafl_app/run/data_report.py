@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.text import Text
 
 from hafl_app.config.schema import Settings
 from hafl_app.data.account import ClientRows, DataAccount
 from hafl_app.data.combinations import ON_DEVICE
 from hafl_app.data.shares import CentralText
 from hafl_app.run import build
+from hafl_app.tracking.as_text import Printer
 from hafl_app.wire.node_profile import NodeProfile
 
 DATA_FILE: Final = "data.json"
-WIDTH: Final = 80
 
 _MOST_CLIENTS = 20  # with a line each
 _MOST_CLASSES = 5  # with a column each
@@ -59,13 +58,13 @@ def report_data(
     account = text.account(by_tokens=settings.federation.central_evaluation)
     path = folder / DATA_FILE
     path.write_text(json.dumps(account.to_json(), indent=1) + "\n", encoding="utf-8")
-    out = console or Console(width=WIDTH)
+    printer = Printer(console)
     for line in data_lines(account):
-        out.print(Text(line), soft_wrap=True, highlight=False)
+        printer.line(line)
 
 
 def data_lines(account: DataAccount) -> list[str]:
-    """Return the account as lines of at most `WIDTH` characters, but for notes with long names."""
+    """Return the account as lines; notes with long names may have more than `WIDTH` characters."""
     lines = ["Data"]
     empty = sum(count == 0 for count in account.labels.values())
     if account.clients:

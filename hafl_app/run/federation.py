@@ -16,6 +16,7 @@ from hafl_app.run.data_report import report_data
 from hafl_app.run.device_gains import lone_clients
 from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.run.logs import show_log
+from hafl_app.run.origin import origin
 from hafl_app.run.reporting import RunReport
 from hafl_app.run.requirements import check_packages
 from hafl_app.run.resuming import (
@@ -78,7 +79,8 @@ def run(
     # Flower logs a dozen lines a round; the trackers report rounds here.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folder = output_folder(settings)
-    print(f"Output folder: {folder}", flush=True)  # noqa: T201  the log must name it
+    if not origin().closes:  # else the command that shows the run names it
+        print(f"Output folder: {folder}", flush=True)  # noqa: T201  the log must name it
     warn_of_random_weights(settings.model)
     with run_lock(folder):
         _run(grid, settings, folder, overrides, on_round)

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Final, TextIO
 
 from hafl_app.printable import printable
+from hafl_app.tracking.as_text import is_terminal, wrapped
 
 _FORMAT: Final = "%(levelname)s %(name)s: %(message)s"
 _LONGEST_MESSAGE: Final = 4000
@@ -18,15 +19,22 @@ class LogFormatter(logging.Formatter):
 
     Messages quote what others wrote: names of devices, labels, paths, reasons of errors. No line
     of a log that starts at its margin is theirs, and none moves a cursor.
+
+    Parameters
+    ----------
+    wraps
+        Go on below where a terminal of 80 columns would break the line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, wraps: bool = False) -> None:
         super().__init__(_FORMAT)
+        self._wraps = wraps
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the record on one line."""
         record.message = printable(record.message, _LONGEST_MESSAGE)
-        return super().formatMessage(record)
+        line = super().formatMessage(record)
+        return "\n".join(wrapped(line, _INDENT)) if self._wraps else line
 
     def formatException(
         self,
@@ -50,7 +58,7 @@ def show_log() -> None:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
-        handler.setFormatter(LogFormatter())
+        handler.setFormatter(LogFormatter(wraps=is_terminal(handler.stream)))
         logger.addHandler(handler)
 
 

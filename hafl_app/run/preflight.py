@@ -1,13 +1,14 @@
 """Preflight: check settings, packages, model and data before anything starts.
 
 What needs neither the model nor the data is checked first, without torch, so that a typo is
-reported within seconds.
+reported within seconds. `hafl doctor` asks the same checks, and says more of what they find.
 """
 
 from hafl_app.config.overrides import SettingsError
 from hafl_app.config.schema import Settings
 from hafl_app.data.folders import resolve
 from hafl_app.run.checks import check_settings
+from hafl_app.run.environment import require_environment
 from hafl_app.run.requirements import check_packages
 from hafl_app.training.locate import locate
 from hafl_app.training.quantization.precisions import BLOCKWISE
@@ -37,6 +38,7 @@ def check_first(settings: Settings) -> None:
     """
     check_settings(settings)
     _check_block_budget(settings)
+    require_environment(settings)
     check_packages(settings, nodes_too=True)
     if settings.privacy.kind == "central_dp":
         # Here, because it imports torch, as the method's class has by now.

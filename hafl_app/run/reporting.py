@@ -22,8 +22,18 @@ from hafl_app.run import build
 from hafl_app.run.clients_file import ClientsFile
 from hafl_app.run.device_gains import device_gains
 from hafl_app.run.evaluation import CentralEvaluation
+from hafl_app.run.origin import origin
 from hafl_app.run.precisions import server_precision
-from hafl_app.run.summary import bytes_by_phase, device_facts, model_facts, versions
+from hafl_app.run.progress import Progress
+from hafl_app.run.summary import (
+    bytes_by_phase,
+    dataset_facts,
+    device_facts,
+    machine_facts,
+    model_facts,
+    versions,
+)
+from hafl_app.run.workload import CentralRows, client_texts, steps_of
 from hafl_app.server.influence import deciding
 from hafl_app.server.local_baseline import AloneResult
 from hafl_app.server.round_messages import STATED_EXAMPLES, Reply
@@ -72,6 +82,13 @@ class RunReport:
         The method, whose global adapter is evaluated.
     folder
         Of the run's output.
+
+    Attributes
+    ----------
+    progress
+        Where the run stands; follows its exchanges.
+    rounds
+        Records of the rounds so far.
     """
 
     def __init__(
@@ -88,7 +105,10 @@ class RunReport:
         self._details = DetailsFile(folder)
         self._run_id = uuid4().hex
         self._history = NO_HISTORY
-        self._started = time.perf_counter()
+        self._started, self._seconds_before = time.perf_counter(), 0.0
+        self._origin = origin()
+        self.progress = Progress(folder, None if self._origin.watched else _say)
+        self._coordinator.watch = self.progress
         self._outcomes: list[Reply] = []
         self.rounds: list[RoundRecord] = []
         self._best: _Best | None = None
@@ -97,7 +117,14 @@ class RunReport:
     @cached_property
     def _trackers(self) -> Trackers:
         # Made at the first record, since a resumed run keeps its id.
-        return _trackers(self._settings, self._folder, self._run_id)
+        console = ConsoleTracker(
+            None,
+            self._settings.federation.num_rounds,
+            seconds_left=self.progress.seconds_left,
+            folder=self._folder,
+            closes=not self._origin.closes,
+        )
+        return _trackers(self._settings, self._folder, self._run_id, console)
 
     def evaluate_with(self, evaluation: CentralEvaluation) -> None:
         """Set the central evaluation before round 0, once the classes are known."""
@@ -133,6 +160,15 @@ class RunReport:
         self._trackers.start(plain_settings(self._settings), rows, self._history)
         self._details.start(self.rounds[-1].server_round if self.rounds else -1)
         self._write_settings()
+        self._plan_progress(profiles)
+
+    def _plan_progress(self, profiles: Sequence[NodeProfile]) -> None:
+        text, scored = self._evaluation.text, self._evaluation.of_rounds
+        rows = CentralRows(len(text.validation), len(text.test)) if scored else CentralRows(0, 0)
+        held_out = self._coordinator.participation.held_out
+        steps = steps_of(self._settings, self._strategy.options, profiles, held_out, rows)
+        texts = {p.node_id: client_texts(self._settings, p.num_examples) for p in profiles}
+        self.progress.plan(steps, texts)
 
     def _write_settings(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +197,7 @@ class RunReport:
             If the records of its rounds cannot be read.
         """
         self._run_id = state["run_id"]
+        self._seconds_before = state["seconds"]
         self._started -= state["seconds"]
         self._history = read_history(self._folder, last_round)
         self.rounds = list(self._history.rounds)
@@ -172,6 +209,7 @@ class RunReport:
         """Record one client's reply to a training request."""
         self._outcomes.append(reply)
         metrics, profile = reply.metrics, reply.profile
+        self.progress.trained(metrics.get("seconds", 0.0))
         record = ClientRecord(
             server_round=reply.server_round,
             partition_id=profile.partition_id,
@@ -199,6 +237,7 @@ class RunReport:
         if server_round == 0:
             self.clients(self._coordinator.directory.in_order())
         self._clients_file.update(self._coordinator.directory)
+        self.progress.begin("score", server_round)
         metrics = {f"clients/{k}": v for k, v in self._coordinator.client_scores.items()}
         splits = self._splits(server_round)
         if self._evaluation.of_rounds:
@@ -225,6 +264,8 @@ class RunReport:
         )
         self._outcomes = []
         self.rounds.append(record)
+        self.progress.end()
+        self.progress.was_printed()
         self._trackers.log_round(record)
         self._log_details(server_round)
         if server_round and self._choice and self._is_best(record, self._choice):
@@ -306,6 +347,7 @@ class RunReport:
             ``cpu_seconds`` of the rounds. None where an engine does not know.
         """
         last = self._strategy.global_adapter
+        self.progress.begin("finish", self.rounds[-1].server_round + 1)
         self._complete(self.rounds[-1], last, "test", "validation")
         if self._best is not None:
             self._complete(self._best_record(self._best), self._best.adapter, "test")
@@ -321,7 +363,14 @@ class RunReport:
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
         generation = self._evaluation.generation(last)
         apart = {"clients": self._clients(unseen), "generation": generation, **facts}
-        self._trackers.finish(self._summary(alone) | {k: v for k, v in apart.items() if v})
+        summary = self._summary(alone) | {k: v for k, v in apart.items() if v}
+        self.progress.close()
+        summary |= {
+            "stages": dict(self.progress.seconds),
+            "seconds": time.perf_counter() - self._started,
+            "seconds_before": self._seconds_before,
+        }
+        self._trackers.finish(summary)
         for name in ("adapter", "adapter-best"):
             if (self._folder / name).is_dir():
                 add_card(self._folder / name)  # reads the summary
@@ -345,6 +394,7 @@ class RunReport:
         A summary in the folder is an earlier run's, which this one has not replaced: it stays. An
         error of the disk is logged, so that the one behind the failure is raised.
         """
+        self.progress.close()
         if (self._folder / SUMMARY_FILE).exists():
             return
         try:
@@ -399,10 +449,18 @@ class RunReport:
         return {"heads": heads} if heads else {}
 
     def _summary(self, alone: Sequence[AloneResult]) -> dict[str, Any]:
-        ledger = self._coordinator.ledger
+        ledger, profiles = self._coordinator.ledger, self._coordinator.directory.in_order()
+        examples = sum(profile.num_examples for profile in profiles)
+        classes = len(self._evaluation.text.label_names)
         return {
             "status": "finished",
+            "name": self._settings.name,
+            "tags": list(self._settings.tags),
+            "command": self._origin.command,
+            "commit": self._origin.commit,
+            "machine": machine_facts(),
             "strategy": plain_settings(self._settings)["strategy"],
+            "dataset": dataset_facts(self._settings.dataset, examples, classes),
             "model": model_facts(self._settings.model),
             "precision": server_precision(self._settings),
             "seed": self._settings.seed,
@@ -419,12 +477,11 @@ class RunReport:
             ),
             "metric": self._metric.name,
             "bytes": bytes_by_phase(ledger),
-            "nodes": [device_facts(p) for p in self._coordinator.directory.in_order()],
+            "nodes": [device_facts(p) for p in profiles],
             **self._heads(),
             "left_out": {
                 str(node_id): why for node_id, why in self._coordinator.directory.refusals.items()
             },
-            "seconds": time.perf_counter() - self._started,
             "versions": versions(),
         }
 
@@ -451,12 +508,13 @@ def _title(settings: Settings) -> str:
     )
 
 
-def _trackers(settings: Settings, folder: Path, run_id: str) -> Trackers:
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201
+
+
+def _trackers(settings: Settings, folder: Path, run_id: str, console: ConsoleTracker) -> Trackers:
     tracking = settings.tracking
-    required: list[Tracker] = [
-        ConsoleTracker(None, settings.federation.num_rounds),
-        JsonlTracker(folder),
-    ]
+    required: list[Tracker] = [console, JsonlTracker(folder)]
     external: list[Tracker] = []
     if tracking.kind == "wandb":
         external.append(
@@ -465,8 +523,9 @@ def _trackers(settings: Settings, folder: Path, run_id: str) -> Trackers:
                 tracking.entity,
                 "offline" if tracking.mode == "offline" else "online",
                 folder,
-                folder.name,
+                settings.name or folder.name,
                 run_id,
+                settings.tags,
             )
         )
     return Trackers(required, external)

@@ -1,9 +1,8 @@
 """Optional packages that settings need, looked for before anything starts."""
 
-import importlib.util
-
 from hafl_app.config.schema import Settings
-from hafl_app.training.answers import MissingPackageError, require_rouge
+from hafl_app.packages import require
+from hafl_app.training.answers import require_rouge
 from hafl_app.training.quantization.precisions import BLOCKWISE, require_library
 
 
@@ -17,7 +16,8 @@ def check_packages(settings: Settings, *, nodes_too: bool) -> None:
 
     Raises
     ------
-    MissingPackageError, hafl_app.training.quantization.precisions.QuantizationError
+    hafl_app.packages.MissingPackageError
+    hafl_app.training.quantization.precisions.QuantizationError
         In one line, with the command that installs it.
     """
     if settings.federation.generate_examples:
@@ -25,7 +25,5 @@ def check_packages(settings: Settings, *, nodes_too: bool) -> None:
     quantization = settings.model.quantization
     if nodes_too or (settings.federation.central_evaluation and quantization != BLOCKWISE):
         require_library(quantization)
-    if settings.tracking.kind == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise MissingPackageError(
-            "tracking=wandb needs the package wandb: pip install -e . in the checkout"
-        )
+    if settings.tracking.kind == "wandb":
+        require("wandb", "tracking=wandb")

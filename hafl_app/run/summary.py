@@ -1,11 +1,18 @@
-"""Parts of a run's ``summary.json``: model, bytes by phase and rank, devices, versions."""
+"""Parts of a run's ``summary.json``: model, data set, machine, bytes, devices, versions."""
 
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
+from hafl_app.cgroups import usable_cpus
+from hafl_app.data.settings import DatasetSettings
 from hafl_app.server.traffic import Ledger
 from hafl_app.training.settings import ModelSettings
 from hafl_app.wire.node_profile import NodeProfile
@@ -26,12 +33,54 @@ _PACKAGES = ("flwr", "torch", "transformers", "peft", "ray", "datasets")
 
 
 def model_facts(model: ModelSettings) -> dict[str, Any]:
-    """Return the base model's name, whether its weights are random, and whether it drops out."""
+    """Return the base model's names, whether its weights are random, and whether it drops out."""
     return {
         "name": model.title,
+        "path": model.path,
+        "revision": model.revision,
         "random_weights": model.random_weights,
         "dropout": model.dropout,
     }
+
+
+def dataset_facts(dataset: DatasetSettings, examples: int, classes: int) -> dict[str, Any]:
+    """Return the name of the data, and how much of it there is.
+
+    Parameters
+    ----------
+    examples
+        Training examples of all clients, as they state them.
+    classes
+        0 for a task without classes.
+    """
+    return {
+        "source": dataset.source,
+        "path": dataset.path or dataset.hub,
+        "revision": dataset.revision,
+        "examples": examples,
+        "classes": classes,
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return the machine of the server: its name, system, processor, CPUs and memory."""
+    return {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cpus": usable_cpus(),
+        "memory_total_mb": round(psutil.virtual_memory().total / 1e6),
+        "gpus": torch.cuda.device_count(),
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor()
 
 
 def bytes_by_phase(ledger: Ledger) -> dict[str, Any]:

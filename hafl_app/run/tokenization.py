@@ -1,10 +1,10 @@
-"""Tokenization of a run's texts: lazy tokenizers, their cache keys and the cache's folder."""
+"""Tokenization of a run's texts: lazy tokenizers, their and keys of what is kept."""
 
-import os
 from pathlib import Path
 from typing import TypedDict
 
 from hafl_app.data.text import Tokenize, TokenizePairs
+from hafl_app.kept import cache_folder
 from hafl_app.training.base_model import CAUSAL_LM, load_tokenizer
 from hafl_app.training.prompts import load_pair_tokenizer
 from hafl_app.training.settings import BaseSpec
@@ -46,12 +46,6 @@ def tokenizing(spec: BaseSpec, max_length: int) -> Tokenizing:
 def pair_tokenizer(spec: BaseSpec, max_length: int) -> TokenizePairs | None:
     """Return the tokenizer of prompts with answers; None if the task has none."""
     return _LazyPairTokenizer(spec, max_length) if spec.task == CAUSAL_LM else None
-
-
-def cache_folder() -> Path:
-    """Return the folder of tokenized data: `$HAFL_CACHE`, else `hafl` in the user's cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("HAFL_CACHE") or Path(root) / "hafl")
 
 
 class _LazyTokenizer:

@@ -21,6 +21,7 @@ from hafl_app.server.method import Method
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.outliers import clip_updates, reject_outliers
 from hafl_app.server.participation import Participation
+from hafl_app.server.replies import UNWATCHED, Watch
 from hafl_app.server.round_messages import STATED_EXAMPLES, Reply, RoundMessages
 from hafl_app.server.server_optimizer import ServerOptimizer
 from hafl_app.server.traffic import Ledger
@@ -76,6 +77,8 @@ class Coordinator:
         under a robust rule, or must not be, under central privacy.
     round_started
         When the current round was configured first, on the performance counter; 0 before round 1.
+    watch
+        Follows the exchanges while they go on.
     """
 
     def __init__(self, method: Method) -> None:
@@ -92,6 +95,7 @@ class Coordinator:
         self.scored: Sequence[Reply] = ()
         self.influences: Sequence[Influence] = ()
         self.round_started = 0.0
+        self.watch: Watch = UNWATCHED
         self._on_reply: Callable[[Reply], None] = lambda _: None
         self._messages = RoundMessages(self.ledger, 0, "train")
         self._server_round, self._attempt, self._num_asked = 0, 0, 0

@@ -54,7 +54,10 @@ def evaluate_unseen(strategy: Strategy, grid: Grid, server_round: int) -> dict[s
     plans = [strategy.plan(profile, server_round) for profile in profiles]
     exchange = strategy.coordinator.messages(server_round, PHASE)
     messages = exchange.messages(profiles, plans, strategy.dispatch, MessageType.EVALUATE)
-    replies = all_replies(grid, messages, strategy.options.federation.round_timeout_s)
+    watch = strategy.coordinator.watch
+    watch.begin("unseen", server_round + 1)
+    timeout_s = strategy.options.federation.round_timeout_s
+    replies = all_replies(grid, messages, timeout_s, watch=watch)
     validated = exchange.validate_scores(replies)
     exchange.close(validated)
     counted = [reply for reply in validated if not reply.error]

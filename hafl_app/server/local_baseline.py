@@ -71,7 +71,9 @@ def train_alone(
     # A run of many rounds at once may take that many times as long.
     timeout_s = options.federation.round_timeout_s * num_rounds
     seconds = strategy.coordinator.participation.seconds
-    replies = all_replies(grid, messages, timeout_s, seconds)
+    watch = strategy.coordinator.watch
+    watch.begin("alone", after)
+    replies = all_replies(grid, messages, timeout_s, seconds, watch=watch)
     validated = exchange.validate_training(replies)
     exchange.close(validated)
     return [

@@ -6,8 +6,9 @@ their messages in no chosen order, and holds all replies before it returns the f
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -18,9 +19,40 @@ _PAUSE_SHARE = 0.005  # a pause between two polls is this share of the time wait
 _WAVE_PAUSE_S = 0.15
 
 ANSWERS_AT_ONCE = "answers_at_once"
-"""Attribute of a grid whose nodes answer while a message is pushed, one after another."""
+"""Attribute of a grid whose nodes answer while a message is pushed, one after another.
+
+Such a grid calls its attribute ``on_answer`` with the id of each node that has answered."""
 
 Sleep = Callable[[float], None]
+
+
+class Watch(Protocol):
+    """Follows the exchanges of a run while they go on."""
+
+    def begin(self, stage: str, server_round: int) -> None:
+        """Begin a stage of the run."""
+
+    def asked(self, node_ids: Sequence[int]) -> None:
+        """Nodes have been asked, in the stage that goes on."""
+
+    def answered(self, node_id: int) -> None:
+        """Record that a node has answered."""
+
+
+class Unwatched:
+    """Follows nothing."""
+
+    def begin(self, stage: str, server_round: int) -> None:
+        """Do nothing."""
+
+    def asked(self, node_ids: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def answered(self, node_id: int) -> None:
+        """Do nothing."""
+
+
+UNWATCHED = Unwatched()
 
 
 def all_replies(
@@ -29,6 +61,7 @@ def all_replies(
     timeout_s: float,
     seconds: Mapping[int, float] | None = None,
     *,
+    watch: Watch = UNWATCHED,
     sleep: Sleep = time.sleep,
 ) -> list[Message]:
     """Send the messages and return the replies that arrive in time, as they arrive.
@@ -41,13 +74,18 @@ def all_replies(
         Node id to the seconds that its last reply took. The slower half of the nodes, and those
         without a known time, are asked first: if they share a machine, as in a simulation, the
         slowest does not come last. Empty or None asks all at once.
+    watch
+        Told of every message and reply as it goes and comes.
     sleep
         Waits between two polls, for seconds.
     """
+    messages = list(messages)
+    watch.asked(_nodes(messages))
     if getattr(grid, ANSWERS_AT_ONCE, False):
+        grid.on_answer = watch.answered  # type: ignore[attr-defined]
         return list(grid.send_and_receive(messages, timeout=timeout_s))
     waiting: set[str] = set()
-    for number, wave in enumerate(_waves(list(messages), seconds or {})):
+    for number, wave in enumerate(_waves(messages, seconds or {})):
         if number:
             sleep(_WAVE_PAUSE_S)
         waiting.update(_push(grid, wave))
@@ -56,6 +94,7 @@ def all_replies(
         for reply in grid.pull_messages(list(waiting)) if waiting else ():
             waiting.discard(reply.metadata.reply_to_message_id)
             replies.append(reply)
+            watch.answered(reply.metadata.src_node_id)
         if not waiting:
             break
     return replies
@@ -81,6 +120,7 @@ def replies_in_order(
     timeout_s: float,
     buffer: int,
     *,
+    watch: Watch = UNWATCHED,
     sleep: Sleep = time.sleep,
 ) -> Iterator[Message]:
     """Send the messages and yield the replies in the order of the messages.
@@ -96,11 +136,16 @@ def replies_in_order(
         Seconds to wait for all replies, above 0. What has arrived by then is yielded still.
     buffer
         Replies held at once, at least 1.
+    watch
+        Told of every message, and of a reply when it is its turn.
     sleep
         Waits between two polls, for seconds.
     """
     rest, waiting, arrived = iter(messages), deque[str](), dict[str, Message]()
     while chunk := list(islice(rest, buffer)):
+        watch.asked(_nodes(chunk))
+        if getattr(grid, ANSWERS_AT_ONCE, False):
+            grid.on_answer = watch.answered  # type: ignore[attr-defined]
         pushed = _push(grid, chunk)
         if getattr(grid, ANSWERS_AT_ONCE, False):
             replies = {r.metadata.reply_to_message_id: r for r in grid.pull_messages(pushed)}
@@ -120,7 +165,9 @@ def replies_in_order(
                 turns += 1
                 name = waiting.popleft()
                 if name in arrived:
-                    yield arrived.pop(name)
+                    reply = arrived.pop(name)
+                    watch.answered(reply.metadata.src_node_id)
+                    yield reply
             progress = turns > 0
         if not waiting:
             break
@@ -137,6 +184,10 @@ def _polls(timeout_s: float, sleep: Sleep) -> Iterator[bool]:
         pause = min(max(_SHORTEST_PAUSE_S, _PAUSE_SHARE * waited), _LONGEST_PAUSE_S)
         sleep(min(pause, max(0.0, timeout_s - (time.monotonic() - started))))
     yield True
+
+
+def _nodes(messages: Iterable[Message]) -> list[int]:
+    return [message.metadata.dst_node_id for message in messages]
 
 
 def _push(grid: Grid, messages: Iterable[Message]) -> list[str]:

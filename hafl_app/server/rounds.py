@@ -104,10 +104,12 @@ def solve_head(strategy: Strategy, grid: Grid, server_round: int) -> None:
 
 def _train_once(strategy: Strategy, grid: Grid, server_round: int) -> None:
     federation = strategy.options.federation
+    watch = strategy.coordinator.watch
+    watch.begin("train", server_round)
     messages = strategy.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
     if federation.streaming:
         stream = replies_in_order(
-            grid, messages, federation.round_timeout_s, federation.stream_buffer
+            grid, messages, federation.round_timeout_s, federation.stream_buffer, watch=watch
         )
         strategy.coordinator.aggregate_stream(server_round, stream)
     else:
@@ -116,11 +118,15 @@ def _train_once(strategy: Strategy, grid: Grid, server_round: int) -> None:
             messages,
             federation.round_timeout_s,
             strategy.coordinator.participation.seconds,
+            watch=watch,
         )
         strategy.aggregate_train(server_round, replies)
 
 
 def _evaluate(strategy: Strategy, grid: Grid, server_round: int) -> None:
+    watch = strategy.coordinator.watch
+    watch.begin("evaluate", server_round)
     messages = strategy.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
-    replies = all_replies(grid, messages, strategy.options.federation.round_timeout_s)
+    timeout_s = strategy.options.federation.round_timeout_s
+    replies = all_replies(grid, messages, timeout_s, watch=watch)
     strategy.aggregate_evaluate(server_round, replies)

@@ -1,9 +1,121 @@
-"""Closing lines of a summary: the choice of a round, unseen clients, and generated answers."""
+"""The block that closes a run: scores, traffic, time, the folder, and what can be done next."""
 
-from collections.abc import Mapping
-from typing import Any
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 from hafl_app.metrics import EXACT_MATCH, ROUGE_L, Task, metric_named, task_of
+from hafl_app.packages import hafl_command, short
+from hafl_app.printable import printable
+from hafl_app.tracking.as_text import WIDTH, Printer, duration
+from hafl_app.tracking.base import RoundRecord
+from hafl_app.tracking.tables import device_note, device_table, result_table, traffic_table
+
+_MARGIN: Final = 9  # columns of the words at the left
+STAGES: Final = {
+    "train": "training",
+    "evaluate": "evaluation",
+    "score": "scoring",
+    "unseen": "unseen clients",
+    "alone": "training alone",
+    "finish": "final scores",
+}
+"""Stages of a run, as they are called; a summary's ``stages`` has the seconds of each."""
+
+
+class Clock(NamedTuple):
+    """Seconds that a run took.
+
+    Parameters
+    ----------
+    seconds
+        Of the command, or of the run where no command knows better.
+    before
+        Those of an interrupted run that it went on with.
+    """
+
+    seconds: float
+    before: float = 0.0
+
+
+def print_closing(
+    printer: Printer,
+    summary: Mapping[str, Any],
+    rounds: Sequence[RoundRecord],
+    clock: Clock,
+    folder: Path | None,
+) -> None:
+    """Print all that there is to say of a finished run.
+
+    Parameters
+    ----------
+    summary
+        As `hafl_app.run.reporting.RunReport` writes it; what it lacks is left out.
+    folder
+        Of the run; None where nobody looks into it.
+    """
+    metric = task_of([str(summary.get("metric", ""))]).primary
+    if rounds:
+        printer.table("Results", *result_table(rounds, summary))
+    if devices := summary.get("device_ranks"):
+        printer.table("What each device gains", *device_table(devices, metric))
+        printer.line(device_note(metric), "dim")
+    if sent := traffic_table(summary.get("bytes", {})).rows:
+        printer.table("Traffic", *traffic_table(summary["bytes"])._replace(rows=sent))
+    printer.line()
+    for line in closing_lines(summary):
+        printer.line(printable(line, 2000))
+    if math.isfinite(clock.seconds):
+        whole = time_line(clock, summary.get("stages", {}))
+        printer.line(f"{'Time':<{_MARGIN}}{whole}", indent=" " * _MARGIN)
+    if folder is not None:
+        printer.path(f"{'Folder':<{_MARGIN}}{printable(short(folder), 4000)}")
+        for word, command in zip(("Next", ""), next_commands(summary, folder), strict=True):
+            printer.path(f"{word:<{_MARGIN}}{command}")
+
+
+def time_line(clock: Clock, stages: Mapping[str, float]) -> str:
+    """Return the time of a run and of its stages; they and the rest add up to it."""
+    known = {name: stages[key] for key, name in STAGES.items() if stages.get(key, 0) >= 0.05}
+    if not known:
+        return duration(clock.seconds)
+    rest = max(0.0, clock.seconds - sum(known.values()))
+    parts = [f"{name} {duration(seconds)}" for name, seconds in known.items()]
+    before = f" after {duration(clock.before)} before it stopped" if clock.before else ""
+    whole = f"{duration(clock.seconds)}{before}"
+    return f"{whole}: {', '.join(parts)}, start and rest {duration(rest)}"
+
+
+def next_commands(summary: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return two commands for a finished run, as they can be typed in the current folder."""
+    hafl, run = hafl_command(), short(folder)
+    ranks = [row["rank"] for row in summary.get("nodes", [])]
+    cut = ["--rank", str(min(ranks))] if ranks and min(ranks) < max(ranks) else []
+    commands = [
+        [hafl, "plots", "curves", run],
+        [hafl, "export", run, *cut, "--output", str(_free(Path("exported")))],
+    ]
+    return [_typed(command) for command in commands]
+
+
+def _typed(words: Sequence[str]) -> str:
+    """Return a command on one line, or on two that a shell reads as one."""
+    # hafl_command() may be several words already.
+    line = " ".join([words[0], shlex.join(words[1:])])
+    if len(line) <= WIDTH - _MARGIN or "--output" not in words:
+        return line
+    at = line.rindex(" --output")
+    return f"{line[:at]} \\\n{'':<{_MARGIN}} {line[at:]}"
+
+
+def _free(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def closing_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from wandb import Run
 
 
-_LONGEST_NAME = 128  # that wandb takes
+_LONGEST_NAME, _LONGEST_TAG = 128, 64  # that wandb takes
 
 
 class WandbTracker:
@@ -44,6 +44,8 @@ class WandbTracker:
         Of the run.
     run_id
         wandb's id of the run; with one that it knows, the run is continued.
+    tags
+        Of the run.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class WandbTracker:
         folder: Path,
         name: str,
         run_id: str | None = None,
+        tags: Sequence[str] = (),
     ) -> None:
         self._project = project
         self._entity = entity
@@ -61,6 +64,7 @@ class WandbTracker:
         self._folder = folder
         self._name = name
         self._run_id = run_id
+        self._tags = tags
         self._run: Run | None = None
 
     def start(
@@ -88,6 +92,7 @@ class WandbTracker:
                     dir=str(self._folder),
                     name=printable(self._name, _LONGEST_NAME),
                     id=self._run_id,
+                    tags=[printable(tag, _LONGEST_TAG) for tag in self._tags] or None,
                     resume="allow" if history.rounds else None,
                     config={**settings, "clients": [_client_config(row) for row in clients]},
                     # Flower streams the output elsewhere; wandb must not wrap it a second time.

@@ -1,6 +1,5 @@
 """Scores of generated answers against the expected ones: Rouge-L, and exact match."""
 
-import importlib.util
 import re
 import string
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from decimal import Decimal
 from typing import Final
 
 from hafl_app.metrics import EXACT_MATCH, ROUGE_L
+from hafl_app.packages import require
 
 _MARKER: Final = "####"  # GSM8K: the final number follows
 _NUMBER: Final = re.compile(
@@ -17,10 +17,6 @@ _NUMBER: Final = re.compile(
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 )
 _NO_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
-
-
-class MissingPackageError(ValueError):
-    """A metric whose package is not installed."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +55,10 @@ def require_rouge() -> None:
 
     Raises
     ------
-    MissingPackageError
+    hafl_app.packages.MissingPackageError
         If the package ``rouge-score`` is not installed.
     """
-    if importlib.util.find_spec("rouge_score") is None:
-        raise MissingPackageError(
-            "rouge-l needs the package rouge-score: pip install -e '.[generation]' in the checkout"
-        )
+    require("rouge-score", "rouge-l")
 
 
 def score_answers(
@@ -77,7 +70,7 @@ def score_answers(
     ------
     ValueError
         If there is no answer, or not one reference for each.
-    MissingPackageError
+    hafl_app.packages.MissingPackageError
         See `require_rouge`.
     """
     if not answers or len(answers) != len(references):
@@ -95,7 +88,7 @@ def mean_rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
 
     Raises
     ------
-    MissingPackageError
+    hafl_app.packages.MissingPackageError
         See `require_rouge`.
     """
     require_rouge()

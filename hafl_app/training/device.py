@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from hafl_app.cgroups import memory_limits, usable_cpus
+from hafl_app.cgroups import usable_cpus, usable_memory
 
 _LOGGER = logging.getLogger(__name__)
 _MEGABYTE = 1e6
@@ -104,10 +104,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
-    machine = psutil.virtual_memory()
-    limits = list(memory_limits())
-    total = min([machine.total, *(limit for limit, _ in limits)])
-    return total, min([machine.available, *(max(0, limit - used) for limit, used in limits)])
+    return usable_memory()
 
 
 def cpu_name() -> str:

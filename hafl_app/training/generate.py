@@ -80,7 +80,7 @@ def score_generation(
     ------
     ValueError
         If the model does not write, or no prompt leaves room for an answer.
-    hafl_app.training.answers.MissingPackageError
+    hafl_app.packages.MissingPackageError
         If Rouge-L cannot be measured.
     """
     if not isinstance(model, LoraCausalLM):

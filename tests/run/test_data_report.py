@@ -7,8 +7,9 @@ from running import TINY, run_tiny
 
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.data.account import ClientRows, DataAccount
-from hafl_app.run.data_report import WIDTH, data_lines
+from hafl_app.run.data_report import data_lines
 from hafl_app.run.preflight import check
+from hafl_app.tracking.as_text import WIDTH
 
 
 def account(clients, names, **changes):

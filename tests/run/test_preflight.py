@@ -64,10 +64,10 @@ class TestMissingPackages:
         )
 
     NEEDS = (
-        ("model.quantization=nf4", r"bitsandbytes: pip install -e '\.\[quantized\]'"),
-        ("model.quantization=int8", r"bitsandbytes: pip install -e '\.\[quantized\]'"),
-        ("federation.generate_examples=2", r"rouge-score: pip install -e '\.\[generation\]'"),
-        ("tracking=wandb", r"wandb: pip install -e \."),
+        ("model.quantization=nf4", "pip install .*bitsandbytes"),
+        ("model.quantization=int8", "pip install .*bitsandbytes"),
+        ("federation.generate_examples=2", "pip install .*rouge-score"),
+        ("tracking=wandb", "pip install .*wandb"),
     )
 
     def settings(self, override, *more):

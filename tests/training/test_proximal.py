@@ -160,7 +160,7 @@ class TestPlans:
                 return []
 
         monkeypatch.setattr(strategy.coordinator, "messages", lambda *_: Messages())
-        monkeypatch.setattr(local_baseline, "all_replies", lambda *_: [])
+        monkeypatch.setattr(local_baseline, "all_replies", lambda *_, **__: [])
         profile = Client(3, 10, 0).profile
         local_baseline.train_alone(strategy, None, strategy.global_adapter, [profile])
 

@@ -12,12 +12,12 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from training_factories import CPU, SPEC, plan_for, random_adapter, random_rows
 
+from hafl_app import packages
 from hafl_app.training.base_model import load_base
 from hafl_app.training.fused_lora import FusedLoraLinear
 from hafl_app.training.local import train
 from hafl_app.training.locate import ModelError
 from hafl_app.training.lora_model import FROZEN, with_quantization
-from hafl_app.training.quantization import precisions
 from hafl_app.training.quantization.blocks import block_bytes, dequantize, precisions_of
 from hafl_app.training.quantization.linear import QuantizedLinear, packed, packed_bytes
 from hafl_app.training.quantization.precisions import PRECISIONS, QuantizationError
@@ -136,9 +136,9 @@ class TestQuantizedLinear:
         assert live.live < 4 * dense.numel()
 
     def test_a_missing_library_is_named(self, monkeypatch):
-        monkeypatch.setattr(precisions.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
 
-        with pytest.raises(ModelError, match=r"pip install -e '\.\[quantized\]'") as caught:
+        with pytest.raises(ModelError, match=r"pip install .*bitsandbytes") as caught:
             with_quantization(SPEC, "nf4").build()
         assert "\n" not in str(caught.value)
         QuantizedLinear(IN, OUT, "bf16")

@@ -3,8 +3,9 @@
 Without torch: settings are checked before it is imported.
 """
 
-import importlib.util
 from typing import Final
+
+from hafl_app.packages import is_installed, missing
 
 PRECISIONS: Final = ("nf4", "int8", "bf16")
 """Precisions from few bits to many."""
@@ -24,14 +25,7 @@ def require_library(quantization: str) -> None:
     Raises
     ------
     QuantizationError
-        In one line, with the command that installs it from the checkout.
+        In one line, with the command that installs it.
     """
-    if (
-        quantization in (NOT_QUANTIZED, "bf16")
-        or importlib.util.find_spec("bitsandbytes") is not None
-    ):
-        return
-    raise QuantizationError(
-        f"model.quantization={quantization} needs the package bitsandbytes: "
-        "pip install -e '.[quantized]' in the checkout"
-    )
+    if quantization not in (NOT_QUANTIZED, "bf16") and not is_installed("bitsandbytes"):
+        raise QuantizationError(missing("bitsandbytes", f"model.quantization={quantization}"))
