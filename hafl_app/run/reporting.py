@@ -23,6 +23,7 @@ from hafl_app.run.clients_file import ClientsFile
 from hafl_app.run.device_gains import device_gains
 from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.run.precisions import server_precision
+from hafl_app.run.simulated_time import time_facts
 from hafl_app.run.summary import bytes_by_phase, device_facts, model_facts, versions
 from hafl_app.server.influence import deciding
 from hafl_app.server.local_baseline import AloneResult
@@ -44,6 +45,7 @@ from hafl_app.tracking.jsonl import SUMMARY_FILE, JsonlTracker, read_history, re
 from hafl_app.tracking.wandb import WandbTracker
 from hafl_app.training.adapter_files import save_adapter
 from hafl_app.wire.node_profile import NodeProfile
+from hafl_app.wire.records import FLOPS
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -125,7 +127,7 @@ class RunReport:
                 p.node_id,
                 p.rank,
                 p.num_examples,
-                p.device_line,
+                self._device_line(p),
                 *self._strategy.payload_bytes(p),
             )
             for p in profiles
@@ -133,6 +135,10 @@ class RunReport:
         self._trackers.start(plain_settings(self._settings), rows, self._history)
         self._details.start(self.rounds[-1].server_round if self.rounds else -1)
         self._write_settings()
+
+    def _device_line(self, profile: NodeProfile) -> str:
+        clock = self._coordinator.clock
+        return f"{clock.fleet.name_of(profile)} (simulated)" if clock else profile.device_line
 
     def _write_settings(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -189,6 +195,8 @@ class RunReport:
             steps=int(metrics.get("steps", 0)),
             out_of_time=bool(metrics.get("out-of-time", 0)),
             stated_examples=int(metrics.get(STATED_EXAMPLES, 0)),
+            flops=metrics.get(FLOPS, math.nan),
+            simulated_seconds=reply.simulated_seconds,
         )
         # Under central privacy, who took part and with what result stays on this machine.
         hidden = self._strategy.options.privacy.kind == "central_dp"
@@ -211,6 +219,7 @@ class RunReport:
             rate = self._settings.federation.fraction_train
             metrics["privacy/epsilon"] = epsilon_after(privacy, server_round, rate)
         traffic = self._coordinator.ledger.of_round(server_round)
+        clock = self._coordinator.clock
         record = RoundRecord(
             server_round=server_round,
             seconds=time.perf_counter() - (self._coordinator.round_started or self._started),
@@ -222,6 +231,7 @@ class RunReport:
             failures=sum(bool(outcome.error) for outcome in self._outcomes),
             metrics=metrics,
             influence=self._influence(server_round),
+            simulated_seconds=clock.take_round() if clock else math.nan,
         )
         self._outcomes = []
         self.rounds.append(record)
@@ -320,7 +330,13 @@ class RunReport:
 
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
         generation = self._evaluation.generation(last)
-        apart = {"clients": self._clients(unseen), "generation": generation, **facts}
+        profiles = self._coordinator.directory.in_order()
+        apart = {
+            "clients": self._clients(unseen),
+            "generation": generation,
+            "simulated_time": time_facts(self._settings, self.rounds, profiles),
+            **facts,
+        }
         self._trackers.finish(self._summary(alone) | {k: v for k, v in apart.items() if v})
         for name in ("adapter", "adapter-best"):
             if (self._folder / name).is_dir():

@@ -79,6 +79,7 @@ class ConsoleTracker:
             f"down {megabytes(record.bytes_down):>8}",
             f"up {megabytes(record.bytes_up):>8}",
             f"{duration(record.seconds):>6}",
+            _simulated(record),
             _epsilon(record.metrics),
             self._time_left(record),
         ]
@@ -282,6 +283,11 @@ def _rows_by_client(clients: Sequence[ClientRow]) -> list[list[str]]:
 
 def _epsilon(metrics: Mapping[str, float]) -> str:
     return f"epsilon {metrics['privacy/epsilon']:.2f}" if "privacy/epsilon" in metrics else ""
+
+
+def _simulated(record: RoundRecord) -> str:
+    seconds = record.simulated_seconds
+    return f"simulated {duration(seconds)}" if math.isfinite(seconds) else ""
 
 
 def _rows_by_rank(clients: Sequence[ClientRow]) -> list[list[str]]:
