@@ -432,8 +432,11 @@ def _devices(settings: Settings) -> Iterator[str]:
             f"devices: refused under privacy={settings.privacy.kind}, because the clock follows "
             "from the lengths of the clients' texts, and carries no noise"
         )
-    if settings.model.head == "closed_form":
-        yield "model.head=closed_form: devices count no passes for sums of features; expected devices=none"
+    if settings.model.head == CLOSED_FORM:
+        yield (
+            f"model.head={CLOSED_FORM}: the clock of devices counts no passes for sums of features; "
+            "expected devices=none"
+        )
     if settings.client.max_seconds:
         yield (
             f"client.max_seconds={settings.client.max_seconds:g}: seconds of this machine, not of "

@@ -72,6 +72,11 @@ REFUSED = [
         "the clients' texts, and carries no noise",
     ),
     (
+        ["devices=mixed", "model.head=closed_form", "strategy=zero_padding"],
+        "model.head=closed_form: the clock of devices counts no passes for sums of features; "
+        "expected devices=none",
+    ),
+    (
         ["devices=mixed", "client.max_seconds=5"],
         "client.max_seconds=5: seconds of this machine, not of the clock of devices; expected 0, "
         "devices.deadline_s ends the wait for stragglers",
