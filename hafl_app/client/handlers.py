@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
 
 from hafl_app.client.bandwidth import bandwidth_kbps
@@ -10,9 +11,11 @@ from hafl_app.client.error_replies import Handler, errors_as_replies
 from hafl_app.client.node import Job, Node
 from hafl_app.client.terms import DEVICE, SCORES
 from hafl_app.client.training_reply import training_reply
+from hafl_app.config.schema import RankTier
 from hafl_app.data.errors import UnfitDataError
 from hafl_app.data.shares import Share
 from hafl_app.privacy.mechanism import PrivacyError, check_local_plan
+from hafl_app.run import build
 from hafl_app.training.batches import Examples
 from hafl_app.training.device import (
     UNKNOWN_DEVICE,
@@ -25,8 +28,8 @@ from hafl_app.training.evaluate import evaluate as score
 from hafl_app.training.local import TrainResult
 from hafl_app.training.local import train as train_locally
 from hafl_app.wire.message_types import EVALUATE_TEMPERATURES, QUERY_FEATURE_SUMS
-from hafl_app.wire.node_profile import PROFILE, NodeProfile
-from hafl_app.wire.records import METRICS
+from hafl_app.wire.node_profile import PROFILE, UNNUMBERED, NodeProfile
+from hafl_app.wire.records import FLOPS, METRICS
 from hafl_app.wire.requests import read_query, read_request
 
 
@@ -53,13 +56,24 @@ def query(message: Message, context: Context) -> Message:
         memory_free_mb=device.memory_free_mb,
         torch_version=device.torch_version,
         cuda_version=device.cuda_version,
-        bandwidth_kbps=bandwidth_kbps(context.node_config),
+        bandwidth_kbps=_bandwidth_kbps(node, context, tier),
         precision=precision,
         own_data=node.own is not None,
         # Only on request: the classes reveal something about a node's texts.
         label_names=share.label_names if node.own and request.label_names is None else (),
     )
     return Message(RecordDict({PROFILE: profile.to_record()}), reply_to=message)
+
+
+def _bandwidth_kbps(node: Node, context: Context, tier: RankTier) -> int:
+    """Return the uplink's bandwidth as the operator states it, else as the simulated device has."""
+    stated = bandwidth_kbps(context.node_config)
+    devices = node.settings.devices
+    if stated or not devices.classes or node.partition_id == UNNUMBERED:
+        return stated
+    rank = max(tier.rank, *tier.rank_pattern.values(), 1)
+    name = build.device_name(node.settings, node.partition_id, rank)
+    return max(1, round(1000 * devices.classes[name].up_mbps))
 
 
 @dataclass(frozen=True)
@@ -107,8 +121,13 @@ def evaluate(message: Message, context: Context) -> Message:
     job = node.prepare(request)
     with threads(node.settings.client.num_threads):
         job.model.load(job.adapter, job.plan)
-        scores = score(job.model, _held_out(node, job.share), node.settings.client.precision)
-    return Message(RecordDict({METRICS: MetricRecord({**scores.to_wire()})}), reply_to=message)
+        examples = _held_out(node, job.share)
+        scores = score(job.model, examples, node.settings.client.precision)
+    metrics = scores.to_wire()
+    if node.settings.devices.classes:
+        flops = build.row_flops(node.settings, len(job.share.label_names))
+        metrics[FLOPS] = flops.of_scores(job.plan, np.diff(examples.offsets))
+    return Message(RecordDict({METRICS: MetricRecord({**metrics})}), reply_to=message)
 
 
 @errors_as_replies

@@ -95,6 +95,8 @@ class Terms:
             raise _withheld(f"model.head={CLOSED_FORM}", SUMS)
         if settings.model.asks_for_losses and not self.shares(SCORES):
             raise _withheld("model.closed_form.temperature_by=clients", SCORES)
+        if settings.devices.classes and not self.shares(TIMES):
+            raise _withheld("devices", TIMES)
         if settings.strategy.traits.uploads_importance and not self.shares(IMPORTANCE):
             raise _withheld("the strategy", IMPORTANCE)
 

@@ -10,7 +10,14 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.privacy.mechanism import NoiseSource, privatize_upload, trained_part
 from hafl_app.run import build
 from hafl_app.training.local import TrainResult
-from hafl_app.wire.records import METRICS, NUM_EXAMPLES, SECONDS, STEPS, adapter_content
+from hafl_app.wire.records import (
+    FLOPS,
+    METRICS,
+    NUM_EXAMPLES,
+    SECONDS,
+    STEPS,
+    adapter_content,
+)
 
 
 def training_reply(node: Node, job: Job, result: TrainResult) -> RecordDict:
@@ -29,7 +36,7 @@ def training_reply(node: Node, job: Job, result: TrainResult) -> RecordDict:
     arrays = encode_with_feedback(
         node.state, upload, job.adapter, result.plan, importance, job.seed
     )
-    return adapter_content(arrays, **{METRICS: _metrics(result, node)})
+    return adapter_content(arrays, **{METRICS: _metrics(result, node, job)})
 
 
 def _privatized(node: Node, job: Job, upload: Adapter) -> Adapter:
@@ -39,7 +46,7 @@ def _privatized(node: Node, job: Job, upload: Adapter) -> Adapter:
     return privatize_upload(upload, trained_part(job.adapter, job.plan), privacy, generator)
 
 
-def _metrics(result: TrainResult, node: Node) -> MetricRecord:
+def _metrics(result: TrainResult, node: Node, job: Job) -> MetricRecord:
     metrics: dict[str, int | float] = {NUM_EXAMPLES: result.num_examples}
     if node.is_private:  # losses, times and memory follow from the texts, and carry no noise
         return MetricRecord(dict(metrics))
@@ -52,6 +59,9 @@ def _metrics(result: TrainResult, node: Node) -> MetricRecord:
             "probe-seconds": result.probe_seconds,
             "out-of-time": int(result.out_of_time),
         }
+    if node.settings.devices.classes:
+        flops = build.row_flops(node.settings, len(job.share.label_names))
+        metrics[FLOPS] = flops.of_passes(result.passes)
     if node.terms.shares(DEVICE):
         metrics |= {
             "peak-memory-mb": result.peak_memory_mb,

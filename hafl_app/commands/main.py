@@ -211,6 +211,23 @@ def evaluate(arguments: tuple[str, ...]) -> int:
     return run(arguments)
 
 
+@hafl.command(context_settings=_PASSED_ON)
+@_takes_settings
+def devices(arguments: tuple[str, ...]) -> int:
+    """Measure this machine as a class of simulated devices.
+
+    \b
+      hafl devices model=minilm client.batch_size=16 client.num_threads=2
+
+    Prints the FLOP/s of a matrix product and of training steps, in the form of a file of
+    conf/devices: for a --config-dir of your own, once you know the connection's bandwidth. The
+    settings are those of simulate: model, lora.max_rank, dataset.max_length, client.
+    """
+    from hafl_app.commands.devices import main as run  # noqa: PLC0415
+
+    return run(arguments)
+
+
 _FOLDER: Final = click.Path(path_type=Path)
 
 

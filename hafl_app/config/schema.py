@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, get_type_hints
 from hafl_app.data.settings import DatasetSettings, PartitionSettings
 from hafl_app.fields import REQUIRED, choice, is_resumable, number, setting
 from hafl_app.privacy.settings import PrivacySettings
+from hafl_app.server.devices import DevicesSettings
 from hafl_app.server.settings import FederationSettings
 from hafl_app.tracking.settings import TrackingSettings
 from hafl_app.training.settings import ClientSettings, LoraSettings, ModelSettings
@@ -164,6 +165,8 @@ class Settings:
         Rounds.
     privacy
         Differential privacy.
+    devices
+        Simulated devices and their clock.
     tracking
         Where metrics go.
     compare
@@ -192,6 +195,7 @@ class Settings:
     client: ClientSettings = field(default_factory=ClientSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    devices: DevicesSettings = field(default_factory=DevicesSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     compare: CompareSettings = field(default_factory=CompareSettings)
     seed: int = number(0, at_least=0)

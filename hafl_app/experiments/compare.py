@@ -13,6 +13,7 @@ import torch
 from hafl_app.config.compose import compose
 from hafl_app.experiments.command import Command, output_folder
 from hafl_app.experiments.comparison import Comparison, Job, Rates
+from hafl_app.experiments.fleets import check_fleets, fleet_line
 from hafl_app.experiments.results import Row, make_row
 from hafl_app.experiments.running import Outcome, run_jobs
 from hafl_app.experiments.table import Provenance, alone_cells, write_tables
@@ -85,6 +86,7 @@ def _check(comparison: Comparison) -> None:
     composed = {(job.cell, job.method, job.seed): compose(job.overrides) for job in jobs}
     for settings in composed.values():
         preflight.check(settings)
+    check_fleets(composed)
 
 
 def _rates(
@@ -120,6 +122,7 @@ def _source(
         metric=comparison.metric,
         models=tuple(dict.fromkeys(one.model.title for one in settings)),
         precision=", ".join(dict.fromkeys(one.client.precision for one in settings)),
+        devices=fleet_line(settings[0]),
     )
 
 

@@ -1,6 +1,7 @@
 """Results of a comparison: one row a method."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hafl_app.reports.curve import MEGABYTE, Curve
@@ -18,8 +19,14 @@ class Row:
     rounds_to_baseline, mb_to_baseline
         Until the test score is that of the baseline's last round on the same seed, over the
         seeds that get there.
+    seconds_to_baseline
+        The same in seconds on simulated devices.
     mb_down, mb_up
         Of the whole run.
+    simulated_seconds
+        Of the whole run on simulated devices.
+    seconds_to_target
+        On simulated devices until ``devices.target``, over the seeds that get there.
     lora_B_lr_ratio
         Learning rate of lora_B over ``learning_rate``.
     ranks
@@ -48,6 +55,9 @@ class Row:
     at_rank: Mapping[int, Spread] = field(default_factory=dict)
     client_seconds: Spread = field(default_factory=lambda: Spread(()))
     server_seconds: Spread = field(default_factory=lambda: Spread(()))
+    simulated_seconds: Spread = field(default_factory=lambda: Spread(()))
+    seconds_to_baseline: Spread = field(default_factory=lambda: Spread(()))
+    seconds_to_target: Spread = field(default_factory=lambda: Spread(()))
     difference: Paired = field(default_factory=lambda: Paired(()))
 
     @property
@@ -102,5 +112,12 @@ def make_row(
         at_rank=at_rank,
         client_seconds=Spread(tuple(run.client_seconds for run in runs)),
         server_seconds=Spread(tuple(run.server_seconds for run in runs)),
+        simulated_seconds=_known(run.simulated_seconds for run in runs),
+        seconds_to_baseline=_known(run.simulated[at] for run, at in reached if run.simulated),
+        seconds_to_target=_known(run.seconds_to_target for run in runs),
         difference=Paired.of(last, {seed: run.test[-1] for seed, run in baseline.items()}),
     )
+
+
+def _known(values: Iterable[float]) -> Spread:
+    return Spread(tuple(value for value in values if math.isfinite(value)))

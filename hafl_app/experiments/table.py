@@ -17,6 +17,8 @@ from hafl_app.reports.tables import Table, difference_cells, score, size
 
 _LONGEST_COMMAND = 4000
 _TO_BASELINE = ("rounds to baseline", "MB to baseline")
+_OF_DEVICES = ("simulated_seconds", "seconds_to_baseline", "seconds_to_target")
+_SIMULATED = ("simulated s", "simulated s to baseline", "simulated s to target")
 DIFFERENCE_COLUMNS = ("method", "difference", "95 % interval", "pairs")
 
 
@@ -34,6 +36,7 @@ class Provenance:
     metric: Metric = ACCURACY
     models: tuple[str, ...] = ()
     precision: str = ""
+    devices: str = ""
 
 
 def markdown(
@@ -147,7 +150,17 @@ def _scores(row: Row, metric: Metric) -> dict[str, str]:
         **dict(zip(_TO_BASELINE, (_rounds(row), size(row.mb_to_baseline.mean)), strict=True)),
         "MB down": size(row.mb_down.mean),
         "MB up": size(row.mb_up.mean),
+        **dict(zip(_SIMULATED, _simulated(row), strict=True)),
     }
+
+
+def _simulated(row: Row) -> list[str]:
+    target = row.seconds_to_target
+    return [
+        size(row.simulated_seconds.mean),
+        size(row.seconds_to_baseline.mean),
+        f"{size(target.mean)}{_some(target, row)}",
+    ]
 
 
 def _ranks(row: Row) -> str:
@@ -157,19 +170,23 @@ def _ranks(row: Row) -> str:
 
 
 def _rounds(row: Row) -> str:
-    reached = len(row.rounds_to_baseline.each)
-    if not reached:
+    if not row.rounds_to_baseline.each:
         return "-"
-    some = f" ({reached} of {len(row.seeds)} seeds)" if reached < len(row.seeds) else ""
-    return f"{row.rounds_to_baseline.mean:.1f}{some}"
+    return f"{row.rounds_to_baseline.mean:.1f}{_some(row.rounds_to_baseline, row)}"
+
+
+def _some(reached: Spread, row: Row) -> str:
+    """Return how many seeds get there, if not all or none do."""
+    count = len(reached.each)
+    return f" ({count} of {len(row.seeds)} seeds)" if 0 < count < len(row.seeds) else ""
 
 
 def _as_grid(lines: Sequence[Mapping[str, str]]) -> str:
-    """Return the Markdown of lines by column, without the columns to the baseline if empty."""
+    """Return the Markdown of lines by column, without columns of what was not measured."""
     columns = [
         column
         for column in lines[0]
-        if column not in _TO_BASELINE or any(line[column] != "-" for line in lines)
+        if column not in (*_TO_BASELINE, *_SIMULATED) or any(line[column] != "-" for line in lines)
     ]
     return Table("", columns, [[line[name] for name in columns] for line in lines]).markdown()
 
@@ -194,6 +211,7 @@ def _footer(source: Provenance) -> str:
             *([f"- model: {markdown_text(', '.join(source.models))}"] if source.models else []),
             f"- seeds: {', '.join(map(str, source.seeds))} ({len(source.seeds)})",
             *([f"- precision: {source.precision}"] if source.precision else []),
+            *([f"- simulated seconds: {source.devices}"] if source.devices else []),
             f"- learning rates: {markdown_text(source.tuning)}",
             f"- hardware: {markdown_text(source.hardware)}",
             f"- versions: {markdown_text(source.versions)}",
@@ -212,7 +230,7 @@ def _plain(row: Row) -> dict[str, Any]:
         "ranks": list(row.ranks),
     }
     for name, value in vars(row).items():
-        if isinstance(value, Spread):
+        if isinstance(value, Spread) and (value.each or name not in _OF_DEVICES):
             plain[f"{name}_mean"] = value.mean if math.isfinite(value.mean) else None
             plain[f"{name}_sd"] = value.sd if math.isfinite(value.sd) else None
             plain[f"{name}_each"] = [one if math.isfinite(one) else None for one in value.each]

@@ -24,7 +24,7 @@ class Curve:
     as the run chose it, if it did. `at_rank` is the test score of the last round's adapter cut to
     the rank of a device, by rank, as far as it was measured; `client_seconds` and `server_seconds`
     are CPU seconds of all rounds, NaN if unknown. `simulated` are the seconds so far on simulated
-    devices, NaN without any.
+    devices, NaN without any, and `seconds_to_target` those until ``devices.target``, NaN if never.
     """
 
     test: tuple[float, ...]
@@ -38,6 +38,7 @@ class Curve:
     client_seconds: float = math.nan
     server_seconds: float = math.nan
     simulated: tuple[float, ...] = ()
+    seconds_to_target: float = math.nan
 
     @property
     def sent(self) -> list[float]:
@@ -122,6 +123,7 @@ def _curve(rounds: list[dict[str, Any]], summary: Mapping[str, Any]) -> Curve:
         client_seconds=_seconds(summary, "clients"),
         server_seconds=_seconds(summary, "server"),
         simulated=tuple(accumulate(_number(r.get(SIMULATED)) for r in rounds)),
+        seconds_to_target=_seconds_to_target(summary),
     )
 
 
@@ -141,6 +143,11 @@ def _at_rank(summary: Mapping[str, Any]) -> dict[int, float]:
 
 def _seconds(summary: Mapping[str, Any], part: str) -> float:
     return _number(summary.get("cpu_seconds", {}).get(part))
+
+
+def _seconds_to_target(summary: Mapping[str, Any]) -> float:
+    reached = summary.get("simulated_time", {}).get("to_target", {})
+    return _number(reached.get("seconds"))
 
 
 def _metric(rounds: Sequence[Mapping[str, Any]], name: str) -> tuple[float, ...]:

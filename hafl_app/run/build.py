@@ -16,16 +16,19 @@ from hafl_app.data.sources import load_text
 from hafl_app.kept import cache_folder
 from hafl_app.metrics import TASKS, Task
 from hafl_app.privacy.mechanism import PrivacyOptions, new_noise_key
-from hafl_app.run.checks import check_settings
+from hafl_app.run.checks import check_settings, no_class_for
 from hafl_app.run.tokenization import pair_tokenizer, tokenizing
 from hafl_app.server.held_out_clients import draw_unseen
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
 from hafl_app.server.options import RunOptions
+from hafl_app.server.simulated_clock import Fleet, SimulatedClock
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.training.answers import require_rouge
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.device import resolve_device
+from hafl_app.training.flops import RowFlops
+from hafl_app.training.flops import row_flops as count_row_flops
 from hafl_app.training.lora_model import LoraModel, LoraSpec, resident_model, with_quantization
 from hafl_app.training.quantization.precisions import BLOCKWISE, NOT_QUANTIZED, PRECISIONS
 from hafl_app.training.settings import CLOSED_FORM, BaseSpec, ModelSettings, TrainOptions
@@ -187,6 +190,18 @@ def step_memory(settings: Settings, num_labels: int) -> StepMemory:
     )
 
 
+def row_flops(settings: Settings, num_labels: int) -> RowFlops:
+    """Return the floating-point operations of a row of the run's model; counted once a machine."""
+    spec, model = model_spec(settings, num_labels), settings.model
+    return _row_flops(spec, model.head, settings.client.gradient_checkpointing)
+
+
+@functools.lru_cache(maxsize=2)  # asked for with every reply
+def _row_flops(spec: LoraSpec, head: Any, checkpointing: bool) -> RowFlops:
+    folder = cache_folder() / "flops"
+    return count_row_flops(spec, head=head, checkpointing=checkpointing, folder=folder)
+
+
 def train_options(settings: Settings) -> TrainOptions:
     """Return the options of local training."""
     return TrainOptions(**{f.name: getattr(settings.client, f.name) for f in fields(TrainOptions)})
@@ -266,6 +281,37 @@ def _drawn_tiers(
     return tuple(tiers)
 
 
+def device_name(settings: Settings, partition_id: int, rank: int) -> str:
+    """Return the class of a client's simulated device.
+
+    Parameters
+    ----------
+    rank
+        Its largest.
+
+    Raises
+    ------
+    SettingsError
+        If no class affords the rank.
+    """
+    devices = settings.devices
+    if devices.assign == "share":
+        shares = tuple(one.share for one in devices.classes.values())
+        num_clients = settings.federation.num_clients
+        drawn = _drawn_tiers(shares, num_clients, settings.ranks.order, settings.seed)
+        return [*devices.classes][drawn[partition_id % num_clients]]
+    if name := devices.class_of_rank(rank):
+        return name
+    raise SettingsError(no_class_for(rank))
+
+
+def fleet(settings: Settings) -> Fleet | None:
+    """Return the clients' simulated devices; None without any."""
+    if not settings.devices.classes:
+        return None
+    return Fleet(settings.devices, lambda p: device_name(settings, p.partition_id, max(p.ranks)))
+
+
 def client_ranks(settings: Settings, num_clients: int) -> list[int]:
     """Return the rank of every partition, where its tier has no other for a layer type."""
     return [tier.rank for tier in client_tiers(settings, num_clients)]
@@ -285,6 +331,9 @@ def strategy(settings: Settings) -> HeterogeneousLora:
     made.options = run_options(settings)
     made.coordinator.task = task(settings)
     made.coordinator.participation.held_out = unseen_partitions(settings)
+    if devices := fleet(settings):
+        silence_s = settings.federation.round_timeout_s
+        made.coordinator.clock = SimulatedClock(devices, settings.seed, silence_s)
     return made
 
 

@@ -18,6 +18,7 @@ from hafl_app.config.habits import MODEL
 from hafl_app.config.schema import Settings
 from hafl_app.data.combinations import IMAGES, ON_DEVICE, check_choices, check_sharing
 from hafl_app.data.errors import DataError
+from hafl_app.server.devices import DevicesSettings
 from hafl_app.server.settings import ServerOptimizerSettings
 from hafl_app.training.settings import CLOSED_FORM
 
@@ -418,6 +419,44 @@ def _cohort_on_ray(settings: Settings, given: str) -> Iterator[str]:
         yield f"{given} needs federation.ray_address=null: it takes a Ray of the run's own"
 
 
+def _devices(settings: Settings) -> Iterator[str]:
+    """Refuse what needs a clock without one, clients without a device, and other time limits."""
+    devices, none = settings.devices, DevicesSettings()
+    if not devices.classes:
+        for name in ("assign", "deadline_s", "jitter", "target"):
+            if (value := getattr(devices, name)) != getattr(none, name):
+                yield f"devices.{name}={value}: devices=none has no clock; expected devices=mixed"
+        return
+    if settings.privacy.kind != "none":
+        yield (
+            f"devices: refused under privacy={settings.privacy.kind}, because the clock follows "
+            "from the lengths of the clients' texts, and carries no noise"
+        )
+    if settings.model.head == CLOSED_FORM:
+        yield (
+            f"model.head={CLOSED_FORM}: the clock of devices counts no sums of features; "
+            "expected devices=none"
+        )
+    if settings.client.max_seconds:
+        yield (
+            f"client.max_seconds={settings.client.max_seconds:g}: seconds of this machine, not of "
+            "the clock of devices; expected 0, devices.deadline_s ends the wait for stragglers"
+        )
+    if devices.assign == "rank" and settings.ranks.source == "tiers":
+        for tier in settings.ranks.tiers:
+            rank = max(tier.rank, *tier.rank_pattern.values(), 1)
+            if devices.class_of_rank(rank) is None:
+                yield no_class_for(rank)
+
+
+def no_class_for(rank: int) -> str:
+    """Return the line that refuses a rank that no class of devices affords."""
+    return (
+        f"devices: no class affords rank {rank}; expected one whose up_to_rank is null or at least "
+        f"{rank}, or devices.assign=share"
+    )
+
+
 def _word(value: object) -> str:
     """Write a value as on the command line."""
     return "null" if value is None else str(value)
@@ -438,4 +477,5 @@ _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
     _streaming,
     _engine,
     _cohort,
+    _devices,
 )

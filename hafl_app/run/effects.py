@@ -6,6 +6,7 @@ sweep over another setting often meant: they are warned of.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from hafl_app.config.overrides import parse_overrides
@@ -57,10 +58,15 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "federation.quarantine.rounds": ("federation.quarantine.after", _ANY),
     "strategy.coverage_exponent": _CHANGE,
     "strategy.server_step": _CHANGE,
+    "devices.classes.*.share": ("devices.assign", ("share",)),
+    "devices.classes.*.up_to_rank": ("devices.assign", ("rank",)),
     "federation.client_cpus": _RAY,
     "federation.client_gpus": _RAY,
 }
-"""Settings, and another one that must have one of these values for them to count."""
+"""Settings, and another one that must have one of these values for them to count.
+
+A star is the name of an entry.
+"""
 
 
 def without_effect(jobs: Sequence[Settings], typed: Sequence[str]) -> Iterator[str]:
@@ -82,9 +88,10 @@ def without_effect(jobs: Sequence[Settings], typed: Sequence[str]) -> Iterator[s
     for name, line in last.items():
         if name.startswith("compare."):
             yield f"{line} has no effect: only a comparison reads it"
-        if name not in NEEDS:
+        known = next((key for key in NEEDS if fnmatchcase(name, key)), None)
+        if known is None:
             continue
-        condition, accepted = NEEDS[name]
+        condition, accepted = NEEDS[known]
         values = [value for job in jobs if (value := _value(job, condition)) is not _NO_SUCH]
         if len(values) < len(jobs):  # a strategy that has the setting without the condition
             continue

@@ -30,6 +30,7 @@ from hafl_app.run.resuming import (
 from hafl_app.run.run_folder import output_folder
 from hafl_app.run.run_lock import run_lock
 from hafl_app.run.setup import known_label_names, wait_for_nodes, warn_of_random_weights
+from hafl_app.run.simulated_time import check_memory, check_nodes
 from hafl_app.server.checkpoint_store import Checkpoint
 from hafl_app.server.held_out_clients import evaluate_unseen
 from hafl_app.server.local_baseline import AloneResult, train_alone
@@ -75,6 +76,7 @@ def run(
     """
     check_settings(settings)
     check_packages(settings, nodes_too=False)
+    check_nodes(grid, settings)
     show_log()
     # Flower logs a dozen lines a round; the trackers report rounds here.
     logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -152,6 +154,8 @@ def _prepare(
     if checkpoint is not None:
         label_names, numbering = agreed_before(checkpoint, label_names)
     text = wait_for_nodes(grid, settings, strategy, label_names, numbering)
+    profiles = strategy.coordinator.directory.in_order()
+    check_memory(settings, profiles, len(text.label_names))
     spec = build.model_spec(settings, len(text.label_names))
     head = spec.initial_head()
     initial = initial_adapter(adapter_shapes(spec), strategy.max_rank, settings.seed).with_head(

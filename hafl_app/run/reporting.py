@@ -25,6 +25,7 @@ from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.run.origin import origin
 from hafl_app.run.precisions import server_precision
 from hafl_app.run.progress import Progress
+from hafl_app.run.simulated_time import time_facts
 from hafl_app.run.summary import (
     bytes_by_phase,
     dataset_facts,
@@ -54,6 +55,7 @@ from hafl_app.tracking.jsonl import SUMMARY_FILE, JsonlTracker, read_history, re
 from hafl_app.tracking.wandb import WandbTracker
 from hafl_app.training.adapter_files import save_adapter
 from hafl_app.wire.node_profile import NodeProfile
+from hafl_app.wire.records import FLOPS
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -152,7 +154,7 @@ class RunReport:
                 p.node_id,
                 p.rank,
                 p.num_examples,
-                p.device_line,
+                self._device_line(p),
                 *self._strategy.payload_bytes(p),
             )
             for p in profiles
@@ -169,6 +171,10 @@ class RunReport:
         steps = steps_of(self._settings, self._strategy.options, profiles, held_out, rows)
         texts = {p.node_id: client_texts(self._settings, p.num_examples) for p in profiles}
         self.progress.plan(steps, texts)
+
+    def _device_line(self, profile: NodeProfile) -> str:
+        clock = self._coordinator.clock
+        return f"{clock.fleet.name_of(profile)} (simulated)" if clock else profile.device_line
 
     def _write_settings(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -227,6 +233,8 @@ class RunReport:
             steps=int(metrics.get("steps", 0)),
             out_of_time=bool(metrics.get("out-of-time", 0)),
             stated_examples=int(metrics.get(STATED_EXAMPLES, 0)),
+            flops=metrics.get(FLOPS, math.nan),
+            simulated_seconds=reply.simulated_seconds,
         )
         # Under central privacy, who took part and with what result stays on this machine.
         hidden = self._strategy.options.privacy.kind == "central_dp"
@@ -250,6 +258,7 @@ class RunReport:
             rate = self._settings.federation.fraction_train
             metrics["privacy/epsilon"] = epsilon_after(privacy, server_round, rate)
         traffic = self._coordinator.ledger.of_round(server_round)
+        clock = self._coordinator.clock
         record = RoundRecord(
             server_round=server_round,
             seconds=time.perf_counter() - (self._coordinator.round_started or self._started),
@@ -261,6 +270,7 @@ class RunReport:
             failures=sum(bool(outcome.error) for outcome in self._outcomes),
             metrics=metrics,
             influence=self._influence(server_round),
+            simulated_seconds=clock.take_round() if clock else math.nan,
         )
         self._outcomes = []
         self.rounds.append(record)
@@ -362,7 +372,13 @@ class RunReport:
 
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
         generation = self._evaluation.generation(last)
-        apart = {"clients": self._clients(unseen), "generation": generation, **facts}
+        profiles = self._coordinator.directory.in_order()
+        apart = {
+            "clients": self._clients(unseen),
+            "generation": generation,
+            "simulated_time": time_facts(self._settings, self.rounds, profiles),
+            **facts,
+        }
         summary = self._summary(alone) | {k: v for k, v in apart.items() if v}
         self.progress.close()
         summary |= {

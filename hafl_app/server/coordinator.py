@@ -24,6 +24,7 @@ from hafl_app.server.participation import Participation
 from hafl_app.server.replies import UNWATCHED, Watch
 from hafl_app.server.round_messages import STATED_EXAMPLES, Reply, RoundMessages
 from hafl_app.server.server_optimizer import ServerOptimizer
+from hafl_app.server.simulated_clock import SimulatedClock
 from hafl_app.server.traffic import Ledger
 from hafl_app.server.update import ClientUpdate
 from hafl_app.server.weights import ExampleBound
@@ -64,6 +65,8 @@ class Coordinator:
         The head, where it is solved from sums of features.
     task
         Metrics of the clients' scores.
+    clock
+        Seconds of clients and rounds on simulated devices; None without any.
     train_loss
         Mean over the last round's clients by number of examples; NaN before the first.
     client_scores
@@ -89,6 +92,7 @@ class Coordinator:
         self.control_variates = ControlVariates()
         self.closed_form = ClosedFormHead(method, self.participation, self.messages)
         self.task = CLASSIFICATION
+        self.clock: SimulatedClock | None = None
         self.train_loss = math.nan
         self.client_scores: Mapping[str, float] = {}
         self.scored_examples = 0
@@ -146,9 +150,8 @@ class Coordinator:
             If fewer than ``min_replies`` count. Then, as after any error, nothing has changed.
         """
         federation = self.method.options.federation
-        checked = reject_outliers(
-            self._messages.validate_training(replies), federation.max_norm_ratio
-        )
+        timed = self._timed(self._messages.validate_training(replies))
+        checked = reject_outliers(timed, federation.max_norm_ratio)
         self._record(self._messages.close(checked))
         counted = [reply for reply in checked if reply.update is not None]
         self._check_count(server_round, len(counted))
@@ -172,7 +175,8 @@ class Coordinator:
         counted: list[Mapping[str, float]] = []
 
         def updates() -> Iterator[ClientUpdate]:
-            for reply in self._messages.validate_each(replies):
+            for validated in self._messages.validate_each(replies):
+                [reply] = self._timed([validated])
                 self._record([self._messages.settle(reply)])
                 if reply.update is not None:
                     counted.append(reply.metrics)
@@ -183,7 +187,13 @@ class Coordinator:
         self._advance(server_round, updates())
         self.train_loss = weighted_mean(counted, "loss", NUM_EXAMPLES)
 
+    def _timed(self, replies: list[Reply]) -> list[Reply]:
+        """Return the replies with their simulated seconds, if there is a clock."""
+        return self.clock.timed(replies) if self.clock else replies
+
     def _record(self, replies: Sequence[Reply]) -> None:
+        if self.clock:
+            self.clock.wait_for(replies)
         for reply in replies:
             self.participation.record([reply])
             if reply.error:
@@ -255,8 +265,10 @@ class Coordinator:
 
     def average_scores(self, replies: Iterable[Message]) -> Mapping[str, float]:
         """Average the clients' scores by their number of examples; empty if none counts."""
-        checked = self._messages.validate_scores(replies)
-        self._messages.close(checked)
+        checked = self._timed(self._messages.validate_scores(replies))
+        settled = self._messages.close(checked)
+        if self.clock:
+            self.clock.wait_for(settled)
         self.scored = [reply for reply in checked if not reply.error]
         metrics = [reply.metrics for reply in self.scored]
         if metrics:
@@ -278,6 +290,8 @@ class Coordinator:
     ) -> Iterable[Message]:
         """Return a message for each of these; while streaming they are made one by one."""
         self._messages, self._num_asked = self.messages(server_round, phase), len(profiles)
+        if self.clock:
+            self.clock.begin()
         streaming = self.method.options.federation.streaming and phase == MessageType.TRAIN
         if streaming:
             profiles = sorted(profiles, key=lambda profile: profile.partition_id)

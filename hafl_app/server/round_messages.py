@@ -89,6 +89,8 @@ class Reply:
         Reason why it was rejected; empty if it counts.
     fault
         Kind of the error that the node itself reported, if it did.
+    simulated_seconds
+        On the node's device by the simulated clock; NaN without one, or if no reply came.
     """
 
     request: Request
@@ -98,6 +100,7 @@ class Reply:
     update: ClientUpdate | None = None
     error: str = ""
     fault: Fault | None = None
+    simulated_seconds: float = math.nan
 
     def rejected(self, reason: str) -> "Reply":
         """Return the same reply, rejected with a reason."""

@@ -1,6 +1,7 @@
 """Interface of a tracker, its records, and the composite that passes them to several."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -67,6 +68,9 @@ class ClientRecord:
         Of `seconds`, those spent on measuring all components before training.
     steps, out_of_time
         Optimizer steps, and whether its time was over before its plan was done.
+    flops, simulated_seconds
+        Floating-point operations of its training, and the seconds of the whole request on its
+        simulated device; NaN without a clock, or if they are not known.
     """
 
     server_round: int
@@ -85,6 +89,8 @@ class ClientRecord:
     steps: int = 0
     out_of_time: bool = False
     stated_examples: int = 0
+    flops: float = math.nan
+    simulated_seconds: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ class RoundRecord:
         One entry a client whose reply counts: its ``partition_id`` and ``rank``; ``influence``, its
         share of the adapter's step, see `hafl_app.server.influence`; and its shares of ``examples``
         and of ``components`` times examples. Empty where it is not known.
+    simulated_seconds
+        Of this round alone, training and evaluation, on simulated devices; NaN without any.
     """
 
     server_round: int
@@ -119,6 +127,7 @@ class RoundRecord:
     failures: int
     metrics: Mapping[str, float]
     influence: Sequence[Mapping[str, float]] = field(default_factory=list)
+    simulated_seconds: float = math.nan
 
 
 @dataclass(frozen=True)

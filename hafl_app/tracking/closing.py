@@ -124,8 +124,9 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     Parameters
     ----------
     summary
-        ``best_validation`` or ``best_clients``, ``clients`` with the metrics of ``seen`` and
-        ``unseen`` ones, and ``generation``, as `hafl_app.run.reporting.RunReport` writes them.
+        ``simulated_time``, ``best_validation`` or ``best_clients``, ``clients`` with the metrics
+        of ``seen`` and ``unseen`` ones, and ``generation``, as
+        `hafl_app.run.reporting.RunReport` writes them.
     """
     clients, generation = summary.get("clients", {}), summary.get("generation")
     lines = [
@@ -134,6 +135,8 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
         if "chosen_by" in summary.get(f"best_{phase}", {})
     ]
     task = task_of([str(summary.get("metric", ""))])
+    if simulated := summary.get("simulated_time"):
+        lines.append(_simulated(simulated, task))
     if seen := clients.get("seen"):
         lines.append(f"clients that trained: {_scores(seen, task)}")
     if unseen := clients.get("unseen"):
@@ -157,6 +160,19 @@ def _choice(best: Mapping[str, Any], phase: str) -> str:
     return (
         f"best round {best['round']}: chosen by {metric.title} on {best['rows']:,} {rows}{largest}"
     )
+
+
+def _simulated(time: Mapping[str, Any], task: Task) -> str:
+    """Return the time on simulated devices, and when the target was reached."""
+    line = f"on simulated devices: {time['seconds']:,.4g} s"
+    if partial := time["partial_rounds"]:
+        line += f", {partial} partial rounds"
+    if reached := time.get("to_target"):
+        target = f"{reached['phase']} {task.primary.title} {task.primary.text(reached['target'])}"
+        when = "never" if reached["seconds"] is None else f"after {reached['seconds']:,.4g} s"
+        at = "" if reached["round"] is None else f" (round {reached['round']})"
+        line += f"; {target} {when}{at}"
+    return line
 
 
 def _scores(metrics: Mapping[str, float], task: Task) -> str:

@@ -87,6 +87,7 @@ class ConsoleTracker:
             f"loss {_loss(record.train_loss):>6}",
             f"{sent:>7}",
             f"{short_duration(record.seconds):>5}",
+            _simulated(record),
             _epsilon(record.metrics),
             self._time_left(record),
         ]
@@ -154,3 +155,8 @@ def _loss(value: float) -> str:
 
 def _epsilon(metrics: Mapping[str, float]) -> str:
     return f"epsilon {metrics['privacy/epsilon']:.2f}" if "privacy/epsilon" in metrics else ""
+
+
+def _simulated(record: RoundRecord) -> str:
+    seconds = record.simulated_seconds
+    return f"sim {short_duration(seconds)}" if math.isfinite(seconds) else ""

@@ -19,6 +19,7 @@ from hafl_app.tracking.base import (
 )
 
 METRICS_FILE, SUMMARY_FILE, CLIENTS_FILE = "metrics.jsonl", "summary.json", "clients.json"
+_OF_A_CLOCK = ("flops", "simulated_seconds")  # left out of the lines of a run without one
 
 
 class JsonlTracker:
@@ -26,7 +27,8 @@ class JsonlTracker:
 
     Each line is flushed, so a killed run keeps all its lines. A line holds the fields of a
     `RoundRecord` with ``"kind": "round"``, or of a `ClientRecord` with ``"kind": "client"``.
-    NaN and infinities, which JSON does not have, become null. A later run in the same folder
+    NaN and infinities, which JSON does not have, become null; without simulated devices there are
+    no lines about their time. A later run in the same folder
     replaces the files of the earlier one; one that goes on keeps the lines of its history.
 
     Parameters
@@ -120,7 +122,9 @@ def read_history(folder: Path, last_round: int) -> History:
 
 
 def _line(record: RoundRecord | ClientRecord) -> dict[str, Any]:
-    return {"kind": "round" if isinstance(record, RoundRecord) else "client", **vars(record)}
+    kind = "round" if isinstance(record, RoundRecord) else "client"
+    values = vars(record).items()
+    return {"kind": kind, **{k: v for k, v in values if k not in _OF_A_CLOCK or math.isfinite(v)}}
 
 
 def _text(line: Mapping[str, Any]) -> str:

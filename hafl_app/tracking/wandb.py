@@ -114,6 +114,7 @@ class WandbTracker:
             "round/failures": record.failures,
             "round/bytes-down": record.bytes_down,
             "round/bytes-up": record.bytes_up,
+            "round/simulated-seconds": record.simulated_seconds,
         }
         self._log(values, record.server_round)
 
@@ -127,6 +128,8 @@ class WandbTracker:
             "bytes-down": record.bytes_down,
             "bytes-up": record.bytes_up,
             "failed": int(bool(record.error)),
+            "flops": record.flops,
+            "simulated-seconds": record.simulated_seconds,
         }
         prefix = f"client/{record.partition_id}/"
         self._log({prefix + name: value for name, value in values.items()}, record.server_round)

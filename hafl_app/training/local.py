@@ -33,6 +33,7 @@ from hafl_app.training.own_classes import OwnClasses
 from hafl_app.training.proximal import ProximalTerm
 from hafl_app.training.rank_pruning import prune_tail, tail_norms, tail_penalty
 from hafl_app.training.settings import TrainOptions
+from hafl_app.training.work import Pass, Work
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -81,6 +82,8 @@ class TrainResult:
         Texts that went through the model at once: the batch size, or less where memory was short.
     out_of_time
         Whether ``max_seconds`` were over before the plan was done.
+    passes
+        Rows that went forward and back through the model, by plan and length.
     """
 
     plan: TrainPlan
@@ -94,6 +97,7 @@ class TrainResult:
     importance: Mapping[str, Tensor]
     micro_batch_size: int
     out_of_time: bool = False
+    passes: tuple[Pass, ...] = ()
 
 
 class _Allowance:
@@ -248,6 +252,34 @@ def training_steps(
     on_epoch
         See `train`.
     """
+    work = Work(task.examples, task.options.texts_at_once)
+
+    def noting(adapter: Adapter, plan: TrainPlan) -> Trainee:
+        work.begin(plan)
+        return load(adapter, plan)
+
+    result = yield from _counted(_training_steps(task, noting, clock, on_epoch), work)
+    return replace(result, passes=work.passes)
+
+
+def _counted(steps: Steps, work: Work) -> Steps:
+    """Pass a training's batches on, and count their rows."""
+    try:
+        wanted = next(steps)
+        while True:
+            work.add(wanted.rows)
+            wanted = steps.send((yield wanted))
+    except StopIteration as done:
+        result: TrainResult = done.value
+        return result
+
+
+def _training_steps(
+    task: Task,
+    load: Load,
+    clock: Callable[[], float],
+    on_epoch: Callable[[int, float], None] | None,
+) -> Steps:
     started = clock()
     allowance = _Allowance(task.plan.max_steps, task.options.max_seconds, started, clock)
     torch.manual_seed(task.seed)

@@ -161,6 +161,19 @@ class LoraModel(nn.Module, ABC):
     def labels_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of a batch's labels; its token ids have ``shape``."""
 
+    def blank_batch(self, rows: int, length: int) -> Batch | ImageBatch:
+        """Return a batch that says nothing, in the shape of a real one: to count its costs.
+
+        Parameters
+        ----------
+        length
+            Tokens of each row; images have their model's size.
+        """
+        shape = (rows, length)
+        tokens, mask = (torch.ones(shape, dtype=torch.long, device=self.device) for _ in "tm")
+        labels = torch.zeros(self.labels_shape(shape), dtype=torch.long, device=self.device)
+        return Batch(tokens, mask, labels)
+
     @property
     def num_classes(self) -> int:
         """Outputs of the head; 0 for a model without classes."""

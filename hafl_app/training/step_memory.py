@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from hafl_app.kept import kept
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TrainedFactors, TrainPlan
-from hafl_app.training.batches import Batch
 from hafl_app.training.device import resolve_precision
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.local import build_optimizer
@@ -120,7 +119,7 @@ def step_memory(
         return count()
     counted = {
         "spec": asdict(spec),  # type: ignore[call-overload]
-        "config": _config_digest(spec.base.path),
+        "config": config_digest(spec.base.path),
         "max_rank": max_rank,
         "batch": [options.texts_at_once, length, options.optimizer],
         "precision": resolve_precision(options.precision, device),
@@ -131,7 +130,7 @@ def step_memory(
     return kept(folder, counted, StepMemory, count)
 
 
-def _config_digest(path: str) -> str:
+def config_digest(path: str) -> str:
     """Return a digest of a local model's configuration, which may change under the same name."""
     file = Path(path).expanduser() / "config.json"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
@@ -166,13 +165,13 @@ def count_step(
         Which of the components' are trained, as in a `ModulePlan`.
     """
     module = ModulePlan(tuple(range(held)), tuple(range(rank)), factors=factors)
-    model, plan = _weightless(spec, module)
+    model, plan = weightless(spec, module)
     model.hold_weights(resolve_precision(options.precision, device))
     model.checkpoint_gradients(options.gradient_checkpointing)
     longest = getattr(model.base.config, "max_position_embeddings", length)
     shape = (options.texts_at_once, min(length, longest))
     with FakeTensorMode(), LiveBytes() as live:
-        _replace_tensors(model, device)
+        replace_tensors(model, device)
         frozen = [
             parameter
             for name, parameter in model.base.named_parameters()
@@ -182,11 +181,11 @@ def count_step(
         optimizer = build_optimizer(model, plan, options)
         meter = ImportanceMeter(plan.importance, plan.importance_smoothing)
         for _ in range(2):
-            _step(model, options, shape, optimizer, meter)
+            training_step(model, options, shape, optimizer, meter)
     return StepBytes(weights, live.peak)
 
 
-def _weightless(spec: LoraSpec, module: ModulePlan) -> tuple[LoraModel, TrainPlan]:
+def weightless(spec: LoraSpec, module: ModulePlan) -> tuple[LoraModel, TrainPlan]:
     """Return the model on the meta device, every adapted module planned alike, and its plan."""
     held = len(module.held)
     base = replace(spec.base, random_weights=True)
@@ -203,7 +202,7 @@ def _weightless(spec: LoraSpec, module: ModulePlan) -> tuple[LoraModel, TrainPla
     return model.train(), plan
 
 
-def _replace_tensors(model: nn.Module, device: torch.device) -> None:
+def replace_tensors(model: nn.Module, device: torch.device) -> None:
     """Replace all parameters and buffers by tensors of the current mode."""
     replaced: dict[int, nn.Parameter] = {}  # tied weights stay one tensor
     for module in model.modules():
@@ -216,7 +215,7 @@ def _replace_tensors(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
-def _step(
+def training_step(
     model: LoraModel,
     options: TrainOptions,
     shape: tuple[int, int],
@@ -224,11 +223,9 @@ def _step(
     meter: ImportanceMeter,
 ) -> None:
     """Run the step of `hafl_app.training.local` without reading a number."""
-    input_ids, mask = (torch.ones(shape, dtype=torch.long, device=model.device) for _ in "im")
-    labels = torch.zeros(model.labels_shape(shape), dtype=torch.long, device=model.device)
     model.zero_grad(set_to_none=True)
     with model.computing(options.precision):
-        loss = model.loss(Batch(input_ids, mask, labels))
+        loss = model.loss(model.blank_batch(*shape))
     loss.backward()  # type: ignore[no-untyped-call]
     meter.update(model)
     if options.max_grad_norm:

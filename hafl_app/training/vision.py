@@ -98,11 +98,21 @@ class LoraImageClassifier(LoraModel):
         """Return one label an image."""
         return shape[:1]
 
-    def _check_size(self, shape: tuple[int, ...]) -> None:
+    def blank_batch(self, rows: int, length: int) -> ImageBatch:
+        """See `LoraModel.blank_batch`."""
+        shape = rows, *self._image_shape
+        labels = torch.zeros(self.labels_shape((rows, length)), dtype=torch.long)
+        return ImageBatch(torch.zeros(shape, device=self.device), labels.to(self.device))
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
         config = self.base.config
         side = config.image_size
         height, width = side if isinstance(side, list | tuple) else (side, side)
-        if shape != (expected := (config.num_channels, height, width)):
+        return config.num_channels, height, width
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        if shape != (expected := self._image_shape):
             raise ModelError(
                 f"the images have the shape {shape}, the model takes {expected}: (channels, "
                 "height, width), see model.shape"

@@ -7,13 +7,18 @@ import pytest
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import declared_settings
 from hafl_app.run.effects import NEEDS, without_effect
+from hafl_app.server.devices import DeviceClass
 from hafl_app.strategies.hafl import Hafl
 
 KNOWN = {found.name for found in declared_settings()} | {f"strategy.{f.name}" for f in fields(Hafl)}
 
 
+KNOWN |= {f"devices.classes.*.{field.name}" for field in fields(DeviceClass)}
+MIXED = ["devices=mixed"]
+
+
 def lines(*typed):
-    return list(without_effect([compose(typed)], typed))
+    return list(without_effect([compose([*MIXED, *typed])], typed))
 
 
 @pytest.mark.parametrize(
@@ -29,6 +34,10 @@ def lines(*typed):
         ("privacy.clip_norm=2", "privacy.kind=none, only with central_dp or local_dp"),
         ("compare.baseline=hafl", "only a comparison reads it"),
         ("strategy.server_step=2", "strategy.aggregation=adaptive, only with change"),
+        (
+            "devices.classes.phone.share=5",
+            "has no effect with devices.assign=rank, only with share",
+        ),
     ],
 )
 def test_what_has_no_effect_is_named_with_what_would_give_it_one(typed, line):
