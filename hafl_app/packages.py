@@ -21,8 +21,16 @@ OPTIONAL: Final = {
     "bitsandbytes": "bases in int8 and nf4",
     "rouge-score": "scores of generated answers",
     "lm-eval": "benchmarks in hafl evaluate",
+    "tensorboard": "tracking=tensorboard",
+    "mlflow-skinny": "tracking=mlflow",
+    "trackio": "tracking=trackio",
+    "wandb": "tracking=wandb",
 }
 """Packages that some settings need, and for what."""
+
+
+_MODULES: Final = {"mlflow-skinny": "mlflow"}
+"""Modules that are not called like their package."""
 
 
 class MissingPackageError(ValueError):
@@ -35,9 +43,11 @@ def is_installed(package: str) -> bool:
     Parameters
     ----------
     package
-        Its name to pip; its module is called like it, with underscores.
+        Its name to pip.
     """
-    return importlib.util.find_spec(package.replace("-", "_")) is not None
+    found = importlib.util.find_spec(_MODULES.get(package, package.replace("-", "_")))
+    # A folder of that name, such as wandb makes, looks like a package without a file.
+    return found is not None and found.origin is not None
 
 
 def require(package: str, who: str) -> None:

@@ -13,6 +13,7 @@ _MARKUP = re.compile(
     r"|(?<![^\W_])_|_(?![^\W_])"  # an underscore within a word marks nothing up
     r"|:(?=//)|(?<=\bwww)\."  # bare addresses become links
 )
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+@")  # user and password of an address
 # Controls, what changes the direction of a line, ends of lines, and what no file can hold.
 _UNSAFE = {"Cc", "Cf", "Zl", "Zp", "Cs"}
 
@@ -36,6 +37,11 @@ def printable(text: object, longest: int = _LONGEST) -> str:
     if len(safe) > longest or len(str(text)) > len(start):
         return f"{safe[: longest - len(_CUT)]}{_CUT}"
     return safe
+
+
+def without_credentials(text: object) -> str:
+    """Return text whose addresses name no user and no password."""
+    return _CREDENTIALS.sub("", str(text))
 
 
 def markdown_text(text: object, longest: int = _LONGEST) -> str:

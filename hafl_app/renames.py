@@ -8,11 +8,14 @@ library only.
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-SETTINGS: Final[Mapping[str, str]] = {
+SETTINGS: Final = {
     "model.quantisation": "model.quantization",
     "strategy.regulariser": "strategy.regularizer",
 }
 """Settings by their full name."""
+
+GROUPS: Final = {"tracking.kind": "tracking"}
+"""Settings whose values are files of a group, which switch on settings of these names."""
 
 CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
     "model": {
@@ -22,6 +25,8 @@ CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
     },
 }
 """Files of a config group, by the group; ``model.name`` is called as the file."""
+
+_NO_TRACKER: Final = ("jsonl", "none")
 
 MODULES: Final[Mapping[str, str]] = {
     "hafl_app.strategies.averaging": "hafl_app.strategies.component_mean",
@@ -37,7 +42,8 @@ FACTS: Final[Mapping[str, str]] = {
 
 def refusal(name: str) -> str:
     """Return the line that refuses an old name of a setting; empty if it is none."""
-    return f"{name} is now {SETTINGS[name]}" if name in SETTINGS else ""
+    new = SETTINGS.get(name) or GROUPS.get(name)
+    return f"{name} is now {new}" if new else ""
 
 
 def choice_refusal(group: str, choice: str) -> str:
@@ -63,7 +69,10 @@ def renamed_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
     for key, value in settings.items():
         name = f"{prefix}{key}"
         new = SETTINGS.get(name, name).rpartition(".")[2]
-        if isinstance(value, Mapping):
+        if name in GROUPS:
+            if value not in _NO_TRACKER:
+                renamed[value] = True
+        elif isinstance(value, Mapping):
             renamed[new] = renamed_settings(value, f"{name}.")
         else:
             renamed[new] = _renamed_value(name, value)
@@ -86,4 +95,4 @@ def _renamed_override(override: str) -> str:
     key, equals, value = override.partition("=")
     bare = key.lstrip("+~")
     value = renamed_target(value) if bare == "strategy._target_" else renamed_choice(bare, value)
-    return f"{key[: len(key) - len(bare)]}{SETTINGS.get(bare, bare)}{equals}{value}"
+    return f"{key[: len(key) - len(bare)]}{(SETTINGS | GROUPS).get(bare, bare)}{equals}{value}"

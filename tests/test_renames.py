@@ -34,6 +34,7 @@ from hafl_app.renames import (
             "strategy._target_: hafl_app.strategies.averaging.ComponentAveraging is now "
             "hafl_app.strategies.component_mean.ComponentAveraging",
         ),
+        (["tracking.kind=wandb"], "tracking.kind is now tracking"),
         (["model=llama_1b"], "model=llama_1b is now model=llama_1b_random"),
         (["model=vit_digits"], "model=vit_digits is now model=vit_digits_random"),
     ],
@@ -71,6 +72,18 @@ def test_saved_settings_are_read_under_todays_names():
         "dataset": {"quantisation": 3},  # no setting that was ever called so
         "seed": 1,
     }
+
+
+@pytest.mark.parametrize(("kind", "now"), [("wandb", {"wandb": True}), ("jsonl", {}), ("none", {})])
+def test_a_saved_kind_of_tracking_is_the_tracker_that_it_named(kind, now):
+    saved = {"tracking": {"kind": kind, "project": "mine"}, "privacy": {"kind": "none"}}
+    assert renamed_settings(saved) == {
+        "tracking": {**now, "project": "mine"},
+        "privacy": {"kind": "none"},
+    }
+    (override,) = renamed_overrides([f"tracking.kind={kind}"])
+    assert override == f"tracking={kind}"
+    assert str(compose([override]).tracking) == ("wandb" if kind == "wandb" else "jsonl")
 
 
 def test_saved_overrides_are_read_under_todays_names():

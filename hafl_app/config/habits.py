@@ -42,6 +42,7 @@ _CALLED: Final[Mapping[str, str]] = {
     "strategy": "method algorithm algo aggregator",
     "privacy.noise_multiplier": "noise sigma",
     "privacy.max_epsilon": "epsilon eps",
+    "tracking": "report_to logger tracker",
     "output_dir": "output out save_dir logdir",
     "seed": "random_seed random_state",
 }

@@ -24,6 +24,7 @@ STRATEGY_PACKAGES = "HAFL_STRATEGY_PACKAGES"
 _OWN_PACKAGE = "hafl_app.strategies"
 _METHOD = f"{_OWN_PACKAGE}.base.HeterogeneousLora"
 _REFERENCE = re.compile(r"\$\{[\w.\[\]\s]*\}")  # ${lora.max_rank}, but not ${oc.env:HOME}
+_SEVERAL = ("tracking",)  # groups of which several files may be chosen
 _PATHS = ("dataset.path", "dataset.test_path", "model.path")
 
 
@@ -48,15 +49,20 @@ def bad_overrides(
         key, value = override.key_or_group, override.value()
         if re.split(r"[./]", key)[0] == "hydra":
             yield f"{override.input_line}: Hydra's own settings are not part of a run", "", ()
-        if key in groups and not override.is_delete() and str(value) not in groups[key]:
-            if old := choice_refusal(key, str(value)):
-                yield old, "", ()
-                continue
-            if meant := choice_habit(key, str(value)):
-                yield f"{key}={value}: no such {key}; did you mean {meant}?", "", ()
-                continue
-            known = ", ".join(groups[key])
-            yield f"{key}={value}: no such {key}; there are {known}", str(value), groups[key]
+        if key in groups and not override.is_delete():
+            chosen = value if isinstance(value, list) and key in _SEVERAL else [value]
+            for choice in map(str, chosen):
+                if choice not in groups[key]:
+                    yield _no_such_file(key, choice, groups[key])
+
+
+def _no_such_file(group: str, choice: str, known: Sequence[str]) -> tuple[str, str, Sequence[str]]:
+    """Return the fault of a choice that a group does not have, as `bad_overrides` yields it."""
+    if old := choice_refusal(group, choice):
+        return old, "", ()
+    if meant := choice_habit(group, choice):
+        return f"{group}={choice}: no such {group}; did you mean {meant}?", "", ()
+    return f"{group}={choice}: no such {group}; there are {', '.join(known)}", choice, known
 
 
 def bad_values(composed: DictConfig) -> Iterator[str]:

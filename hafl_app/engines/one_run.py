@@ -10,6 +10,7 @@ from hafl_app.config.compose import compose, quoted
 from hafl_app.config.schema import Settings
 from hafl_app.run.run_folder import check_new
 from hafl_app.tracking.as_text import is_terminal, wrapped
+from hafl_app.tracking.mlflow import absolute_uri
 
 
 def run_once(overrides: Sequence[str], folder: Path) -> None:
@@ -43,8 +44,11 @@ def _with_absolute_paths(overrides: Sequence[str], settings: Settings) -> list[s
         "model.path": settings.model.path,
         "resume": settings.resume,
     }
+    tracking = settings.tracking
+    store = absolute_uri(tracking.uri) if tracking.mlflow else None
     return [
         *overrides,
+        *([f"tracking.uri={quoted(store)}"] if store else []),
         *(
             f"{name}={quoted(Path(path).expanduser().absolute())}"
             for name, path in paths.items()

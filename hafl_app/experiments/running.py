@@ -128,5 +128,6 @@ def _add_defaults(saved: Any, wanted: Mapping[str, Any], settings: Any) -> None:
 
 
 def _comparable(config: Any) -> Any:
-    # The folder may have been moved since, and names decide nothing.
-    return {k: v for k, v in config.items() if k not in {"output_dir", "name", "tags"}}
+    # The folder may have been moved since; names, and where metrics went, decide no result.
+    decides_nothing = {"output_dir", "name", "tags", "tracking"}
+    return {k: v for k, v in config.items() if k not in decides_nothing}

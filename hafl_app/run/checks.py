@@ -18,6 +18,7 @@ from hafl_app.config.habits import MODEL
 from hafl_app.config.schema import Settings
 from hafl_app.data.combinations import IMAGES, ON_DEVICE, check_choices, check_sharing
 from hafl_app.data.errors import DataError
+from hafl_app.printable import without_credentials
 from hafl_app.server.devices import DevicesSettings
 from hafl_app.server.settings import ServerOptimizerSettings
 from hafl_app.training.settings import CLOSED_FORM
@@ -373,6 +374,16 @@ def _privacy(settings: Settings) -> Iterator[str]:
             )
 
 
+def _tracking(settings: Settings) -> Iterator[str]:
+    """Passwords in an address: settings are written into files, and logged."""
+    uri = settings.tracking.uri or ""
+    if uri != without_credentials(uri):
+        yield (
+            "tracking.uri: it names a user or a password; give them as MLFLOW_TRACKING_USERNAME "
+            "and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
+
+
 def _engine(settings: Settings) -> Iterator[str]:
     if settings.engine == "inprocess" and settings.federation.ray_address:
         yield "federation.ray_address: engine=inprocess uses no Ray; drop either"
@@ -475,6 +486,7 @@ _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
     _server_optimizer,
     _scaffold,
     _streaming,
+    _tracking,
     _engine,
     _cohort,
     _devices,

@@ -14,13 +14,16 @@ from hafl_app.config.schema import Settings
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.fields import choices_of
 from hafl_app.heads.settings import ClosedFormSettings
+from hafl_app.tracking.settings import TrackingSettings
 from hafl_app.training.settings import CLOSED_FORM
 
 _NO_SUCH: Final = object()
 _ANY: Final = ()  # any value but 0, false and null
 _TEXT: Final = tuple(name for name in choices_of(DatasetSettings, "source") if name != "digits")
 _PRIVATE: Final = ("privacy.kind", ("central_dp", "local_dp"))
-_WANDB: Final = ("tracking.kind", ("wandb",))
+_WANDB: Final = ("tracking", ("wandb",))
+_MLFLOW: Final = ("tracking", ("mlflow",))
+_WITH_PROJECTS: Final = ("tracking", ("mlflow", "trackio", "wandb"))
 _GENERATED: Final = ("dataset.source", ("synthetic",))
 _FROM_MEMORY: Final = ("ranks.source", ("memory",))
 _CLOSED_FORM: Final = ("model.head", (CLOSED_FORM,))
@@ -36,9 +39,10 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "privacy.delta": _PRIVATE,
     "privacy.max_epsilon": _PRIVATE,
     "privacy.noise_seed": _PRIVATE,
-    "tracking.project": _WANDB,
+    "tracking.project": _WITH_PROJECTS,
     "tracking.entity": _WANDB,
     "tracking.mode": _WANDB,
+    "tracking.uri": _MLFLOW,
     "dataset.num_train": _GENERATED,
     "dataset.num_test": _GENERATED,
     "dataset.hub": ("dataset.source", ("banking77", "newsgroups", "natural_instructions")),
@@ -65,7 +69,7 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
 }
 """Settings, and another one that must have one of these values for them to count.
 
-A star is the name of an entry.
+A star is the name of an entry; ``tracking`` has the trackers that are switched on.
 """
 
 
@@ -95,11 +99,17 @@ def without_effect(jobs: Sequence[Settings], typed: Sequence[str]) -> Iterator[s
         values = [value for job in jobs if (value := _value(job, condition)) is not _NO_SUCH]
         if len(values) < len(jobs):  # a strategy that has the setting without the condition
             continue
-        if not any(value in accepted if accepted else value for value in values):
+        if not any(_counts(value, accepted) for value in values):
             expected = " or ".join(map(_word, accepted)) or "above 0"
             yield (
                 f"{line} has no effect with {condition}={_word(values[0])}, only with {expected}"
             )
+
+
+def _counts(value: Any, accepted: tuple[Any, ...]) -> bool:
+    if isinstance(value, TrackingSettings):
+        return not set(accepted).isdisjoint(value.chosen)
+    return value in accepted if accepted else bool(value)
 
 
 def _value(settings: Settings, name: str) -> Any:

@@ -51,8 +51,8 @@ from hafl_app.tracking.base import (
 )
 from hafl_app.tracking.console import ConsoleTracker
 from hafl_app.tracking.details import DetailsFile, importance_record, score_record
+from hafl_app.tracking.external import TrackedRun, external_trackers
 from hafl_app.tracking.jsonl import SUMMARY_FILE, JsonlTracker, read_history, replace_file
-from hafl_app.tracking.wandb import WandbTracker
 from hafl_app.training.adapter_files import save_adapter
 from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import FLOPS
@@ -529,19 +529,6 @@ def _say(line: str) -> None:
 
 
 def _trackers(settings: Settings, folder: Path, run_id: str, console: ConsoleTracker) -> Trackers:
-    tracking = settings.tracking
     required: list[Tracker] = [console, JsonlTracker(folder)]
-    external: list[Tracker] = []
-    if tracking.kind == "wandb":
-        external.append(
-            WandbTracker(
-                tracking.project,
-                tracking.entity,
-                "offline" if tracking.mode == "offline" else "online",
-                folder,
-                settings.name or folder.name,
-                run_id,
-                settings.tags,
-            )
-        )
-    return Trackers(required, external)
+    run = TrackedRun(folder, run_id, settings.name or folder.name, tuple(settings.tags))
+    return Trackers(required, external_trackers(settings.tracking, run))

@@ -2,6 +2,7 @@
 
 from hafl_app.config.schema import Settings
 from hafl_app.packages import require
+from hafl_app.tracking.settings import PACKAGES
 from hafl_app.training.answers import require_rouge
 from hafl_app.training.quantization.precisions import BLOCKWISE, require_library
 
@@ -25,5 +26,5 @@ def check_packages(settings: Settings, *, nodes_too: bool) -> None:
     quantization = settings.model.quantization
     if nodes_too or (settings.federation.central_evaluation and quantization != BLOCKWISE):
         require_library(quantization)
-    if settings.tracking.kind == "wandb":
-        require("wandb", "tracking=wandb")
+    for name in settings.tracking.chosen:
+        require(PACKAGES.get(name, name), f"tracking={name}")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from hafl_app.printable import printable, without_credentials
+
 logger = logging.getLogger(__name__)
 
 
@@ -240,5 +242,5 @@ class Trackers:
             "%s failed and is disabled for the rest of this run: %s: %s",
             type(tracker).__name__,
             type(error).__name__,
-            error,
+            printable(without_credentials(error)),
         )

@@ -1,6 +1,5 @@
 """The run in Weights & Biases, one wandb run per federation."""
 
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,16 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hafl_app.printable import printable
-from hafl_app.tracking.base import (
-    FAILED,
-    NO_HISTORY,
-    ClientRecord,
-    ClientRow,
-    History,
-    RoundRecord,
-    TrackingError,
-)
+from hafl_app.printable import printable, without_credentials
+from hafl_app.tracking.base import FAILED, NO_HISTORY, ClientRow, History, TrackingError
+from hafl_app.tracking.roundwise import RoundwiseTracker
+from hafl_app.tracking.values import run_config
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -26,7 +19,7 @@ if TYPE_CHECKING:
 _LONGEST_NAME, _LONGEST_TAG = 128, 64  # that wandb takes
 
 
-class WandbTracker:
+class WandbTracker(RoundwiseTracker):
     """Log to one wandb run, with server rounds as its steps.
 
     wandb is imported when the run starts, and only in the server process: clients never build a
@@ -58,6 +51,7 @@ class WandbTracker:
         run_id: str | None = None,
         tags: Sequence[str] = (),
     ) -> None:
+        super().__init__()
         self._project = project
         self._entity = entity
         self._mode = mode
@@ -94,7 +88,7 @@ class WandbTracker:
                     id=self._run_id,
                     tags=[printable(tag, _LONGEST_TAG) for tag in self._tags] or None,
                     resume="allow" if history.rounds else None,
-                    config={**settings, "clients": [_client_config(row) for row in clients]},
+                    config=run_config(settings, clients),
                     # Flower streams the output elsewhere; wandb must not wrap it a second time.
                     settings=wandb.Settings(console="off"),
                 )
@@ -104,36 +98,6 @@ class WandbTracker:
             advice = ": set WANDB_API_KEY or use tracking.mode=offline" if is_login else ""
             raise TrackingError(f"wandb did not start ({reason}){advice}") from error
 
-    def log_round(self, record: RoundRecord) -> None:
-        """Log the round's metrics at its step."""
-        values = {
-            **record.metrics,
-            "train/loss": record.train_loss,
-            "round/seconds": record.seconds,
-            "round/replies": record.replies,
-            "round/failures": record.failures,
-            "round/bytes-down": record.bytes_down,
-            "round/bytes-up": record.bytes_up,
-            "round/simulated-seconds": record.simulated_seconds,
-        }
-        self._log(values, record.server_round)
-
-    def log_client(self, record: ClientRecord) -> None:
-        """Log a client's numbers at its round's step, under ``client/<partition>/``."""
-        values = {
-            "loss": record.loss,
-            "seconds": record.seconds,
-            "components-trained": record.components_trained,
-            "peak-memory-mb": record.peak_memory_mb,
-            "bytes-down": record.bytes_down,
-            "bytes-up": record.bytes_up,
-            "failed": int(bool(record.error)),
-            "flops": record.flops,
-            "simulated-seconds": record.simulated_seconds,
-        }
-        prefix = f"client/{record.partition_id}/"
-        self._log({prefix + name: value for name, value in values.items()}, record.server_round)
-
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary and close the run with exit code 0."""
         self._close({"status": "finished", **summary}, exit_code=0)
@@ -141,12 +105,11 @@ class WandbTracker:
     def fail(self, reason: str, status: str = FAILED) -> None:
         """Write the reason and close the run, if one was opened, with exit code 1."""
         if self._run is not None:
+            reason = without_credentials(reason)
             self._close({"status": status, "reason": reason}, exit_code=1)
 
-    def _log(self, values: Mapping[str, float], step: int) -> None:
-        # wandb keeps a step open until a later one comes, so the lines of a round become one.
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._opened().log(finite, step=step)
+    def _write(self, values: Mapping[str, float], step: int) -> None:
+        self._opened().log(dict(values), step=step)
 
     def _close(self, summary: Mapping[str, Any], exit_code: int) -> None:
         run = self._opened()
@@ -158,15 +121,6 @@ class WandbTracker:
         if self._run is None:
             raise RuntimeError(f"wandb run {self._name!r}: logged to before start or after the end")
         return self._run
-
-
-def _client_config(row: ClientRow) -> dict[str, Any]:
-    return {
-        "partition_id": row.partition_id,
-        "rank": row.rank,
-        "examples": row.examples,
-        "device": printable(row.device),
-    }
 
 
 @contextmanager

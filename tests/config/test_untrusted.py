@@ -120,6 +120,9 @@ class TestFiles:
     def test_a_choice_is_one_of_the_files(self, form, outside):
         assert "no such dataset" in refusal(form.format(outside))
 
+    def test_so_is_each_of_several(self, outside):
+        assert "no such tracking" in refusal(f"tracking=[jsonl,{outside}]")
+
     @pytest.mark.parametrize(
         "override",
         ["hydra.searchpath=[file:///tmp]", "hydra/job_logging=default", "+hydra.verbose=true"],

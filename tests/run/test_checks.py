@@ -81,6 +81,12 @@ REFUSED = [
         "client.max_seconds=5: seconds of this machine, not of the clock of devices; expected 0, "
         "devices.deadline_s ends the wait for stragglers",
     ),
+    # a password is not repeated, and not written
+    (
+        ["tracking=mlflow", "tracking.uri=https://me:open-sesame@host"],
+        "tracking.uri: it names a user or a password; give them as MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD in the environment",
+    ),
     # clients that train together
     (["federation.cohort=many"], COHORT.format("many", ": expected auto or a whole number from 1")),
     (["federation.cohort=0"], COHORT.format("0", ": expected auto or a whole number from 1")),

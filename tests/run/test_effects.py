@@ -31,6 +31,8 @@ def lines(*typed):
         ),
         ("federation.stream_buffer=4", "with federation.streaming=false, only with true"),
         ("federation.generate_tokens=4", "federation.generate_examples=0, only with above 0"),
+        ("tracking.uri=sqlite:///x.db", "no effect with tracking=jsonl, only with mlflow"),
+        ("tracking.project=x", "only with mlflow or trackio or wandb"),
         ("privacy.clip_norm=2", "privacy.kind=none, only with central_dp or local_dp"),
         ("compare.baseline=hafl", "only a comparison reads it"),
         ("strategy.server_step=2", "strategy.aggregation=adaptive, only with change"),
@@ -48,6 +50,7 @@ def test_what_has_no_effect_is_named_with_what_would_give_it_one(typed, line):
 
 def test_what_has_an_effect_is_not_named():
     assert not lines("partition=dirichlet", "partition.dirichlet_alpha=0.1")
+    assert not lines("tracking=[tensorboard,wandb]", "tracking.project=x", "tracking.mode=offline")
     assert not lines("federation.generate_examples=2", "federation.generate_tokens=4")
     assert not lines("strategy.aggregation=change", "strategy.server_step=2")
 
@@ -67,4 +70,4 @@ def test_what_counts_in_one_job_of_a_sweep_is_not_named():
 
 
 def test_the_table_names_settings_that_exist():
-    assert {*NEEDS, *(condition for condition, _ in NEEDS.values())} <= KNOWN
+    assert {*NEEDS, *(condition for condition, _ in NEEDS.values())} <= KNOWN | {"tracking"}

@@ -58,7 +58,7 @@ class TestMissingPackages:
     @pytest.fixture(autouse=True)
     def nothing_installed(self, monkeypatch):
         find = importlib.util.find_spec
-        gone = {"bitsandbytes", "rouge_score", "wandb"}
+        gone = {"bitsandbytes", "rouge_score", "wandb", "tensorboard", "mlflow", "trackio"}
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *a: None if name in gone else find(name, *a)
         )
@@ -68,6 +68,9 @@ class TestMissingPackages:
         ("model.quantization=int8", "pip install .*bitsandbytes"),
         ("federation.generate_examples=2", "pip install .*rouge-score"),
         ("tracking=wandb", "pip install .*wandb"),
+        ("tracking=tensorboard", "pip install .*tensorboard"),
+        ("tracking=mlflow", "pip install .*mlflow-skinny"),
+        ("tracking=[jsonl,trackio]", "pip install .*trackio"),
     )
 
     def settings(self, override, *more):
