@@ -301,7 +301,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "experiment= must be given; there are chaos, demo"),
+            ([], "experiment= or methods= must be given"),
             (["experiment=hafl_bankin"], "did you mean hafl_banking77?"),
             (["experiment=demo"], "it has no compare.methods"),
             ([*TINY, "seeds=abc"], "seeds=abc: expected whole numbers"),

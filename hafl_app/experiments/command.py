@@ -20,7 +20,7 @@ class Command:
     Parameters
     ----------
     experiment
-        File of ``conf/experiment`` with the ``compare`` block.
+        File of ``conf/experiment``, whose ``compare`` block has the methods; empty: none.
     overrides
         Hydra overrides that hold for every run.
     seeds
@@ -30,14 +30,15 @@ class Command:
     tune
         Search the learning rates; otherwise those of the experiment file hold.
     methods, cells
-        Names of the chosen ones; empty means all.
+        Names of the chosen ones; empty means all. Without a ``compare`` block the methods are
+        strategies, see `hafl_app.experiments.named_methods`.
     output_dir
         Where to write; the finished runs of an earlier comparison there are kept.
     older
         Whether runs of an earlier version are kept that lack a setting which has its default now.
     """
 
-    experiment: str
+    experiment: str = ""
     overrides: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     workers: int = 1
@@ -47,6 +48,17 @@ class Command:
     output_dir: Path | None = None
     older: bool = False
 
+    @property
+    def common(self) -> tuple[str, ...]:
+        """The overrides that hold for every run, the experiment first."""
+        experiment = (f"experiment={self.experiment}",) if self.experiment else ()
+        return (*experiment, *self.overrides)
+
+    @property
+    def folder_name(self) -> str:
+        """What a new folder is called, after the time."""
+        return f"compare-{self.experiment}" if self.experiment else "compare"
+
 
 def parse_command(arguments: Sequence[str], experiment: str | None = None) -> Command:
     """Read ``key=value`` arguments; keys that are not the comparison's own are Hydra overrides.
@@ -54,7 +66,7 @@ def parse_command(arguments: Sequence[str], experiment: str | None = None) -> Co
     Parameters
     ----------
     experiment
-        The default; without one it must be given.
+        The default; without one it must be given, or the methods.
 
     Raises
     ------
@@ -68,10 +80,13 @@ def parse_command(arguments: Sequence[str], experiment: str | None = None) -> Co
             raise SettingsError(f"{override}: a comparison takes {near[0]}=")
         if key == "engine":
             raise SettingsError(f"{override}: the runs of a comparison are in process")
-    chosen = own.pop("experiment", experiment)
-    if not chosen:
+    chosen = own.pop("experiment", experiment) or ""
+    if not chosen and "methods" not in own:
         there_are = ", ".join(groups()["experiment"])
-        raise SettingsError(f"experiment= must be given; there are {there_are}")
+        raise SettingsError(
+            f"experiment= or methods= must be given, as in methods=hafl,flexlora; the experiments "
+            f"are {there_are}"
+        )
     return Command(chosen, overrides, **own)
 
 

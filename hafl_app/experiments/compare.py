@@ -49,7 +49,7 @@ def compare(command: Command, command_line: str, say: Say) -> int:
     hafl_app.config.compose.SettingsError, ValueError
         In one line, before anything runs.
     """
-    folder = output_folder(command.output_dir, f"compare-{command.experiment}")
+    folder = output_folder(command.output_dir, command.folder_name)
     comparison = Comparison.of(command, folder)
     comparison.require_baseline()
     _check(comparison)
@@ -108,11 +108,13 @@ def _source(
     outcomes: Sequence[Outcome],
 ) -> Provenance:
     settings = [compose(outcome.job.overrides) for outcome in outcomes]
-    tuning = "as in the experiment file"
+    tuning = (
+        "as in the experiment file" if comparison.command.experiment else "client.learning_rate"
+    )
     if record:
         tuning = _tuning_line(comparison, metric_named(record[0]["metric"]))
     return Provenance(
-        title=comparison.command.experiment,
+        title=comparison.title,
         baseline=comparison.plan.baseline,
         command=command_line,
         hardware=hardware(),

@@ -9,11 +9,13 @@ from pathlib import Path
 from hafl_app.config.compose import SettingsError, compose, quoted
 from hafl_app.config.schema import CompareSettings, MethodSettings, Settings
 from hafl_app.experiments.command import Command, choose
+from hafl_app.experiments.named_methods import named_methods
 from hafl_app.metrics import ACCURACY, TASKS, Metric
 from hafl_app.run import preflight
 from hafl_app.run.checks import check_comparison
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_NAMES_IN_TITLE = 4
 _LEARNING_RATE, _RATIO = "client.learning_rate", "client.lora_B_lr_ratio"
 _NO_ROUNDS = "federation.num_rounds=0"
 _NOT_IN_A_SEARCH = (
@@ -83,10 +85,10 @@ class Comparison:
         SettingsError
             In one line.
         """
-        settings = compose([f"experiment={command.experiment}", *command.overrides])
+        settings = compose(command.common)
         plan = settings.compare
         if not plan.methods:
-            raise SettingsError(f"experiment={command.experiment}: it has no compare.methods")
+            command, plan = _with_named_methods(command, plan)
         cells: Mapping[str, Sequence[str]] = plan.cells or {"": []}
         for name in [*plan.methods, *plan.cells]:
             if not _NAME.fullmatch(name):
@@ -104,6 +106,15 @@ class Comparison:
         )
         comparison._check(settings)
         return comparison
+
+    @property
+    def title(self) -> str:
+        """What is compared: the experiment, else the methods."""
+        if self.command.experiment:
+            return self.command.experiment
+        names = list(self.methods)
+        many = len(names) > _NAMES_IN_TITLE
+        return f"Comparison of {f'{len(names)} methods' if many else ', '.join(names)}"
 
     def require_baseline(self) -> None:
         """Refuse a choice of methods without the baseline that the others are timed to.
@@ -198,8 +209,7 @@ class Comparison:
         ]
 
     def _common(self, cell: str) -> tuple[str, ...]:
-        experiment = f"experiment={self.command.experiment}"
-        return (experiment, *self.command.overrides, *self.cells[cell], "engine=inprocess")
+        return (*self.command.common, *self.cells[cell], "engine=inprocess")
 
     def _job(
         self,
@@ -271,8 +281,25 @@ def check_first(command: Command) -> Comparison:
         In one line.
     """
     comparison = Comparison.of(command, Path())
-    preflight.check_first(compose([f"experiment={command.experiment}", *command.overrides]))
+    preflight.check_first(compose(command.common))
     return comparison
+
+
+def _with_named_methods(command: Command, plan: CompareSettings) -> tuple[Command, CompareSettings]:
+    """Return the command and the plan of a comparison whose methods the command line names.
+
+    The first is the baseline, unless one is given.
+    """
+    if not command.methods:
+        raise SettingsError(
+            f"experiment={command.experiment}: it has no compare.methods; give methods=..., such "
+            "as methods=hafl,flexlora"
+        )
+    methods = named_methods(command.methods)
+    baseline = plan.baseline or next(iter(methods))
+    return replace(command, methods=tuple(methods)), replace(
+        plan, methods=methods, baseline=baseline
+    )
 
 
 def _place(cell: str, method: str, rates: Rates) -> Path:
