@@ -4,11 +4,14 @@ import importlib.util
 import signal
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 import torch
 from running import TINY, records, run_tiny
+
+from hafl_app.experiments.sweep import read_sweep
 
 ROOT = Path(__file__).parents[1]
 ALONE = "federation.alone_clients_per_rank=0"
@@ -109,6 +112,53 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own(sweep):
 
 
 @pytest.mark.slow
+def test_a_sweep_counts_its_jobs_lists_them_and_ends_with_a_table(sweep):
+    folder, result = sweep
+    headings = [line for line in result.stdout.splitlines() if line.startswith("[")]
+    assert headings == [
+        f"[{number}/4] strategy={strategy} client.learning_rate={rate}"
+        for number, (strategy, rate) in enumerate(
+            [("hafl", 0.001), ("hafl", 0.002), ("hetlora", 0.001), ("hetlora", 0.002)], start=1
+        )
+    ]
+    assert [record.folder for record in read_sweep(folder)] == [
+        *("0-hafl", "1-hafl", "2-hetlora", "3-hetlora"),
+    ]
+    table = [line for line in result.stdout.splitlines() if line.startswith("| ")]
+    columns = [cell.strip() for cell in table[0].strip(" |").split("|")]
+    assert columns == ["job", "strategy", "learning_rate", "validation", "test", "state"]
+    assert len(table) == 5
+    assert all("finished" in line for line in table[1:])
+
+
+PLUGINS = {
+    "hydra-joblib-launcher": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"),
+    "hydra-optuna-sweeper": (
+        *("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2"),
+        "client.learning_rate=tag(log,interval(1e-3,1e-2))",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_of_hydra_runs_the_jobs(plugin, tmp_path):
+    try:
+        distribution(plugin)
+    except PackageNotFoundError:
+        pytest.skip(f"needs {plugin}")
+    jobs = (*PLUGINS[plugin], *TINY, ALONE, "engine=inprocess", "federation.num_rounds=1")
+
+    result = simulate("-m", *jobs, f"hydra.sweep.dir={tmp_path}")
+
+    assert result.returncode == 0, result.stderr
+    records = read_sweep(tmp_path)
+    assert [record.status for record in records] == ["finished", "finished"]
+    assert all((tmp_path / record.folder / "summary.json").exists() for record in records)
+    assert len({tuple(record.overrides) for record in records}) == 2
+
+
+@pytest.mark.slow
 def test_the_jobs_of_a_sweep_share_one_base_model_and_end_as_single_runs(sweep, tmp_path):
     folder, result = sweep
     assert result.stdout.count("a base model was loaded") == 1
@@ -128,5 +178,8 @@ def test_a_failed_job_fails_the_command_and_not_the_sweep(tmp_path):
     )
     assert result.returncode == 1
     assert "the replies of 0 of 5 clients count" in result.stderr
+    assert "[2/2] client.learning_rate=0.001" in result.stdout
+    assert [record.status for record in read_sweep(tmp_path / "sweep")] == ["failed", "finished"]
+    assert result.stderr.rstrip().endswith("error: 1 jobs did not finish, see above")
     assert '"status": "failed"' in (tmp_path / "sweep" / "0-hafl" / "summary.json").read_text()
     assert '"status": "finished"' in (tmp_path / "sweep" / "1-hafl" / "summary.json").read_text()

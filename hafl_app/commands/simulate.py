@@ -5,7 +5,9 @@ import gc
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -22,6 +24,7 @@ from hafl_app.printable import printable
 from hafl_app.run.command_line import CommandLine
 from hafl_app.run.going_on import key
 from hafl_app.run.origin import Origin, announced, commit
+from hafl_app.run.sweep_plan import SweepPlan
 
 _program: list[str] = []
 _typed: list[str] = []
@@ -88,7 +91,7 @@ def _stop_what_is_left(folder: Path) -> None:
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def _hydra_job(config: DictConfig) -> None:
-    """Run one job of the command line; a failed one does not stop a sweep."""
+    """Run the one job of a command line without ``-m``."""
     del config  # composed again from the overrides, checked, wherever the apps run
     from hafl_app.engines.one_run import run_once  # noqa: PLC0415
     from hafl_app.run.going_on import RunWatch  # noqa: PLC0415
@@ -142,13 +145,19 @@ def _run_jobs() -> int:
     # resume= is a folder as the shell gives it, with spaces and no quotes of Hydra's.
     typed = [override for override in line.overrides if key(override) != "resume"]
     placed: list[str] = []
+    plan: SweepPlan | None = None
+    jobs: list[list[str]] = []
     if line.shows != "hydra":
         line = resumed(line)
-        jobs = [compose(job) for job in line.jobs()]
+        jobs = line.jobs()
+        composed = [compose(job) for job in jobs]
         if not line.shows:
             with Screen():
-                _check_jobs(jobs, typed)
-            placed = line.placed(jobs)
+                _check_jobs(composed, typed)
+            placed = line.placed(composed)
+            if line.multirun:
+                plan = line.sweep(placed, composed)
+                placed += plan.overrides
     # Hydra reads them from here, and wants the flags together.
     own = own_folder()
     folders = ["--config-dir", str(own)] if own else []
@@ -157,18 +166,56 @@ def _run_jobs() -> int:
     if line.shows:
         _hydra_job()
         return 0
-    _run_shown()
+    if plan:
+        return _run_sweep(plan, jobs)
+    with Screen() as screen:
+        _screen[:] = [screen]
+        with announced(_origin(closes=True, watched=screen.is_live)):
+            _hydra_job()
     return FAILED if _failures else 0
 
 
-def _run_shown() -> None:
-    """Run the jobs, and show how far they are."""
-    with Screen() as screen:
-        _screen[:] = [screen]
-        command = shlex.join([*_program, *_typed])
-        origin = Origin(command, commit(), closes=True, watched=screen.is_live)
-        with announced(origin):
-            _hydra_job()
+def _origin(*, closes: bool, watched: bool) -> Origin:
+    return Origin(shlex.join([*_program, *_typed]), commit(), closes=closes, watched=watched)
+
+
+def _run_sweep(plan: SweepPlan, jobs: Sequence[Sequence[str]]) -> int:
+    """Run the jobs, and print a table of them also after an interruption."""
+    from hafl_app.experiments.sweep import SWEEP_FILE, SweepJob, print_sweep  # noqa: PLC0415
+
+    for warning in plan.warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
+    job = SweepJob(plan.num_jobs, plan.varied, plan.at_once, tuple(_program), tuple(_typed))
+    (plan.folder / SWEEP_FILE).unlink(missing_ok=True)
+    ended = 0
+    try:
+        with ExitStack() as shown:
+            # Lines of several runs at once, each from a process of its own, have no last line.
+            screen = None if plan.at_once else shown.enter_context(Screen())
+            live = screen is not None and screen.is_live
+            shown.enter_context(announced(_origin(closes=screen is not None, watched=live)))
+            if screen is not None:
+                job = replace(job, run=partial(_run_on, screen))
+            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    except KeyboardInterrupt:
+        _interruptions.append(f"interrupted; the jobs that ended are in {plan.folder}")
+        raise
+    except SystemExit as error:  # Hydra has said why
+        ended = int(bool(error.code))
+    finally:
+        failed = print_sweep(plan.folder, [] if plan.searches else jobs)
+    if failed:
+        print(f"error: {failed} jobs did not finish, see above", file=sys.stderr)
+    return FAILED if failed or ended else 0
+
+
+def _run_on(screen: Screen, overrides: Sequence[str], folder: Path) -> None:
+    """Run one federation, and show how far it is."""
+    from hafl_app.engines.one_run import run_once  # noqa: PLC0415
+
+    screen.follow(folder)
+    run_once(overrides, folder)
+    screen.close_run()
 
 
 def _check_jobs(jobs: Sequence[Settings], typed: Sequence[str]) -> None:

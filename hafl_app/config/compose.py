@@ -124,19 +124,24 @@ def _label_alone(overrides: Sequence[Override]) -> str:
     return f"{line}: only the label in tables and files; {hint} selects a base model"
 
 
-def check_hydra(overrides: Sequence[str]) -> None:
-    """Check overrides of Hydra's own settings, which the command line of a simulation may have.
+def hydra_settings(overrides: Sequence[str]) -> DictConfig:
+    """Compose Hydra's own settings, of which the command line of a simulation may set some.
 
     Raises
     ------
     SettingsError
-        In one line.
+        In one line, naming the first override that is wrong.
     """
-    for override in overrides:
+    # Files before settings: a launcher's settings exist once it is chosen.
+    ordered = sorted(overrides, key=lambda override: "/" not in override.partition("=")[0])
+    composed = merge_files([], with_hydra=True)
+    for number, override in enumerate(ordered, start=1):
         try:
-            merge_files([override], with_hydra=True)
+            composed = merge_files(ordered[:number], with_hydra=True)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise SettingsError(f"{override}: {_first_line(error)}") from error
+    found: DictConfig = composed.hydra
+    return found
 
 
 def merge_files(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:

@@ -6,14 +6,18 @@ from typing import NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig
 
-from hafl_app.config.compose import check_hydra
+from hafl_app.config.compose import hydra_settings
 from hafl_app.config.files import groups
 from hafl_app.config.habits import as_override
 from hafl_app.config.overrides import SettingsError, parse_overrides, quoted, sweep_refusal
 from hafl_app.config.schema import Settings, declared_settings
 from hafl_app.run.going_on import key
 from hafl_app.run.run_folder import absolute, check_new, default_folder, output_folder
+from hafl_app.run.sweep_plan import SweepPlan, require_plugins, samples
 
 _REFUSED = {
     "config_path": "--config-path",
@@ -21,6 +25,7 @@ _REFUSED = {
     "config_dir": "--config-dir",  # `hafl` takes it before
     "experimental_rerun": "--experimental-rerun",
 }
+_NO_LIST = "{}: an interval has no list of values; hydra/sweeper=optuna searches in it"
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 
@@ -88,10 +93,49 @@ class CommandLine:
         if not self.multirun:
             for problem in filter(None, map(sweep_refusal, parsed)):
                 raise SettingsError(problem)
-        check_hydra([o for o in self.overrides if _is_hydras(o)])
-        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-        jobs = [job for batch in batches for job in batch]
-        return [[o for o in job if not _is_hydras(o)] for job in jobs]
+        require_plugins(self.overrides)
+        if any(map(_is_hydras, self.overrides)):
+            self.hydra_settings()
+        own = [override for override in parsed if not _is_hydras(override.input_line or "")]
+        chosen = [o for o in self.overrides if key(o) == "hydra/sweeper"]
+        if chosen and chosen[-1] != "hydra/sweeper=basic":
+            return samples(own)
+        try:
+            batches = BasicSweeper.split_arguments(own, max_batch_size=None)
+        except HydraException as error:
+            raise SettingsError(_NO_LIST.format(_first_interval(own))) from error
+        return [job for batch in batches for job in batch]
+
+    def hydra_settings(self) -> DictConfig:
+        """Return Hydra's own settings as this command line has them.
+
+        Raises
+        ------
+        SettingsError
+            If one of them is wrong.
+        """
+        return hydra_settings([o for o in self.overrides if _is_hydras(o)])
+
+    def varied(self) -> list[str]:
+        """Return the names of the settings that have several values."""
+        parsed = parse_overrides(self.overrides)
+        return [str(o.get_key_element()) for o in parsed if o.is_sweep_override()]
+
+    def sweep(self, placed: Sequence[str], jobs: Sequence[Settings]) -> SweepPlan:
+        """Return how the jobs of a sweep will run.
+
+        Parameters
+        ----------
+        placed
+            See `placed`.
+
+        Raises
+        ------
+        SettingsError
+            If they cannot run side by side.
+        """
+        typed = [o for o in self.overrides if _is_hydras(o)]
+        return SweepPlan.of(hydra_settings([*typed, *placed]), typed, self.varied(), jobs)
 
     def placed(self, jobs: Sequence[Settings]) -> list[str]:
         """Return Hydra's overrides that give every job its folder, all of them new.
@@ -118,9 +162,14 @@ class CommandLine:
                 "output_dir: expected one for the sweep; each job gets a folder in it"
             )
         folder = absolute(str(given.pop()))
-        for number in range(len(jobs)):
-            check_new(folder / str(number))
+        for job in sorted(folder.glob("[0-9]*")):
+            check_new(job)
         return [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweep.subdir=${hydra.job.num}"]
+
+
+def _first_interval(overrides: Sequence[Override]) -> str:
+    lines = (str(override.input_line) for override in overrides if override.is_interval_sweep())
+    return next(lines, "a sweep")
 
 
 def _is_hydras(override: str) -> bool:
