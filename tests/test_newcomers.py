@@ -47,6 +47,10 @@ REFUSED = [
     ("simulate federation.num_rounds=3.5", "federation.num_rounds"),
     ("simulate strategy=hafl,flexlora", "add -m"),
     ("evaluate adapter=x strategy=hafl", "strategy=: of training"),
+    ("simulate report_to=wandb", "did you mean tracking?"),
+    ("simulate tracking=tensorbord", "did you mean tensorboard?"),
+    ("compare seeds=0,1", "experiment= or methods= must be given, as in methods=hafl,flexlora"),
+    ("compare methods=fedavg,hafl", "did you mean strategy=fedit?"),
     ("compare experiment=hafl_banking77 --seeds 0,1", "--seeds: expected key=value"),
 ]
 

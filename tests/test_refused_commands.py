@@ -30,6 +30,7 @@ NAMES = [
     ("simulate --nope", "unrecognized arguments"),
     ("simulate resume=/nope", "no checkpoint there"),
     ("compare experiment=dem", "no such experiment"),
+    ("compare methods=hafl,flexlra", "did you mean flexlora"),
     ("compare experiment=hafl_banking77 nope=1", "nope=1: no such setting"),
     ("compare experiment=hafl_banking77 seeds=x", "expected whole numbers"),
     ("evaluate", "adapter= must be given"),

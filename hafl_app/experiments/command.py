@@ -8,6 +8,7 @@ from typing import Any
 
 from hafl_app.config.compose import SettingsError
 from hafl_app.config.files import groups
+from hafl_app.experiments.named_methods import named_methods
 from hafl_app.run.run_folder import default_folder
 
 Reader = Callable[[str, str], object]
@@ -87,6 +88,8 @@ def parse_command(arguments: Sequence[str], experiment: str | None = None) -> Co
             f"experiment= or methods= must be given, as in methods=hafl,flexlora; the experiments "
             f"are {there_are}"
         )
+    if not chosen:
+        named_methods(own["methods"])  # before anything heavy is imported for the settings
     return Command(chosen, overrides, **own)
 
 

@@ -102,9 +102,9 @@ class SweepJob:
         del config  # composed again from the overrides, checked, wherever the apps run
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
-        overrides = [o for o in hydra.overrides.task if key(o) != "output_dir"]
+        overrides = _without_folder(hydra.overrides.task)
         sweep, number = Path(hydra.sweep.dir), int(hydra.job.num)
-        record = JobRecord(number, folder.relative_to(sweep).as_posix(), tuple(overrides))
+        record = JobRecord(number, folder.relative_to(sweep).as_posix(), overrides)
         title = self._title(record)
         if not self.at_once:
             _say(f"\n{title}")
@@ -178,7 +178,7 @@ def print_sweep(folder: Path, jobs: Sequence[Sequence[str]], console: Console | 
     records = read_sweep(folder)
     ended = {record.job for record in records}
     records += [
-        JobRecord(number, "", tuple(overrides), _MISSING)
+        JobRecord(number, "", _without_folder(overrides), _MISSING)
         for number, overrides in enumerate(jobs)
         if number not in ended
     ]
@@ -231,6 +231,10 @@ def _objective(folder: Path) -> float | None:
     final, metric = summary.get("final", {}), _metric(summary)
     values = (final.get(metric.key(phase)) for phase in ("validation", "clients"))
     return next((float(value) for value in values if value is not None), None)
+
+
+def _without_folder(overrides: Sequence[str]) -> tuple[str, ...]:
+    return tuple(override for override in overrides if key(override) != "output_dir")
 
 
 def _metric(summary: Mapping[str, Any]) -> Metric:

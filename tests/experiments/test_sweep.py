@@ -91,7 +91,8 @@ class TestTable:
     def test_has_what_differs_the_scores_and_the_state_of_every_job(
         self, tmp_path, monkeypatch, capsys
     ):
-        jobs = [["strategy=hafl", "lora.max_rank=4", f"seed={seed}"] for seed in (0, 1, 2)]
+        same = ["strategy=hafl", "lora.max_rank=4", "output_dir=there"]
+        jobs = [[*same, f"seed={seed}"] for seed in (0, 1, 2)]
         job(tmp_path, monkeypatch, 1, jobs[1], broken)
         job(tmp_path, monkeypatch, 0, jobs[0], finished)
         console = Console(file=io.StringIO(), width=100)
