@@ -166,18 +166,17 @@ def compare(context: click.Context, arguments: tuple[str, ...]) -> int:
     One table and one figure, of as many seeds as are given.
 
     \b
-      hafl compare methods=hafl,flexlora,hetlora seeds=0,1,2 dataset=local \\
-          dataset.path=my.csv
+      hafl compare methods=hafl,hetlora seeds=0,1 dataset=local dataset.path=a.csv
       hafl compare experiment=hafl_banking77 seeds=0,1,2
 
     \b
     methods=hafl,hafl:scheme=truncation
-                             strategies, also with settings of their own; the first
-                             is the baseline
+                             strategies, also with settings of their own; first
+                             the baseline
     experiment=NAME          or a file with the methods of the comparison
     seeds=0,1,2              one run of every method for each (0)
     workers=2                processes that train at once (1)
-    tune=false               learning rates of the experiment instead of its search
+    tune=false               learning rates of the experiment instead of a search
     methods=a,b cells=c      with an experiment's methods: only these
     older=true               keep runs without a setting that has its default now
     output_dir=FOLDER        where to write; finished runs that are there are kept

@@ -17,9 +17,10 @@ from rich.table import Table
 from hafl_app.engines.one_run import run_once
 from hafl_app.metrics import ACCURACY, Metric, task_of
 from hafl_app.printable import printable
+from hafl_app.reports.records import read_summary
 from hafl_app.run.going_on import RunWatch, key
 from hafl_app.run.logs import output_to
-from hafl_app.run.run_folder import FINISHED, read_summary
+from hafl_app.run.run_folder import FINISHED
 from hafl_app.tracking.base import FAILED, INTERRUPTED
 
 SWEEP_FILE: Final = "sweep.jsonl"
