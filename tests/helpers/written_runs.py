@@ -26,6 +26,7 @@ def write_run(
     clients: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
     labels: Sequence[str] = LABELS,
     simulated: float | None = None,
+    influence: bool = False,
     **settings: Any,
 ) -> Path:
     """Write a run's folder: a score a round from round 0, each round 3 MB down and 1 MB up.
@@ -36,6 +37,8 @@ def write_run(
         The clients' scores in the last round, of `RANKS`.
     simulated
         Seconds of each round on simulated devices.
+    influence
+        Whether each round has the clients' influence: all alike.
     settings
         Beside those of every run, by name of the group.
     """
@@ -48,12 +51,23 @@ def write_run(
     for number, value in enumerate(test):
         scores = {f"test/{metric}": value, f"validation/{metric}": value}
         sent = {"bytes_down": 3_000_000, "bytes_up": 1_000_000} if number else {}
-        of_round = {"bytes_down": 0, "bytes_up": 0, "seconds": 1.0, "replies": 4, "failures": 0}
+        of_round: dict[str, Any] = {
+            "bytes_down": 0,
+            "bytes_up": 0,
+            "seconds": 1.0,
+            "replies": 4,
+            "failures": 0,
+        }
         if number:
             records += [_client(number, i, rank) for i, rank in enumerate(RANKS)]
             details += [importance_record(number, "norm", {"layer.0.query": [3.0, 1.0, 0.0, 0.0]})]
         if simulated is not None:
             of_round["simulated_seconds"] = simulated if number else 0.0
+        if influence and number:
+            alike = dict.fromkeys(("influence", "examples", "components"), 1 / len(RANKS))
+            of_round["influence"] = [
+                {"partition_id": i, "rank": rank, **alike} for i, rank in enumerate(RANKS)
+            ]
         records.append(
             {"kind": "round", "server_round": number, **of_round, **sent, "metrics": scores}
         )

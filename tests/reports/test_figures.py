@@ -190,7 +190,7 @@ class TestCurves:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_figure_of_a_run_is_drawn(kind, tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", influence=True)
     write_adapter(run, (2.0, 1.0))
     path = tmp_path / "figure.png"
     style.save(figure_of_runs(kind, [run]), path)
@@ -208,12 +208,7 @@ def test_a_figure_of_what_a_run_lacks_is_refused_in_one_line(tmp_path):
 
 
 def test_influence_is_read_where_rounds_have_it(tmp_path):
-    run = write_run(tmp_path / "run")
-    assert read_run(run).influence.empty
-    shares = '{"partition_id": 0, "rank": 2, "influence": 1.0, "examples": 1.0, "components": 1.0}'
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines()
-    lines[-1] = lines[-1][:-1] + f', "influence": [{shares}]}}'
-    path.write_text("\n".join(lines))
-    assert read_run(run).influence["influence"].tolist() == [1.0]
-    assert "influence" not in read_run(run).rounds
+    assert read_run(write_run(tmp_path / "without")).influence.empty
+    run = read_run(write_run(tmp_path / "run", influence=True))
+    assert run.influence["influence"].tolist() == [0.25] * len(RANKS)
+    assert "influence" not in run.rounds
