@@ -157,9 +157,16 @@ def _importance(read: Mapping[str, Any]) -> Importance:
 
 
 def _fields(kind: type) -> list[tuple[str, bool, Callable[[Any], Any]]]:
-    """Return the name of each field, whether it must be there, and what reads it."""
+    """Return the name of each field that is shown, whether it must be there, and what reads it.
+
+    One of another type than these keeps its default.
+    """
     types = get_type_hints(kind)
-    return [(f.name, f.default is MISSING, _READERS[types[f.name]]) for f in fields(kind)]
+    return [
+        (f.name, f.default is MISSING and f.default_factory is MISSING, _READERS[types[f.name]])
+        for f in fields(kind)
+        if types[f.name] in _READERS
+    ]
 
 
 _FIELDS = {kind: _fields(kind) for kind in (RoundRecord, ClientRecord)}
