@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from hafl_app.dashboard.folders import FolderError, Root
 from hafl_app.tracking.base import ClientRecord, RoundRecord
+from hafl_app.tracking.details import IMPORTANCE
 
 _MOST_FAULTS = 3
 Record = TypeVar("Record", RoundRecord, ClientRecord)
@@ -89,7 +90,7 @@ class Records:
                 self.rounds.append(_record(RoundRecord, read))
             elif kind == "client":
                 self.clients.append(_record(ClientRecord, read))
-            elif kind == "importance":
+            elif kind == IMPORTANCE:
                 self.importance.append(_importance(read))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if len(self.faults) < _MOST_FAULTS:
