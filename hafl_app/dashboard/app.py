@@ -29,6 +29,7 @@ from hafl_app.dashboard.runs import PHASES, RUNNING, STATES, Run, RunReader, pha
 from hafl_app.deployment.presence import FLEET_FILE
 from hafl_app.printable import printable
 from hafl_app.tracking.as_text import duration, megabytes
+from hafl_app.tracking.details import IMPORTANCE
 
 _HERE: Final = Path(__file__).parent
 _MOST_COMPARED: Final = 14
@@ -136,7 +137,7 @@ class _Pages:
         phases = phases_of([run])
         phase = _one_of(asked.get("phase"), phases)
         heats = [*charts.QUANTITIES] if run.trainings else []
-        heats = [charts.IMPORTANCE, *heats] if run.importance else heats
+        heats = [IMPORTANCE, *heats] if run.importance else heats
         heat = _one_of(asked.get("heat"), heats)
         now = time.time()
         watched, fault = self._watched(run)
@@ -183,7 +184,7 @@ class _Pages:
         """Answer with a heat map of a run, as SVG."""
         run, heat = self._asked_run(request), request.query_params.get("heat", "")
         key = ("heat", run.name, run.version, heat)
-        if heat == charts.IMPORTANCE and run.importance:
+        if heat == IMPORTANCE and run.importance:
             return self._svg(key, lambda: charts.importance_heat_map(run.importance[-1]))
         if heat in charts.QUANTITIES and run.trainings:
             return self._svg(key, lambda: charts.client_heat_map(run.trainings, heat))

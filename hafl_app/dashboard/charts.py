@@ -15,13 +15,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from hafl_app.dashboard.folders import MEGABYTE
 from hafl_app.dashboard.records import Importance
 from hafl_app.dashboard.runs import Run
 from hafl_app.printable import figure_text
-from hafl_app.reports.figures.curves import Line, draw_lines
+from hafl_app.reports.figures import style
+from hafl_app.reports.figures.curves import SENT, Line, draw_lines
 from hafl_app.tracking.base import ClientRecord
 
 _LONGEST_NAME = 60
@@ -44,7 +44,6 @@ QUANTITIES: Final[Mapping[str, Quantity]] = {
     "uploaded": Quantity("MB uploaded", lambda r: r.bytes_up / MEGABYTE),
     "failures": Quantity("failed trainings", lambda r: float(bool(r.error))),
 }
-IMPORTANCE: Final = "importance"
 
 
 def curves(runs: Mapping[str, Run], phase: str) -> bytes:
@@ -70,9 +69,9 @@ def curves(runs: Mapping[str, Run], phase: str) -> bytes:
         sent = {legend[n]: Line(_sent(run), [run.scores(phase)]) for n, run in shown.items()}
         for axes, lines in ((by_round, rounds), (by_traffic, sent)):
             draw_lines(axes, lines, list(legend.values()), metric)
-        by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
+        style.whole(by_round.xaxis)
         by_round.set(xlabel="round", ylabel=f"{phase} {metric.title}")
-        by_traffic.set(xlabel="sent so far, down and up (MB)")
+        by_traffic.set(xlabel=SENT)
         by_traffic.tick_params(labelleft=True)
         handles, labels = by_round.get_legend_handles_labels()
         if handles:
@@ -153,8 +152,7 @@ def _heat_map(
         figure = Figure(figsize=(10, 1.3 + 0.24 * max(3, len(rows))), layout="constrained")
         axes = figure.subplots()
         axes.set_title(figure_text(title), fontsize=11)
-        # viridis grows steadily in lightness, so that it can be read in gray.
-        image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
+        image = axes.imshow(values, aspect="auto", cmap=style.HEAT, interpolation="nearest")
         figure.colorbar(image, ax=axes)
         axes.set_yticks(range(len(rows)), list(map(figure_text, rows)))
         _label_columns(axes, columns)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from hafl_app.dashboard.folders import FolderError, Root
 from hafl_app.tracking.base import ClientRecord, RoundRecord
+from hafl_app.tracking.details import IMPORTANCE
 
 _MOST_FAULTS = 3
 Record = TypeVar("Record", RoundRecord, ClientRecord)
@@ -89,7 +90,7 @@ class Records:
                 self.rounds.append(_record(RoundRecord, read))
             elif kind == "client":
                 self.clients.append(_record(ClientRecord, read))
-            elif kind == "importance":
+            elif kind == IMPORTANCE:
                 self.importance.append(_importance(read))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if len(self.faults) < _MOST_FAULTS:
@@ -157,9 +158,16 @@ def _importance(read: Mapping[str, Any]) -> Importance:
 
 
 def _fields(kind: type) -> list[tuple[str, bool, Callable[[Any], Any]]]:
-    """Return the name of each field, whether it must be there, and what reads it."""
+    """Return the name of each field that is shown, whether it must be there, and what reads it.
+
+    One of another type than these keeps its default.
+    """
     types = get_type_hints(kind)
-    return [(f.name, f.default is MISSING, _READERS[types[f.name]]) for f in fields(kind)]
+    return [
+        (f.name, f.default is MISSING and f.default_factory is MISSING, _READERS[types[f.name]])
+        for f in fields(kind)
+        if types[f.name] in _READERS
+    ]
 
 
 _FIELDS = {kind: _fields(kind) for kind in (RoundRecord, ClientRecord)}

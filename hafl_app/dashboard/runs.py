@@ -15,6 +15,7 @@ from hafl_app.dashboard.folders import LOCK_FILE, FolderError, Root
 from hafl_app.dashboard.records import Importance, Records, number, read_json
 from hafl_app.metrics import Metric, task_of
 from hafl_app.tracking.base import FAILED, INTERRUPTED, ClientRecord, RoundRecord
+from hafl_app.tracking.details import DETAILS_FILE
 from hafl_app.tracking.jsonl import CLIENTS_FILE, METRICS_FILE, SUMMARY_FILE
 
 RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
@@ -22,7 +23,7 @@ STATES: Final = (RUNNING, FINISHED, FAILED, INTERRUPTED, STOPPED)
 """`STOPPED` is a run whose process is gone and which wrote no end, as after a kill."""
 
 PHASES: Final = ("test", "validation", "clients")
-_SETTINGS_FILE, _DETAILS_FILE = "config.yaml", "details.jsonl"
+_SETTINGS_FILE = "config.yaml"
 _JITTER_S = 2.0
 
 
@@ -189,7 +190,7 @@ class RunReader:
     def _read(self, name: str, folder: Path, stamps: Mapping[str, float]) -> Run:
         faults: list[str] = []
         records, details = self._records.setdefault(name, (Records(), Records()))
-        for file, held in ((METRICS_FILE, records), (_DETAILS_FILE, details)):
+        for file, held in ((METRICS_FILE, records), (DETAILS_FILE, details)):
             if file in stamps:
                 try:
                     held.read_on(self.root, folder / file)
@@ -264,7 +265,7 @@ class RunReader:
 
 def _stamps(folder: Path) -> dict[str, float]:
     """Return when each of a run's files was last written."""
-    records = (METRICS_FILE, _DETAILS_FILE)
+    records = (METRICS_FILE, DETAILS_FILE)
     stamps = {}
     for name in (*records, SUMMARY_FILE, CLIENTS_FILE, _SETTINGS_FILE, LOCK_FILE):
         try:

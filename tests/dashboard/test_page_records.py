@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import pytest
 from run_folders import client_record, log_round, round_record
 
 from hafl_app.dashboard.folders import Root
-from hafl_app.dashboard.records import Records
+from hafl_app.dashboard.records import Records, _fields
 from hafl_app.tracking.jsonl import JsonlTracker
 
 
@@ -101,6 +103,15 @@ def test_a_newer_record_may_have_more_and_an_older_one_less(file):
     records = read(file)
     assert records.clients[-1] == client_record(2, 0)
     assert not records.faults
+
+
+def test_a_field_that_is_not_shown_keeps_its_default(file):
+    @dataclass
+    class Newer:
+        server_round: int
+        shares: Sequence[Mapping[str, float]] = field(default_factory=list)
+
+    assert [name for name, *_ in _fields(Newer)] == ["server_round"]
 
 
 def test_what_is_no_number_is_nan(file):
