@@ -17,8 +17,9 @@ from rich.text import Text
 from hafl_app.packages import short
 from hafl_app.printable import printable
 from hafl_app.process_identity import start_of
+from hafl_app.reports.records import read_summary
 from hafl_app.run.progress import progress_line, read_progress
-from hafl_app.run.run_folder import FINISHED, read_summary
+from hafl_app.run.run_folder import FINISHED
 from hafl_app.tracking.as_text import Printer, short_duration, standard_output
 from hafl_app.tracking.base import RoundRecord
 from hafl_app.tracking.closing import Clock, print_closing

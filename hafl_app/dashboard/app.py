@@ -28,7 +28,7 @@ from hafl_app.dashboard.records import read_json
 from hafl_app.dashboard.runs import PHASES, RUNNING, STATES, Run, RunReader, phases_of
 from hafl_app.deployment.presence import FLEET_FILE
 from hafl_app.printable import printable
-from hafl_app.tracking.console import duration, megabytes
+from hafl_app.tracking.as_text import duration, megabytes
 
 _HERE: Final = Path(__file__).parent
 _MOST_COMPARED: Final = 14

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from hafl_app.dashboard.records import number
 from hafl_app.dashboard.runs import Run
-from hafl_app.tracking.console import duration
+from hafl_app.tracking.as_text import duration
 
 ONLINE, GONE, SILENT, LEFT, UNKNOWN = "online", "gone", "silent", "left", "unknown"
 _FENCE_SILENT_S: Final = 10.0

@@ -13,8 +13,9 @@ import yaml
 
 from hafl_app.data.errors import nearest
 from hafl_app.metrics import task_of
+from hafl_app.reports.records import read_summary
 from hafl_app.run.progress import progress_line, read_progress
-from hafl_app.run.run_folder import FINISHED, read_summary
+from hafl_app.run.run_folder import FINISHED
 from hafl_app.tracking.base import FAILED, INTERRUPTED
 from hafl_app.tracking.jsonl import METRICS_FILE, SUMMARY_FILE
 
