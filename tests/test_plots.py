@@ -1,6 +1,7 @@
 """Rank collapse on tiny settings, and curves of finished runs."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -82,3 +83,50 @@ class TestCurves:
         said = capsys.readouterr().err
         assert "no readable metrics.jsonl" in said
         assert len(said.splitlines()) == 1
+
+
+class TestCurvesOfTwo:
+    """Two runs beside each other: named, scored, and of one metric."""
+
+    @pytest.fixture
+    def pair(self, tmp_path):
+        for name, metric, values in (("a", "accuracy", (0.1, 0.5)), ("b", "accuracy", (0.1, 0.4))):
+            make_run(tmp_path / name, name=f"run {name}", metric=metric, values=values)
+        return tmp_path
+
+    def test_are_told_apart_by_name_with_their_scores(self, pair, monkeypatch, capsys):
+        figure = pair / "c.png"
+        assert main(monkeypatch, "curves", pair / "a", pair / "b", "--output", figure) == 0
+
+        rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        assert "run a 1 50.0% 50.0% 3.0" in rows
+        assert "run b 1 40.0% 40.0% 3.0" in rows
+        assert figure.stat().st_size > 0
+
+    def test_one_name_of_both_tells_nothing(self, pair, monkeypatch, capsys):
+        make_run(pair / "c", name="run a", metric="accuracy", values=(0.1, 0.3))
+        main(monkeypatch, "curves", pair / "a", pair / "c", "--output", pair / "c.png")
+
+        assert "run a" not in capsys.readouterr().out
+
+    def test_of_two_metrics_are_refused(self, pair, monkeypatch, capsys):
+        make_run(pair / "p", name="p", metric="perplexity", values=(90.0, 30.0))
+        code = main(monkeypatch, "curves", pair / "a", pair / "p", "--output", pair / "c.png")
+
+        assert code == 2
+        assert "runs with different metrics: accuracy, perplexity" in capsys.readouterr().err
+        assert not (pair / "c.png").exists()
+
+
+def make_run(folder, *, name, metric, values):
+    folder.mkdir()
+    rounds = [
+        {"kind": "round", "server_round": number, "seconds": 1.0, "train_loss": 1.0,
+         "bytes_down": 10**6 * (2 * number), "bytes_up": 10**6 * number, "replies": 1,
+         "failures": 0, "metrics": {f"test/{metric}": value}}
+        for number, value in enumerate(values)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rounds))
+    summary = {"status": "finished", "name": name, "dataset": {}, "final": rounds[-1]["metrics"]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text("{}")

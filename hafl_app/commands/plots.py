@@ -1,14 +1,20 @@
 """`hafl plots`: figures beyond those that every run draws."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hafl_app.cli import run_script
+from hafl_app.printable import printable
 from hafl_app.reports.folders import require_records
+from hafl_app.tracking.as_text import Printer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from hafl_app.reports.curve import Curve
+
+_LONGEST_LABEL = 36
 
 
 def rank_collapse(settings: Sequence[str]) -> int:
@@ -46,10 +52,42 @@ def _rank_collapse(settings: Sequence[str]) -> int:
 def _curves(folders: Sequence[Path], output: Path) -> int:
     from hafl_app.reports.curve import read_curve  # noqa: PLC0415
 
-    runs = {str(folder): [read_curve(folder)] for folder in folders}
+    runs = {label: read_curve(folder) for label, folder in _labeled(folders).items()}
+    metrics = {curve.metric.name for curve in runs.values()}
+    if len(metrics) > 1:
+        raise ValueError(f"runs with different metrics: {', '.join(sorted(metrics))}")
     from hafl_app.reports.figures.curves import comparison_figure  # noqa: PLC0415  takes seconds
 
-    return _write(comparison_figure({"": runs}, "Test scores"), output)
+    lines = {label: [curve] for label, curve in runs.items()}
+    code = _write(comparison_figure({"": lines}, "Test scores"), output)
+    _print_scores(runs)
+    return code
+
+
+def _labeled(folders: Sequence[Path]) -> dict[str, Path]:
+    """Return the folders by the runs' names; by themselves where a name tells nothing apart."""
+    from hafl_app.run.run_list import read_entry  # noqa: PLC0415
+
+    names = [read_entry(folder).name for folder in folders]
+    labels = [name if name and names.count(name) == 1 else "" for name in names]
+    return {label or str(folder): folder for label, folder in zip(labels, folders, strict=True)}
+
+
+def _print_scores(runs: Mapping[str, "Curve"]) -> None:
+    """Print the test scores of the last and the best round, and the MB, of each run."""
+    printer = Printer()
+    rows = [
+        [
+            printable(label, _LONGEST_LABEL),
+            str(len(curve.test) - 1),
+            curve.metric.text(curve.test[-1]),
+            curve.metric.text(curve.test[curve.best_round]),
+            f"{curve.sent[-1]:,.1f}",
+        ]
+        for label, curve in runs.items()
+    ]
+    headings = ["rounds", "test, last", "test, best", "MB"]
+    printer.table("Scores", {"": "left", **dict.fromkeys(headings, "right")}, rows)
 
 
 def _of_runs(kind: str, folders: Sequence[Path], output: Path) -> int:

@@ -1,7 +1,5 @@
 """`hafl runs`: the runs in a folder, with what they were and how they went."""
 
-import sys
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -42,18 +40,11 @@ def _runs(root: Path, wanted: RunFilter, last: int | None, paths: bool) -> int:
     if not chosen:
         print(f"no run below {root}" + (" is like that" if wanted != RunFilter() else ""))
         return 0
-    try:
-        _print(chosen)
-    except BrokenPipeError:  # as by `| head`
-        sys.stdout = None  # type: ignore[assignment]  nothing is flushed into it at the end
-    return 0
-
-
-def _print(runs: Sequence[RunEntry]) -> None:
     printer = Printer()
-    for run in runs:
+    for run in chosen:
         printer.parts(parts_of(run))
         printer.path(f"  {printable(short(run.folder), 4000)}")
+    return 0
 
 
 def parts_of(run: RunEntry) -> list[Text]:

@@ -194,7 +194,8 @@ def ray(settings: Settings | None) -> Finding:
 
 def superlinks(_settings: Settings | None) -> Finding:
     """Look for SuperLinks that a killed run has left, and for others that are at work."""
-    stale, others = [], []
+    stale: list[int] = []
+    others: list[int] = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if any(Path(word).name == "flower-superlink" for word in process.cmdline()[:2]):
@@ -283,7 +284,8 @@ def hub(_settings: Settings | None) -> Finding:
 def disk(settings: Settings | None) -> Finding:
     """Look at the room where a run writes, and where its processes put their files."""
     output = Path(settings.output_dir).expanduser() if settings and settings.output_dir else None
-    places = {"output": _existing(output or Path("outputs")), "temporary": tempfile.gettempdir()}
+    temporary = Path(tempfile.gettempdir())
+    places = {"output": _existing(output or Path("outputs")), "temporary": temporary}
     room = {name: shutil.disk_usage(path).free / 1e6 for name, path in places.items()}
     line = ", ".join(
         f"{room[name] / 1000:.1f} GB free for {name} files in {path}"

@@ -93,8 +93,10 @@ def next_commands(summary: Mapping[str, Any], folder: Path) -> list[str]:
     hafl, run = hafl_command(), short(folder)
     ranks = [row["rank"] for row in summary.get("nodes", [])]
     cut = ["--rank", str(min(ranks))] if ranks and min(ranks) < max(ranks) else []
+    report = Path("report")
+    taken = report.exists() and not (report / "report.md").is_file()
     commands = [
-        [hafl, "plots", "curves", run],
+        [hafl, "report", run, *(["--output", str(_free(report))] if taken else [])],
         [hafl, "export", run, *cut, "--output", str(_free(Path("exported")))],
     ]
     return [_typed(command) for command in commands]
