@@ -73,7 +73,7 @@ REFUSED = [
     ),
     (
         ["devices=mixed", "model.head=closed_form", "strategy=zero_padding"],
-        "model.head=closed_form: the clock of devices counts no passes for sums of features; "
+        "model.head=closed_form: the clock of devices counts no sums of features; "
         "expected devices=none",
     ),
     (
