@@ -63,7 +63,8 @@ def test_a_mistake_is_one_line_before_anything_is_written(line, answer, runs, ca
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_a_figure_is_written_by_its_suffix(kind, suffix, runs, capsys):
     code, out, _ = said(capsys, f"plots {kind} runs/a --output f.{suffix}")
-    assert (code, out) == (0, f"Written: f.{suffix}\n")
+    assert code == 0
+    assert out.startswith(f"Written: f.{suffix}\n")
     assert b"<svg" in (runs / "f.svg").read_bytes() if suffix == "svg" else True
     assert (runs / f"f.{suffix}").stat().st_size > 5000
 
