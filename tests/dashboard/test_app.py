@@ -147,7 +147,8 @@ class TestRun:
         line = json.dumps(record | {"modules": {"layer.0": [1.0, 2.0]}})
         (root / "day/one/details.jsonl").write_text(line + "\n")
         assert "heat=importance" in ask("/run?run=day/one").text
-        assert "share of energy after round 2" in ask("/heat.svg?run=day/one&heat=importance").text
+        drawn = ask("/heat.svg?run=day/one&heat=importance").text
+        assert "(share of energy) after round 2" in drawn
 
     def test_it_is_read_again_while_it_goes(self, ask, root):
         with run_lock(root / "now"):
