@@ -111,6 +111,11 @@ class TestRuns:
         assert sorted(re.findall(r'value="day/(\w+)"', text)) == shown
         assert ("No run fits." in text) == (not shown)
 
+    def test_their_own_names_and_tags_are_shown_and_filter(self, ask, root):
+        write_run(root / "named", name="for the paper", tags=["final", 2])
+        assert '<span class="label">for the paper final 2</span>' in ask("/").text
+        assert re.findall(r'value="(named|day/\w+)"', ask("/?q=paper+final").text) == ["named"]
+
     def test_chosen_ones_are_drawn_over_each_other(self, ask):
         text = ask("/?run=day/one&run=day/two").text
         (source,) = re.findall(r'<img src="([^"]+)"', text)
