@@ -25,9 +25,10 @@ from hafl_app.dashboard import charts
 from hafl_app.dashboard.fleet import fleet, note
 from hafl_app.dashboard.folders import FolderError, Root
 from hafl_app.dashboard.records import read_json
-from hafl_app.dashboard.runs import PHASES, RUNNING, STATES, Run, RunReader, phases_of
+from hafl_app.dashboard.runs import PHASES, Run, RunReader, phases_of
 from hafl_app.deployment.presence import FLEET_FILE
 from hafl_app.printable import printable
+from hafl_app.run.run_list import RUNNING, STATES
 from hafl_app.tracking.as_text import duration, megabytes
 from hafl_app.tracking.details import IMPORTANCE
 
@@ -262,7 +263,9 @@ def _curves_url(runs: Sequence[Run], phase: str) -> Markup:
 
 def _fits(run: Run, words: str, state: str) -> bool:
     """Whether a run has all words, in its name or its settings, and the state if one is given."""
-    text = " ".join((run.name, run.method, run.data, run.model, f"seed={run.seed}")).lower()
+    text = " ".join(
+        (run.name, run.label, run.method, run.data, run.model, f"seed={run.seed}")
+    ).lower()
     return (not state or run.state == state) and all(w in text for w in words.lower().split())
 
 

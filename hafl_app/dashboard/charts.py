@@ -119,7 +119,7 @@ def importance_heat_map(importance: Importance) -> bytes:
     values = np.full((len(modules), widest), np.nan)
     for row, each in enumerate(modules.values()):
         values[row, : len(each)] = each
-    title = f"{importance.measure} after round {importance.server_round}"
+    title = f"importance ({importance.measure}) after round {importance.server_round}"
     columns = [str(component) for component in range(1, widest + 1)]
     return _heat_map(values, list(map(_short, modules)), columns, "component", title)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from hafl_app.run.run_list import LOCK_FILE
 from hafl_app.tracking.jsonl import METRICS_FILE, SUMMARY_FILE
 
-LOCK_FILE = ".lock"
 _MARKS = {METRICS_FILE, SUMMARY_FILE, LOCK_FILE}
 _WITHOUT_RUNS = {"checkpoints", "adapter", "adapter-best", "logs", "wandb"}
 _DEEPEST = 8

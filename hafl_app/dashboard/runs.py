@@ -11,19 +11,15 @@ from typing import Any, Final
 import psutil
 import yaml
 
-from hafl_app.dashboard.folders import LOCK_FILE, FolderError, Root
+from hafl_app.dashboard.folders import FolderError, Root
 from hafl_app.dashboard.records import Importance, Records, number, read_json
 from hafl_app.metrics import Metric, task_of
-from hafl_app.tracking.base import FAILED, INTERRUPTED, ClientRecord, RoundRecord
+from hafl_app.run.run_list import CONFIG_FILE, LOCK_FILE, RUNNING, STATES, STOPPED
+from hafl_app.tracking.base import ClientRecord, RoundRecord
 from hafl_app.tracking.details import DETAILS_FILE
 from hafl_app.tracking.jsonl import CLIENTS_FILE, METRICS_FILE, SUMMARY_FILE
 
-RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
-STATES: Final = (RUNNING, FINISHED, FAILED, INTERRUPTED, STOPPED)
-"""`STOPPED` is a run whose process is gone and which wrote no end, as after a kill."""
-
 PHASES: Final = ("test", "validation", "clients")
-_SETTINGS_FILE = "config.yaml"
 _JITTER_S = 2.0
 
 
@@ -66,6 +62,12 @@ class Run:
     importance: Sequence[Importance] = ()
     faults: Sequence[str] = ()
     written: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The run's own name and its tags, as they stand in the settings."""
+        name, tags = self.settings.get("name"), self.settings.get("tags")
+        return " ".join(str(w) for w in (name, *(tags if isinstance(tags, list) else ())) if w)
 
     @property
     def method(self) -> str:
@@ -204,7 +206,7 @@ class RunReader:
             name,
             state,
             str(summary.get("reason") or ""),
-            self._settings(folder / _SETTINGS_FILE, stamps, faults),
+            self._settings(folder / CONFIG_FILE, stamps, faults),
             summary,
             self._json(folder / CLIENTS_FILE, stamps, faults),
             _completed(records.rounds, summary),
@@ -267,7 +269,7 @@ def _stamps(folder: Path) -> dict[str, float]:
     """Return when each of a run's files was last written."""
     records = (METRICS_FILE, DETAILS_FILE)
     stamps = {}
-    for name in (*records, SUMMARY_FILE, CLIENTS_FILE, _SETTINGS_FILE, LOCK_FILE):
+    for name in (*records, SUMMARY_FILE, CLIENTS_FILE, CONFIG_FILE, LOCK_FILE):
         try:
             stamps[name] = (folder / name).lstat().st_mtime
         except OSError:

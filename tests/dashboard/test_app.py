@@ -111,6 +111,11 @@ class TestRuns:
         assert sorted(re.findall(r'value="day/(\w+)"', text)) == shown
         assert ("No run fits." in text) == (not shown)
 
+    def test_their_own_names_and_tags_are_shown_and_filter(self, ask, root):
+        write_run(root / "named", name="for the paper", tags=["final", 2])
+        assert '<span class="label">for the paper final 2</span>' in ask("/").text
+        assert re.findall(r'value="(named|day/\w+)"', ask("/?q=paper+final").text) == ["named"]
+
     def test_chosen_ones_are_drawn_over_each_other(self, ask):
         text = ask("/?run=day/one&run=day/two").text
         (source,) = re.findall(r'<img src="([^"]+)"', text)
@@ -147,7 +152,8 @@ class TestRun:
         line = json.dumps(record | {"modules": {"layer.0": [1.0, 2.0]}})
         (root / "day/one/details.jsonl").write_text(line + "\n")
         assert "heat=importance" in ask("/run?run=day/one").text
-        assert "share of energy after round 2" in ask("/heat.svg?run=day/one&heat=importance").text
+        drawn = ask("/heat.svg?run=day/one&heat=importance").text
+        assert "(share of energy) after round 2" in drawn
 
     def test_it_is_read_again_while_it_goes(self, ask, root):
         with run_lock(root / "now"):

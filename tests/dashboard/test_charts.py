@@ -71,4 +71,4 @@ def test_importance_is_drawn_by_module_and_component():
     found = Importance(5, "smoothed sensitivity", {"layer.0.query": [3.0, NAN], "layer.1": [1.0]})
     drawn = texts(importance_heat_map(found))
     assert {"layer.0.query", "layer.1", "component"} <= set(drawn)
-    assert "smoothed sensitivity after round 5" in drawn
+    assert "importance (smoothed sensitivity) after round 5" in drawn

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -101,7 +101,7 @@ def test_a_newer_record_may_have_more_and_an_older_one_less(file):
     del line["steps"]
     append(file, json.dumps(line) + "\n" + '{"kind": "from the future"}\n')
     records = read(file)
-    assert records.clients[-1] == client_record(2, 0)
+    assert repr(records.clients[-1]) == repr(client_record(2, 0))  # NaN is not itself
     assert not records.faults
 
 
@@ -109,7 +109,7 @@ def test_a_field_that_is_not_shown_keeps_its_default(file):
     @dataclass
     class Newer:
         server_round: int
-        shares: Sequence[Mapping[str, float]] = field(default_factory=list)
+        shares: Sequence[bytes] = field(default_factory=list)
 
     assert [name for name, *_ in _fields(Newer)] == ["server_round"]
 
