@@ -14,6 +14,7 @@ from hafl_app.cgroups import usable_cpus
 from hafl_app.config.overrides import SettingsError, quoted
 from hafl_app.config.schema import Settings
 from hafl_app.metrics import TASKS
+from hafl_app.packages import install_command
 from hafl_app.run.going_on import key
 from hafl_app.run.run_folder import absolute
 
@@ -22,9 +23,8 @@ _PLUGINS: Final = {
     "hydra/launcher=ray": "hydra-ray-launcher",
     "hydra/sweeper=optuna": "hydra-optuna-sweeper",
 }
-_WITH_OURS: Final = "-c constraints.txt"
 # It asks for a cloudpickle below 3, which joblib refuses; it works with that which is there.
-_HOW: Final = {"hydra-ray-launcher": "--no-deps"}
+_OWN_WAY: Final = {"hydra-ray-launcher": "pip install --no-deps hydra-ray-launcher"}
 _DIRECTION, _FAILURES = "hydra.sweeper.direction", "hydra.sweeper.max_failure_rate"
 
 
@@ -143,7 +143,7 @@ def require_plugins(overrides: Sequence[str]) -> None:
             try:
                 distribution(package)
             except PackageNotFoundError as error:
-                command = f"pip install {_HOW.get(package, _WITH_OURS)} {package}"
+                command = _OWN_WAY.get(package) or install_command(package)
                 raise SettingsError(f"{override} needs the package {package}: {command}") from error
 
 
