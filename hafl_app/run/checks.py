@@ -411,6 +411,9 @@ def _cohort(settings: Settings) -> Iterator[str]:
         yield f"{given} needs model.dropout=false: {masks}"
     if settings.privacy.kind == "local_dp":
         yield f"{given}: under privacy=local_dp a node's noise depends on the last bit it uploads"
+    if settings.strategy.traits.trains_cores:
+        method = type(settings.strategy).__module__.rpartition(".")[2]
+        yield f"{given}: clients of strategy={method} train cores, each in a model of its own"
     if model.quantization == "blockwise":
         yield (
             f"{given} needs another model.quantization: under blockwise every client has its own "

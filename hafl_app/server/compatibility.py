@@ -51,6 +51,8 @@ def no_server_optimizer(traits: Traits) -> str:
         return "it merges into the base what the mean of a round lacks, which another step belies"
     if not traits.keeps_components:
         return "it makes new components in every round, of which those before say nothing"
+    if traits.trains_cores:
+        return "its clients train cores, and a step of each number of lora_B is none of a core"
     return ""
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hafl_app.config.compose import compose
 from hafl_app.config.files import CONF
+from hafl_app.lowrank.cores import frozen_bases, with_cores
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
 from hafl_app.run import build
 from hafl_app.server.aggregation import merge as merge_into
@@ -18,6 +19,7 @@ from hafl_app.server.method import StrategyError
 from hafl_app.server.options import RunOptions
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.core_mean import CoreMean
 from hafl_app.training.choosing import chosen_plan
 from hafl_app.wire.node_profile import NodeProfile
 
@@ -49,7 +51,36 @@ def strategy_named(name: str, *overrides: str) -> HeterogeneousLora:
         },
         {n: torch.randn(shape, generator=generator) for n, shape in HEAD.items()},
     )
+    if isinstance(strategy, CoreMean):
+        set_modules(strategy, made_of_cores(strategy, generator))
     return strategy
+
+
+def made_of_cores(strategy: CoreMean, generator: torch.Generator) -> dict[str, LoraFactors]:
+    """Return an adapter that random cores make, of clients of the largest rank or of a lower one.
+
+    Upper triangular ones: the first components are then what a smaller core makes of fewer.
+    """
+    plan = strategy.plan(Client(strategy.max_rank, 1, 0).profile, 1)
+    modules = {}
+    for name, bases in strategy.bases().items():
+        size = plan.modules[name].core.size
+        cores = [
+            torch.randn(size, size, generator=generator).triu()
+            for _ in plan.modules[name].held[::size]
+        ]
+        modules[name] = with_cores(LoraFactors(bases.lora_A[:, :0], torch.cat(cores, 1)), bases)
+    return modules
+
+
+def whole(
+    update: ClientUpdate, name: str, factors: LoraFactors, held: Sequence[int]
+) -> LoraFactors:
+    """Return the factors of components that came as cores, if they did."""
+    core = update.plan.modules[name].core
+    if core is None:
+        return factors
+    return with_cores(factors, frozen_bases(SHAPES, core.rank, core.seed)[name].select(held))
 
 
 def serves_mixed_ranks(name: str) -> bool:
@@ -134,7 +165,8 @@ def model_after(update: ClientUpdate) -> dict[str, LoraFactors]:
     """Return all that a client's model has after training: what it trained, and what it held."""
     return {
         name: _held(update, name).replace(
-            update.plan.modules[name].trainable_slots, update.adapter.modules[name]
+            update.plan.modules[name].trainable_slots,
+            whole(update, name, update.adapter.modules[name], update.components(name)),
         )
         for name in update.sent.modules
     }
@@ -143,6 +175,8 @@ def model_after(update: ClientUpdate) -> dict[str, LoraFactors]:
 def _held(update: ClientUpdate, name: str) -> LoraFactors:
     """Return what a client held; a lora_B of its own was not sent."""
     sent, trained = update.sent.modules[name], update.adapter.modules[name]
+    if update.plan.modules[name].core is not None:
+        return whole(update, name, sent, update.plan.modules[name].held)
     return sent.filled(LoraFactors(sent.lora_A, torch.zeros(trained.out_features, sent.rank)))
 
 

@@ -139,6 +139,10 @@ REFUSED = [
             "4", " needs another model.quantization: under blockwise every client has its own base"
         ),
     ),
+    (
+        [*TOGETHER, "strategy=ravan"],
+        COHORT.format("4", ": clients of strategy=ravan train cores, each in a model of its own"),
+    ),
     # model and data
     (["model=vit_digits_random"], images("image_classification", "synthetic")),
     (["model=vit_digits_random", "dataset=on_device"], images("image_classification", "on_device")),

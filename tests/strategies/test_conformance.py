@@ -19,6 +19,7 @@ from driving import (
     update_of,
 )
 
+from hafl_app.lowrank.cores import with_cores
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import TrainPlan
 
@@ -205,6 +206,12 @@ class TestPlans:
                 held = whole.lora_B[:, list(plan.modules[module].held)]
                 if plan.density < 1:  # the largest numbers, all others 0
                     held = held.where(factors.lora_B != 0, 0.0)
+                if plan.modules[module].core is not None:
+                    again = with_cores(
+                        factors, strategy.bases()[module].select(range(factors.rank))
+                    )
+                    torch.testing.assert_close(again.lora_B, held)
+                    continue
                 own = plan.modules[module].own_lora_B
                 assert torch.equal(factors.lora_B, held[:0] if own else held)
 
