@@ -63,6 +63,9 @@ class Traits:
     trains_cores
         Whether its plans train cores between frozen bases, see `hafl_app.trained_core.Core`: its
         lora_B must then stay what cores make of a basis.
+    sums_updates
+        Whether its fold takes of the updates only weighted sums of each component over those who
+        trained it, so that each of these may upload their mean: what secure aggregation needs.
     breaks
         Laws of the conformance suite that the method breaks by its paper, with the source.
     """
@@ -82,6 +85,7 @@ class Traits:
     uploads_sparsely: bool = False
     coverage_exponent: float | None = 1.0
     trains_cores: bool = False
+    sums_updates: bool = False
     breaks: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -14,6 +14,8 @@ from hafl_app.trained_core import Core
 
 OF_CORES = Traits(
     trains_cores=True,
+    sums_updates=True,
+    coverage_exponent=None,  # its updates have cores in place of whole factors
     not_robust="the median of what cores make of a basis is made by no core",
     dp_refusal="privacy=central_dp adds noise to every number of lora_B, and a core has fewer; "
     "privacy=local_dp adds it to the cores",

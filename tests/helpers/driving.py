@@ -185,6 +185,43 @@ def merge(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> dict[
     return dict(merge_into(strategy, strategy.global_adapter, updates).modules)
 
 
+def means_over_trainers(updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+    """Return the updates, each component as its mean over those who trained it, heads as theirs.
+
+    What a secure sum tells of them, weighted by ``num_examples``.
+    """
+    total = sum(u.num_examples for u in updates)
+    head = {
+        name: sum(u.num_examples * u.adapter.head[name] for u in updates) / total
+        for name in updates[0].adapter.head
+    }
+    return [
+        replace(
+            u,
+            adapter=Adapter({n: _means(n, u, updates) for n in u.adapter.modules}, head),
+        )
+        for u in updates
+    ]
+
+
+def _means(name: str, one: ClientUpdate, updates: Sequence[ClientUpdate]) -> LoraFactors:
+    means = []
+    for component in one.components(name):
+        those = [u for u in updates if component in u.components(name)]
+        weights = [u.num_examples / sum(v.num_examples for v in those) for u in those]
+        parts = [
+            u.adapter.modules[name].select([u.components(name).index(component)]) for u in those
+        ]
+        lora_A = sum(w * part.lora_A.double() for w, part in zip(weights, parts, strict=True))
+        lora_B = sum(w * part.lora_B.double() for w, part in zip(weights, parts, strict=True))
+        means.append(LoraFactors(lora_A.float(), lora_B.float()))
+    if not means:
+        return one.adapter.modules[name]
+    return LoraFactors(
+        torch.cat([mean.lora_A for mean in means]), torch.cat([mean.lora_B for mean in means], 1)
+    )
+
+
 def advance(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> None:
     """Merge the updates into the strategy's own adapter."""
     set_modules(strategy, merge(strategy, updates))

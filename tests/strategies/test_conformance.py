@@ -10,6 +10,7 @@ from driving import (
     STRATEGIES,
     Client,
     clients_for,
+    means_over_trainers,
     merge,
     model_after,
     noise,
@@ -22,6 +23,7 @@ from driving import (
 from hafl_app.lowrank.cores import with_cores
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import TrainPlan
+from hafl_app.strategies.base import HeterogeneousLora
 
 TOLERANCE = 1e-6
 
@@ -152,6 +154,14 @@ class TestLaws:
 
         assert_same_products(split, whole)
 
+    def test_a_fold_of_sums_takes_means_for_updates(self, name):
+        strategy = strategy_named(name)
+        if not strategy.traits.sums_updates:
+            pytest.skip(f"{name} needs single updates")
+        plan = strategy.plan(Client(MAX_RANK, 5, 0).profile, 1)
+        assert (plan.importance, plan.choice, plan.tail) == ("none", None, None)  # not in a sum
+        check_sums(strategy, clients_for(name))
+
     def test_no_argument_is_changed(self, name):
         strategy = strategy_named(name)
         updates = [update_of(strategy, client, noise) for client in clients_for(name)]
@@ -191,6 +201,30 @@ class TestLaws:
         for factors in strategy.global_adapter.modules.values():
             dead = (factors.lora_A.norm(dim=1) == 0) & (factors.lora_B.norm(dim=0) == 0)
             assert not dead.any()
+
+
+def check_sums(strategy: HeterogeneousLora, clients: list[Client]) -> None:
+    """Hold a fold to what ``sums_updates`` says: of the updates it needs their sums alone."""
+    updates = [update_of(strategy, client, noise) for client in clients]
+    of_single = merge(copy.deepcopy(strategy), updates)
+    of_means = merge(copy.deepcopy(strategy), means_over_trainers(updates))
+    assert_same_products(of_means, of_single)
+
+
+class TestSums:
+    @pytest.mark.parametrize("aggregation", ["adaptive", "zero_padding"])
+    def test_hafl_needs_sums_alone_where_it_takes_no_scores_of_uploads(self, aggregation):
+        plain = ("strategy.selection=prefix", f"strategy.aggregation={aggregation}")
+        strategy = strategy_named("hafl", *plain)
+        assert strategy.traits.sums_updates
+        check_sums(strategy, clients_for("hafl"))
+        assert not strategy_named("hafl", "strategy.importance=contribution").traits.sums_updates
+
+    @pytest.mark.parametrize("name", ["hetlora", "flexlora", "flora", "fedex_lora"])
+    def test_the_law_fails_for_what_needs_single_updates(self, name):
+        assert not strategy_named(name).traits.sums_updates
+        with pytest.raises(AssertionError):
+            check_sums(strategy_named(name), clients_for(name))
 
 
 class TestPlans:
