@@ -81,7 +81,7 @@ class SecureSum:
     ) -> None:
         self._grid = grid
         self._ledger, self._round = ledger, server_round
-        self._timeout_s, self._largest = timeout_s, largest
+        self._timeout_s, self._largest = timeout_s, float(largest)
         self._profiles: dict[int, NodeProfile] = {}
         self._keys: dict[int, Keys] = {}
         self._shares: dict[int, Mapping[int, bytes]] = {}

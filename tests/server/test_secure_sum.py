@@ -7,6 +7,7 @@ import pytest
 import torch
 from driving import HEAD, Client, merge, noise, strategy_named, update_of
 from flwr.app import Message, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from hafl_app.client.error_replies import errors_as_replies
 from hafl_app.client.secure_sum import answer_secure, masked, open_sum
@@ -334,3 +335,17 @@ class TestNode:
             vector = {"a": np.zeros(3, np.uint32)}
             content = RecordDict({VECTOR: write_vector(vector, ["a"])})
             made.secure.take(900, content, made.updates[0].plan, made.updates[0].sent)
+
+
+@pytest.mark.parametrize("numbers", [[], [3, 2**63 + 5, 2**64 - 1], [1, 2]])
+def test_messages_survive_flowers_wire(numbers):
+    """Node ids have 64 bits, and lists may be empty."""
+    keys = [bytes([i]) * 9 for i, _ in enumerate(numbers)]
+    for message in (
+        AskUnmask(3, numbers, []),
+        Unmask(numbers, keys, [], []),
+        AskMasked(3, numbers, keys, ["plan"] * len(numbers), [0] * len(numbers), 1.0, 10.0),
+    ):
+        content = RecordDict({SECURE: secure_record(message)})
+        read = recorddict_from_proto(recorddict_to_proto(content))
+        assert read_secure(read, type(message)) == message
