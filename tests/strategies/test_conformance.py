@@ -213,8 +213,9 @@ def check_sums(strategy: HeterogeneousLora, clients: list[Client]) -> None:
 
 class TestSums:
     @pytest.mark.parametrize("aggregation", ["adaptive", "zero_padding"])
-    def test_hafl_needs_sums_alone_where_it_takes_no_scores_of_uploads(self, aggregation):
-        plain = ("strategy.selection=prefix", f"strategy.aggregation={aggregation}")
+    @pytest.mark.parametrize("choice", ["selection=prefix", "importance=magnitude"])
+    def test_hafl_needs_sums_alone_where_it_takes_no_scores_of_uploads(self, aggregation, choice):
+        plain = (f"strategy.{choice}", f"strategy.aggregation={aggregation}")
         strategy = strategy_named("hafl", *plain)
         assert strategy.traits.sums_updates
         check_sums(strategy, clients_for("hafl"))
