@@ -372,13 +372,18 @@ REFUSED = [
             "who trains alone would upload without a mask",
         ),
     ),
+    (
+        [*SECURE, "model.head=closed_form"],
+        "model.head=closed_form: refused with privacy.secure_aggregation=true, since sums of "
+        "features are uploaded without masks; expected averaged, frozen or local",
+    ),
     *(
         (
             ["privacy=secure_aggregation", f"strategy={name}"],
             f"privacy.secure_aggregation=true is refused for strategy={name}: it needs single "
             "updates, not their sums",
         )
-        for name in ("hafl", "hetlora", "flexlora", "flora", "lora_a2")
+        for name in ("hafl", "hafl_plus", "hetlora", "flexlora", "flora", "lora_a2")
     ),
 ]
 

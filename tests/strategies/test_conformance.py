@@ -212,7 +212,7 @@ def check_sums(strategy: HeterogeneousLora, clients: list[Client]) -> None:
 
 
 class TestSums:
-    @pytest.mark.parametrize("aggregation", ["adaptive", "zero_padding"])
+    @pytest.mark.parametrize("aggregation", ["adaptive", "zero_padding", "change"])
     @pytest.mark.parametrize("choice", ["selection=prefix", "importance=magnitude"])
     def test_hafl_needs_sums_alone_where_it_takes_no_scores_of_uploads(self, aggregation, choice):
         plain = (f"strategy.{choice}", f"strategy.aggregation={aggregation}")
