@@ -22,6 +22,7 @@ from hafl_app.component_lists import (
     parse_bits,
     parse_indices,
 )
+from hafl_app.trained_core import Core
 
 HeadPolicy = Literal["averaged", "frozen", "local", "sent"]
 ImportanceMeasure = Literal["none", "sensitivity", "smoothed", "adalora"]
@@ -104,6 +105,9 @@ class ModulePlan:
         is part of no number that travels: a sketch that leaves components out amplifies the rest.
     own_lora_B
         Whether each client has a lora_B of its own, which it trains and keeps: it does not travel.
+    core
+        Frozen bases with trained cores between them, in place of the trained lora_B: held and
+        trainable are then whole blocks, and the cores alone travel. Only with ``factors=B``.
     """
 
     held: tuple[int, ...]
@@ -114,6 +118,7 @@ class ModulePlan:
     budget: int | None = None
     gain: float = 1.0
     own_lora_B: bool = False
+    core: Core | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.held)) != len(self.held) or any(i < 0 for i in self.held):
@@ -133,6 +138,8 @@ class ModulePlan:
         known = get_args(TrainedFactors)
         _require(self.factors in known, "factors", f"one of {', '.join(known)}", self.factors)
         self._check_bits()
+        if self.core is not None:
+            self._check_core(self.core)
         if self.budget is not None:
             within = _is_whole(self.budget, at_least=0) and self.budget <= len(self.trainable)
             _require(within, "budget", f"from 0 to {len(self.trainable)}", self.budget)
@@ -147,6 +154,12 @@ class ModulePlan:
             raise ValueError(f"bits of {min(odd)} are not one of {BIT_LEVELS}")
         falls = all(a >= b for a, b in pairwise(self.bits))
         _require(falls, "bits", "never rising", shorten(format_bits(self.bits), 80))
+
+    def _check_core(self, core: Core) -> None:
+        plain = self.factors == "B" and not self.bits and self.gain == 1 and self.budget is None
+        _require(plain, "core", "null with such a module", core)
+        core.check(self.held)
+        core.check(self.trainable)
 
     @cached_property
     def trainable_slots(self) -> tuple[int, ...]:
@@ -178,10 +191,26 @@ class ModulePlan:
     def uploaded_sides(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return ``(out_features, in_features)`` of a weight, 0 for a factor not uploaded.
 
-        A component's column of lora_B has out_features numbers, its row of lora_A in_features.
+        A component's column of lora_B has out_features numbers, its row of lora_A in_features. Of
+        a core it is a column of the core.
         """
+        if self.core is not None:
+            return self.core.size, 0
         out_features, in_features = shape
         return out_features * (self.uploads != "A"), in_features * (self.uploads != "B")
+
+    def held_sides(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return ``(out_features, in_features)`` of what the client is sent, 0 for a factor it has.
+
+        Parameters
+        ----------
+        shape
+            ``(out_features, in_features)`` of the weight.
+        """
+        if self.core is not None:
+            return self.core.size, 0
+        out_features, in_features = shape
+        return out_features * (not self.own_lora_B), in_features
 
     @property
     def num_trained(self) -> int:
@@ -362,6 +391,8 @@ class TrainPlan:
             self._check_bits_of(name, module)
             if (module.budget is None) != (self.choice is None):
                 raise ValueError(f"module {name!r}: a budget goes with a choice, and only with one")
+            if module.core is not None:
+                self._check_core_of(name)
         share = _is_finite(self.density) and 0 < self.density <= 1
         sparse = (self.density < 1) == (self.upload == "sparse") if share else False
         _require(sparse, "density", "in (0, 1) with upload=sparse, else 1", self.density)
@@ -378,6 +409,11 @@ class TrainPlan:
                 f"module {name!r}: bits of {len(module.bits)} components, expected {expected} "
                 f"with upload={self.upload}"
             )
+
+    def _check_core_of(self, name: str) -> None:
+        plain = self.tail is None and self.importance == "none" and self.align is None
+        if not plain or self.upload in ("mixed", "sparse"):
+            raise ValueError(f"module {name!r}: a core goes with no such plan, its columns are one")
 
     def _check_alignment(self) -> None:
         plain = self.tail is None and self.importance == "none" and self.choice is None
@@ -452,11 +488,8 @@ class TrainPlan:
         shapes
             Module name to ``(out_features, in_features)``.
         """
-        numbers = 0
-        for name, (out_features, in_features) in shapes.items():
-            module = self.modules[name]
-            numbers += len(module.held) * (in_features + out_features * (not module.own_lora_B))
-        return numbers
+        modules = ((self.modules[name], shape) for name, shape in shapes.items())
+        return sum(len(module.held) * sum(module.held_sides(shape)) for module, shape in modules)
 
     def upload_bytes(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """Return the bytes of an upload's factors, with ``mixed`` also of their scales.
@@ -555,7 +588,7 @@ _RARE_OF_PLANS: Mapping[str, Any] = {
 }
 """What few plans have, by name, with what it is for all others."""
 
-_RARE: Mapping[str, Any] = {"budget": None, "gain": 1.0, "own_lora_B": False}
+_RARE: Mapping[str, Any] = {"budget": None, "gain": 1.0, "own_lora_B": False, "core": None}
 """What few modules' plans have, by name, with what it is for all others."""
 
 
@@ -573,7 +606,8 @@ def _module_entry(module: ModulePlan, names: list[str]) -> list[Any]:
 
 
 def _rare(module: ModulePlan) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in _RARE}
+    values = {name: getattr(module, name) for name in _RARE}
+    return values if module.core is None else values | {"core": asdict(module.core)}
 
 
 def _read_modules(entries: Any) -> dict[str, ModulePlan]:
@@ -602,6 +636,8 @@ def _read_rest(rest: list[Any]) -> dict[str, Any]:
                 f"behind module names {shorten(repr(more), 80)}, expected some of {expected}"
             )
         values |= more
+        if (core := more.get("core")) is not None:
+            values["core"] = Core(**_with_keys_of(Core, core))
     if rest and rest[-1] in ("A", "B"):
         *rest, values["factors"] = rest
     if rest:

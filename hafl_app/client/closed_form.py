@@ -24,6 +24,8 @@ def check_closed_form(node: Node) -> None:
     """
     if (head := node.settings.model.head) != CLOSED_FORM:
         raise NotAllowedError(f"sums of features are asked for in a run of model.head={head}")
+    if node.settings.privacy.secure_aggregation:
+        raise NotAllowedError("sums of features have no masks, which the run promises")
     node.terms.check_field(SUMS_FIELD, f"model.head={CLOSED_FORM}")
 
 

@@ -136,6 +136,8 @@ def _always_alone(settings: Settings) -> str:
         return f"model.quantization={BLOCKWISE}: every client has its own base model"
     if settings.privacy.kind == "local_dp":
         return "privacy=local_dp: a node's noise depends on the last bit of its upload"
+    if settings.strategy.traits.trains_cores:
+        return "the strategy: its clients train cores, each in a model of its own"
     return obstacle(build.train_options(settings)) or ""
 
 

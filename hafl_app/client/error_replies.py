@@ -15,6 +15,7 @@ from hafl_app.client.terms import DEVICE, Terms
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.printable import printable
+from hafl_app.privacy.masking import SecureSumError
 from hafl_app.privacy.mechanism import PrivacyError
 from hafl_app.run.logs import show_log
 from hafl_app.training.batches import is_out_of_memory
@@ -79,6 +80,7 @@ _QUOTABLE: dict[type[Exception], Fault] = {
     NodeConfigError: Fault.BAD_REQUEST,
     NotAllowedError: Fault.REFUSED,
     PrivacyError: Fault.REFUSED,
+    SecureSumError: Fault.REFUSED,
     AdapterFitError: Fault.BAD_REQUEST,
     DeviceError: Fault.BAD_REQUEST,
     RecordError: Fault.BAD_REQUEST,

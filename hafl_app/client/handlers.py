@@ -9,6 +9,7 @@ from hafl_app.client.bandwidth import bandwidth_kbps
 from hafl_app.client.closed_form import check_closed_form, losses_content, sums_content
 from hafl_app.client.error_replies import Handler, errors_as_replies
 from hafl_app.client.node import Job, Node
+from hafl_app.client.secure_sum import answer_secure
 from hafl_app.client.terms import DEVICE, SCORES
 from hafl_app.client.training_reply import training_reply
 from hafl_app.config.schema import RankTier
@@ -31,11 +32,15 @@ from hafl_app.wire.message_types import EVALUATE_TEMPERATURES, QUERY_FEATURE_SUM
 from hafl_app.wire.node_profile import PROFILE, UNNUMBERED, NodeProfile
 from hafl_app.wire.records import FLOPS, METRICS
 from hafl_app.wire.requests import read_query, read_request
+from hafl_app.wire.secure_sum import is_secure
 
 
 @errors_as_replies
 def query(message: Message, context: Context) -> Message:
-    """Answer with this node's profile."""
+    """Answer with this node's profile, or with its part of a secure sum."""
+    if is_secure(message.content):
+        _check_secure(Node.of(context), asked=True)
+        return answer_secure(message, context.state)
     node, request = Node.of(context), read_query(message)
     share = node.share(request.label_names)
     tier = node.rank_budget(len(share.label_names))
@@ -90,12 +95,13 @@ def open_request(message: Message, context: Context) -> Opened:
     node, request = Node.of(context), read_request(message)
     if node.is_private:
         check_local_plan(request.plan)  # a server may ask for more than this node gives
+    _check_secure(node, asked=request.secure is not None)
     return Opened(message, node, node.prepare(request))
 
 
 def reply_of(opened: Opened, result: TrainResult) -> Message:
     """Return the reply to a request whose training is done."""
-    content = training_reply(opened.node, opened.job, result)
+    content = training_reply(opened.node, opened.job, result, opened.message.metadata.dst_node_id)
     return Message(content, reply_to=opened.message)
 
 
@@ -159,6 +165,15 @@ def _check_scores(node: Node) -> None:
     if node.is_private:
         raise PrivacyError("scores on private data carry no noise: refused under local_dp")
     node.terms.check_field(SCORES, "evaluation")
+
+
+def _check_secure(node: Node, *, asked: bool) -> None:
+    """Refuse to upload without a mask in a run that promises masks, and a mask in another one."""
+    promised = node.settings.privacy.secure_aggregation
+    if promised != asked:
+        raise PrivacyError(
+            f"privacy.secure_aggregation={str(promised).lower()}, and the request says otherwise"
+        )
 
 
 def _held_out(node: Node, share: Share) -> Examples:

@@ -31,6 +31,7 @@ from hafl_app.training.settings import TrainOptions
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.node_profile import UNNUMBERED
 from hafl_app.wire.requests import TrainRequest
+from hafl_app.wire.secure_sum import AskMasked
 
 _OWN_HEAD = "local-head"
 PARTITION, NUM_PARTITIONS = "partition-id", "num-partitions"
@@ -61,6 +62,8 @@ class Job:
         The base model with LoRA layers.
     correction
         Of the gradients, if the request has one.
+    secure
+        The secure sum that the upload is a part of, if it is one.
     """
 
     server_round: int
@@ -72,6 +75,7 @@ class Job:
     share: Share
     model: LoraModel
     correction: Adapter | None = None
+    secure: AskMasked | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,7 @@ class Node:
             share=share,
             model=model,
             correction=request.correction,
+            secure=request.secure,
         )
 
     def keep_head(self, adapter: Adapter) -> None:

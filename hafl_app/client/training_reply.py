@@ -5,6 +5,7 @@ from flwr.app import MetricRecord, RecordDict
 from hafl_app.client.error_feedback import encode_with_feedback
 from hafl_app.client.node import Job, Node
 from hafl_app.client.own_factors import keep_lora_B
+from hafl_app.client.secure_sum import masked
 from hafl_app.client.terms import DEVICE, LOSSES, TIMES
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.privacy.mechanism import NoiseSource, privatize_upload, trained_part
@@ -18,12 +19,19 @@ from hafl_app.wire.records import (
     STEPS,
     adapter_content,
 )
+from hafl_app.wire.secure_sum import VECTOR, write_vector
 
 
-def training_reply(node: Node, job: Job, result: TrainResult) -> RecordDict:
+def training_reply(node: Node, job: Job, result: TrainResult, node_id: int) -> RecordDict:
     """Return the content of the reply; what is the client's own stays in the node's state.
 
-    Under ``privacy=local_dp`` the upload is clipped and carries the node's own noise.
+    Under ``privacy=local_dp`` the upload is clipped and carries the node's own noise. As a part of
+    a secure sum it is masked.
+
+    Parameters
+    ----------
+    node_id
+        Flower's number of this node, as the others know it.
     """
     if job.plan.head == "local":
         node.keep_head(result.adapter)
@@ -32,6 +40,12 @@ def training_reply(node: Node, job: Job, result: TrainResult) -> RecordDict:
     upload = upload if job.plan.uploads_head else upload.with_head({})
     if node.is_private:
         upload = _privatized(node, job, upload)
+    if job.secure is not None:
+        before = trained_part(job.adapter, job.plan)
+        vector = masked(node.state, node_id, job.secure, job.plan, upload, before)
+        return RecordDict(
+            {VECTOR: write_vector(vector, sorted(vector)), METRICS: _metrics(result, node, job)}
+        )
     importance = {name: scores.numpy() for name, scores in result.importance.items()}
     arrays = encode_with_feedback(
         node.state, upload, job.adapter, result.plan, importance, job.seed

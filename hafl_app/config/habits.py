@@ -60,7 +60,10 @@ CHOICES: Final[Mapping[str, Mapping[str, str]]] = {
         "fedyogi": "federation.server_optimizer.kind=yogi",
     },
     "partition": dict.fromkeys(("non_iid", "noniid", "skewed"), "partition=dirichlet"),
-    "privacy": dict.fromkeys(("dp", "true"), "privacy=central_dp or local_dp"),
+    "privacy": {
+        **dict.fromkeys(("dp", "true"), "privacy=central_dp or local_dp"),
+        **dict.fromkeys(("secagg", "secagg+", "secaggplus"), "privacy=secure_aggregation"),
+    },
 }
 """What people call the files of a group, and how they are given here."""
 

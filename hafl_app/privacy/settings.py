@@ -1,4 +1,4 @@
-"""Settings of differential privacy."""
+"""Settings of differential privacy and of secure aggregation."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from hafl_app.fields import choice, number
 
 @dataclass(frozen=True)
 class PrivacySettings:
-    """Differential privacy of the adapter; docs/privacy.md describes what it covers.
+    """Privacy of what clients upload; docs/privacy.md describes what it covers.
 
     Parameters
     ----------
@@ -25,6 +25,12 @@ class PrivacySettings:
     noise_seed
         Seed of the noise. It makes a simulation repeatable, and its noise no secret; null draws
         the noise from the system's randomness.
+    secure_aggregation
+        Whether uploads are masked, so that the server learns their sums alone. It is no
+        differential privacy, and the two do not go together.
+    largest_change
+        ``secure_aggregation``: largest change of a number in a client's training. The changes are
+        whole numbers of steps of this range; a client beyond it fails.
     """
 
     kind: str = choice("none", "none", "central_dp", "local_dp")
@@ -33,3 +39,5 @@ class PrivacySettings:
     delta: float = number(1e-5, above=0, below=1)
     max_epsilon: float | None = number(None, above=0, resumable=True)
     noise_seed: int | None = number(None, at_least=0)
+    secure_aggregation: bool = False
+    largest_change: float = number(10.0, above=0)

@@ -140,6 +140,8 @@ def _privacy(export: Exported) -> str | None:
     if kind is None:
         return None
     if kind == "none":
+        if export.run.setting("privacy", "secure_aggregation"):
+            return "uploads were masked and summed; no noise was added"
         return "none: no noise was added"
     epsilon = export.stored.facts.get("metrics", {}).get("privacy/epsilon")
     words = f"{kind}, delta {export.run.setting('privacy', 'delta')}"

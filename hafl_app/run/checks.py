@@ -54,6 +54,19 @@ STREAMING_NEEDS: Final[Mapping[str, object]] = {
 }
 """Settings of `federation` that compare the replies of a round, and what switches them off."""
 
+_SINGLE = "it needs single updates, and the server has their sums alone"
+SECURE_NEEDS: Final[Mapping[str, tuple[object, str]]] = {
+    "privacy.kind": ("none", "clipping needs single updates, and noise is counted without sums"),
+    "federation.robust": ("none", _SINGLE),
+    "federation.max_norm_ratio": (None, _SINGLE),
+    "federation.clip_ratio": (None, _SINGLE),
+    "federation.scaffold": (False, _SINGLE),
+    "federation.streaming": (False, "a sum is opened when all have answered"),
+    "federation.upload": ("fp32", "masked numbers cannot be rounded further"),
+    "federation.alone_clients_per_rank": (0, "who trains alone would upload without a mask"),
+}
+"""What `privacy.secure_aggregation` needs, and the reasons."""
+
 _ADAPTIVE = ("adam", "yogi")
 SERVER_OPTIMIZERS_WITH: Final[Mapping[str, tuple[str, ...]]] = {
     "learning_rate": ("momentum", *_ADAPTIVE),
@@ -230,6 +243,11 @@ def _closed_form(settings: Settings) -> Iterator[str]:
             f"{given}: refused under privacy={settings.privacy.kind}, since sums of features are "
             "uploaded without noise; expected averaged, frozen or local"
         )
+    if settings.privacy.secure_aggregation:
+        yield (
+            f"{given}: refused with privacy.secure_aggregation=true, since sums of features are "
+            "uploaded without masks; expected averaged, frozen or local"
+        )
     if federation.robust != "none":
         yield (
             f"{given}: refused with federation.robust={federation.robust}, since sums of features "
@@ -384,6 +402,22 @@ def _tracking(settings: Settings) -> Iterator[str]:
         )
 
 
+def _secure(settings: Settings) -> Iterator[str]:
+    for name, (expected, reason) in SECURE_NEEDS.items():
+        room, _, field = name.partition(".")
+        value = getattr(getattr(settings, room), field)
+        if settings.privacy.secure_aggregation and value != expected:
+            yield (
+                f"privacy.secure_aggregation=true needs {name}={_word(expected)}, not "
+                f"{_word(value)}: {reason}"
+            )
+    if settings.privacy.secure_aggregation and not settings.strategy.traits.sums_updates:
+        from hafl_app.server.compatibility import secure_refusal  # noqa: PLC0415  imports torch
+
+        method = type(settings.strategy).__module__.rpartition(".")[2]
+        yield secure_refusal(method, "it needs single updates, not their sums")
+
+
 def _engine(settings: Settings) -> Iterator[str]:
     if settings.engine == "inprocess" and settings.federation.ray_address:
         yield "federation.ray_address: engine=inprocess uses no Ray; drop either"
@@ -411,6 +445,9 @@ def _cohort(settings: Settings) -> Iterator[str]:
         yield f"{given} needs model.dropout=false: {masks}"
     if settings.privacy.kind == "local_dp":
         yield f"{given}: under privacy=local_dp a node's noise depends on the last bit it uploads"
+    if settings.strategy.traits.trains_cores:
+        method = type(settings.strategy).__module__.rpartition(".")[2]
+        yield f"{given}: clients of strategy={method} train cores, each in a model of its own"
     if model.quantization == "blockwise":
         yield (
             f"{given} needs another model.quantization: under blockwise every client has its own "
@@ -474,6 +511,7 @@ def _word(value: object) -> str:
 
 
 _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
+    _secure,
     _privacy,
     _pinned_base,
     _images,

@@ -39,6 +39,7 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "privacy.delta": _PRIVATE,
     "privacy.max_epsilon": _PRIVATE,
     "privacy.noise_seed": _PRIVATE,
+    "privacy.largest_change": ("privacy.secure_aggregation", (True,)),
     "tracking.project": _WITH_PROJECTS,
     "tracking.entity": _WANDB,
     "tracking.mode": _WANDB,

@@ -41,6 +41,8 @@ def check_method(method: Method, ranks: Sequence[int]) -> None:
     kind = federation.server_optimizer.kind
     if kind != "none" and (reason := no_server_optimizer(method.traits)):
         raise StrategyError(server_optimizer_refusal(kind, name, reason))
+    if method.options.privacy.secure_aggregation and not method.traits.sums_updates:
+        raise StrategyError(secure_refusal(name, "it needs single updates, not their sums"))
     if federation.scaffold and (reason := no_server_optimizer(method.traits)):
         raise StrategyError(scaffold_refusal(name, reason))
 
@@ -51,6 +53,8 @@ def no_server_optimizer(traits: Traits) -> str:
         return "it merges into the base what the mean of a round lacks, which another step belies"
     if not traits.keeps_components:
         return "it makes new components in every round, of which those before say nothing"
+    if traits.trains_cores:
+        return "its clients train cores, and a step of each number of lora_B is none of a core"
     return ""
 
 
@@ -62,6 +66,11 @@ def server_optimizer_refusal(kind: str, name: str, reason: str) -> str:
 def scaffold_refusal(name: str, reason: str) -> str:
     """Return the line that refuses SCAFFOLD for a method."""
     return f"federation.scaffold=true is refused for strategy={name}: {reason}"
+
+
+def secure_refusal(name: str, reason: str) -> str:
+    """Return the line that refuses secure aggregation for a method."""
+    return f"privacy.secure_aggregation=true is refused for strategy={name}: {reason}"
 
 
 def no_error_feedback(method: Method) -> str:

@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from flwr.app import Message, MessageType
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import CLASSIFICATION, weighted_mean
+from hafl_app.plan import TrainPlan
 from hafl_app.printable import printable
-from hafl_app.server.aggregation import merge
+from hafl_app.privacy.masking import SecureSumError
+from hafl_app.server.aggregation import head_that_travels, merge
 from hafl_app.server.closed_form import ClosedFormHead
 from hafl_app.server.control_variates import ControlVariates
 from hafl_app.server.influence import Influence, InfluenceMeter
@@ -23,6 +26,7 @@ from hafl_app.server.outliers import clip_updates, reject_outliers
 from hafl_app.server.participation import Participation
 from hafl_app.server.replies import UNWATCHED, Watch
 from hafl_app.server.round_messages import STATED_EXAMPLES, Reply, RoundMessages
+from hafl_app.server.secure_sum import SecureSum
 from hafl_app.server.server_optimizer import ServerOptimizer
 from hafl_app.server.simulated_clock import SimulatedClock
 from hafl_app.server.traffic import Ledger
@@ -104,6 +108,7 @@ class Coordinator:
         self._messages = RoundMessages(self.ledger, 0, "train")
         self._server_round, self._attempt, self._num_asked = 0, 0, 0
         self._errors: list[str] = []  # of the current attempt
+        self._secure: SecureSum | None = None
 
     def prepare(self, initial: Adapter, on_reply: Callable[[Reply], None]) -> None:
         """Get ready for the first round with the nodes that are known.
@@ -139,6 +144,8 @@ class Coordinator:
             self.round_started = time.perf_counter()
         self.client_scores, self.scored, self._errors = {}, (), []
         selected = self.participation.select_for_training(server_round, self._attempt, grid)
+        if self.method.options.privacy.secure_aggregation:
+            selected = self._agree(selected, server_round, grid)
         return self._ask(selected, server_round, MessageType.TRAIN)
 
     def aggregate(self, server_round: int, replies: Iterable[Message]) -> None:
@@ -156,6 +163,9 @@ class Coordinator:
         counted = [reply for reply in checked if reply.update is not None]
         self._check_count(server_round, len(counted))
         updates = [reply.update for reply in counted if reply.update is not None]
+        if self._secure is not None:
+            with _failing(server_round):
+                updates = self._secure.opened(updates)
         self._advance(server_round, clip_updates(updates, federation.clip_ratio))
         self.train_loss = weighted_mean([r.metrics for r in counted], "loss", NUM_EXAMPLES)
 
@@ -235,7 +245,7 @@ class Coordinator:
         """Return a meter for a round's changes; None where a client's must not, or cannot, show."""
         options, exponent = self.method.options, self.method.traits.coverage_exponent
         federation = options.federation
-        hidden = options.privacy.kind == "central_dp"
+        hidden = options.privacy.kind == "central_dp" or options.privacy.secure_aggregation
         if hidden or federation.robust != "none" or exponent is None:
             return None
         many = self._num_asked > _EXACT_INFLUENCES
@@ -296,10 +306,45 @@ class Coordinator:
         if streaming:
             profiles = sorted(profiles, key=lambda profile: profile.partition_id)
         plans = [self.method.plan(profile, server_round) for profile in profiles]
+        if self._secure is not None and phase == MessageType.TRAIN:
+            with _failing(server_round):
+                self._mask(self._secure, profiles, plans)
         make = self._messages.each_message if streaming else self._messages.messages
         if self.method.options.federation.scaffold and phase == MessageType.TRAIN:
             self._messages.correct(self.control_variates.correction)
         return make(profiles, plans, self.method.dispatch, phase)
+
+    # ---- secure sums -----------------------------------------------------------------------
+
+    def _agree(
+        self, selected: Sequence[NodeProfile], server_round: int, grid: Grid
+    ) -> list[NodeProfile]:
+        """Let the selected clients exchange keys and shares; return those that have."""
+        options = self.method.options
+        timeout_s, largest = options.federation.round_timeout_s, options.privacy.largest_change
+        self._secure = SecureSum(grid, self.ledger, server_round, timeout_s, largest)
+        with _failing(server_round):
+            return self._secure.agree(selected)
+
+    def _mask(
+        self, secure: SecureSum, profiles: Sequence[NodeProfile], plans: Sequence[TrainPlan]
+    ) -> None:
+        """Ask these clients for masked uploads, weighted by the examples of their profiles."""
+        federation = self.method.options.federation
+        bound = ExampleBound.of(federation, self.participation.trainable())
+        weights = [bound.count(profile.num_examples, profile) for profile in profiles]
+        head = head_that_travels(self.method.global_adapter, self.method.options)
+        secure.plan(profiles, plans, weights, list(head))
+        self._messages.mask(secure)
+
+
+@contextmanager
+def _failing(server_round: int) -> Iterator[None]:
+    """Let a secure sum that cannot be made or opened fail the round."""
+    try:
+        yield
+    except SecureSumError as error:
+        raise TooFewRepliesError(f"round {server_round}: {error}") from error
 
 
 def _most_common(errors: Sequence[str]) -> str:

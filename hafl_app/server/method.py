@@ -60,6 +60,12 @@ class Traits:
         1 over all participants, as in a mean of products; 0 over those who trained it; 2 where both
         factors are averaged with zeros for the missing, so that a change also meets a factor that
         has shrunk by ``N_i / N``. None: the step is no such mean. See `hafl_app.server.influence`.
+    trains_cores
+        Whether its plans train cores between frozen bases, see `hafl_app.trained_core.Core`: its
+        lora_B must then stay what cores make of a basis.
+    sums_updates
+        Whether its fold takes of the updates only weighted sums of each component over those who
+        trained it, so that each of these may upload their mean: what secure aggregation needs.
     breaks
         Laws of the conformance suite that the method breaks by its paper, with the source.
     """
@@ -78,6 +84,8 @@ class Traits:
     uploads_importance: bool = False
     uploads_sparsely: bool = False
     coverage_exponent: float | None = 1.0
+    trains_cores: bool = False
+    sums_updates: bool = False
     breaks: Mapping[str, str] = field(default_factory=dict)
 
 

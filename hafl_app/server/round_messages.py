@@ -22,10 +22,12 @@ from hafl_app.server.reply_validation import (
     read_metrics,
     read_update,
 )
+from hafl_app.server.secure_sum import SecureSum
 from hafl_app.server.traffic import Ledger, Traffic
 from hafl_app.server.update import ClientUpdate
 from hafl_app.server.weights import UNBOUNDED, ExampleBound
 from hafl_app.training.adapter_arrays import from_arrays, to_arrays
+from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.faults import Fault, fault_of
 from hafl_app.wire.message_size import content_size
 from hafl_app.wire.node_profile import NodeProfile
@@ -44,6 +46,7 @@ from hafl_app.wire.records import (
     plan_record,
     with_correction,
 )
+from hafl_app.wire.secure_sum import SECURE, secure_record
 
 _LOGGER = logging.getLogger(__name__)
 Content = TypeVar("Content")
@@ -201,6 +204,7 @@ class RoundMessages:
         self._waiting: dict[int, Request] = {}
         self._dispatches = _Dispatches(lambda _: Adapter({}), server_round)
         self._correction: Correction | None = None
+        self._secure: SecureSum | None = None
 
     def correct(self, correction: Correction) -> None:
         """Send corrections of gradients along, and insist on the number of steps in replies.
@@ -211,6 +215,10 @@ class RoundMessages:
             Of a partition under a plan; None for a node to which none is sent.
         """
         self._correction = correction
+
+    def mask(self, secure: SecureSum) -> None:
+        """Ask for masked uploads, as parts of a secure sum that knows everybody's plan."""
+        self._secure = secure
 
     def messages(
         self,
@@ -244,6 +252,8 @@ class RoundMessages:
                 content = self._for_own_data(content, profile)
             if self._correction is not None:
                 content = _corrected(content, self._correction(profile.partition_id, plan))
+            if self._secure is not None:
+                content = _masked(content, self._secure, profile.node_id)
             group = str(self._server_round)
             message = Message(content.records, profile.node_id, message_type, group_id=group)
             self._waiting[profile.node_id] = Request(
@@ -410,6 +420,8 @@ class RoundMessages:
         sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
         check_size(num_bytes, request.plan, head, sizes)  # before anything is unpacked
         metrics = self._read_metrics(reply, request)
+        if self._secure is not None:
+            return metrics, _masked_update(self._secure, reply, request, sent)
         arrays = read_update(reply, request.plan, head, sizes)
         update = ClientUpdate(
             partition_id=request.profile.partition_id,
@@ -441,6 +453,32 @@ class RoundMessages:
         stated = int(metrics[NUM_EXAMPLES])
         counted = self._bound.count(stated, request.profile)
         return metrics | {NUM_EXAMPLES: float(counted), STATED_EXAMPLES: float(stated)}
+
+
+def _masked(content: _Content, secure: SecureSum, node_id: int) -> _Content:
+    """Return a content with a client's part of a secure sum, and its size."""
+    record = secure_record(secure.record_for(node_id))
+    records = RecordDict({**content.records, SECURE: record})
+    return replace(content, records=records, num_bytes=content_size(records))
+
+
+def _masked_update(
+    secure: SecureSum, reply: Message, request: Request, sent: Adapter
+) -> ClientUpdate:
+    """Return an update that has changed nothing: what it has is known when the sum is opened."""
+    node_id, plan = request.profile.node_id, request.plan
+    try:
+        secure.take(node_id, reply.content, plan, sent)
+    except RecordError as error:
+        raise ReplyError(str(error)) from error
+    modules = {n: f.select(plan.modules[n].trainable_slots) for n, f in sent.modules.items()}
+    return ClientUpdate(
+        partition_id=request.profile.partition_id,
+        num_examples=secure.weight(node_id),
+        plan=plan,
+        sent=sent,
+        adapter=Adapter(modules, sent.head if plan.uploads_head else {}),
+    )
 
 
 def _corrected(content: _Content, correction: Adapter | None) -> _Content:

@@ -33,7 +33,9 @@ class FedPLora(ComponentMean):
     as factors; added to the weight itself they would give the same sums, and take a copy of it.
     """
 
-    traits = Traits(not_robust="", dp_division="contributors", coverage_exponent=0.0)
+    traits = Traits(
+        not_robust="", dp_division="contributors", coverage_exponent=0.0, sums_updates=True
+    )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client holds all components, and trains as many of them as its rank allows."""

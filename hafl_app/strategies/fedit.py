@@ -22,7 +22,9 @@ class FedIt(ComponentMean):
     one, and so are the scalings that lora_B has folded in: a mean of raw factors is the same.
     """
 
-    traits = Traits(serves_mixed_ranks=False, not_robust="", dp_division="contributors")
+    traits = Traits(
+        serves_mixed_ranks=False, not_robust="", dp_division="contributors", sums_updates=True
+    )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client trains the same components: all of its rank."""

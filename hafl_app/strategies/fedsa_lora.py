@@ -32,7 +32,9 @@ class FedSaLora(ComponentMean):
     """
 
     # The lora_B of its products are the clients' own.
-    traits = Traits(not_robust="", dp_division="contributors", coverage_exponent=None)
+    traits = Traits(
+        not_robust="", dp_division="contributors", coverage_exponent=None, sums_updates=True
+    )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client trains the prefix that its rank allows, and keeps its lora_B."""

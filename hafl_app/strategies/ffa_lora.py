@@ -32,7 +32,9 @@ class FfaLora(ComponentMean):
     never changes.
     """
 
-    traits = Traits(not_robust="", dp_division="contributors", coverage_exponent=0.0)
+    traits = Traits(
+        not_robust="", dp_division="contributors", coverage_exponent=0.0, sums_updates=True
+    )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client trains lora_B of the prefix that its rank allows."""

@@ -37,6 +37,7 @@ class FsLora(ComponentMean):
     """
 
     traits = Traits(
+        sums_updates=True,
         not_robust="it counts a component outside of a client's sketch as unchanged, which a "
         "median takes for the majority",
         dp_refusal="privacy=central_dp has zero padding in expectation, and no mean of changes "

@@ -139,6 +139,7 @@ class Hafl(ScoredMean):
             coverage_exponent={"adaptive": 0.0, "zero_padding": 2.0}.get(
                 self.aggregation, self.coverage_exponent
             ),
+            sums_updates=not by_uploads,
             dp_division=None if by_uploads else _DP_DIVISION[self.aggregation],
             dp_refusal="privacy=central_dp does not cover components that clients choose by their "
             "data: use strategy.selection_by=server"

@@ -27,7 +27,9 @@ class Rbla(ComponentMean):
     scalings differ, lora_B has each client's own folded in, see `ZeroPadding`.
     """
 
-    traits = Traits(not_robust="", dp_division="contributors", coverage_exponent=0.0)
+    traits = Traits(
+        not_robust="", dp_division="contributors", coverage_exponent=0.0, sums_updates=True
+    )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client holds and trains the prefix that its rank allows."""

@@ -30,7 +30,9 @@ class RoLora(ComponentMean):
     choice, lora_B, since lora_A has no gradient while lora_B is 0.
     """
 
-    traits = Traits(not_robust="", dp_division="contributors", coverage_exponent=0.0)
+    traits = Traits(
+        not_robust="", dp_division="contributors", coverage_exponent=0.0, sums_updates=True
+    )
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
         """Every client trains one factor of the prefix that its rank allows."""

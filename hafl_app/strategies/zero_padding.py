@@ -31,6 +31,7 @@ class ZeroPadding(ComponentMean):
     """
 
     traits = Traits(
+        sums_updates=True,
         not_robust="it counts missing components as zeros, which a median takes for the majority",
         dp_division="participants",
         coverage_exponent=2.0,

@@ -76,6 +76,10 @@ class ClientAdapter:
         """See `LoraModel.trainable_factors`."""
         return self._trainable
 
+    def trainable_scales(self) -> list[nn.Parameter]:
+        """See `LoraModel.trainable_scales`: a client with cores trains alone."""
+        return []
+
     def trained(self, plan: TrainPlan) -> Adapter:
         """See `LoraModel.trained`."""
         factors = {

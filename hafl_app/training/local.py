@@ -423,7 +423,7 @@ def build_optimizer(
     groups = [
         {"params": [a for a, _ in pairs if a.requires_grad] + head, "lr": options.learning_rate},
         {
-            "params": [b for _, b in pairs if b.requires_grad],
+            "params": [b for _, b in pairs if b.requires_grad] + model.trainable_scales(),
             "lr": options.learning_rate * options.lora_B_lr_ratio,
         },
     ]

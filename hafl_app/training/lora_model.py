@@ -16,10 +16,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hafl_app.lowrank.cores import frozen_bases, with_cores
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.training.base_model import base_without_weights, load_base
 from hafl_app.training.batches import Batch, Examples, ImageBatch
+from hafl_app.training.core_linear import CoreLinear
 from hafl_app.training.device import autocast, resolve_precision
 from hafl_app.training.fused_lora import fuse
 from hafl_app.training.half_precision import restore_weights, round_weights
@@ -83,6 +85,9 @@ class Trainee(Protocol):
 
     def trainable_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """See `LoraModel.trainable_factors`."""
+
+    def trainable_scales(self) -> list[nn.Parameter]:
+        """See `LoraModel.trainable_scales`."""
 
     def trained(self, plan: TrainPlan) -> Adapter:
         """See `LoraModel.trained`."""
@@ -274,6 +279,9 @@ class LoraModel(nn.Module, ABC):
                 raise AdapterFitError(f"module {name!r} is missing in the adapter or in the plan")
             factors, module = adapter.modules[name], plan.modules[name]
             _check_fit(name, layer, factors, module)
+            if module.core is not None:
+                bases = self._bases(name, module)
+                cores, factors = factors, with_cores(factors, bases)
             active = []
             for adapter_name, slots in (
                 (TRAINABLE, module.trainable_slots),
@@ -284,13 +292,24 @@ class LoraModel(nn.Module, ABC):
                 layer.scaling[adapter_name] *= module.gain
                 if part.rank:
                     active.append(adapter_name)
+            if module.core is not None:
+                slots = module.trainable_slots
+                _put_core(layer, cores.select(slots), bases.select(slots), module)
             layer.set_adapter(active)
             _freeze_untrained(layer, module)
         self.head_module.load_state_dict(dict(adapter.head) or self.initial_head)
         self.head_module.requires_grad_(plan.trains_head)
         pairs = self.trainable_factors().values()
         trained = [p for pair in pairs for p in pair if p.requires_grad]
+        trained += self.trainable_scales()
         self._with_gradients = [*trained, *self.head_module.parameters()]
+
+    def _bases(self, name: str, module: ModulePlan) -> LoraFactors:
+        """Return the frozen bases of the components that a module's plan holds."""
+        if module.core is None:
+            raise ValueError(f"module {name!r} has no core")
+        whole = frozen_bases(self.shapes(), module.core.rank, module.core.seed)
+        return whole[name].select(module.held)
 
     def load_whole(self, adapter: Adapter) -> None:
         """Load a whole adapter for evaluation."""
@@ -306,10 +325,7 @@ class LoraModel(nn.Module, ABC):
         A factor that the plan does not train is left out, see `LoraFactors.only`: folding the
         scaling in again would change its last bits. One that the client keeps is there.
         """
-        factors = {
-            name: LoraFactors(*(p.detach() for p in _parameters(layer, TRAINABLE)))
-            for name, layer in self.layers.items()
-        }
+        factors = {name: _trained(layer) for name, layer in self.layers.items()}
         return trained_adapter(factors, self.head_module, plan)
 
     def head_state(self) -> dict[str, Tensor]:
@@ -319,10 +335,17 @@ class LoraModel(nn.Module, ABC):
     def trainable_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Return ``(lora_A, lora_B)`` of every module that has trainable components.
 
-        Of the two, one that the plan does not train requires no gradient.
+        Of the two, one that the plan does not train requires no gradient. In place of the lora_B of
+        a core stand the cores, ``(size, rank)``.
         """
         factors = {name: _parameters(layer, TRAINABLE) for name, layer in self.layers.items()}
         return {name: pair for name, pair in factors.items() if pair[0].numel()}
+
+    def trainable_scales(self) -> list[nn.Parameter]:
+        """Return the factors of the cores that have trained ones, see `CoreLinear`."""
+        cores = (layer.lora_B[TRAINABLE] for layer in self.layers.values())
+        scales = (core.scales for core in cores if isinstance(core, CoreLinear))
+        return [one for one in scales if isinstance(one, nn.Parameter) and one.numel()]
 
     def clear_gradients(self) -> None:
         """Forget all gradients, without the walk through the whole base model of `zero_grad`."""
@@ -417,8 +440,17 @@ def resolve_targets(
 
 
 def _parameters(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-    pair: Any = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return pair[0], pair[1]
+    lora_A, lora_B = cast(Any, layer.lora_A[name]), cast(Any, layer.lora_B[name])
+    return lora_A.weight, lora_B.core if isinstance(lora_B, CoreLinear) else lora_B.weight
+
+
+def _trained(layer: LoraLayer) -> LoraFactors:
+    """Return a layer's trainable factors as they are; of a core the cores times their factors."""
+    lora_A, lora_B = (parameter.detach() for parameter in _parameters(layer, TRAINABLE))
+    linear_B = layer.lora_B[TRAINABLE]
+    if isinstance(linear_B, CoreLinear):
+        lora_B = linear_B.cores().detach()
+    return LoraFactors(lora_A, lora_B)
 
 
 def _put(
@@ -429,6 +461,8 @@ def _put(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
+    if isinstance(layer.lora_B[name], CoreLinear):  # of the client before
+        layer.lora_B[name] = nn.Linear(1, int(layer.out_features or 0), bias=False)
     linear_A: Any = layer.lora_A[name]
     linear_B: Any = layer.lora_B[name]
     # Parameters keep no link to the message's buffers, and may change rank from client to client.
@@ -436,6 +470,21 @@ def _put(
     linear_B.weight = nn.Parameter((factors.lora_B / scaling).to(device, dtype, copy=True))
     linear_A.out_features = linear_B.in_features = layer.r[name] = factors.rank
     layer.scaling[name] = scaling
+
+
+def _put_core(layer: LoraLayer, cores: LoraFactors, bases: LoraFactors, module: ModulePlan) -> None:
+    """Put trained cores in the place of the trainable lora_B, where `_put` has put their product.
+
+    Parameters
+    ----------
+    cores, bases
+        Of the trainable components, as they travel and as they are drawn.
+    """
+    like, _ = _parameters(layer, TRAINABLE)
+    basis = bases.lora_B.to(like.device, like.dtype, copy=True)
+    core = (cores.lora_B / module.scaling).to(like.device, like.dtype, copy=True)
+    scaled = module.core is not None and module.core.scaled
+    layer.lora_B[TRAINABLE] = CoreLinear(basis, core, scaled=scaled)
 
 
 def _freeze_untrained(layer: LoraLayer, module: ModulePlan) -> None:
@@ -450,10 +499,13 @@ def _freeze_untrained(layer: LoraLayer, module: ModulePlan) -> None:
 
 
 def _check_fit(name: str, layer: LoraLayer, factors: LoraFactors, module: ModulePlan) -> None:
-    if (factors.out_features, factors.in_features) != (layer.out_features, layer.in_features):
+    expected = layer.out_features, layer.in_features
+    if module.core is not None:
+        expected = module.core.size, 0
+    if (factors.out_features, factors.in_features) != expected:
         raise AdapterFitError(
             f"module {name!r}: factors of a ({factors.out_features}, {factors.in_features}) weight "
-            f"for a layer of ({layer.out_features}, {layer.in_features})"
+            f"for a layer of ({expected[0]}, {expected[1]})"
         )
     if factors.rank != len(module.held):
         raise AdapterFitError(

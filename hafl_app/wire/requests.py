@@ -20,6 +20,7 @@ from hafl_app.wire.records import (
     read_correction,
     read_plan,
 )
+from hafl_app.wire.secure_sum import AskMasked, is_secure, read_secure
 
 _LONGEST_QUOTE = 60  # characters
 
@@ -56,6 +57,8 @@ class TrainRequest:
         Number of the node in the run, at least 0; None if the node has its own.
     correction
         What is added to the gradients of the trainable components and of the head; None: nothing.
+    secure
+        The secure sum that the upload is a part of; None: it is uploaded as it is.
     """
 
     server_round: int
@@ -64,6 +67,7 @@ class TrainRequest:
     label_names: tuple[str, ...] | None
     partition_id: int | None
     correction: Adapter | None = None
+    secure: AskMasked | None = None
 
 
 def read_query(message: Message) -> QueryRequest:
@@ -95,6 +99,7 @@ def read_request(message: Message) -> TrainRequest:
         label_names=_label_names(config),
         partition_id=None if given is None else _number(PARTITION_ID, given),
         correction=_correction(message),
+        secure=read_secure(content, AskMasked) if is_secure(content) else None,
     )
     _check_held(request.plan.modules, request.adapter)
     if request.correction is not None:

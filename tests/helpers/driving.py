@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hafl_app.config.compose import compose
 from hafl_app.config.files import CONF
+from hafl_app.lowrank.cores import frozen_bases, with_cores
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
 from hafl_app.run import build
 from hafl_app.server.aggregation import merge as merge_into
@@ -18,6 +19,7 @@ from hafl_app.server.method import StrategyError
 from hafl_app.server.options import RunOptions
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.core_mean import CoreMean
 from hafl_app.training.choosing import chosen_plan
 from hafl_app.wire.node_profile import NodeProfile
 
@@ -49,7 +51,36 @@ def strategy_named(name: str, *overrides: str) -> HeterogeneousLora:
         },
         {n: torch.randn(shape, generator=generator) for n, shape in HEAD.items()},
     )
+    if isinstance(strategy, CoreMean):
+        set_modules(strategy, made_of_cores(strategy, generator))
     return strategy
+
+
+def made_of_cores(strategy: CoreMean, generator: torch.Generator) -> dict[str, LoraFactors]:
+    """Return an adapter that random cores make, of clients of the largest rank or of a lower one.
+
+    Upper triangular ones: the first components are then what a smaller core makes of fewer.
+    """
+    plan = strategy.plan(Client(strategy.max_rank, 1, 0).profile, 1)
+    modules = {}
+    for name, bases in strategy.bases().items():
+        size = plan.modules[name].core.size
+        cores = [
+            torch.randn(size, size, generator=generator).triu()
+            for _ in plan.modules[name].held[::size]
+        ]
+        modules[name] = with_cores(LoraFactors(bases.lora_A[:, :0], torch.cat(cores, 1)), bases)
+    return modules
+
+
+def whole(
+    update: ClientUpdate, name: str, factors: LoraFactors, held: Sequence[int]
+) -> LoraFactors:
+    """Return the factors of components that came as cores, if they did."""
+    core = update.plan.modules[name].core
+    if core is None:
+        return factors
+    return with_cores(factors, frozen_bases(SHAPES, core.rank, core.seed)[name].select(held))
 
 
 def serves_mixed_ranks(name: str) -> bool:
@@ -134,7 +165,8 @@ def model_after(update: ClientUpdate) -> dict[str, LoraFactors]:
     """Return all that a client's model has after training: what it trained, and what it held."""
     return {
         name: _held(update, name).replace(
-            update.plan.modules[name].trainable_slots, update.adapter.modules[name]
+            update.plan.modules[name].trainable_slots,
+            whole(update, name, update.adapter.modules[name], update.components(name)),
         )
         for name in update.sent.modules
     }
@@ -143,12 +175,51 @@ def model_after(update: ClientUpdate) -> dict[str, LoraFactors]:
 def _held(update: ClientUpdate, name: str) -> LoraFactors:
     """Return what a client held; a lora_B of its own was not sent."""
     sent, trained = update.sent.modules[name], update.adapter.modules[name]
+    if update.plan.modules[name].core is not None:
+        return whole(update, name, sent, update.plan.modules[name].held)
     return sent.filled(LoraFactors(sent.lora_A, torch.zeros(trained.out_features, sent.rank)))
 
 
 def merge(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> dict[str, LoraFactors]:
     """Merge the updates and return the next factors; the strategy's own adapter stays."""
     return dict(merge_into(strategy, strategy.global_adapter, updates).modules)
+
+
+def means_over_trainers(updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+    """Return the updates, each component as its mean over those who trained it, heads as theirs.
+
+    What a secure sum tells of them, weighted by ``num_examples``.
+    """
+    total = sum(u.num_examples for u in updates)
+    head = {
+        name: sum(u.num_examples * u.adapter.head[name] for u in updates) / total
+        for name in updates[0].adapter.head
+    }
+    return [
+        replace(
+            u,
+            adapter=Adapter({n: _means(n, u, updates) for n in u.adapter.modules}, head),
+        )
+        for u in updates
+    ]
+
+
+def _means(name: str, one: ClientUpdate, updates: Sequence[ClientUpdate]) -> LoraFactors:
+    means = []
+    for component in one.components(name):
+        those = [u for u in updates if component in u.components(name)]
+        weights = [u.num_examples / sum(v.num_examples for v in those) for u in those]
+        parts = [
+            u.adapter.modules[name].select([u.components(name).index(component)]) for u in those
+        ]
+        lora_A = sum(w * part.lora_A.double() for w, part in zip(weights, parts, strict=True))
+        lora_B = sum(w * part.lora_B.double() for w, part in zip(weights, parts, strict=True))
+        means.append(LoraFactors(lora_A.float(), lora_B.float()))
+    if not means:
+        return one.adapter.modules[name]
+    return LoraFactors(
+        torch.cat([mean.lora_A for mean in means]), torch.cat([mean.lora_B for mean in means], 1)
+    )
 
 
 def advance(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> None:

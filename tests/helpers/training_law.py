@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from driving import BASE_RANK, run_options
+from driving import BASE_RANK, made_of_cores, run_options, set_modules
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from training_factories import LABELS, TINY, random_adapter, random_rows
 
@@ -16,15 +16,18 @@ from hafl_app.client.own_factors import with_own_lora_B
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
 from hafl_app.engines.in_process import server_identity
-from hafl_app.lowrank.factors import Adapter, LoraFactors
+from hafl_app.lowrank.cores import frozen_bases, with_cores
+from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.plan import HeadPolicy, ModulePlan, TrainedFactors, TrainPlan
 from hafl_app.run import build
 from hafl_app.server.method import StrategyError
 from hafl_app.server.round_messages import Reply, RoundMessages
 from hafl_app.server.traffic import Ledger
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.strategies.core_mean import CoreMean
 from hafl_app.training.adapter_arrays import from_arrays
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
+from hafl_app.training.core_linear import CoreLinear
 from hafl_app.training.local import TrainOptions, train
 from hafl_app.training.lora_model import FROZEN, TRAINABLE
 from hafl_app.wire.node_profile import NodeProfile
@@ -73,6 +76,9 @@ def strategy_on(model: LoraClassifier, name: str, head: HeadPolicy) -> Heterogen
     strategy.options = run_options(build.run_options(settings), head=head, max_steps=STEPS)
     rank = MAX_RANK + BASE_RANK * strategy.traits.changes_base
     strategy.global_adapter = random_adapter(model, rank, seed=11)
+    if isinstance(strategy, CoreMean):
+        generator = torch.Generator().manual_seed(11)
+        set_modules(strategy, made_of_cores(strategy, generator))
     if head == "frozen":  # it follows from the seed
         strategy.global_adapter = strategy.global_adapter.with_head(model.initial_head)
     return strategy
@@ -108,9 +114,10 @@ def one_module_per_choice(plan: TrainPlan) -> TrainPlan:
 def _with_factors(module: ModulePlan, factors: TrainedFactors) -> ModulePlan:
     """Return the plan of a module with another choice of factors.
 
-    A client that has its own lora_B uploads lora_A alone, whatever it trains.
+    A client that has its own lora_B uploads lora_A alone, whatever it trains; a core is trained
+    as it is.
     """
-    if module.own_lora_B and factors != "A":
+    if module.core is not None or (module.own_lora_B and factors != "A"):
         return module
     return replace(module, factors=factors, own_lora_B=False)
 
@@ -166,8 +173,23 @@ def _train(
 
 
 def _weights(layer: torch.nn.Module, part: str) -> Pair:
-    lora_A, lora_B = layer.lora_A[part].weight, layer.lora_B[part].weight
+    """Return what a layer holds; in place of a lora_B that a core makes, the cores."""
+    lora_A, linear_B = layer.lora_A[part].weight, layer.lora_B[part]
+    lora_B = linear_B.cores() if isinstance(linear_B, CoreLinear) else linear_B.weight
     return lora_A.detach().clone(), lora_B.detach().clone()
+
+
+def _start(client: Trained, name: str, part: str, slots: tuple[int, ...]) -> LoraFactors:
+    """Return what a client held of these components, as `_weights` does."""
+    sent, module = client.sent.modules[name], client.plan.modules[name]
+    if module.core is None:
+        return sent.select(slots)
+    shapes = {n: ModuleShape(48, 32) for n in FACTORS} | {
+        "encoder.layer.0.output.dense": ModuleShape(32, 48)
+    }
+    bases = frozen_bases(shapes, module.core.rank, module.core.seed)[name].select(module.held)
+    whole = with_cores(sent, bases).select(slots)
+    return whole if part == FROZEN else LoraFactors(whole.lora_A, sent.lora_B[:, list(slots)])
 
 
 # ---- the law -------------------------------------------------------------------------------
@@ -180,7 +202,7 @@ def check_training(client: Trained, initial_head: dict[str, torch.Tensor]) -> No
             (TRAINABLE, module.trainable_slots, module.trains_A, module.trains_B),
             (FROZEN, module.frozen_slots, False, False),
         ):
-            start = client.sent.modules[name].select(slots)
+            start = _start(client, name, part, slots)
             before = (start.lora_A, start.lora_B / module.scaling)
             after = client.inside[part][name]
             _check_moves(f"{name}: lora_A, {part}", before[0], after[0], moves=trains_A)

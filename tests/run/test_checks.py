@@ -7,6 +7,7 @@ from hafl_app.config.compose import SettingsError, compose
 from hafl_app.run.checks import (
     PRIVACY_NEEDS,
     SCAFFOLD_NEEDS,
+    SECURE_NEEDS,
     STREAMING_NEEDS,
     check_base_alone,
     check_centralized,
@@ -52,6 +53,15 @@ def images(task: str, source: str) -> str:
 
 
 NO_CLOCK = "devices=none has no clock; expected devices=mixed"
+SECURE = ("privacy=secure_aggregation", "strategy=zero_padding")
+SINGLE = "it needs single updates, and the server has their sums alone"
+NO_CLIPPING = "clipping needs single updates, and noise is counted without sums"
+
+
+def secure(needed, given, reason):
+    return f"privacy.secure_aggregation=true needs {needed}, not {given}: {reason}"
+
+
 REFUSED = [
     # simulated devices
     (["devices.deadline_s=3"], f"devices.deadline_s=3.0: {NO_CLOCK}"),
@@ -138,6 +148,10 @@ REFUSED = [
         COHORT.format(
             "4", " needs another model.quantization: under blockwise every client has its own base"
         ),
+    ),
+    (
+        [*TOGETHER, "strategy=ravan"],
+        COHORT.format("4", ": clients of strategy=ravan train cores, each in a model of its own"),
     ),
     # model and data
     (["model=vit_digits_random"], images("image_classification", "synthetic")),
@@ -333,6 +347,44 @@ REFUSED = [
         ["privacy=local_dp", "federation.max_retries=1"],
         f"federation.max_retries=1: privacy=local_dp needs 0, {ONE_RELEASE}",
     ),
+    # secure aggregation
+    ([*SECURE, "privacy.kind=local_dp"], secure("privacy.kind=none", "local_dp", NO_CLIPPING)),
+    ([*SECURE, "federation.robust=median"], secure("federation.robust=none", "median", SINGLE)),
+    (
+        [*SECURE, "federation.max_norm_ratio=5"],
+        secure("federation.max_norm_ratio=null", "5.0", SINGLE),
+    ),
+    ([*SECURE, "federation.clip_ratio=2"], secure("federation.clip_ratio=null", "2.0", SINGLE)),
+    ([*SECURE, "federation.scaffold=true"], secure("federation.scaffold=False", "True", SINGLE)),
+    (
+        [*SECURE, "federation.streaming=true"],
+        secure("federation.streaming=False", "True", "a sum is opened when all have answered"),
+    ),
+    (
+        [*SECURE, "federation.upload=int8"],
+        secure("federation.upload=fp32", "int8", "masked numbers cannot be rounded further"),
+    ),
+    (
+        [*SECURE, "federation.alone_clients_per_rank=1"],
+        secure(
+            "federation.alone_clients_per_rank=0",
+            "1",
+            "who trains alone would upload without a mask",
+        ),
+    ),
+    (
+        [*SECURE, "model.head=closed_form"],
+        "model.head=closed_form: refused with privacy.secure_aggregation=true, since sums of "
+        "features are uploaded without masks; expected averaged, frozen or local",
+    ),
+    *(
+        (
+            ["privacy=secure_aggregation", f"strategy={name}"],
+            f"privacy.secure_aggregation=true is refused for strategy={name}: it needs single "
+            "updates, not their sums",
+        )
+        for name in ("hafl", "hafl_plus", "hetlora", "flexlora", "flora", "lora_a2")
+    ),
 ]
 
 
@@ -359,6 +411,8 @@ def test_what_does_not_go_together_is_refused_in_one_line(overrides, line):
         ["strategy=haflq"],
         ["strategy=zero_padding", "privacy=central_dp"],
         ["privacy=local_dp"],
+        SECURE,
+        ["privacy=secure_aggregation", "strategy=hafl", "strategy.selection=prefix"],
         ["federation.unseen_clients=2"],
         [*CAUSAL, "federation.generate_examples=3"],
         ["federation.streaming=true", "federation.max_norm_ratio=null"],
@@ -384,6 +438,7 @@ def test_the_table_has_every_need():
     needs = {f"privacy={kind} needs": PRIVACY_NEEDS[kind] for kind in PRIVACY_NEEDS}
     needs["federation.streaming=true needs"] = STREAMING_NEEDS
     needs["federation.scaffold=true needs"] = SCAFFOLD_NEEDS
+    needs["privacy.secure_aggregation=true needs"] = SECURE_NEEDS
     for words, table in needs.items():
         of_table = [line for line in lines if words in line]
         assert len(of_table) == len(table)

@@ -33,6 +33,7 @@ def lines(*typed):
         ("federation.generate_tokens=4", "federation.generate_examples=0, only with above 0"),
         ("tracking.uri=sqlite:///x.db", "no effect with tracking=jsonl, only with mlflow"),
         ("tracking.project=x", "only with mlflow or trackio or wandb"),
+        ("privacy.largest_change=2", "privacy.secure_aggregation=false, only with true"),
         ("privacy.clip_norm=2", "privacy.kind=none, only with central_dp or local_dp"),
         ("compare.baseline=hafl", "only a comparison reads it"),
         ("strategy.server_step=2", "strategy.aggregation=adaptive, only with change"),

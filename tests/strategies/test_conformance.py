@@ -10,6 +10,7 @@ from driving import (
     STRATEGIES,
     Client,
     clients_for,
+    means_over_trainers,
     merge,
     model_after,
     noise,
@@ -19,8 +20,10 @@ from driving import (
     update_of,
 )
 
+from hafl_app.lowrank.cores import with_cores
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.plan import TrainPlan
+from hafl_app.strategies.base import HeterogeneousLora
 
 TOLERANCE = 1e-6
 
@@ -151,6 +154,14 @@ class TestLaws:
 
         assert_same_products(split, whole)
 
+    def test_a_fold_of_sums_takes_means_for_updates(self, name):
+        strategy = strategy_named(name)
+        if not strategy.traits.sums_updates:
+            pytest.skip(f"{name} needs single updates")
+        plan = strategy.plan(Client(MAX_RANK, 5, 0).profile, 1)
+        assert (plan.importance, plan.choice, plan.tail) == ("none", None, None)  # not in a sum
+        check_sums(strategy, clients_for(name))
+
     def test_no_argument_is_changed(self, name):
         strategy = strategy_named(name)
         updates = [update_of(strategy, client, noise) for client in clients_for(name)]
@@ -192,6 +203,31 @@ class TestLaws:
             assert not dead.any()
 
 
+def check_sums(strategy: HeterogeneousLora, clients: list[Client]) -> None:
+    """Hold a fold to what ``sums_updates`` says: of the updates it needs their sums alone."""
+    updates = [update_of(strategy, client, noise) for client in clients]
+    of_single = merge(copy.deepcopy(strategy), updates)
+    of_means = merge(copy.deepcopy(strategy), means_over_trainers(updates))
+    assert_same_products(of_means, of_single)
+
+
+class TestSums:
+    @pytest.mark.parametrize("aggregation", ["adaptive", "zero_padding", "change"])
+    @pytest.mark.parametrize("choice", ["selection=prefix", "importance=magnitude"])
+    def test_hafl_needs_sums_alone_where_it_takes_no_scores_of_uploads(self, aggregation, choice):
+        plain = (f"strategy.{choice}", f"strategy.aggregation={aggregation}")
+        strategy = strategy_named("hafl", *plain)
+        assert strategy.traits.sums_updates
+        check_sums(strategy, clients_for("hafl"))
+        assert not strategy_named("hafl", "strategy.importance=contribution").traits.sums_updates
+
+    @pytest.mark.parametrize("name", ["hetlora", "flexlora", "flora", "fedex_lora"])
+    def test_the_law_fails_for_what_needs_single_updates(self, name):
+        assert not strategy_named(name).traits.sums_updates
+        with pytest.raises(AssertionError):
+            check_sums(strategy_named(name), clients_for(name))
+
+
 class TestPlans:
     def test_dispatch_returns_what_the_plan_holds(self, name):
         strategy = strategy_named(name)
@@ -205,6 +241,12 @@ class TestPlans:
                 held = whole.lora_B[:, list(plan.modules[module].held)]
                 if plan.density < 1:  # the largest numbers, all others 0
                     held = held.where(factors.lora_B != 0, 0.0)
+                if plan.modules[module].core is not None:
+                    again = with_cores(
+                        factors, strategy.bases()[module].select(range(factors.rank))
+                    )
+                    torch.testing.assert_close(again.lora_B, held)
+                    continue
                 own = plan.modules[module].own_lora_B
                 assert torch.equal(factors.lora_B, held[:0] if own else held)
 
