@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 
 import httpx
@@ -69,6 +70,8 @@ class TestPresence:
 
 def test_a_disk_that_does_not_take_it_is_logged_once(tmp_path, clock, caplog, monkeypatch):
     monkeypatch.setattr("hafl_app.deployment.presence._WRITE_SECONDS", 0.01)
+    # Once a server of uvicorn has run, its own logger passes nothing on.
+    monkeypatch.setattr("hafl_app.deployment.presence._LOGGER", logging.getLogger("presence"))
     file = tmp_path / "none" / "fleet.json"
 
     async def run():
