@@ -1,16 +1,23 @@
 """One run on this machine, on the engine that its settings name."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from hafl_app.config.compose import compose, quoted
 from hafl_app.config.schema import Settings
 from hafl_app.run.run_folder import check_new
 from hafl_app.tracking.as_text import is_terminal, wrapped
 from hafl_app.tracking.mlflow import absolute_uri
+
+# What Flower says of its own start, which `flower.log` keeps: nothing of it is for this command.
+_CHATTER: Final = re.compile(
+    r"(INFO|WARNING) :  |Using SuperLink|Successfully (started|installed) "
+)
 
 
 def run_once(overrides: Sequence[str], folder: Path) -> None:
@@ -93,7 +100,8 @@ def _run_on_ray(overrides: Sequence[str], settings: Settings, folder: Path) -> N
     ):
 
         def on_line(line: str) -> None:
-            _say(line)
+            if not _CHATTER.match(line):
+                _say(line)
             log.write(f"{line}\n")
 
         flwr_run(app, environment, {"overrides": shlex.join(overrides)}, resources, on_line)

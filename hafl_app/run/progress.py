@@ -131,8 +131,8 @@ class Progress:
     # ---- the time left ---------------------------------------------------------------------
 
     def seconds_left(self) -> float | None:
-        """Return the seconds that the whole run still takes; None before anything is measured."""
-        if not self._steps or self._cost(None) is None:
+        """Return the seconds that the whole run still takes; None before a client has trained."""
+        if not self._steps or not (self._measured("train") or self._measured("alone")):
             return None
         later = self._steps[self._at + 1 :]
         return self._rest_of_step() + sum(self._seconds_of(step) for step in later)
@@ -153,6 +153,11 @@ class Progress:
             at_once = self._at_once()
             single = (self._cost("train") or 0.0) * at_once
             return single * max(step.texts / at_once, step.longest)
+        training = self._cost("train")
+        known = sum(len(self._costs.get(name, ())) for name in _LIKE.get(step.stage, (step.stage,)))
+        if cost and training and known == 1 and step.stage != "train":
+            # What was measured once also loaded the model: no text costs more than in training.
+            cost = min(cost, training * self._at_once())
         return (cost or 0.0) * step.texts
 
     def _cost(self, stage: str | None) -> float | None:

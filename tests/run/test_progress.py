@@ -118,9 +118,16 @@ class TestTimeLeft:
             progress.trained(seconds)
             progress.answered(node)
 
-    def test_is_unknown_before_anything_is_measured(self, progress):
-        progress.begin("score", 0)
+    def test_is_unknown_before_a_client_has_trained(self, progress, clock):
+        self.score(progress, clock, 0, 5.0)
         assert progress.seconds_left() is None
+
+    def test_one_scoring_that_loaded_the_model_costs_no_more_than_training(self, progress, clock):
+        self.score(progress, clock, 0, 500.0)
+        self.train(progress, clock, 1)
+
+        # 60 trained and 120 alone at 1 s, and 100 scored at no more than that
+        assert progress.seconds_left() == pytest.approx(180 + 60 + 40)
 
     def test_is_that_of_the_whole_run(self, progress, clock):
         self.score(progress, clock, 0, 5.0)
