@@ -1,5 +1,7 @@
 """Identity of a process beyond its id, since ids are used again."""
 
+import os
+import time
 from pathlib import Path
 
 import psutil
@@ -36,3 +38,12 @@ def is_alive(known: str) -> bool:
         return start_of(int(pid)) == started
     except (psutil.Error, ValueError):
         return False
+
+
+def seconds_of_process() -> float:
+    """Return for how many seconds this process has been there; 0 where its kernel does not say."""
+    ticks = start_of(os.getpid()).rpartition("/")[2]
+    if not ticks.isdecimal() or not hasattr(time, "CLOCK_BOOTTIME"):
+        return 0.0
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return max(0.0, now - int(ticks) / os.sysconf("SC_CLK_TCK"))

@@ -1,6 +1,5 @@
 """What a command shows of its runs: how far they are while they go on, and the block at the end."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from hafl_app.packages import short
 from hafl_app.printable import printable
-from hafl_app.process_identity import start_of
+from hafl_app.process_identity import seconds_of_process
 from hafl_app.reports.records import read_summary
 from hafl_app.run.progress import progress_line, read_progress
 from hafl_app.run.run_folder import FINISHED
@@ -25,7 +24,7 @@ from hafl_app.tracking.base import RoundRecord
 from hafl_app.tracking.closing import Clock, print_closing
 from hafl_app.tracking.jsonl import read_history
 
-_BAR = 8  # columns
+_BAR = 6  # columns
 _REFRESHED_A_SECOND = 2
 _EVERY_ROUND = 2**62
 
@@ -113,7 +112,7 @@ class Screen:
             row.append(Text(progress_line(state)))
         passed = short_duration(time.monotonic() - self._started)
         row.append(Text(f"({passed} so far)", style="dim"))
-        line = Table.grid(*("" for _ in row), padding=(0, 1))
+        line = Table.grid(*("" for _ in row), padding=(0, 1, 0, 0))
         for column in line.columns:
             column.no_wrap = True
         line.add_row(*row)
@@ -134,12 +133,3 @@ def print_run(folder: Path, seconds: float, console: Console) -> None:
     rounds: list[RoundRecord] = list(read_history(folder, _EVERY_ROUND).rounds)
     clock = Clock(seconds, float(summary.get("seconds_before", 0.0)))
     print_closing(Printer(console), summary, rounds, clock, folder)
-
-
-def seconds_of_process() -> float:
-    """Return for how many seconds this process has been there; 0 where its kernel does not say."""
-    ticks = start_of(os.getpid()).rpartition("/")[2]
-    if not ticks.isdecimal() or not hasattr(time, "CLOCK_BOOTTIME"):
-        return 0.0
-    now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    return max(0.0, now - int(ticks) / os.sysconf("SC_CLK_TCK"))

@@ -13,6 +13,7 @@ from hafl_app.data.federated import FederatedText
 from hafl_app.engines.flower_run import resources_for
 from hafl_app.engines.one_run import count_trainers
 from hafl_app.lowrank.factors import Adapter, initial_adapter
+from hafl_app.process_identity import seconds_of_process
 from hafl_app.run import build
 from hafl_app.run.device_gains import lone_clients
 from hafl_app.run.workload import TRAINED, CentralRows, Step, steps_of
@@ -23,10 +24,13 @@ from hafl_app.training.local import train
 from hafl_app.training.lora_model import LoraModel, adapter_shapes
 from hafl_app.wire.node_profile import NodeProfile
 
-START_S: Final = {"ray": 25.0, "inprocess": 8.0}
-"""Seconds from the command to the first round, about: imports, Ray, the model."""
+STARTS: Final = {"ray": 3.0, "inprocess": 1.2}
+"""What a run takes before its first round, in times of what this process took to come so far.
 
-ERROR: Final = 1.5
+Both import the same and load the same data; under Ray server and clients do so again.
+"""
+
+ERROR: Final = 2.0
 """Times as long, or as short, as a run may well be; see docs/running.md for what was measured."""
 
 _STEPS = 4  # that are timed, after as many that warm up
@@ -81,6 +85,7 @@ def estimate(settings: Settings) -> Estimate:
     settings
         Checked, see `hafl_app.run.preflight.check`.
     """
+    start = STARTS[settings.engine] * seconds_of_process()
     number = settings.federation.num_clients
     text = build.federated_text(settings, number)
     profiles = _profiles(settings, text)
@@ -98,7 +103,7 @@ def estimate(settings: Settings) -> Estimate:
         at_once,
         _memory(settings, text, profiles, at_once),
         _usable_mb(settings),
-        {"start": START_S[settings.engine], **seconds_of(steps, costs, at_once)},
+        {"start": start, **seconds_of(steps, costs, at_once)},
         number,
         len(lone_clients(settings, lone)) if rows.test else 0,
     )

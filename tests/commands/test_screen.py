@@ -16,7 +16,8 @@ from running import TINY
 
 from hafl_app.commands import screen as screens
 from hafl_app.commands.main import main
-from hafl_app.commands.screen import Screen, seconds_of_process
+from hafl_app.commands.screen import Screen
+from hafl_app.process_identity import seconds_of_process
 from hafl_app.tracking.as_text import WIDTH
 from hafl_app.tracking.closing import Clock, next_commands, time_line
 
@@ -97,7 +98,7 @@ class TestTime:
     def test_a_process_knows_how_long_it_has_been_there(self):
         code = (
             "import time; time.sleep(0.5); "
-            "from hafl_app.commands.screen import seconds_of_process; print(seconds_of_process())"
+            "from hafl_app.process_identity import seconds_of_process; print(seconds_of_process())"
         )
         started = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
