@@ -34,7 +34,7 @@ REFUSED = [
     ("simulate strategy=fedprox", "did you mean client.proximal=0.01?"),
     ("simulate federation.server_optimizer.lr=1", "federation.server_optimizer.learning_rate?"),
     # a setting of another strategy
-    ("simulate strategy=flexlora strategy.smoothing=0.5", "strategy=fedara or hafl or hafl_plus or haflq"),
+    ("simulate strategy=flexlora strategy.smoothing=0.5", "strategy=fedara or hafl or hafl_plus"),
     ("simulate pruning=false", "strategy.pruning belongs to strategy=hetlora, not to this one"),
     ("simulate strategy=fedit strategy.learning_rate=1", "did you mean client.learning_rate?"),
     # another form
