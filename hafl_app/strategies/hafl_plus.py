@@ -133,9 +133,11 @@ class HaflPlus(ComponentMean):
         if self.selection == "balanced":
             return self._balanced(profile, budgets, server_round)
         seed = client_seed(self.options.seed, server_round, profile.partition_id)
-        by = "importance" if self.selection == "contribution" else self.selection
-        rule = ComponentSelection(by, "module", exploration=0.0)
-        return rule.select(budgets, self._scores(profile.partition_id), seed)
+        if self.selection == "contribution":
+            rule, scores = "importance", self._scores(profile.partition_id)
+        else:
+            rule, scores = self.selection, {name: torch.zeros(self.max_rank) for name in budgets}
+        return ComponentSelection(rule, "module", exploration=0.0).select(budgets, scores, seed)
 
     def _balanced(
         self, profile: NodeProfile, budgets: Mapping[str, int], server_round: int

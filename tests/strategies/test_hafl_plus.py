@@ -230,6 +230,13 @@ class TestContributions:
         }
         assert len(others) > 1
 
+    def test_are_unknown_to_a_random_choice(self):
+        strategy, client = plus("factors=both", "selection=random"), Client(MAX_RANK, 10, 0)
+        one, fresh = Client(1, 10, 0).profile, plus("factors=both", "selection=random")
+        advance(strategy, [update_of(strategy, client, self.only(2))])
+        plans = [[s.plan(one, t).modules for t in range(2, 8)] for s in (strategy, fresh)]
+        assert plans[0] == plans[1]
+
     def test_are_relative_and_smoothed(self):
         strategy, client = plus("factors=both", "smoothing=0.25"), Client(MAX_RANK, 10, 0)
         advance(strategy, [update_of(strategy, client, self.only(2))])
