@@ -132,7 +132,9 @@ def torch(settings: Settings | None) -> Finding:
         level = BROKEN if wants_gpu else NOTE
         return Finding("torch", level, line, "install torch from a CUDA index of pytorch.org")
     if wants_gpu and not gpus:
-        return Finding("torch", BROKEN, f"{line}; no NVIDIA GPU is there", "client.device=cpu")
+        return Finding(
+            "torch", BROKEN, f"{line}; client.device=cuda finds no CUDA device", "client.device=cpu"
+        )
     return Finding("torch", FINE, f"{line}, {gpus or f'{usable_cpus()} CPUs, no GPU'}")
 
 

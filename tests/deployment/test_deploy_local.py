@@ -68,7 +68,7 @@ def test_one_node_runs_one_round_and_nothing_stays(tmp_path, mark):
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "out" / "metrics.jsonl").is_file()
     logs = {path.name for path in (tmp_path / "out" / "logs").iterdir()}
-    assert logs == {"superlink.log", "fence.log", "node-0.log"}
+    assert logs == {"superlink.log", "fence.log", "node-0.log", "fleet.json"}
     assert not marked(mark)
 
 

@@ -121,7 +121,7 @@ class TestTorch:
             ("H100, 81559 MiB", "12.8", "auto", FINE, "H100"),
             ("H100, 81559 MiB", "", "auto", NOTE, "cannot use"),
             ("H100, 81559 MiB", "", "cuda", BROKEN, "cannot use"),
-            ("", "12.8", "cuda", BROKEN, "no NVIDIA GPU"),
+            ("", "12.8", "cuda", BROKEN, "no CUDA device"),
         ],
     )
     def test_a_gpu_that_it_cannot_use(self, monkeypatch, gpus, cuda, device, level, words):
