@@ -18,6 +18,7 @@ from hafl_app.server.update import ClientUpdate
 
 # Numbers that are kept of a vector of a factor while streaming, whatever the model's width.
 _PROJECTED = 16
+_ROOM = 2**18  # numbers that are allocated at once
 _HALF, _FEW = 0.5, 0.2
 
 
@@ -76,6 +77,7 @@ class InfluenceMeter:
         self._exponent, self._projects = coverage_exponent, projects
         self._signs: dict[tuple[int, int], Tensor] = {}
         self._clients: list[_Client] = []
+        self._room = torch.empty(0)
 
     def note(self, update: ClientUpdate, weight: float) -> None:
         """Keep a client's change; ``weight`` is its weight in the method's averages, at least 0."""
@@ -124,7 +126,15 @@ class InfluenceMeter:
     def _projected(self, factors: LoraFactors) -> LoraFactors:
         left = self._signs_of(factors.out_features, 1).to(factors.lora_B)
         right = self._signs_of(factors.in_features, 0).to(factors.lora_A)
-        return LoraFactors(factors.lora_A @ right, left.T @ factors.lora_B)
+        return LoraFactors(self._kept(factors.lora_A @ right), self._kept(left.T @ factors.lora_B))
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """Copy a small tensor into a large one: each by itself would keep the memory around it."""
+        if len(self._room) < tensor.numel() or self._room.dtype != tensor.dtype:
+            size = max(_ROOM, tensor.numel())
+            self._room = torch.empty(size, dtype=tensor.dtype, device=tensor.device)
+        place, self._room = self._room[: tensor.numel()], self._room[tensor.numel() :]
+        return place.view(tensor.shape).copy_(tensor)
 
     def _signs_of(self, width: int, side: int) -> Tensor:
         """Return random signs ``(width, 16)``: the same for all clients, others for each side."""

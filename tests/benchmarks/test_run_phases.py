@@ -18,6 +18,8 @@ from running import LONE, TINY
 from hafl_app.run import federation
 from hafl_app.server import rounds
 
+COHORT = "choosing a cohort"
+
 
 class Ticks:
     """A clock that goes on by what is added to it: CPU seconds, and wall seconds twice as fast."""
@@ -73,6 +75,14 @@ def test_a_phase_ends_with_an_error_as_well():
     assert (clock.spent["broken"].cpu, clock.spent[START].cpu) == (1, 7)
 
 
+def test_clients_that_train_together_are_training_too(tmp_path):
+    overrides = ("federation.num_rounds=1", "model.dropout=false", "federation.cohort=5")
+    spent = measure((*TINY, *overrides, f"output_dir={tmp_path / 'run'}"))
+
+    assert spent[COHORT].calls == 1
+    assert spent["training"].calls == 1
+
+
 @pytest.fixture
 def no_garbage_collection():
     """A full collection takes longer than a tiny run's phases, and falls into any of them."""
@@ -92,7 +102,7 @@ def test_every_phase_of_a_run_is_found_and_they_add_up(tmp_path):
     )
     took = process_seconds()[0] - started[0]
 
-    assert set(spent) == {*PHASES, START, OTHER}
+    assert set(spent) == {*PHASES, START, OTHER} - {COHORT}  # one at a time
     assert all(s.cpu > 0 for s in spent.values())
     assert sum(s.cpu for s in spent.values()) == pytest.approx(took, rel=0.05)
     assert spent["training"].calls == spent["scoring by clients"].calls == 5
