@@ -63,6 +63,7 @@ def test_the_saved_adapter_scores_the_last_pass(finished):
     loaded = load_adapter(folder / "adapter")
     text = build.federated_text(compose(TINY), 4)
     assert evaluate(loaded.model, text.test).accuracy == summary["final"]["test/accuracy"]
+    assert loaded.facts["template"] is None  # there are no prompts
 
 
 def test_scoring_does_not_disturb_training(finished, tmp_path, monkeypatch):

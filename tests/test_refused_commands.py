@@ -1,5 +1,6 @@
 """What a refused command imports before it answers: nothing that takes seconds."""
 
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,7 @@ NAMES = [
     ("evaluate adapter=none model=minilm nope=1", "nope=1: no such setting"),
     ("export /nope --output /nope/new", "/nope: not a saved adapter"),
     ("export /nope --output /nope/new --public", "--push"),
+    ("chat /nope", "/nope: not a saved adapter"),
     ("centralized nope=1", "nope=1: no such setting"),
     ("plots rank-collapse nope=1", "nope=1: no such setting"),
     ("plots curves /nope", "no readable metrics.jsonl"),
@@ -87,6 +89,20 @@ def refuse(line):
 @pytest.mark.parametrize(("line", "answer"), NAMES, ids=[line for line, _ in NAMES])
 def test_a_wrong_name_is_answered_without_heavy_imports(line, answer):
     said, heavy = refuse(line)
+
+    assert answer in said
+    assert not heavy
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [("causal_lm", "rank 5: expected 1 to 4"), ("classification", "task is classification")],
+)
+def test_what_an_adapters_card_says_refuses_a_chat_without_heavy_imports(task, answer, tmp_path):
+    card = {"base": {"task": task}, "ranks": {"layer": 4}}
+    (tmp_path / "hafl.json").write_text(json.dumps(card))
+
+    said, heavy = refuse(f"chat {tmp_path} --compare base,5")
 
     assert answer in said
     assert not heavy

@@ -287,6 +287,44 @@ def export(
 
 
 @hafl.command()
+@click.argument("source", metavar="RUN", type=_FOLDER)
+@click.argument("prompt", required=False)
+@click.option(
+    "--compare", metavar="WHO,...", help="Who answers: base, adapter, ranks to cut to (adapter)."
+)
+@click.option(
+    "--max-new-tokens",
+    default=128,
+    show_default=True,
+    type=click.IntRange(1, 4096),
+    help="Of an answer.",
+)
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    help="0: the most probable token; above, tokens are drawn.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32), help="Of drawn answers (0).")
+@click.option("--trust-remote-code", is_flag=True, help="Run the base model's own Python code.")
+def chat(source: Path, prompt: str | None, compare: str | None, **how: Any) -> int:
+    """Talk to the adapter of a causal language model in the terminal.
+
+    \b
+      hafl chat RUN
+      hafl chat RUN "What is a llama?" --compare base,2,8
+      hafl chat RUN < prompts.txt
+
+    RUN is a run's folder (its last round), or an adapter's, such as RUN/adapter-best. What you type
+    goes into the first column of the prompt that it was trained with. With --compare the base model
+    alone and the adapter at the rank of each device answer beside each other.
+    """
+    from hafl_app.commands.chat import main as run  # noqa: PLC0415
+
+    return run(source, prompt, compare, **how)
+
+
+@hafl.command()
 @click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=_FOLDER)
 @click.option("--output", default="report", metavar="DIR", type=_FOLDER, help="Folder (report).")
 @click.option("--baseline", default="", metavar="NAME", help="Runs that others are compared with.")

@@ -122,7 +122,12 @@ def train_centralized(
         build.model_spec(settings, len(text.label_names)),
         label_names=text.label_names,
         max_length=settings.dataset.max_length,
-        facts={"centralized": True, "seed": settings.seed, "metrics": summary["final"]},
+        facts={
+            "centralized": True,
+            "seed": settings.seed,
+            "metrics": summary["final"],
+            "template": settings.dataset.template,
+        },
     )
     return summary
 

@@ -433,6 +433,7 @@ class RunReport:
                 "head": self._settings.model.head,
                 "strategy": plain_settings(self._settings)["strategy"],
                 "seed": self._settings.seed,
+                "template": self._settings.dataset.template,
             },
         )
 

@@ -1,4 +1,4 @@
-"""Greedy answers of a causal language model to prompts, in bounded batches."""
+"""Answers of a causal language model to prompts, in bounded batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +35,9 @@ class GenerationOptions:
         Prompts at once, at least 1.
     precision
         As in training.
+    temperature
+        0 takes the most probable token; above, tokens are drawn from all of the vocabulary, by
+        torch's generator, with logits divided by it.
     """
 
     max_length: int
@@ -42,6 +45,7 @@ class GenerationOptions:
     max_examples: int | None = None
     batch_size: int = 16
     precision: str = "auto"
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,21 @@ def score_generation(
             f"dataset.max_length={options.max_length}"
         )
     codec = answer_codec(spec)
-    answers = greedy_answers(model, list(rows.values()), codec.end, options)
+    answers = written_answers(model, list(rows.values()), codec.end, options)
     texts = [codec.decode(answer) for answer in answers]
     return score_answers(texts, [references[row] for row in rows], left_out)
+
+
+def prompt_tokens(spec: BaseSpec, prompt: str, max_length: int) -> list[int]:
+    """Return a prompt's tokens as in training; none where it leaves no room within a length.
+
+    Raises
+    ------
+    hafl_app.training.locate.ModelError
+        If the tokenizer is not there.
+    """
+    (tokens,), (start,) = load_pair_tokenizer(spec, max_length)([prompt], [""])
+    return tokens[:start] if start < max_length else []
 
 
 def answer_codec(spec: BaseSpec) -> AnswerCodec:
@@ -113,16 +129,16 @@ def answer_codec(spec: BaseSpec) -> AnswerCodec:
 
 
 @torch.inference_mode()
-def greedy_answers(
+def written_answers(
     model: LoraCausalLM,
     prompts: Sequence[Sequence[int]],
     end: int | None,
     options: GenerationOptions,
 ) -> list[list[int]]:
-    """Return the most probable next tokens of each prompt, without the end token.
+    """Return the next tokens of each prompt, without the end token.
 
     Prompts of similar length share a batch. They are padded on the left, and masked there, so
-    that an answer is the same whatever shares its batch.
+    that a greedy answer is the same whatever shares its batch.
 
     Parameters
     ----------
@@ -159,7 +175,7 @@ def _continued(
     # Every option is given, or the one of the model's own files would hold.
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=room,
-        do_sample=False,
+        **_choice_of_tokens(options.temperature),
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
@@ -171,6 +187,12 @@ def _continued(
         made = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
     tokens: list[list[int]] = made[:, longest:].tolist()
     return tokens
+
+
+def _choice_of_tokens(temperature: float) -> dict[str, Any]:
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
 def _left_padded(
@@ -191,16 +213,14 @@ def _fitting(
     spec: BaseSpec, prompts: list[str], options: GenerationOptions
 ) -> tuple[dict[int, list[int]], int]:
     """Return the tokens of the first prompts that fit, by row, and how many before did not."""
-    tokenize = load_pair_tokenizer(spec, options.max_length)
     wanted = len(prompts) if options.max_examples is None else options.max_examples
     rows: dict[int, list[int]] = {}
     left_out = 0
     for row, prompt in enumerate(prompts):
         if len(rows) == wanted:
             break
-        (tokens,), (start,) = tokenize([prompt], [""])
-        if 0 < start < options.max_length:
-            rows[row] = tokens[:start]
+        if tokens := prompt_tokens(spec, prompt, options.max_length):
+            rows[row] = tokens
         else:
             left_out += 1
     return rows, left_out

@@ -12,8 +12,8 @@ from hafl_app.training.base_model import hash_word
 from hafl_app.training.generate import (
     AnswerCodec,
     GenerationOptions,
-    greedy_answers,
     score_generation,
+    written_answers,
 )
 
 OPTIONS = GenerationOptions(max_length=20, max_new_tokens=6, batch_size=3, precision="fp32")
@@ -46,12 +46,12 @@ def slow_answer(model, prompt, end, most):
     return row[len(prompt) :]
 
 
-class TestGreedyAnswers:
+class TestWrittenAnswers:
     def test_are_those_of_each_prompt_by_itself(self, model):
         prompts = prompts_of([9, 1, 4, 12, 2, 7, 3])
         expected = [slow_answer(model, prompt, NEVER, 6) for prompt in prompts]
 
-        assert greedy_answers(model, prompts, NEVER, OPTIONS) == expected
+        assert written_answers(model, prompts, NEVER, OPTIONS) == expected
         assert len({tuple(answer) for answer in expected}) > 3  # or nothing is told apart
 
     def test_stop_at_the_end_token(self, model):
@@ -59,36 +59,55 @@ class TestGreedyAnswers:
         end = slow_answer(model, prompts[1], NEVER, 6)[2]
         expected = [slow_answer(model, prompt, end, 6) for prompt in prompts]
 
-        answers = greedy_answers(model, prompts, end, OPTIONS)
+        answers = written_answers(model, prompts, end, OPTIONS)
 
         assert answers == expected
         assert len(answers[1]) <= 2 < max(map(len, answers))
 
     def test_without_an_end_token_go_on_to_the_limit(self, model):
-        answers = greedy_answers(model, prompts_of([4, 6]), None, OPTIONS)
+        answers = written_answers(model, prompts_of([4, 6]), None, OPTIONS)
         assert [len(answer) for answer in answers] == [6, 6]
+
+    def test_are_drawn_from_the_whole_vocabulary_by_temperature(self, model):
+        (prompt,) = prompts_of([5])
+        count = 4000
+        options = replace(OPTIONS, max_new_tokens=1, batch_size=count, temperature=0.5)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            drawn = written_answers(model, [prompt] * count, None, options)
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            logits = model(ids, torch.ones_like(ids))[0, -1]
+        tokens = torch.tensor(drawn).flatten()
+        found = torch.bincount(tokens, minlength=len(logits)) / count
+
+        def distance(temperature):
+            return float((found - (logits / temperature).softmax(0)).abs().sum())
+
+        assert distance(0.5) < min(distance(0.4), distance(0.7), distance(1.0))
+        assert len(set(tokens.tolist())) > 60  # transformers' own default are the 50 most probable
 
     def test_end_where_the_models_positions_do(self, model):
         # the built-in model has 128 positions
-        answers = greedy_answers(
+        answers = written_answers(
             model, prompts_of([125, 128]), NEVER, replace(OPTIONS, batch_size=1)
         )
         assert [len(answer) for answer in answers] == [3, 0]
 
     def test_are_written_by_the_adapter_that_is_loaded(self, model):
         prompts = prompts_of([6, 9], seed=3)
-        before = greedy_answers(model, prompts, NEVER, OPTIONS)
+        before = written_answers(model, prompts, NEVER, OPTIONS)
         other = CAUSAL.build()
 
-        assert greedy_answers(other, prompts, NEVER, OPTIONS) != before
+        assert written_answers(other, prompts, NEVER, OPTIONS) != before
 
     def test_a_models_own_wish_to_sample_does_not_count(self, model, monkeypatch):
         prompts = prompts_of([6, 9], seed=4)
-        expected = greedy_answers(model, prompts, NEVER, OPTIONS)
+        expected = written_answers(model, prompts, NEVER, OPTIONS)
         wishes = model.base.generation_config
         monkeypatch.setattr(wishes, "do_sample", True)
         monkeypatch.setattr(wishes, "repetition_penalty", 5.0)
-        assert greedy_answers(model, prompts, NEVER, OPTIONS) == expected
+        assert written_answers(model, prompts, NEVER, OPTIONS) == expected
 
 
 class TestScoreGeneration:
@@ -99,7 +118,7 @@ class TestScoreGeneration:
             seen.extend(prompts)
             return [[1, 2], [3]]
 
-        monkeypatch.setattr(generate, "greedy_answers", answers)
+        monkeypatch.setattr(generate, "written_answers", answers)
         prompts = ["one two", "far " * 30, "three", "four"]
 
         scores = score_generation(
@@ -110,7 +129,7 @@ class TestScoreGeneration:
         assert scores == GenerationScores(1.0, 1.0, 2, left_out=1)
 
     def test_decodes_what_it_generates(self, model, monkeypatch):
-        tokens = greedy_answers(model, [[hash_word("one"), hash_word("two")]], NEVER, OPTIONS)[0]
+        tokens = written_answers(model, [[hash_word("one"), hash_word("two")]], NEVER, OPTIONS)[0]
         words = {token: f"word{token}" for token in tokens}
         monkeypatch.setattr(
             generate,

@@ -1,0 +1,129 @@
+"""Answers of a saved adapter, of its base model alone, and of the adapter cut to smaller ranks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hafl_app.data.template import columns_of, render
+from hafl_app.experiments.chat_request import BASE, WHOLE, ChatRequest
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.publishing.run_facts import read_run
+from hafl_app.publishing.truncation import truncate_adapter
+from hafl_app.training.adapter_files import StoredAdapter, load_adapter, read_adapter
+from hafl_app.training.causal import LoraCausalLM
+from hafl_app.training.device import resolve_device
+from hafl_app.training.generate import (
+    GenerationOptions,
+    answer_codec,
+    prompt_tokens,
+    written_answers,
+)
+
+
+class PromptError(ValueError):
+    """A prompt that is not answered; the message is one line."""
+
+
+class Chat:
+    """A base model, loaded once, and the adapters that answer in turn.
+
+    Every prompt stands by itself, as in training: no answer knows of those before.
+
+    Parameters
+    ----------
+    request
+        Who answers, and how.
+
+    Attributes
+    ----------
+    template
+        The prompt of the adapter's training, with column names in braces; None if it is not known:
+        then a prompt is what is typed.
+
+    Raises
+    ------
+    ValueError
+        If the adapter or its base model is not there or does not fit, before the model is loaded
+        where that shows.
+    """
+
+    def __init__(self, request: ChatRequest) -> None:
+        trusted = request.trust_remote_code
+        stored = read_adapter(request.folder, trust_remote_code=trusted)
+        self.template = _template(request.folder, stored)
+        self._adapters = {_title(who): _adapter_of(who, stored) for who in request.speakers}
+        self._base = stored.spec.base
+        self._codec = answer_codec(self._base)
+        model = load_adapter(request.folder, trust_remote_code=trusted).model
+        assert isinstance(model, LoraCausalLM)
+        self._model = model.to(resolve_device("auto"))
+        self._options = GenerationOptions(
+            stored.max_length, request.max_new_tokens, temperature=request.temperature
+        )
+        self._seed = request.seed or 0
+
+    @property
+    def speakers(self) -> tuple[str, ...]:
+        """Title of each who answers, in order."""
+        return tuple(self._adapters)
+
+    def answers(self, typed: str) -> Iterator[tuple[str, str]]:
+        """Yield each speaker's title and answer, as soon as it is written.
+
+        All of them draw with one seed, the next prompt with the one after it.
+
+        Raises
+        ------
+        PromptError
+            If the prompt is blank, or too long to leave room for an answer.
+        """
+        tokens = self._tokens(typed)
+        seed = self._seed
+        self._seed += 1
+        for title, adapter in self._adapters.items():
+            self._model.load_whole(adapter)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                (made,) = written_answers(self._model, [tokens], self._codec.end, self._options)
+            yield title, self._codec.decode(made)
+
+    def _tokens(self, typed: str) -> list[int]:
+        if not typed.strip():
+            raise PromptError("the prompt is blank")
+        text = typed.encode(errors="replace").decode()  # of bytes that are no text
+        if self.template:
+            text = _filled(self.template, text)
+        tokens = prompt_tokens(self._base, text, self._options.max_length)
+        if not tokens:
+            raise PromptError(
+                f"the prompt leaves no room for an answer within {self._options.max_length} "
+                "tokens, the adapter's dataset.max_length"
+            )
+        return tokens
+
+
+def _template(folder: Path, stored: StoredAdapter) -> str | None:
+    """Return the template that the adapter's card has, or its run's settings."""
+    found = stored.facts.get("template") or read_run(folder).setting("dataset", "template")
+    return found if isinstance(found, str) else None
+
+
+def _filled(template: str, typed: str) -> str:
+    """Return a prompt with what is typed in the template's first column, and nothing in others."""
+    first, *others = columns_of(template)
+    return render(template, {first: typed, **dict.fromkeys(others, "")})
+
+
+def _title(speaker: str | int) -> str:
+    return speaker if isinstance(speaker, str) else f"rank {speaker}"
+
+
+def _adapter_of(speaker: str | int, stored: StoredAdapter) -> Adapter:
+    whole = stored.adapter
+    if speaker == BASE:
+        return whole.map(lambda factors: factors.select(()))
+    largest = max((factors.rank for factors in whole.modules.values()), default=0)
+    if speaker in (WHOLE, largest):
+        return whole
+    return truncate_adapter(whole, int(speaker)).adapter
