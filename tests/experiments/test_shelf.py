@@ -185,7 +185,7 @@ class TestTable:
         row = results(finished[0])["zero_padding"]
         assert row["difference_mean"] == pytest.approx(0.07)
         assert row["difference_low"] is None
-        assert grids(finished[0])[-1]["zero_padding"] == ["+7.0", "-", "1"]
+        assert grids(finished[0])[-1]["zero_padding"] == ["+7.0", "none (n = 1)", "1"]
 
 
 class TestGoingOn:

@@ -17,8 +17,9 @@ def test_a_strategy_has_the_settings_themselves():
     assert options.lora is settings.lora
     assert (options.head, options.seed) == ("frozen", 7)
     assert {f.name for f in fields(RunOptions)} == {
-        "federation", "client", "lora", "privacy", "head", "seed",
-    }  # fmt: skip
+        *("federation", "client", "lora", "privacy", "seed"),
+        *("head", "head_refresh_every", "closed_form"),
+    }
 
 
 def test_the_privacy_of_a_federation_is_that_of_its_settings():

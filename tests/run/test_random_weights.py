@@ -37,6 +37,8 @@ def test_the_name_says_so_whoever_gave_it(name, is_random, title):
 
     assert model_facts(model) == {
         "name": title,
+        "path": "",
+        "revision": None,
         "random_weights": is_random,
         "dropout": False,
     }
@@ -64,6 +66,8 @@ def test_a_run_says_so(tmp_path, caplog):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["model"] == {
         "name": "tiny_random",
+        "path": "",
+        "revision": None,
         "random_weights": True,
         "dropout": False,
     }
