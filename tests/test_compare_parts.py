@@ -82,8 +82,12 @@ class TestEqualMeanBytes:
         strategy = with_adapter(build.strategy(settings))
         # Down everything that is held but a factor of the client's own, up at least one factor.
         plan = strategy.plan(NodeProfile(0, 2, 4, 1, "cpu"), 1)
-        own = any(module.own_lora_B for module in plan.modules.values())
-        assert mean_bytes(strategy, [4, 4], 10) >= 4 * ((10 if own else 26) * 4 + 10 * 4 + 2 * 10)
+        modules = plan.modules.values()
+        own = any(module.own_lora_B for module in modules)
+        down, up = (10 if own else 26) * 4, 10 * 4
+        if cores := [module for module in modules if module.core]:  # the cores alone, both ways
+            down = up = sum(module.core.size * len(module.trainable) for module in cores)
+        assert mean_bytes(strategy, [4, 4], 10) >= 4 * (down + up + 2 * 10)
 
 
 @pytest.mark.slow

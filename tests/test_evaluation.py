@@ -251,7 +251,8 @@ class TestHarness:
         huggingface.HFLM = lambda **options: options
         for module in (package, models, huggingface, tasks):
             monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(packages.importlib.util, "find_spec", lambda _: True)
+        found = types.SimpleNamespace(origin="lm_eval/__init__.py")
+        monkeypatch.setattr(packages.importlib.util, "find_spec", lambda _: found)
         monkeypatch.setattr(harness, "hub_tokenizer", lambda base: f"tokenizer of {base.path}")
         harness._task_manager.cache_clear()
         yield asked
