@@ -35,7 +35,7 @@ from hafl_app.server.weights import ExampleBound
 from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import NUM_EXAMPLES
 
-_EXACT_INFLUENCES = 100  # clients; each with all others takes its time
+_EXACT_INFLUENCES = 10  # clients; each with all others takes its time
 
 
 class TooFewRepliesError(RuntimeError):

@@ -12,6 +12,7 @@ from unittest.mock import patch
 from benchmarks import simulation_ours
 from benchmarks.simulation_task import NoOp, SimulationTask
 from hafl_app.server import coordinator, round_messages
+from hafl_app.server.influence import InfluenceMeter
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora
 
@@ -30,6 +31,8 @@ STEPS: Sequence[tuple[str, Any, str]] = (
     ("server: read and check the reply", round_messages, "from_arrays"),
     ("server: is all finite, and of what size", ClientUpdate, "size"),
     ("server: sum up", coordinator, "merge"),
+    ("server: who decides the step", InfluenceMeter, "note"),
+    ("server: who decides the step", InfluenceMeter, "result"),
 )
 
 
