@@ -196,11 +196,11 @@ def open_sum(state: RecordDict, asked: AskUnmask) -> Unmask:
     """
     kept = _kept(state, asked.server_round, _HAS_MASKED)
     there, missing = asked.there, asked.missing
-    everybody = sorted(kept["plan-members"])
-    if sorted([*there, *missing]) != everybody:
+    members = sorted(kept["plan-members"])
+    if sorted([*there, *missing]) != members:
         raise SecureSumError("the members of the sum are not those of the round")
     if len(there) < kept["threshold"]:
-        raise SecureSumError(f"{len(there)} of {len(everybody)} members are too few for a sum")
+        raise SecureSumError(f"{len(there)} of {len(members)} members are too few for a sum")
     plans = [TrainPlan.from_json(text) for text in kept["plans"]]
     numbers = dict(zip(kept["plan-members"], kept["plan-of"], strict=True))
     check_members(_of_plan(plans[numbers[member]], kept["head"]) for member in there)

@@ -1,4 +1,4 @@
-"""The nodes of a run: who each is, what became of its trainings, and when it was last heard."""
+"""The nodes of a run: who each is, how its trainings went, and when it was last heard."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -26,9 +26,9 @@ class Node:
         Flower's id; as the operator registered it, if that is known.
     state
         `ONLINE`; `GONE`: its connection ended, and it did not come back; `SILENT`: not heard for
-        longer than a heartbeat; `LEFT`: it said good-bye; `UNKNOWN`: nobody watches.
+        longer than a heartbeat; `LEFT`: it said good-bye; `UNKNOWN`: no fence watches.
     last_seen
-        In words; the round of its last reply where nobody watches.
+        In words; the round of its last reply where no fence watches.
     """
 
     node_id: int

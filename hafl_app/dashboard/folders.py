@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from hafl_app.run.run_list import LOCK_FILE
+from hafl_app.run.run_lock import LOCK_FILE
 from hafl_app.tracking.jsonl import METRICS_FILE, SUMMARY_FILE
 
 _MARKS = {METRICS_FILE, SUMMARY_FILE, LOCK_FILE}

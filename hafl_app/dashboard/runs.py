@@ -8,19 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
 import yaml
 
 from hafl_app.dashboard.folders import FolderError, Root
 from hafl_app.dashboard.records import Importance, Records, number, read_json
 from hafl_app.metrics import Metric, task_of
-from hafl_app.run.run_list import CONFIG_FILE, LOCK_FILE, RUNNING, STATES, STOPPED
+from hafl_app.run.run_list import CONFIG_FILE, RUNNING, state_of
+from hafl_app.run.run_lock import LOCK_FILE
 from hafl_app.tracking.base import ClientRecord, RoundRecord
 from hafl_app.tracking.details import DETAILS_FILE
 from hafl_app.tracking.jsonl import CLIENTS_FILE, METRICS_FILE, SUMMARY_FILE
 
 PHASES: Final = ("test", "validation", "clients")
-_JITTER_S = 2.0
 
 
 def phases_of(runs: Sequence["Run"]) -> list[str]:
@@ -199,7 +198,8 @@ class RunReader:
                 except FolderError as error:
                     faults.append(str(error))
         summary = self._json(folder / SUMMARY_FILE, stamps, faults)
-        state = self._state(folder, stamps, summary)
+        began, ended = stamps.get(LOCK_FILE, 0.0), stamps.get(SUMMARY_FILE, 0.0)
+        state = state_of(summary, began, ended, lambda: self._holder(folder / LOCK_FILE))
         if records.is_cut and state != RUNNING:
             faults.append(f"{METRICS_FILE}: its last line was not written to its end")
         return Run(
@@ -244,25 +244,12 @@ class RunReader:
             faults.append(f"{file.name}: not YAML")
         return {}
 
-    def _state(self, folder: Path, stamps: Mapping[str, float], summary: Mapping[str, Any]) -> str:
-        """Return how a run stands; one that goes on may have an earlier end in its folder."""
-        began, ended = stamps.get(LOCK_FILE, 0.0), stamps.get(SUMMARY_FILE, 0.0)
-        if began > ended and self._is_locked(folder / LOCK_FILE, began):
-            return RUNNING
-        status = summary.get("status")
-        return status if status in STATES else STOPPED
-
-    def _is_locked(self, file: Path, began: float) -> bool:
-        """Whether the process that a lock names is there since before it was taken.
-
-        The lock itself is not tried: a run that starts meanwhile would find it taken.
-        """
+    def _holder(self, file: Path) -> str:
         try:
             with self.root.open(file) as opened:
-                pid = int(opened.read(20))
-            return psutil.Process(pid).create_time() <= began + _JITTER_S
-        except (FolderError, ValueError, OverflowError, psutil.Error):
-            return False
+                return opened.read(20).decode("ascii", "replace")
+        except FolderError:
+            return ""
 
 
 def _stamps(folder: Path) -> dict[str, float]:

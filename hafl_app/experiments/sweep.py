@@ -34,7 +34,7 @@ _LONGEST_ERROR, _LONGEST_CELL, _LOG_WIDTH = 2000, 60, 100
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What became of one job.
+    """How one job ended.
 
     Parameters
     ----------

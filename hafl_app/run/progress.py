@@ -1,7 +1,7 @@
 """Where a run stands: its stage, the clients that are done, and the time left of the whole run.
 
 It stands in a file of the run's folder, from which the command that shows the run reads it, and is
-said in a line from time to time where nobody looks at a terminal.
+said in a line from time to time where there is no terminal.
 """
 
 import json
@@ -211,7 +211,7 @@ class Progress:
             self._write()
 
     def _write(self) -> None:
-        # Nothing depends on this file: a full disk is told by those that matter.
+        # Nothing depends on this file: a full disk is reported by those that matter.
         temporary = self._path.with_name(f"{PROGRESS_FILE}.tmp")
         with suppress(OSError):
             temporary.write_text(json.dumps(self.state()), encoding="utf-8")

@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from hafl_app.config.schema import Settings
+from hafl_app.disk import unused
 from hafl_app.reports.records import read_summary
 from hafl_app.run.run_lock import check_unlocked
 from hafl_app.server.checkpoint_files import newest_first
@@ -47,7 +48,7 @@ def default_folder(name: str) -> Path:
     It may, after a clock was set back or where two runs start in one second.
     """
     now = datetime.now().astimezone()
-    return _numbered(Path("outputs").absolute() / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{name}")
+    return unused(Path("outputs").absolute() / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{name}")
 
 
 def absolute(path: str | Path) -> Path:
@@ -85,7 +86,7 @@ def check_new(folder: Path) -> None:
 def set_aside(folder: Path) -> None:
     """Make room for a run: rename the folder of a finished one, drop an unfinished one's rounds."""
     if status(folder) == FINISHED:
-        folder.rename(_numbered(folder.with_name(f"{folder.name}-before")))
+        folder.rename(unused(folder.with_name(f"{folder.name}-before")))
         return
     for path in (folder / "checkpoints").glob("round-*.safetensors"):
         path.unlink()
@@ -100,12 +101,3 @@ def status(folder: Path) -> str | None:
 def last_round(folder: Path) -> int | None:
     """Return the round of a folder's newest checkpoint; None if there is none."""
     return next((number for number, _ in newest_first(folder / "checkpoints")), None)
-
-
-def _numbered(path: Path) -> Path:
-    """Return the path, with the first number from 2 behind it that makes it new, if it exists."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free

@@ -1,10 +1,9 @@
 """Runs in a folder and below: what each was, how it went, and how far it is. Without torch."""
 
-import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,10 +15,11 @@ from hafl_app.metrics import task_of
 from hafl_app.reports.records import read_summary
 from hafl_app.run.progress import progress_line, read_progress
 from hafl_app.run.run_folder import FINISHED
+from hafl_app.run.run_lock import LOCK_FILE, holder_lives
 from hafl_app.tracking.base import FAILED, INTERRUPTED
 from hafl_app.tracking.jsonl import METRICS_FILE, SUMMARY_FILE
 
-CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
+CONFIG_FILE: Final = "config.yaml"
 RUNNING: Final = "running"
 STOPPED: Final = "stopped"
 """A run that ended without a word: its process was killed."""
@@ -150,23 +150,43 @@ def read_entry(folder: Path) -> RunEntry:
     )
 
 
-def _state(folder: Path, summary: Mapping[str, Any]) -> str:
-    if _is_locked(folder):
+def state_of(
+    summary: Mapping[str, Any], began: float, ended: float, lock: Callable[[], str]
+) -> str:
+    """Return how a run stands, one of `STATES`; one that goes on may have an earlier end.
+
+    Parameters
+    ----------
+    summary
+        Of its folder; empty if there is none.
+    began, ended
+        When its lock and its summary were written, in seconds since the epoch; 0 for none.
+    lock
+        Returns the text of its lock.
+    """
+    if began > ended and holder_lives(lock(), began):
         return RUNNING
     status = summary.get("status")
     return str(status) if status in STATES else STOPPED
 
 
-def _is_locked(folder: Path) -> bool:
-    """Whether a process runs in a folder; nothing is written, unlike by `run_lock`."""
+def _state(folder: Path, summary: Mapping[str, Any]) -> str:
+    began, ended = (_written(folder / name) for name in (LOCK_FILE, SUMMARY_FILE))
+    return state_of(summary, began, ended, lambda: _lock(folder))
+
+
+def _lock(folder: Path) -> str:
     try:
-        with (folder / LOCK_FILE).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return (folder / LOCK_FILE).read_text(encoding="ascii", errors="replace")
     except OSError:
-        return False
-    return False
+        return ""
+
+
+def _written(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import getpid
 from pathlib import Path
+from typing import Final
+
+import psutil
+
+LOCK_FILE: Final = ".lock"
+_JITTER_S = 2.0  # between the clock of files and that of processes
 
 
 class RunLockedError(RuntimeError):
@@ -25,7 +31,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         If another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="ascii") as file:
+    with (folder / LOCK_FILE).open("a+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -34,7 +40,10 @@ def run_lock(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)  # for those who only look, see `holder_lives`
 
 
 def check_unlocked(folder: Path) -> None:
@@ -45,6 +54,24 @@ def check_unlocked(folder: Path) -> None:
     RunLockedError
         If another process holds it.
     """
-    if (folder / ".lock").exists():
+    if (folder / LOCK_FILE).exists():
         with run_lock(folder):
             pass
+
+
+def holder_lives(pid: str, taken: float) -> bool:
+    """Whether the process that a lock names is there, since before the lock was taken.
+
+    For those who only look: to try the lock would turn away a run that starts meanwhile.
+
+    Parameters
+    ----------
+    pid
+        As the file of the lock has it; anything that is no number names no process.
+    taken
+        When the file was written, in seconds since the epoch.
+    """
+    try:
+        return psutil.Process(int(pid)).create_time() <= taken + _JITTER_S
+    except (ValueError, OverflowError, psutil.Error):
+        return False

@@ -217,7 +217,7 @@ class RoundMessages:
         self._correction = correction
 
     def mask(self, secure: SecureSum) -> None:
-        """Ask for masked uploads, as parts of a secure sum that knows everybody's plan."""
+        """Ask for masked uploads, as parts of a secure sum that knows every member's plan."""
         self._secure = secure
 
     def messages(

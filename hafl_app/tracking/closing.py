@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from hafl_app.disk import unused
 from hafl_app.metrics import EXACT_MATCH, ROUGE_L, Task, metric_named, task_of
 from hafl_app.packages import hafl_command, short
 from hafl_app.printable import printable
@@ -54,7 +55,7 @@ def print_closing(
     summary
         As `hafl_app.run.reporting.RunReport` writes it; what it lacks is left out.
     folder
-        Of the run; None where nobody looks into it.
+        Of the run; None where it is not looked into.
     """
     metric = task_of([str(summary.get("metric", ""))]).primary
     if rounds:
@@ -96,8 +97,8 @@ def next_commands(summary: Mapping[str, Any], folder: Path) -> list[str]:
     report = Path("report")
     taken = report.exists() and not (report / "report.md").is_file()
     commands = [
-        [hafl, "report", run, *(["--output", str(_free(report))] if taken else [])],
-        [hafl, "export", run, *cut, "--output", str(_free(Path("exported")))],
+        [hafl, "report", run, *(["--output", str(unused(report))] if taken else [])],
+        [hafl, "export", run, *cut, "--output", str(unused(Path("exported")))],
     ]
     return [_typed(command) for command in commands]
 
@@ -110,14 +111,6 @@ def _typed(words: Sequence[str]) -> str:
         return line
     at = line.rindex(" --output")
     return f"{line[:at]} \\\n{'':<{_MARGIN}} {line[at:]}"
-
-
-def _free(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
 
 
 def closing_lines(summary: Mapping[str, Any]) -> list[str]:

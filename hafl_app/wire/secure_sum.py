@@ -32,7 +32,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class AskShares:
-    """Everybody's public keys, in the order of the members, and how many open a secret."""
+    """All members' public keys, in the order of the members, and how many open a secret."""
 
     server_round: int
     threshold: int
@@ -51,7 +51,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class AskMasked:
-    """Beside a request to train: shares from the others, everybody's plan, and the rounding.
+    """Beside a request to train: shares from the others, all members' plans, and the rounding.
 
     Parameters
     ----------

@@ -85,6 +85,25 @@ class TestEntry:
 
         assert read_entry(root / "day" / "a").state == "stopped"
 
+    def test_looking_takes_no_lock_that_a_run_could_want(self, root, monkeypatch):
+        with run_lock(root / "day" / "a"):
+            monkeypatch.setattr("fcntl.flock", None)
+            assert read_entry(root / "day" / "a").state == "running"
+
+    def test_a_killed_run_is_none_that_goes_on(self, root):
+        with subprocess.Popen(["true"]) as process:
+            process.wait()
+        (root / "day" / "a" / ".lock").write_text(str(process.pid))
+
+        assert read_entry(root / "day" / "a").state == "stopped"
+
+    def test_a_process_that_is_younger_than_the_lock_is_another_one(self, root):
+        lock = root / "day" / "a" / ".lock"
+        lock.write_text(str(os.getpid()))
+        os.utime(lock, (2_000_000, 2_000_000))
+
+        assert read_entry(root / "day" / "a").state == "stopped"
+
     @pytest.mark.parametrize("file", ["summary.json", "config.yaml", "metrics.jsonl"])
     @pytest.mark.parametrize(
         "text", ["", "[]", "\0", "{", "tags: 3\nstrategy: [1]", '{"final": 3, "dataset": {}}',
