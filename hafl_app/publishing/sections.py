@@ -88,6 +88,8 @@ def _base(export: Exported) -> str:
     words += [f"its first {base.num_layers} layers"] if base.num_layers else []
     if base.quantization != NOT_QUANTIZED:
         words.append(f"kept in {base.quantization} while training and for these scores")
+    if note := export.stored.facts.get("base_weights"):
+        words.append(f"its weights {note}")
     return ", ".join(words)
 
 
@@ -203,6 +205,8 @@ def _limitations(export: Exported, license_id: str | None) -> str:
             "The base model's weights are random, it was never trained: scores are of no use but "
             "to compare runs of the same model."
         )
+    if export.stored.facts.get("base_weights") and not export.merged:
+        lines.append("The base model's weights on the hub are whole: on those it was not measured.")
     if export.run.setting("privacy", "kind") in {None, "none"}:
         lines.append("Trained without differential privacy: it may tell something of the data.")
     if export.stored.spec.base.num_layers and not export.merged:

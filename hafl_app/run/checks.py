@@ -23,7 +23,7 @@ from hafl_app.server.devices import DevicesSettings
 from hafl_app.server.settings import ServerOptimizerSettings
 from hafl_app.training.settings import CLOSED_FORM
 
-_PINS: Final = ("revision", "sha256", "package_path")
+_PINS: Final = ("revision", "sha256", "package_path", "package_sha256")
 """Settings of `model` that belong to one repository."""
 
 CAUSAL_LM, IMAGE_CLASSIFICATION = "causal_lm", "image_classification"

@@ -28,7 +28,7 @@ from hafl_app.config.schema import Settings
 from hafl_app.kept import cache_folder
 from hafl_app.packages import APP, OPTIONAL, install_command, is_installed, short
 from hafl_app.process_identity import is_alive
-from hafl_app.training.locate import ModelError, locate, present
+from hafl_app.training.locate import ModelError, locate, present, unread_gguf, weights_note
 from hafl_app.training.settings import BaseSpec
 
 FINE, NOTE, BROKEN = "ok", "note", "broken"
@@ -243,10 +243,11 @@ def _bind(port: int) -> None:
 def base_model(settings: Settings | None) -> Finding:
     """Look for the base model's files: on this machine, else on the hub."""
     spec = _default_model() if settings is None else settings.model
-    if spec.is_without_files:
-        return Finding("Base model", FINE, "random weights, no files needed")
-    if found := present(spec):
-        return Finding("Base model", FINE, f"{spec.path}, in {short(found)}")
+    try:
+        if line := _on_this_machine(spec):
+            return Finding("Base model", FINE, line)
+    except ModelError as error:
+        return Finding("Base model", BROKEN, str(error))
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         level = BROKEN if settings is not None else NOTE
         line = f"{spec.path} is not on this machine, and HF_HUB_OFFLINE is set"
@@ -257,6 +258,17 @@ def base_model(settings: Settings | None) -> Finding:
         return Finding("Base model", FINE, f"{spec.path}, in {locate(spec)}")
     except ModelError as error:
         return Finding("Base model", BROKEN, str(error))
+
+
+def _on_this_machine(spec: BaseSpec) -> str | None:
+    """Say where a base model's files are; None if they are not on this machine."""
+    if spec.is_without_files:
+        return "random weights, no files needed"
+    if found := present(spec):
+        return ", ".join(filter(None, (spec.path, f"in {short(found)}", weights_note(spec))))
+    if file := unread_gguf(spec):
+        return f"{spec.path}, to be read once from {file.name} if the hub cannot be reached"
+    return None
 
 
 def _default_model() -> BaseSpec:

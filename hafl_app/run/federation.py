@@ -29,7 +29,7 @@ from hafl_app.run.resuming import (
 )
 from hafl_app.run.run_folder import output_folder
 from hafl_app.run.run_lock import run_lock
-from hafl_app.run.setup import known_label_names, wait_for_nodes, warn_of_random_weights
+from hafl_app.run.setup import known_label_names, wait_for_nodes, warn_of_weights
 from hafl_app.run.simulated_time import check_memory, check_nodes
 from hafl_app.server.checkpoint_store import Checkpoint
 from hafl_app.server.held_out_clients import evaluate_unseen
@@ -83,7 +83,7 @@ def run(
     folder = output_folder(settings)
     if not origin().closes:  # else the command that shows the run names it
         print(f"Output folder: {folder}", flush=True)  # noqa: T201  the log must name it
-    warn_of_random_weights(settings.model)
+    warn_of_weights(settings.model)
     with run_lock(folder):
         _run(grid, settings, folder, overrides, on_round)
 

@@ -54,6 +54,7 @@ from hafl_app.tracking.details import DetailsFile, importance_record, score_reco
 from hafl_app.tracking.external import TrackedRun, external_trackers
 from hafl_app.tracking.jsonl import SUMMARY_FILE, JsonlTracker, read_history, replace_file
 from hafl_app.training.adapter_files import save_adapter
+from hafl_app.training.locate import weights_note
 from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import FLOPS
 
@@ -434,6 +435,7 @@ class RunReport:
                 "strategy": plain_settings(self._settings)["strategy"],
                 "seed": self._settings.seed,
                 "template": self._settings.dataset.template,
+                "base_weights": weights_note(self._settings.model),
             },
         )
 

@@ -15,18 +15,21 @@ from hafl_app.run.tokenization import tokenizing
 from hafl_app.server.coordinator import Strategy
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
+from hafl_app.training.locate import weights_note
 from hafl_app.training.settings import ModelSettings
 from hafl_app.wire.node_profile import NodeProfile
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def warn_of_random_weights(model: ModelSettings) -> None:
-    """Log a line if the base model was never trained."""
+def warn_of_weights(model: ModelSettings) -> None:
+    """Log a line if the base model was never trained, or its weights went through few bits."""
     if model.random_weights:
         _LOGGER.warning(
             "model %s has random weights: its scores only compare with its own", model.title
         )
+    if note := weights_note(model):
+        _LOGGER.warning("model %s: its weights were %s", model.title, note)
 
 
 def central_text(settings: Settings, label_names: Sequence[str]) -> CentralText:

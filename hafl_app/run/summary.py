@@ -14,6 +14,7 @@ import torch
 from hafl_app.cgroups import usable_cpus
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.server.traffic import Ledger
+from hafl_app.training.locate import weights_note
 from hafl_app.training.settings import ModelSettings
 from hafl_app.wire.node_profile import NodeProfile
 
@@ -33,13 +34,18 @@ _PACKAGES = ("flwr", "torch", "transformers", "peft", "ray", "datasets")
 
 
 def model_facts(model: ModelSettings) -> dict[str, Any]:
-    """Return the base model's names, whether its weights are random, and whether it drops out."""
+    """Return the base model's names, whether its weights are random, and whether it drops out.
+
+    And what its weights were read from, if that is not the files of that name.
+    """
+    note = weights_note(model)
     return {
         "name": model.title,
         "path": model.path,
         "revision": model.revision,
         "random_weights": model.random_weights,
         "dropout": model.dropout,
+        **({"weights": note} if note else {}),
     }
 
 

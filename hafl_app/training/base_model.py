@@ -20,12 +20,12 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as hf_logging
 
 from hafl_app.training.base_dropout import switch_off_dropout, without_dropout
 from hafl_app.training.locate import ModelError, locate
 from hafl_app.training.quantization.blocks import quantize
 from hafl_app.training.quantization.precisions import NOT_QUANTIZED, QuantizationError
+from hafl_app.training.quiet_transformers import quiet_transformers
 from hafl_app.training.settings import BaseSpec
 
 _LOGGER = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def _from_weights(config: Any, spec: BaseSpec) -> Any:
     if not list(folder.glob("*.safetensors")):
         # The older formats are pickles, which can carry code.
         raise ModelError(f"model.path={spec.path}: no weights in safetensors format")
-    with _refusing_code(spec), _quiet_transformers():
+    with _refusing_code(spec), quiet_transformers():
         return _auto(spec).from_pretrained(
             folder,
             config=config,
@@ -211,22 +211,6 @@ def _refusing_code(spec: BaseSpec) -> Iterator[None]:
             f"model.path={spec.path} needs Python code of its own: read it, then set "
             "model.trust_remote_code=true"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide the progress bar, and the long report of the weights that a cut stack leaves out."""
-    transformers_logging: Any = hf_logging
-    verbosity = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 @functools.lru_cache(maxsize=4)

@@ -3,25 +3,31 @@
 Without torch and transformers: a model that is not there is reported before they are imported.
 """
 
-import functools
-import hashlib
 import importlib.util
+import json
+import logging
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from hafl_app.packages import install_command
+from hafl_app.training import gguf_base
+from hafl_app.training.gguf_base import origin_of
 from hafl_app.training.settings import BaseSpec
+from hafl_app.training.weights_file import ModelError, check_sha256
 
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+__all__ = ["ModelError", "locate", "present", "unread_gguf", "weights_note"]
 
-
-class ModelError(ValueError):
-    """A base model that is not there, or not the one that was asked for."""
+_LOGGER = logging.getLogger(__name__)
+_PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 
 
 def locate(spec: BaseSpec) -> Path:
     """Return the folder with the model's files: local, hub cache, installed package, hub.
+
+    A package's GGUF file that was not read yet comes after the hub, whose weights are whole. It is
+    then read into a folder once, in some twenty seconds, and that comes before the hub.
 
     Raises
     ------
@@ -29,8 +35,8 @@ def locate(spec: BaseSpec) -> Path:
         If none of them has the files, or if they are not the ones of ``spec.sha256``.
     """
     folder = _local(spec) or _cached(spec) or _packaged(spec) or _downloaded(spec)
-    if spec.sha256 is not None:
-        _check_sha256(folder / "model.safetensors", spec.sha256)
+    if spec.sha256 is not None and origin_of(folder) is None:
+        check_sha256(folder / "model.safetensors", spec.sha256)
     return folder
 
 
@@ -40,6 +46,33 @@ def present(spec: BaseSpec) -> Path | None:
         return _local(spec) or _cached(spec) or _packaged(spec)
     except ModelError:
         return None
+
+
+def unread_gguf(spec: BaseSpec) -> Path | None:
+    """Return the GGUF file that `locate` would read where the hub cannot be reached.
+
+    Raises
+    ------
+    ModelError
+        If its bytes are not those of ``spec.package_sha256``, or the package that reads it is
+        missing.
+    """
+    return None if present(spec) is not None else _readable_gguf(spec)
+
+
+def _readable_gguf(spec: BaseSpec) -> Path | None:
+    if (file := _in_package(spec)) is None or file.suffix != gguf_base.SUFFIX:
+        return None
+    gguf_base.require_reader(file)
+    return file
+
+
+def weights_note(spec: BaseSpec) -> str | None:
+    """Say what this machine's weights of a model were read from; None if they are its own files."""
+    if spec.is_without_files or spec.random_weights or (folder := present(spec)) is None:
+        return None
+    origin = origin_of(folder)
+    return None if origin is None else origin.title
 
 
 def _local(spec: BaseSpec) -> Path | None:
@@ -67,7 +100,18 @@ def _cached(spec: BaseSpec) -> Path | None:
         )
     except (LocalEntryNotFoundError, ValueError):
         return None
-    return folder if (folder / "model.safetensors").exists() else None
+    return folder if _has_weights(folder) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all files of weights are there: a large model has several, and an index of them."""
+    if (folder / "model.safetensors").exists():
+        return True
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return all((folder / name).exists() for name in set(index["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
 
 
 def _patterns(spec: BaseSpec) -> list[str]:
@@ -75,6 +119,14 @@ def _patterns(spec: BaseSpec) -> list[str]:
 
 
 def _packaged(spec: BaseSpec) -> Path | None:
+    file = _in_package(spec)
+    if file is None or file.suffix != gguf_base.SUFFIX:
+        return file
+    return gguf_base.kept_folder(file)
+
+
+def _in_package(spec: BaseSpec) -> Path | None:
+    """Return the folder or GGUF file of ``spec.package_path`` if its package is installed."""
     if spec.package_path is None:
         return None
     package, _, inside = spec.package_path.partition("/")
@@ -85,7 +137,10 @@ def _packaged(spec: BaseSpec) -> Path | None:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         return None
-    return Path(found.origin).parent / inside
+    path = Path(found.origin).parent / inside
+    if path.suffix == gguf_base.SUFFIX and spec.package_sha256 is not None:
+        check_sha256(path, spec.package_sha256)
+    return path
 
 
 def _downloaded(spec: BaseSpec) -> Path:
@@ -94,23 +149,18 @@ def _downloaded(spec: BaseSpec) -> Path:
             snapshot_download(spec.path, revision=spec.revision, allow_patterns=_patterns(spec))
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
+        if (file := _readable_gguf(spec)) is not None:
+            _LOGGER.info("reading %s once, which takes some twenty seconds", file.name)
+            return gguf_base.read(file, spec.path)
         packaged = f", nor in the package {spec.package_path}" if spec.package_path else ""
         raise ModelError(
             f"model.path={spec.path} is no local folder, not in the hub's cache{packaged}, and "
-            f"cannot be downloaded ({type(error).__name__}): give a folder, or go online"
+            f"cannot be downloaded ({type(error).__name__}): {_ways_out(spec)}"
         ) from error
 
 
-@functools.cache
-def _check_sha256(file: Path, expected: str) -> None:
-    if not file.is_file():
-        # Not the folder: on a node this reason goes to the server.
-        raise ModelError(f"the base model has no {file.name}, whose SHA-256 should be {expected}")
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise ModelError(
-            f"{file.name} of the base model has SHA-256 {digest.hexdigest()}, expected {expected}"
-        )
+def _ways_out(spec: BaseSpec) -> str:
+    if spec.package_path is None:
+        return "give a folder, or go online"
+    package = spec.package_path.partition("/")[0].replace("_", "-")
+    return f"{install_command(package, alone=True)}, or give a folder, or go online"

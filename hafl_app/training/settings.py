@@ -25,7 +25,10 @@ class BaseSpec:
         SHA-256 that ``model.safetensors`` must have; null: unchecked.
     package_path
         ``package/folder`` of an installed package that carries the same files, used where the
-        hub's cache has none; null: no such package.
+        hub's cache has none; null: no such package. Or ``package/file.gguf``: the model's weights
+        in fewer bits, used where the hub cannot be reached.
+    package_sha256
+        SHA-256 that the GGUF file of ``package_path`` must have; null: unchecked.
     num_layers
         Keep only so many layers, from the first; null: all.
     random_weights
@@ -55,6 +58,7 @@ class BaseSpec:
     revision: str | None = None
     sha256: str | None = None
     package_path: str | None = None
+    package_sha256: str | None = None
     num_layers: int | None = number(None, at_least=1)
     random_weights: bool = False
     pooling: str = choice("mean", "mean", "cls")

@@ -121,6 +121,16 @@ class TestText:
         assert 'revision = "abc"\n' in text
         assert text.count("from_pretrained(base, revision=revision") == 2
 
+    def test_says_what_the_bases_weights_went_through(self, run, tmp_path):
+        assert "on the hub are whole" not in exported_card(run, tmp_path / "before").text
+        note = "read from a.Q4_1.gguf: they went through 4 bits (Q4_1)"
+        change_card(run, lambda card: card["facts"].update(base_weights=note))
+
+        text = exported_card(run, tmp_path / "out").text
+
+        assert f"its weights {note} |" in text.replace("\\", "")
+        assert "on the hub are whole: on those it was not measured" in text
+
     def test_reports_the_loss_of_a_cut(self, run, tmp_path):
         (written,) = export_adapter(ExportRequest(run, tmp_path / "out", ranks=[2]))
         cut = written.export.truncation

@@ -11,7 +11,7 @@ from running import TINY
 from hafl_app.config.compose import CONF, compose
 from hafl_app.engines.in_process import run_federation
 from hafl_app.experiments.table import Provenance, markdown
-from hafl_app.run.setup import warn_of_random_weights
+from hafl_app.run.setup import warn_of_weights
 from hafl_app.run.summary import model_facts
 from hafl_app.training.settings import ModelSettings
 
@@ -47,9 +47,9 @@ def test_the_name_says_so_whoever_gave_it(name, is_random, title):
 def test_one_line_warns(caplog):
     model = compose(["model=minilm"]).model
     with caplog.at_level(logging.WARNING):
-        warn_of_random_weights(model)
+        warn_of_weights(model)
         assert not caplog.messages
-        warn_of_random_weights(replace(model, random_weights=True))
+        warn_of_weights(replace(model, random_weights=True))
 
     (line,) = caplog.messages
     assert line == ("model minilm_random has random weights: its scores only compare with its own")
