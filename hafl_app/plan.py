@@ -22,6 +22,7 @@ from hafl_app.component_lists import (
     parse_bits,
     parse_indices,
 )
+from hafl_app.own_weight import OwnWeight
 from hafl_app.trained_core import Core
 
 HeadPolicy = Literal["averaged", "frozen", "local", "sent"]
@@ -184,6 +185,11 @@ class ModulePlan:
         return self.factors != "A"
 
     @property
+    def is_whole(self) -> bool:
+        """Whether both factors of all that is held are trained and uploaded."""
+        return self.held == self.trainable and self.uploads == "both"
+
+    @property
     def uploads(self) -> TrainedFactors:
         """The trained factors without one that the client keeps."""
         return "A" if self.own_lora_B else self.factors
@@ -343,6 +349,10 @@ class TrainPlan:
     logit_adjustment
         ``tau``, at least 0, by which the loss adjusts logits by the client's own classes, see
         `hafl_app.training.own_classes`; None: plain cross entropy.
+    own_weight
+        Rule by which the client weighs its own part of a secure sum; None: by ``num_examples``.
+        Only where it trains and uploads all that it holds, so without a ``choice`` or a tail that
+        is dropped.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -360,6 +370,7 @@ class TrainPlan:
     align: Alignment | None = None
     proximal: float = 0.0
     logit_adjustment: float | None = None
+    own_weight: OwnWeight | None = None
 
     def __post_init__(self) -> None:
         # A plan comes over the wire: a word that no branch knows would silently train by default.
@@ -401,6 +412,10 @@ class TrainPlan:
         _require(self.choice is None or plain, "choice", "null with such a plan", self.choice)
         if self.align is not None:
             self._check_alignment()
+        if self.own_weight is not None:
+            whole = self.choice is None and all(m.is_whole for m in self.modules.values())
+            whole = whole and (self.tail is None or not self.tail.prune)
+            _require(whole, "own_weight", "null with such a plan", self.own_weight)
 
     def _check_bits_of(self, name: str, module: ModulePlan) -> None:
         expected = len(module.trainable) if self.upload == "mixed" else 0
@@ -453,6 +468,11 @@ class TrainPlan:
         }
         plain: dict[str, Any] = {"upload": "fp32", "error_feedback": False, "density": 1.0}
         return replace(self, modules=modules, choice=None, **plain)
+
+    def without_choice(self) -> "TrainPlan":
+        """Return the plan under which the client trains and uploads all that it could choose."""
+        modules = {name: replace(module, budget=None) for name, module in self.modules.items()}
+        return replace(self, modules=modules, choice=None)
 
     def chosen(self, components: Mapping[str, tuple[int, ...]]) -> "TrainPlan":
         """Return the plan after the client's choice: it trains these, and nothing else.
@@ -558,6 +578,7 @@ class TrainPlan:
             values = json.loads(text)
             values = _with_keys_of(cls, {**_RARE_OF_PLANS, **values})
             tail, choice, align = values["tail"], values["choice"], values["align"]
+            own_weight = values["own_weight"]
             values["modules"] = _read_modules(values["modules"])
             if tail is not None:
                 values["tail"] = TailPruning(**_with_keys_of(TailPruning, tail))
@@ -565,6 +586,8 @@ class TrainPlan:
                 values["choice"] = ComponentChoice(**_with_keys_of(ComponentChoice, choice))
             if align is not None:
                 values["align"] = Alignment(**_with_keys_of(Alignment, align))
+            if own_weight is not None:
+                values["own_weight"] = OwnWeight(**_with_keys_of(OwnWeight, own_weight))
             return cls(**values)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a train plan: {shorten(str(error), 300)}") from error
@@ -585,6 +608,7 @@ _RARE_OF_PLANS: Mapping[str, Any] = {
     "align": None,
     "proximal": 0.0,
     "logit_adjustment": None,
+    "own_weight": None,
 }
 """What few plans have, by name, with what it is for all others."""
 

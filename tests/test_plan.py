@@ -14,6 +14,7 @@ from hafl_app.component_lists import (
     parse_bits,
     parse_indices,
 )
+from hafl_app.own_weight import OwnWeight
 from hafl_app.plan import (
     Alignment,
     ModulePlan,
@@ -272,6 +273,23 @@ class TestTrainPlan:
         assert [entry[:3] for entry in entries] == [["0-2", "0,2", 0.5], ["0", "", 1.0]]
         assert entries[0][3] == list(many)
 
+    def test_an_own_weight_survives_and_is_left_out_where_there_is_none(self):
+        plan = TrainPlan({"q": ModulePlan((0, 1), (0, 1))}, own_weight=OwnWeight("state", "client"))
+        assert TrainPlan.from_json(plan.to_json()) == plan
+        assert "own_weight" not in json.loads(replace(plan, own_weight=None).to_json())
+
+    @pytest.mark.parametrize(
+        ("module", "settings"),
+        [
+            (ModulePlan((0, 1), (0,)), {}),
+            (ModulePlan((0, 1), (0, 1), factors="B"), {}),
+            (ModulePlan((0, 1), (0, 1)), {"tail": TailPruning(0.5, 0.1, 1)}),
+        ],
+    )
+    def test_an_own_weight_is_of_all_that_is_held(self, module, settings):
+        with pytest.raises(ValueError, match="own_weight must be null with such a plan"):
+            TrainPlan({"q": module}, own_weight=OwnWeight("state", "module"), **settings)
+
     def test_an_alignment_survives_and_is_left_out_where_there_is_none(self):
         plan = TrainPlan({"q": ModulePlan((0, 1), (0, 1))}, align=Alignment("B", 0.25))
 
@@ -318,6 +336,8 @@ class TestTrainPlan:
             ({"align": {"factor": "C", "weight": 1}}, "alignment factor must be one of A, B"),
             ({"align": {"factor": "A", "weight": 1.5}}, r"alignment weight must be in \[0, 1\]"),
             ({"align": True}, "not a train plan: Alignment is bool"),
+            ({"own_weight": {"norm_of": "lora_A", "scope": "module"}}, "norm_of is 'lora_A', expe"),
+            ({"own_weight": {"norm_of": "state"}}, "not a train plan: .*scope"),
             (
                 {"upload": "int4"},
                 "upload must be one of fp32, .*, sparse, got 'int4'",

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from hafl_app.lowrank.change import change_of
 from hafl_app.lowrank.factors import Adapter
+from hafl_app.lowrank.product_norms import product_norms
 from hafl_app.plan import TrainPlan
 from hafl_app.privacy.masking import (
     FEWEST_MEMBERS,
@@ -36,7 +37,8 @@ from hafl_app.privacy.masking import (
     pair_sign,
     shared_seed,
 )
-from hafl_app.privacy.pieces import piece_names, pieces_of
+from hafl_app.privacy.pieces import Shares as OwnShares
+from hafl_app.privacy.pieces import piece_names, pieces_of, weight_names
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.secure_sum import (
     SECURE,
@@ -163,10 +165,7 @@ def masked(
     _check_known(kept, names)
     check_members(names.values())
     shares = _decrypted(kept, own_id, asked)
-    if not 0 < asked.share <= 1:
-        raise SecureSumError(f"a weight of {asked.share:g}, expected above 0 and at most 1")
-    rounding = Rounding(asked.largest, len(names))
-    vector = rounding.encode(pieces_of(change_of(after, before), plan), asked.share)
+    vector = _encoded(asked, plan, after, before, len(names))
     add_mask(vector, kept["seed"], names[own_id], 1)
     keys = dict(zip(kept["members"], kept["masking-keys"], strict=True))
     private = key_of(kept["masking"])
@@ -184,6 +183,39 @@ def masked(
     }
     state[_STATE] = ConfigRecord(kept)
     return vector
+
+
+def with_unchosen(after: Adapter, before: Adapter, chosen: TrainPlan, plan: TrainPlan) -> Adapter:
+    """Return an upload with all that a client could have chosen, so that its choice is hidden.
+
+    Parameters
+    ----------
+    after
+        The components that it chose, under the plan ``chosen``.
+    before
+        All that it could choose under ``plan``, as received.
+    """
+    if plan.choice is None:
+        return after
+    modules = {}
+    for name, factors in after.modules.items():
+        slots = [plan.modules[name].trainable.index(i) for i in chosen.modules[name].trainable]
+        modules[name] = before.modules[name].replace(slots, factors)
+    return Adapter(modules, after.head)
+
+
+def _encoded(
+    asked: AskMasked, plan: TrainPlan, after: Adapter, before: Adapter, members: int
+) -> dict[str, NDArray[np.uint32]]:
+    """Return the weighted change as whole numbers, and the own weights behind it, if any."""
+    for share in (asked.share, asked.head_share):
+        if not 0 < share <= 1:
+            raise SecureSumError(f"a weight of {share:g}, expected above 0 and at most 1")
+    own = product_norms(after, before, plan.own_weight) if plan.own_weight is not None else {}
+    values = pieces_of(change_of(after, before), plan)
+    values |= {piece: np.array([own[module]]) for module, piece in weight_names(plan).items()}
+    shares = OwnShares(asked.share, asked.head_share, own).by_piece(plan, values)
+    return Rounding(asked.largest, members).encode(values, shares)
 
 
 def open_sum(state: RecordDict, asked: AskUnmask) -> Unmask:

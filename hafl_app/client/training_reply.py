@@ -5,7 +5,7 @@ from flwr.app import MetricRecord, RecordDict
 from hafl_app.client.error_feedback import encode_with_feedback
 from hafl_app.client.node import Job, Node
 from hafl_app.client.own_factors import keep_lora_B
-from hafl_app.client.secure_sum import masked
+from hafl_app.client.secure_sum import masked, with_unchosen
 from hafl_app.client.terms import DEVICE, LOSSES, TIMES
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.privacy.mechanism import NoiseSource, privatize_upload, trained_part
@@ -42,6 +42,7 @@ def training_reply(node: Node, job: Job, result: TrainResult, node_id: int) -> R
         upload = _privatized(node, job, upload)
     if job.secure is not None:
         before = trained_part(job.adapter, job.plan)
+        upload = with_unchosen(upload, before, result.plan, job.plan)
         vector = masked(node.state, node_id, job.secure, job.plan, upload, before)
         return RecordDict(
             {VECTOR: write_vector(vector, sorted(vector)), METRICS: _metrics(result, node, job)}

@@ -5,9 +5,9 @@ on whole numbers modulo 2^32. Key exchange, secret sharing and encryption are Fl
 Masks are not: `flwr.common.secure_aggregation.secaggplus_utils.pseudo_rand_gen` folds a key into 32
 bits and draws from a Mersenne Twister, so that whoever sees a masked vector could try all keys.
 
-A vector is a mapping of *pieces*: a client's row of a lora_A, column of a lora_B, or tensor of the
-head, each under a name. A pair of clients masks the pieces that both of them upload, so that
-clients of different rank take part in one sum, and each pays for its own pieces alone.
+A vector is a mapping of *pieces*: a client's row of a lora_A, column of a lora_B, tensor of the
+head, or own weight, each under a name. A pair of clients masks the pieces that both of them upload,
+so that clients of different rank take part in one sum, and each pays for its own pieces alone.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class Rounding:
     Parameters
     ----------
     largest
-        Largest change of a number that a client may have, above 0.
+        Largest number that a client may add, above 0.
     members
         Clients of the sum, at least 1.
     """
@@ -75,24 +75,25 @@ class Rounding:
         """What one whole number stands for; a client's error is at most half of it."""
         return self.largest / (_LARGEST // self.members)
 
-    def encode(self, values: Values, share: float) -> dict[str, NDArray[np.uint32]]:
+    def encode(self, values: Values, shares: Mapping[str, float]) -> dict[str, NDArray[np.uint32]]:
         """Return ``round(share * values / step)`` modulo 2^32.
 
         Parameters
         ----------
-        share
-            Weight of the client, in (0, 1].
+        shares
+            Weight of the client in each piece, at least 0.
 
         Raises
         ------
         SecureSumError
-            If a number is not finite, or changed by more than ``largest``.
+            If a number is not finite, or above ``largest``, by itself or times its share.
         """
         encoded = {}
         for name, piece in values.items():
-            if not np.abs(piece).max(initial=0.0) <= self.largest:  # also NaN
+            share = shares[name]
+            if not max(share, 1.0) * np.abs(piece).max(initial=0.0) <= self.largest:  # also NaN
                 raise SecureSumError(
-                    f"{name} has changed by more than privacy.largest_change={self.largest:g}, "
+                    f"{name} adds more than privacy.largest_change={self.largest:g} to the sum, "
                     "above which whole numbers would overflow"
                 )
             encoded[name] = np.rint(share * piece / self.step).astype(np.int64).astype(np.uint32)

@@ -29,8 +29,9 @@ class PrivacySettings:
         Whether uploads are masked, so that the server learns their sums alone. It is no
         differential privacy, and the two do not go together.
     largest_change
-        ``secure_aggregation``: largest change of a number in a client's training. The changes are
-        whole numbers of steps of this range; a client beyond it fails.
+        ``secure_aggregation``: largest change of a number in a client's training, also times the
+        weight that a client gives itself, and the largest such weight. The changes are whole
+        numbers of steps of this range; a client beyond it fails.
     """
 
     kind: str = choice("none", "none", "central_dp", "local_dp")

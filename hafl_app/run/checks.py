@@ -411,11 +411,12 @@ def _secure(settings: Settings) -> Iterator[str]:
                 f"privacy.secure_aggregation=true needs {name}={_word(expected)}, not "
                 f"{_word(value)}: {reason}"
             )
-    if settings.privacy.secure_aggregation and not settings.strategy.traits.sums_updates:
+    traits = settings.strategy.traits
+    if settings.privacy.secure_aggregation and not traits.sums_updates:
         from hafl_app.server.compatibility import secure_refusal  # noqa: PLC0415  imports torch
 
         method = type(settings.strategy).__module__.rpartition(".")[2]
-        yield secure_refusal(method, "it needs single updates, not their sums")
+        yield secure_refusal(method, traits.sum_refusal)
 
 
 def _engine(settings: Settings) -> Iterator[str]:

@@ -42,7 +42,7 @@ def check_method(method: Method, ranks: Sequence[int]) -> None:
     if kind != "none" and (reason := no_server_optimizer(method.traits)):
         raise StrategyError(server_optimizer_refusal(kind, name, reason))
     if method.options.privacy.secure_aggregation and not method.traits.sums_updates:
-        raise StrategyError(secure_refusal(name, "it needs single updates, not their sums"))
+        raise StrategyError(secure_refusal(name, method.traits.sum_refusal))
     if federation.scaffold and (reason := no_server_optimizer(method.traits)):
         raise StrategyError(scaffold_refusal(name, reason))
 

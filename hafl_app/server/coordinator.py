@@ -329,12 +329,16 @@ class Coordinator:
     def _mask(
         self, secure: SecureSum, profiles: Sequence[NodeProfile], plans: Sequence[TrainPlan]
     ) -> None:
-        """Ask these clients for masked uploads, weighted by the examples of their profiles."""
+        """Ask these clients for masked uploads, weighted by their plans and profiles' examples."""
         federation = self.method.options.federation
         bound = ExampleBound.of(federation, self.participation.trainable())
-        weights = [bound.count(profile.num_examples, profile) for profile in profiles]
+        examples = [bound.count(profile.num_examples, profile) for profile in profiles]
+        weights = [
+            self.method.planned_weight(plan, count)
+            for plan, count in zip(plans, examples, strict=True)
+        ]
         head = head_that_travels(self.method.global_adapter, self.method.options)
-        secure.plan(profiles, plans, weights, list(head))
+        secure.plan(profiles, plans, examples, weights, list(head))
         self._messages.mask(secure)
 
 

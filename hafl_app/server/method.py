@@ -65,7 +65,11 @@ class Traits:
         lora_B must then stay what cores make of a basis.
     sums_updates
         Whether its fold takes of the updates only weighted sums of each component over those who
-        trained it, so that each of these may upload their mean: what secure aggregation needs.
+        trained it, so that each of these may upload their mean: what secure aggregation needs. The
+        weights are the method's `planned_weight`, or the clients' own (`hafl_app.own_weight`).
+        Where clients choose, the sums are over all who could have chosen a component.
+    sum_refusal
+        Reason why ``sums_updates`` is false, and what would be accepted.
     breaks
         Laws of the conformance suite that the method breaks by its paper, with the source.
     """
@@ -86,6 +90,7 @@ class Traits:
     coverage_exponent: float | None = 1.0
     trains_cores: bool = False
     sums_updates: bool = False
+    sum_refusal: str = "it needs single updates, not their sums"
     breaks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -117,6 +122,9 @@ class Method(Protocol):
 
     def weight(self, update: ClientUpdate) -> float:
         """Return a client's weight in its averages."""
+
+    def planned_weight(self, plan: TrainPlan, num_examples: int) -> float:
+        """Return the weight as far as it follows from a plan and a number of examples."""
 
     def memory(self) -> dict[str, Any]:
         """Return the method's own state beside the global adapter."""

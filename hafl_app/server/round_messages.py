@@ -418,7 +418,8 @@ class RoundMessages:
         trained = sent.head if request.plan.uploads_head else {}
         head = {n: tuple(t.shape) for n, t in trained.items()}
         sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
-        check_size(num_bytes, request.plan, head, sizes)  # before anything is unpacked
+        uploaded = request.plan if self._secure is None else request.plan.without_choice()
+        check_size(num_bytes, uploaded, head, sizes)  # before anything is unpacked
         metrics = self._read_metrics(reply, request)
         if self._secure is not None:
             return metrics, _masked_update(self._secure, reply, request, sent)
@@ -474,7 +475,7 @@ def _masked_update(
     modules = {n: f.select(plan.modules[n].trainable_slots) for n, f in sent.modules.items()}
     return ClientUpdate(
         partition_id=request.profile.partition_id,
-        num_examples=secure.weight(node_id),
+        num_examples=secure.examples(node_id),
         plan=plan,
         sent=sent,
         adapter=Adapter(modules, sent.head if plan.uploads_head else {}),

@@ -3,12 +3,12 @@
 One round: `agree` lets the members exchange keys and shares, `record_for` goes with each request
 to train, `take` reads a masked upload, and `opened` returns the updates of those who answered, in
 which every component is the mean over those who trained it. A method whose fold is a sum makes of
-them what it would have made of the updates themselves.
+them what it would have made of the updates themselves. Where clients weigh themselves, an update
+has the mean weight of those with the same components.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -32,8 +32,10 @@ from hafl_app.privacy.masking import (
     shared_seed,
 )
 from hafl_app.privacy.mechanism import trained_part
-from hafl_app.privacy.pieces import piece_names, pieces_of, with_pieces
+from hafl_app.privacy.pieces import Shares as OwnShares
+from hafl_app.privacy.pieces import piece_names, pieces_of, weight_names
 from hafl_app.server.replies import all_replies
+from hafl_app.server.secure_means import mean_changes, own_weights, with_change
 from hafl_app.server.traffic import Ledger, Traffic
 from hafl_app.server.update import ClientUpdate
 from hafl_app.wire.arrays import RecordError
@@ -86,9 +88,11 @@ class SecureSum:
         self._keys: dict[int, Keys] = {}
         self._shares: dict[int, Mapping[int, bytes]] = {}
         self._names: dict[int, Names] = {}
-        self._plans: list[str] = []
+        self._plans: dict[int, TrainPlan] = {}
+        self._plan_texts: dict[str, int] = {}
         self._plan_of: dict[int, int] = {}
-        self._weights: dict[int, int] = {}
+        self._examples: dict[int, int] = {}
+        self._weights: dict[int, float] = {}
         self._vectors: dict[int, dict[str, NDArray[np.uint32]]] = {}
 
     def agree(self, profiles: Sequence[NodeProfile]) -> list[NodeProfile]:
@@ -127,13 +131,18 @@ class SecureSum:
         self,
         profiles: Sequence[NodeProfile],
         plans: Sequence[TrainPlan],
-        weights: Sequence[int],
+        examples: Sequence[int],
+        weights: Sequence[float],
         head: Sequence[str],
     ) -> None:
         """Note what each member uploads, and what it counts.
 
         Parameters
         ----------
+        examples
+            Weights in the head.
+        weights
+            Those in components, but for members that weigh themselves.
         head
             Names of the head's tensors that they upload.
 
@@ -142,24 +151,28 @@ class SecureSum:
         SecureSumError
             If a number would be summed over fewer than three members.
         """
-        numbers: dict[str, int] = {}
-        for profile, plan, weight in zip(profiles, plans, weights, strict=True):
-            self._names[profile.node_id] = piece_names(plan, head)
-            self._weights[profile.node_id] = weight
-            self._plan_of[profile.node_id] = numbers.setdefault(plan.to_json(), len(numbers))
-        self._plans = list(numbers)
+        members = [profile.node_id for profile in profiles]
+        self._plans = dict(zip(members, plans, strict=True))
+        self._examples = dict(zip(members, examples, strict=True))
+        self._weights = dict(zip(members, weights, strict=True))
+        for member, plan in self._plans.items():
+            self._names[member] = piece_names(plan, head)
+            number = self._plan_texts.setdefault(plan.to_json(), len(self._plan_texts))
+            self._plan_of[member] = number
         check_members(self._names.values())
 
-    def record_for(self, node_id: int) -> SecureMessage:
+    def record_for(self, node_id: int) -> AskMasked:
         """Return what goes with a member's request to train."""
         others = [member for member in self._names if member != node_id]
+        shares = self._shares_of(node_id)
         return AskMasked(
             self._round,
             others,
             [self._shares[member][node_id] for member in others],
-            self._plans,
+            list(self._plan_texts),
             [self._plan_of[member] for member in others],
-            self._share(node_id),
+            shares.components,
+            shares.head,
             self._largest,
         )
 
@@ -173,11 +186,12 @@ class SecureSum:
         """
         pieces = pieces_of(trained_part(sent, plan), plan)
         lengths = {name: len(piece) for name, piece in pieces.items()}
+        lengths |= dict.fromkeys(weight_names(plan).values(), 1)
         self._vectors[node_id] = read_vector(content, lengths, sorted(lengths))
 
-    def weight(self, node_id: int) -> int:
+    def examples(self, node_id: int) -> int:
         """Return the number of examples that a member counts as."""
-        return self._weights[node_id]
+        return self._examples[node_id]
 
     def opened(self, updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
         """Open the sum over these members; return their updates with the mean in each component.
@@ -196,8 +210,17 @@ class SecureSum:
         answers = self._ask(dict.fromkeys(there, asked), Unmask)
         valid = [a for a in answers.values() if (a.there, a.missing) == (there, missing)]
         self._check_count(len(valid), self.threshold, "have opened the sum")
-        means = self._means(there, self._unmasked(there, missing, valid[: self.threshold]))
-        return [_with_change(update, means) for update in updates]
+        total = self._unmasked(there, missing, valid[: self.threshold])
+        sums = Rounding(self._largest, len(self._names)).decode(total)
+        weights = own_weights({member: self._plans[member] for member in there}, sums)
+        means = mean_changes(
+            sums,
+            (
+                self._shares_of(member, own).by_piece(self._plans[member], self._names[member])
+                for member, own in weights.items()
+            ),
+        )
+        return [with_change(u, means, weights[numbers[u.partition_id]]) for u in updates]
 
     def _unmasked(
         self, there: Sequence[int], missing: Sequence[int], answers: Sequence[Unmask]
@@ -218,18 +241,12 @@ class SecureSum:
                 add_mask(total, seed, common, -pair_sign(other, member))
         return total
 
-    def _means(
-        self, there: Sequence[int], total: Mapping[str, NDArray[np.uint32]]
-    ) -> dict[str, NDArray[np.float64]]:
-        sums = Rounding(self._largest, len(self._names)).decode(total)
-        shares = dict.fromkeys(sums, 0.0)
-        for member in there:
-            for name in self._names[member]:
-                shares[name] += self._share(member)
-        return {name: piece / shares[name] for name, piece in sums.items()}
-
-    def _share(self, node_id: int) -> float:
-        return self._weights[node_id] / max(self._weights.values())
+    def _shares_of(self, member: int, own: Mapping[str, float] | None = None) -> OwnShares:
+        return OwnShares(
+            self._weights[member] / max(self._weights.values()),
+            self._examples[member] / max(self._examples.values()),
+            own or {},
+        )
 
     def _check_count(self, count: int, least: int, what: str) -> None:
         if count < least:
@@ -278,12 +295,3 @@ def _combined(shares: list[bytes]) -> bytes:
     except (ValueError, IndexError) as error:
         raise SecureSumError("the shares of a secret do not belong together") from error
     return secret
-
-
-def _with_change(update: ClientUpdate, means: Mapping[str, NDArray[np.float64]]) -> ClientUpdate:
-    """Return an update in which the trained numbers have changed by these means."""
-    before = update.before
-    trained = before.only(update.plan.uploaded_factors)
-    change = with_pieces(trained, update.plan, means).tensors()
-    moved = {n: (t.double() + change[n]).to(t.dtype) for n, t in trained.tensors().items()}
-    return replace(update, adapter=Adapter.from_tensors(moved).filled(before))

@@ -31,6 +31,9 @@ class ClientUpdate:
         Module name to component scores, if the plan asked for them.
     steps
         Optimizer steps that it took, as it states them; 0 if it does not.
+    own_weights
+        Module name to the weight that clients gave themselves in a secure sum: the mean over those
+        with the same components, see `hafl_app.own_weight`. Empty: the method weighs.
     """
 
     partition_id: int
@@ -40,6 +43,7 @@ class ClientUpdate:
     adapter: Adapter
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     steps: int = 0
+    own_weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def before(self) -> Adapter:

@@ -81,8 +81,13 @@ class HeterogeneousLora(Strategy, ABC):
         """Return the factors of the next global adapter; components that no client trained stay."""
 
     def weight(self, update: ClientUpdate) -> float:
-        """Return a client's weight in averages: its number of examples."""
-        return float(update.num_examples)
+        """Return a client's weight in averages, by default its `planned_weight`."""
+        return self.planned_weight(update.plan, update.num_examples)
+
+    def planned_weight(self, plan: TrainPlan, num_examples: int) -> float:
+        """Return a client's weight as far as it is known before training: its examples."""
+        del plan
+        return float(num_examples)
 
     def check(self, ranks: Sequence[int]) -> None:
         """Refuse a federation of these rank budgets, or do nothing.
@@ -223,6 +228,8 @@ class HeterogeneousLora(Strategy, ABC):
         Of the first round's plan, without the message's overhead; the ledger has what was sent.
         """
         plan, shapes = self.plan(profile, 1), self.layer_shapes()
+        if self.options.privacy.secure_aggregation:
+            plan = plan.without_choice()  # what is masked does not show what was chosen
         head = sum(tensor.numel() for tensor in self.global_adapter.head.values())
         head_bytes = NUMBER_BYTES["fp32"] * head
         down = plan.held_bytes(shapes) + plan.sends_head * head_bytes

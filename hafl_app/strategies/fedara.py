@@ -59,6 +59,7 @@ class FedAra(ScoredMean):
         dp_refusal="privacy=central_dp does not cover components that are pruned by scores without "
         "noise: use strategy=hafl strategy.importance=magnitude",
         uploads_importance=True,
+        sum_refusal="clients upload importance scores, one by one",
         coverage_exponent=0.0,
     )
 

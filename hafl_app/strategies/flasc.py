@@ -53,6 +53,8 @@ class Flasc(ComponentMean):
         dp_refusal="privacy=central_dp has zero padding in expectation, and no sparse changes: use "
         "strategy=zero_padding",
         uploads_sparsely=True,
+        sum_refusal="where its uploads have numbers is not masked, and without it they are as "
+        "large as all factors: use strategy=zero_padding",
     )
 
     server_step: float = number(1.0, above=0)

@@ -130,6 +130,12 @@ class Hafl(ScoredMean):
     def _scores_on_server(self) -> bool:
         return self.selection == "importance" and not self._by_client
 
+    @property
+    def _sums_choices(self) -> bool:
+        """Whether clients choose, and the sum over all does not depend on who has chosen what."""
+        over_all = self.aggregation == "change" and self.coverage_exponent == 1
+        return self._by_client and over_all
+
     def _declare(self) -> Traits:
         by_uploads = self._by_client or (self._scores_on_server and self.importance != "magnitude")
         return replace(
@@ -139,7 +145,13 @@ class Hafl(ScoredMean):
             coverage_exponent={"adaptive": 0.0, "zero_padding": 2.0}.get(
                 self.aggregation, self.coverage_exponent
             ),
-            sums_updates=not by_uploads,
+            sums_updates=not by_uploads or self._sums_choices,
+            sum_refusal="clients choose, and it divides by who has chosen a component, which is "
+            "hidden: use strategy.aggregation=change strategy.coverage_exponent=1, or "
+            "strategy.selection_by=server"
+            if self._by_client
+            else "its server scores single updates: use strategy.importance=magnitude, or "
+            "strategy.selection=random or prefix",
             dp_division=None if by_uploads else _DP_DIVISION[self.aggregation],
             dp_refusal="privacy=central_dp does not cover components that clients choose by their "
             "data: use strategy.selection_by=server"

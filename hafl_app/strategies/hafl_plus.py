@@ -88,9 +88,17 @@ class HaflPlus(ComponentMean):
             dp_refusal="privacy=central_dp does not cover components that are assigned by "
             "uploads without noise: use strategy=hafl strategy.selection=random",
             coverage_exponent=self.coverage_exponent,
+            sums_updates=not self._scores_clients,
+            sum_refusal="its server assigns components by what single updates contributed: use "
+            "strategy.selection=random or prefix",
         )
         self.contributions: dict[int, Mapping[str, Tensor]] = {}
         self._assigned = _Assignment()
+
+    @property
+    def _scores_clients(self) -> bool:
+        """Whether components are assigned by what each client's uploads contributed."""
+        return self.selection in ("balanced", "contribution")
 
     def check(self, ranks: Sequence[int]) -> None:
         """Refuse also a rotation of components that are told apart."""
@@ -179,15 +187,17 @@ class HaflPlus(ComponentMean):
 
     # ---- merging ---------------------------------------------------------------------------
 
-    def weight(self, update: ClientUpdate) -> float:
-        """Return ``v_k``: a client's examples, by default over the components it trained."""
+    def planned_weight(self, plan: TrainPlan, num_examples: int) -> float:
+        """Return ``v_k``: a client's examples, by default over the components it trains."""
         if self.client_weight == "examples":
-            return super().weight(update)
-        trained = sum(len(update.components(name)) for name in update.adapter.modules)
-        return super().weight(update) / max(trained, 1)
+            return super().planned_weight(plan, num_examples)
+        trained = sum(len(module.trainable) for module in plan.modules.values())
+        return super().planned_weight(plan, num_examples) / max(trained, 1)
 
     def accumulate(self, state: Sums, update: ClientUpdate) -> Sums:
         """Add the client's components to their slots, and keep what it contributed to each."""
+        if not self._scores_clients:
+            return super().accumulate(state, update)
         known, before = self.contributions.get(update.partition_id, {}), update.before.modules
         own = {}
         for name, after in update.adapter.modules.items():

@@ -5,7 +5,7 @@ EMNLP 2024, arXiv:2401.06432.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from hafl_app.fields import choice, number
 from hafl_app.lowrank.components import ComponentSums
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.lowrank.svd import WeightedStack, singular_values
+from hafl_app.lowrank.product_norms import product_norms
+from hafl_app.own_weight import NORM_SCOPES, NORMS_OF, OwnWeight
 from hafl_app.plan import TailPruning, TrainPlan
 from hafl_app.server.method import Traits
 from hafl_app.server.update import ClientUpdate
@@ -62,6 +63,11 @@ class HetLora(HeterogeneousLora):
     Those that all their holders pruned become zero in lora_B and keep lora_A. The head is
     averaged by num_examples.
 
+    Under ``privacy=secure_aggregation`` a client computes its norm itself and masks it beside what
+    it weighs: the server learns ``sum_k phi_k B_k``, ``sum_k phi_k A_k`` and ``sum_k phi_k``, the
+    last over the clients of each rank, and cannot check a norm. Without pruning, whose ranks it
+    would have to know before masks are agreed on.
+
     Parameters
     ----------
     pruning
@@ -105,11 +111,17 @@ class HetLora(HeterogeneousLora):
     tail_weight: float = number(0.01, at_least=0)
     min_rank: int = number(2, at_least=1)
     weighting: str = choice("norm", "norm", "examples")
-    norm_scope: str = choice("module", "module", "client")
-    norm_of: str = choice("state", "state", "change")
+    norm_scope: str = choice("module", *NORM_SCOPES)
+    norm_of: str = choice("state", *NORMS_OF)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.traits = replace(
+            self.traits,
+            sums_updates=not self.pruning,
+            sum_refusal="training decides the rank of an upload, after masks are agreed on: use "
+            "strategy.pruning=false",
+        )
         self.pruned_ranks: dict[tuple[int, str], int] = {}
 
     def plan(self, profile: NodeProfile, server_round: int) -> TrainPlan:
@@ -118,7 +130,8 @@ class HetLora(HeterogeneousLora):
             name: min(budget, self.pruned_ranks.get((profile.partition_id, name), budget))
             for name, budget in self.budgets(profile).items()
         }
-        return self.prefix_plan(ranks, tail=self._tail())
+        masked = self.options.privacy.secure_aggregation and self.weighting == "norm"
+        return self.prefix_plan(ranks, tail=self._tail(), own_weight=self._rule if masked else None)
 
     def memory(self) -> dict[str, Any]:
         """Return the pruned ranks by partition and module."""
@@ -189,15 +202,11 @@ class HetLora(HeterogeneousLora):
         )
 
     def norms(self, update: ClientUpdate) -> dict[str, float]:
-        """Return the client's unnormalized phi by module."""
-        norms = {name: self._norm(update, name) for name in update.adapter.modules}
-        return dict.fromkeys(norms, sum(norms.values())) if self.norm_scope == "client" else norms
+        """Return the client's unnormalized phi by module; its own word in a secure sum."""
+        if update.own_weights:
+            return dict(update.own_weights)
+        return product_norms(update.adapter, update.sent, self._rule)
 
-    def _norm(self, update: ClientUpdate, name: str) -> float:
-        """Return the norm of what a client adds to a module of the base, scaling included."""
-        factors = update.adapter.modules[name]
-        if self.norm_of == "state":
-            return float(factors.norm())
-        change = WeightedStack().append(factors, 1.0).append(update.sent.modules[name], -1.0)
-        # Gram matrices would turn the rounding error of two equal products into its square root.
-        return float(torch.linalg.vector_norm(singular_values(change.factors())))
+    @property
+    def _rule(self) -> OwnWeight:
+        return OwnWeight(self.norm_of, self.norm_scope)

@@ -32,7 +32,9 @@ class LoraA2(ComponentMean):
 
     An upload has at most ``r_k`` vectors of one factor per module on average, and their indices.
     Because the choice is over the whole model and modules differ in size, its bytes are known
-    beforehand as an upper bound. The probe costs one more pass in every round.
+    beforehand as an upper bound. The probe costs one more pass in every round. Under
+    ``privacy=secure_aggregation`` it has all ``r_G N`` vectors of the factor under masks, 0 where a
+    client did not choose: its choice stays with it, and the result is the same.
 
     Differs from the paper: a node keeps nothing, so both factors travel down where the paper sends
     the one that has changed. Whether training goes on from the probe or starts again could not be
@@ -55,6 +57,7 @@ class LoraA2(ComponentMean):
         dp_refusal="privacy=central_dp does not cover components that clients choose by their "
         "data: use strategy=ffa_lora",
         uploads_importance=True,
+        sums_updates=True,
     )
 
     measure: str = choice("contribution", *MEASURES)

@@ -19,10 +19,7 @@ def probe_plan(plan: TrainPlan) -> TrainPlan:
     if plan.choice is None:
         raise ValueError("the plan leaves the client no choice, so there is nothing to probe")
     steps = [steps for steps in (plan.choice.probe_steps, plan.max_steps) if steps]
-    modules = {name: replace(module, budget=None) for name, module in plan.modules.items()}
-    return replace(
-        plan, modules=modules, choice=None, local_epochs=1, max_steps=min(steps, default=0)
-    )
+    return replace(plan.without_choice(), local_epochs=1, max_steps=min(steps, default=0))
 
 
 def contributions(received: Adapter, probed: Adapter, plan: TrainPlan) -> dict[str, Tensor]:

@@ -59,8 +59,9 @@ class AskMasked:
         Those who have shared their secrets, without the receiver, and what each sent it.
     plans, plan_of
         The different plans of all members, and which of them each of ``members`` has.
-    share
-        The receiver's weight, in (0, 1].
+    share, head_share
+        The receiver's weight in components, unless its plan has it weigh itself, and in the head,
+        both in (0, 1].
     largest
         Largest change of a number.
     """
@@ -71,6 +72,7 @@ class AskMasked:
     plans: list[str]
     plan_of: list[int]
     share: float
+    head_share: float
     largest: float
 
 

@@ -185,11 +185,33 @@ def merge(strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]) -> dict[
     return dict(merge_into(strategy, strategy.global_adapter, updates).modules)
 
 
-def means_over_trainers(updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+def with_unchosen(strategy: HeterogeneousLora, update: ClientUpdate) -> ClientUpdate:
+    """Return an update with all that its client could have chosen, the rest as it was sent."""
+    if update.plan.choice is None:
+        return update
+    everything = update.sent.modules
+    modules = {
+        n: replace(m, trainable=tuple(range(everything[n].rank)))
+        for n, m in update.plan.modules.items()
+    }
+    plan = replace(update.plan, modules=modules)
+    before = {n: f.select(plan.modules[n].trainable_slots) for n, f in update.sent.modules.items()}
+    modules = {
+        n: before[n].replace(map(plan.modules[n].trainable.index, update.components(n)), factors)
+        for n, factors in update.adapter.modules.items()
+    }
+    return replace(update, plan=plan, adapter=Adapter(modules, update.adapter.head))
+
+
+def means_over_trainers(
+    strategy: HeterogeneousLora, updates: Sequence[ClientUpdate]
+) -> list[ClientUpdate]:
     """Return the updates, each component as its mean over those who trained it, heads as theirs.
 
-    What a secure sum tells of them, weighted by ``num_examples``.
+    What a secure sum tells of them, weighted as the method says before training.
     """
+    updates = [with_unchosen(strategy, update) for update in updates]
+    weights = [strategy.planned_weight(u.plan, u.num_examples) for u in updates]
     total = sum(u.num_examples for u in updates)
     head = {
         name: sum(u.num_examples * u.adapter.head[name] for u in updates) / total
@@ -198,22 +220,25 @@ def means_over_trainers(updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
     return [
         replace(
             u,
-            adapter=Adapter({n: _means(n, u, updates) for n in u.adapter.modules}, head),
+            adapter=Adapter({n: _means(n, u, updates, weights) for n in u.adapter.modules}, head),
         )
         for u in updates
     ]
 
 
-def _means(name: str, one: ClientUpdate, updates: Sequence[ClientUpdate]) -> LoraFactors:
+def _means(
+    name: str, one: ClientUpdate, updates: Sequence[ClientUpdate], weights: Sequence[float]
+) -> LoraFactors:
     means = []
     for component in one.components(name):
-        those = [u for u in updates if component in u.components(name)]
-        weights = [u.num_examples / sum(v.num_examples for v in those) for u in those]
         parts = [
-            u.adapter.modules[name].select([u.components(name).index(component)]) for u in those
+            (w, u.adapter.modules[name].select([u.components(name).index(component)]))
+            for u, w in zip(updates, weights, strict=True)
+            if component in u.components(name)
         ]
-        lora_A = sum(w * part.lora_A.double() for w, part in zip(weights, parts, strict=True))
-        lora_B = sum(w * part.lora_B.double() for w, part in zip(weights, parts, strict=True))
+        total = sum(w for w, _ in parts)
+        lora_A = sum(w / total * part.lora_A.double() for w, part in parts)
+        lora_B = sum(w / total * part.lora_B.double() for w, part in parts)
         means.append(LoraFactors(lora_A.float(), lora_B.float()))
     if not means:
         return one.adapter.modules[name]

@@ -31,9 +31,9 @@ class TestRounding:
     def test_a_sum_is_exact_up_to_half_a_step_for_each_member(self):
         rounding, shares = Rounding(largest=3.0, members=5), (1.0, 0.3, 0.77, 0.001, 0.5)
         values = [self.changes(seed) for seed in range(5)]
-        total = dict(rounding.encode(values[0], shares[0]))
+        total = dict(rounding.encode(values[0], dict.fromkeys("ab", shares[0])))
         for one, share in zip(values[1:], shares[1:], strict=True):
-            for name, piece in rounding.encode(one, share).items():
+            for name, piece in rounding.encode(one, dict.fromkeys("ab", share)).items():
                 total[name] = total[name] + piece
         got = rounding.decode(total)
         assert rounding.step == pytest.approx(3.0 * 5 / 2**31, rel=1e-6)
@@ -45,14 +45,19 @@ class TestRounding:
         for members in (3, 1000):
             rounding = Rounding(largest=2.0, members=members)
             for sign in (1, -1):
-                one = rounding.encode({"a": np.array([sign * 2.0])}, 1.0)["a"]
+                one = rounding.encode({"a": np.array([sign * 2.0])}, {"a": 1.0})["a"]
                 got = rounding.decode({"a": (one.astype(np.uint64) * members).astype(np.uint32)})
                 assert got["a"][0] == pytest.approx(sign * 2.0 * members)
 
     @pytest.mark.parametrize("value", [3.1, -3.1, np.nan, np.inf])
     def test_a_change_beyond_the_range_is_refused_and_not_cut(self, value):
         with pytest.raises(SecureSumError, match=r"more than privacy.largest_change=3"):
-            Rounding(3.0, 5).encode({"a": np.array([0.0, value])}, 1.0)
+            Rounding(3.0, 5).encode({"a": np.array([0.0, value])}, {"a": 1.0})
+
+    @pytest.mark.parametrize(("value", "share"), [(1.0, 3.1), (3.1, 0.1), (1.0, np.nan)])
+    def test_and_one_that_its_weight_takes_there_or_back(self, value, share):
+        with pytest.raises(SecureSumError, match=r"more than privacy.largest_change=3"):
+            Rounding(3.0, 5).encode({"a": np.array([value])}, {"a": share})
 
 
 class TestMasks:

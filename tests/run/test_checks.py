@@ -379,11 +379,25 @@ REFUSED = [
     ),
     *(
         (
-            ["privacy=secure_aggregation", f"strategy={name}"],
-            f"privacy.secure_aggregation=true is refused for strategy={name}: it needs single "
-            "updates, not their sums",
+            ["privacy=secure_aggregation", *f"strategy={name}".split()],
+            f"privacy.secure_aggregation=true is refused for strategy={name.split()[0]}: {reason}",
         )
-        for name in ("hafl", "hafl_plus", "hetlora", "flexlora", "flora", "lora_a2")
+        for name, reason in {
+            "flexlora": "it needs single updates, not their sums",
+            "flora": "it needs single updates, not their sums",
+            "hetlora": "training decides the rank of an upload, after masks are agreed on: use "
+            "strategy.pruning=false",
+            "hafl": "its server scores single updates: use strategy.importance=magnitude, or "
+            "strategy.selection=random or prefix",
+            "hafl strategy.selection_by=client": "clients choose, and it divides by who has "
+            "chosen a component, which is hidden: use strategy.aggregation=change "
+            "strategy.coverage_exponent=1, or strategy.selection_by=server",
+            "hafl_plus": "its server assigns components by what single updates contributed: use "
+            "strategy.selection=random or prefix",
+            "flasc": "where its uploads have numbers is not masked, and without it they are as "
+            "large as all factors: use strategy=zero_padding",
+            "fedara": "clients upload importance scores, one by one",
+        }.items()
     ),
 ]
 
@@ -413,6 +427,9 @@ def test_what_does_not_go_together_is_refused_in_one_line(overrides, line):
         ["privacy=local_dp"],
         SECURE,
         ["privacy=secure_aggregation", "strategy=hafl", "strategy.selection=prefix"],
+        ["privacy=secure_aggregation", "strategy=hetlora", "strategy.pruning=false"],
+        ["privacy=secure_aggregation", "strategy=lora_a2"],
+        ["privacy=secure_aggregation", "strategy=hafl_plus", "strategy.selection=random"],
         ["federation.unseen_clients=2"],
         [*CAUSAL, "federation.generate_examples=3"],
         ["federation.streaming=true", "federation.max_norm_ratio=null"],

@@ -1,20 +1,22 @@
 """The whole protocol of a secure sum, without training: keys, shares, masked vectors, opening."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from driving import HEAD, Client, merge, noise, strategy_named, update_of
+from driving import HEAD, Client, merge, noise, run_options, strategy_named, update_of
 from flwr.app import Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from hafl_app.client.error_replies import errors_as_replies
-from hafl_app.client.secure_sum import answer_secure, masked, open_sum
+from hafl_app.client.secure_sum import answer_secure, masked, open_sum, with_unchosen
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.privacy.masking import SecureSumError
-from hafl_app.privacy.mechanism import trained_part
+from hafl_app.privacy.mechanism import PrivacyOptions, trained_part
+from hafl_app.privacy.pieces import weight_names
 from hafl_app.server.secure_sum import SecureSum
 from hafl_app.server.traffic import Ledger
 from hafl_app.wire.arrays import RecordError
@@ -34,6 +36,8 @@ from hafl_app.wire.secure_sum import (
 LARGEST = 4.0
 RANKS = (2, 2, 4, 4, 4)
 EXAMPLES = (10, 25, 7, 31, 4)
+BY_NORM = ("strategy.pruning=false",)
+TWO_RANKS, OF_TWO_RANKS = (2, 2, 2, 4, 4, 4, 4), (10, 25, 7, 31, 4, 12, 9)
 
 
 class Nodes:
@@ -75,10 +79,23 @@ def _answer(message: Message, state: RecordDict) -> Message:
 class Round:
     """One round: a method's clients, their true updates, and the secure sum over them."""
 
-    def __init__(self, name="zero_padding", ranks=RANKS, examples=EXAMPLES, **dead):
-        self.strategy, self.nodes = strategy_named(name), Nodes()
+    def __init__(
+        self,
+        name="zero_padding",
+        ranks=RANKS,
+        examples=EXAMPLES,
+        settings=(),
+        largest=LARGEST,
+        server_round=1,
+        **dead,
+    ):
+        self.strategy, self.nodes = strategy_named(name, *settings), Nodes()
+        self.strategy.options = run_options(
+            self.strategy.options, privacy=PrivacyOptions(secure_aggregation=True)
+        )
         clients = [Client(r, n, i) for i, (r, n) in enumerate(zip(ranks, examples, strict=True))]
-        self.updates = [update_of(self.strategy, client, noise) for client in clients]
+        self.updates = [update_of(self.strategy, c, noise, server_round) for c in clients]
+        self.plans = {c.partition_id: self.strategy.plan(c.profile, server_round) for c in clients}
         changed = {n: torch.ones(shape) for n, shape in HEAD.items()}
         self.updates = [
             replace(
@@ -94,15 +111,17 @@ class Round:
         # Numbers as Flower draws them, and in another order than the partitions.
         self.profiles = [replace(c.profile, node_id=900 - 7 * c.partition_id) for c in clients]
         self.ledger = Ledger()
-        self.secure = SecureSum(self.nodes, self.ledger, 3, 5.0, LARGEST)
+        self.secure = SecureSum(self.nodes, self.ledger, 3, 5.0, largest)
 
     def uploads(self):
         """Run all up to the uploads; return the masked vector of each node."""
         agreed = self.secure.agree(self.profiles)
         there = {p.partition_id for p in agreed}
         self.updates = [u for u in self.updates if u.partition_id in there]
-        plans, weights = [u.plan for u in self.updates], [u.num_examples for u in self.updates]
-        self.secure.plan(agreed, plans, weights, list(HEAD))
+        plans = [self.plans[u.partition_id] for u in self.updates]
+        examples = [u.num_examples for u in self.updates]
+        weights = list(map(self.strategy.planned_weight, plans, examples))
+        self.secure.plan(agreed, plans, examples, weights, list(HEAD))
         return {
             p.node_id: self.upload(p.node_id, update)
             for p, update in zip(agreed, self.updates, strict=True)
@@ -113,9 +132,11 @@ class Round:
         content = RecordDict({SECURE: secure_record(self.secure.record_for(node_id))})
         asked = read_secure(content, AskMasked)
         after = update.adapter.only(update.plan.uploaded_factors)
-        before = trained_part(update.sent, update.plan)
+        plan = self.plans[update.partition_id]
+        before = trained_part(update.sent, plan)
+        after = with_unchosen(after, before, update.plan, plan)
         state = self.nodes.states[node_id] if state is None else state
-        return masked(state, node_id, asked, update.plan, after, before)
+        return masked(state, node_id, asked, plan, after, before)
 
     def opened(self, vectors, lost=()):
         """Return what the server reads of those whose vector came."""
@@ -124,17 +145,19 @@ class Round:
             update = next((u for u in self.updates if u.partition_id == profile.partition_id), None)
             if update is None or profile.partition_id in lost:
                 continue
-            pieces = vectors[profile.node_id]
+            pieces, plan = vectors[profile.node_id], self.plans[profile.partition_id]
             content = RecordDict({VECTOR: write_vector(pieces, sorted(pieces))})
-            self.secure.take(profile.node_id, content, update.plan, update.sent)
-            came.append(replace(update, adapter=update.before))
+            self.secure.take(profile.node_id, content, plan, update.sent)
+            before = trained_part(update.sent, plan)
+            same = before.filled(update.sent) if plan.choice else update.before
+            came.append(replace(update, plan=plan, adapter=same))
         return self.secure.opened(came)
 
 
-def assert_same(strategy, opened, updates):
+def assert_same(strategy, opened, updates, bound=None):
     """Hold an opened sum to the updates themselves, to the bound of the rounding."""
     step = LARGEST * len(EXAMPLES) / 2**31
-    bound = len(updates) * step / 2 * max(EXAMPLES) / min(EXAMPLES) + 1e-6
+    bound = bound or len(updates) * step / 2 * max(EXAMPLES) / min(EXAMPLES) + 1e-6
     got, expected = merge(strategy, opened), merge(strategy, updates)
     for name, factors in expected.items():
         for factor in ("lora_A", "lora_B"):
@@ -165,6 +188,14 @@ class TestSum:
         made = Round("fed_sb", ranks=(3, 3, 3, 3, 3))
         assert_same(made.strategy, made.opened(made.uploads()), made.updates)
 
+    @pytest.mark.parametrize("selection", ["prefix", "random"])
+    def test_weighs_by_what_the_plan_says(self, selection):
+        """The part of an example falls with the components that its client trains."""
+        settings = (f"strategy.selection={selection}", "strategy.factors=both")
+        ranks = RANKS if selection == "prefix" else (4, 4, 4, 4, 4)
+        made = Round("hafl_plus", ranks=ranks, settings=settings)
+        assert_same(made.strategy, made.opened(made.uploads()), made.updates)
+
     def test_no_update_is_what_its_client_sent(self):
         made = Round()
         for got, sent in zip(made.opened(made.uploads()), made.updates, strict=True):
@@ -185,6 +216,114 @@ class TestSum:
         assert traffic.bytes_up > 5 * 2 * 200
         assert traffic.bytes_down > 5 * 5 * 2 * 200
         assert traffic.exchanges == 0  # a client is asked to train once
+
+
+class TestOwnWeights:
+    """HetLoRA: clients weigh themselves by the norm of their product, which no one else sees."""
+
+    def made(self, *settings, **changes):
+        known = {"ranks": TWO_RANKS, "examples": OF_TWO_RANKS, "largest": 100.0}
+        return Round("hetlora", settings=(*BY_NORM, *settings), **(known | changes))
+
+    def bound(self, made):
+        """Return what docs/privacy.md says of the rounding, and float32's beside it."""
+        step = 100.0 * len(TWO_RANKS) / 2**31
+        norms = [made.strategy.norms(update) for update in made.updates]
+        least = min(sum(one[name] for one in norms) for name in norms[0]) or 1.0
+        largest = max(t.abs().max() for u in made.updates for t in u.adapter.tensors().values())
+        before = max(t.abs().max() for t in made.strategy.global_adapter.tensors().values())
+        return len(TWO_RANKS) * step * (1 + before + largest) / (2 * least) + 1e-6
+
+    @pytest.mark.parametrize("norm_of", ["state", "change"])
+    @pytest.mark.parametrize("scope", ["module", "client"])
+    def test_make_the_mean_by_norms(self, norm_of, scope):
+        made = self.made(f"strategy.norm_of={norm_of}", f"strategy.norm_scope={scope}")
+        opened = made.opened(made.uploads())
+        assert_same(made.strategy, opened, made.updates, self.bound(made))
+        # Means by examples, or equal ones, are far from it.
+        by_examples = [replace(u, own_weights={}) for u in opened]
+        with pytest.raises(AssertionError):
+            assert_same(made.strategy, by_examples, made.updates, self.bound(made))
+
+    def test_one_that_drops_out_takes_its_weight_along(self):
+        made = self.made()
+        opened = made.opened(made.uploads(), {4})
+        rest = [u for u in made.updates if u.partition_id != 4]
+        assert_same(made.strategy, opened, rest, self.bound(made))
+
+    def test_the_server_sees_their_mean_over_the_clients_of_a_rank(self):
+        made = self.made()
+        opened = made.opened(made.uploads())
+        for group in (slice(0, 3), slice(3, 7)):
+            true = [made.strategy.norms(u)["query"] for u in made.updates[group]]
+            seen = {u.own_weights["query"] for u in opened[group]}
+            assert len(seen) == 1
+            assert seen.pop() == pytest.approx(sum(true) / len(true), abs=1e-6)
+            assert max(true) - min(true) > 0.1
+
+    def test_of_fewer_than_three_clients_are_in_no_sum(self):
+        line = r"weight of the clients with components 0-1 in dense would be summed over 2 clients"
+        made = self.made(ranks=RANKS, examples=EXAMPLES)
+        with pytest.raises(SecureSumError, match=line):
+            made.uploads()
+        for member in (p.node_id for p in made.profiles):  # nor where the server does not look
+            with pytest.raises(SecureSumError, match=line):
+                made.upload(member, made.updates[(900 - member) // 7])
+
+    def test_are_no_difference_of_two_sums(self):
+        """One weight for all modules: its groups are those of one plan, whatever the module."""
+        patterns = ({}, {}, {}, {"dense": 2}, {"dense": 2}, {"dense": 2}, {"dense": 2})
+        made = self.made("strategy.norm_scope=client", ranks=(4, 4, 4, 4, 4, 4, 4))
+        made.profiles = [
+            replace(profile, rank_pattern=pattern)
+            for profile, pattern in zip(made.profiles, patterns, strict=True)
+        ]
+        plans = [made.strategy.plan(profile, 1) for profile in made.profiles]
+        names = [set(weight_names(plan).values()) for plan in plans]
+        assert all(len(one) == 1 for one in names)
+        assert len(set.union(*names)) == 2
+
+    def test_above_what_a_sum_can_hold_fail_on_their_client(self):
+        made = self.made(largest=2.0)  # all norms are above it
+        with pytest.raises(SecureSumError, match=r"weight of .* adds more than privacy.largest"):
+            made.uploads()
+
+    def test_of_nothing_leave_all_as_it_was(self):
+        made = self.made("strategy.norm_of=change")
+        made.updates = [replace(u, adapter=u.before) for u in made.updates]
+        opened = made.opened(made.uploads())
+        assert {w for u in opened for w in u.own_weights.values()} == {0.0}
+        assert_same(made.strategy, opened, made.updates, self.bound(made))
+
+
+class TestHiddenChoice:
+    """LoRA-A2: each client chooses what it trains, and uploads zeros for the rest."""
+
+    @pytest.mark.parametrize("server_round", [1, 2])
+    @pytest.mark.parametrize("lost", [(), {1}])
+    def test_is_the_sum_over_those_who_chose(self, server_round, lost):
+        made = Round("lora_a2", ranks=(1, 1, 2, 2, 1), server_round=server_round)
+        counts = Counter(
+            (n, i) for u in made.updates for n in u.adapter.modules for i in u.components(n)
+        )
+        assert min(counts.values()) < 3  # by itself such a component would be in no sum
+        opened = made.opened(made.uploads(), lost)
+        assert_same(made.strategy, opened, [u for u in made.updates if u.partition_id not in lost])
+
+    def test_is_in_no_vector(self):
+        made = Round("lora_a2")
+        vectors = made.uploads().values()
+        assert len({tuple(sorted(vector)) for vector in vectors}) == 1
+        for vector in vectors:
+            assert len(np.concatenate(list(vector.values()))) == 4 * (7 + 6) + 3 * 7 + 3
+
+    def test_costs_the_bytes_of_the_global_rank(self):
+        made = Round("lora_a2")
+        _, masked_bytes = made.strategy.payload_bytes(made.profiles[0])
+        assert masked_bytes == 4 * (4 * (7 + 6) + 3 * 7 + 3)
+        made.strategy.options = run_options(made.strategy.options, privacy=PrivacyOptions())
+        _, named_bytes = made.strategy.payload_bytes(made.profiles[0])
+        assert named_bytes == 4 * (4 * 7 + 3 * 7 + 3)  # four vectors of the larger module
 
 
 class TestServersView:
@@ -344,7 +483,7 @@ def test_messages_survive_flowers_wire(numbers):
     for message in (
         AskUnmask(3, numbers, []),
         Unmask(numbers, keys, [], []),
-        AskMasked(3, numbers, keys, ["plan"] * len(numbers), [0] * len(numbers), 1.0, 10.0),
+        AskMasked(3, numbers, keys, ["plan"] * len(numbers), [0] * len(numbers), 1.0, 1.0, 10.0),
     ):
         content = RecordDict({SECURE: secure_record(message)})
         read = recorddict_from_proto(recorddict_to_proto(content))

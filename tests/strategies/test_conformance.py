@@ -159,7 +159,7 @@ class TestLaws:
         if not strategy.traits.sums_updates:
             pytest.skip(f"{name} needs single updates")
         plan = strategy.plan(Client(MAX_RANK, 5, 0).profile, 1)
-        assert (plan.importance, plan.choice, plan.tail) == ("none", None, None)  # not in a sum
+        assert (plan.importance, plan.tail) == ("none", None)  # not in a sum
         check_sums(strategy, clients_for(name))
 
     def test_no_argument_is_changed(self, name):
@@ -207,7 +207,7 @@ def check_sums(strategy: HeterogeneousLora, clients: list[Client]) -> None:
     """Hold a fold to what ``sums_updates`` says: of the updates it needs their sums alone."""
     updates = [update_of(strategy, client, noise) for client in clients]
     of_single = merge(copy.deepcopy(strategy), updates)
-    of_means = merge(copy.deepcopy(strategy), means_over_trainers(updates))
+    of_means = merge(copy.deepcopy(strategy), means_over_trainers(strategy, updates))
     assert_same_products(of_means, of_single)
 
 
@@ -220,6 +220,26 @@ class TestSums:
         assert strategy.traits.sums_updates
         check_sums(strategy, clients_for("hafl"))
         assert not strategy_named("hafl", "strategy.importance=contribution").traits.sums_updates
+
+    @pytest.mark.parametrize("weight", ["per_component", "examples"])
+    @pytest.mark.parametrize("selection", ["random", "prefix"])
+    def test_hafl_plus_needs_sums_alone_where_it_scores_no_client(self, selection, weight):
+        chosen = (f"strategy.selection={selection}", f"strategy.client_weight={weight}")
+        strategy = strategy_named("hafl_plus", *chosen)
+        assert strategy.traits.sums_updates
+        check_sums(strategy, clients_for("hafl_plus"))
+        assert not strategy_named("hafl_plus").traits.sums_updates
+
+    def test_hafl_needs_sums_of_what_clients_chose_only_where_all_are_the_divisor(self):
+        by_client = ("strategy.selection_by=client", "strategy.aggregation=change")
+        strategy = strategy_named("hafl", *by_client, "strategy.coverage_exponent=1")
+        assert strategy.traits.sums_updates
+        check_sums(strategy, clients_for("hafl"))
+        for other in ("strategy.aggregation=adaptive", "strategy.coverage_exponent=0.5"):
+            strategy = strategy_named("hafl", *by_client, other)
+            assert not strategy.traits.sums_updates
+            with pytest.raises(AssertionError):
+                check_sums(strategy, clients_for("hafl"))
 
     @pytest.mark.parametrize("name", ["hetlora", "flexlora", "flora", "fedex_lora"])
     def test_the_law_fails_for_what_needs_single_updates(self, name):
