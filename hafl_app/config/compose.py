@@ -1,5 +1,6 @@
 """Compose `conf/` with overrides into checked settings, or say in one line what is wrong."""
 
+import copy
 import dataclasses
 import functools
 import operator
@@ -9,9 +10,10 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -35,8 +37,9 @@ _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
+@functools.cache
 def register_schema() -> None:
-    """Make the schema known to Hydra; `conf/config.yaml` names it first in its defaults."""
+    """Make the schema known to Hydra, once; `conf/config.yaml` names it first in its defaults."""
     schema = OmegaConf.structured(Settings)
     _make_writable(schema)
     ConfigStore.instance().store(name="schema", node=schema)
@@ -149,6 +152,43 @@ def merge_files(overrides: Sequence[str], *, with_hydra: bool = False) -> DictCo
 
     Also inside a Hydra job, whose own state comes back after.
     """
+    if with_hydra:
+        return _merge(overrides, with_hydra=True)
+    files, values = _files_and_values(overrides)
+    if values is None:
+        return _merge(overrides)
+    merged = copy.deepcopy(_merged(tuple(files)))
+    ConfigLoaderImpl._apply_overrides_to_config(values, merged)
+    return merged
+
+
+def _files_and_values(overrides: Sequence[str]) -> tuple[list[str], list[Override] | None]:
+    """Part the choices of files from the values of single settings.
+
+    No values if there is more than these two: what is added or removed, Hydra's own settings, or a
+    user's own files, which may change meanwhile.
+    """
+    known, files, values = groups(), [], []
+    for override in parse_overrides(overrides):
+        name = override.key_or_group
+        plain = override.type is OverrideType.CHANGE and override.package is None
+        plain = plain and not override.is_sweep_override() and "/" not in name
+        if own_folder() or not plain or name.partition(".")[0] == "hydra":
+            return [], None
+        if name in known:
+            files.append(str(override.input_line))
+        else:
+            values.append(override)
+    return files, values
+
+
+@functools.lru_cache(maxsize=128)
+def _merged(files: tuple[str, ...]) -> DictConfig:
+    """Merge these files, kept: it takes most of the time that composing takes."""
+    return _merge(files)
+
+
+def _merge(overrides: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
     register_schema()
     if own := own_folder():
         overrides = [*overrides, f"hydra.searchpath=[{quoted(own.as_uri())}]"]
@@ -173,20 +213,18 @@ def to_settings(composed: DictConfig) -> Settings:
         raise SettingsError(problem)
     others = composed.copy()
     others.strategy = None
-    settings = _in_range(others)
+    settings: Settings = _in_range(others)
     # Last, and once all else is right: a method's class is imported, and with it torch.
-    composed = composed.copy()
-    composed.strategy = _typed_strategy(composed.strategy)
-    settings.strategy = _in_range(composed).strategy
+    settings.strategy = _in_range(_typed_strategy(composed.strategy), "strategy.")
     return settings
 
 
-def _in_range(composed: DictConfig) -> Settings:
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise SettingsError(f"{missing[0]} must be given, e.g. {missing[0]}=...")
-    settings: Settings = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    for problem in _out_of_range(settings, ""):
+def _in_range(composed: DictConfig, prefix: str = "") -> Any:
+    """Return the dataclass that a config is, with every range checked."""
+    for name in sorted(OmegaConf.missing_keys(composed)):
+        raise SettingsError(f"{prefix}{name} must be given, e.g. {prefix}{name}=...")
+    settings = OmegaConf.to_object(composed)
+    for problem in _out_of_range(settings, prefix):
         raise SettingsError(problem)
     return settings
 

@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 from omegaconf import OmegaConf
 
-from hafl_app.config.compose import SettingsError, compose, quoted
+from hafl_app.config.compose import SettingsError, _merge, compose, merge_files, quoted
 from hafl_app.config.files import CONF
 from hafl_app.run import build
 from hafl_app.run.reporting import plain_settings
@@ -40,6 +40,24 @@ def test_every_file_composes(file):
     assert isinstance(build.strategy(settings), HeterogeneousLora)
     # What is written down composes to the same again.
     OmegaConf.to_yaml(OmegaConf.create(plain_settings(settings)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=3", "experiment=digits", "client.learning_rate=0.5", "strategy=hetlora"],
+        ["ranks.tiers=[{rank: 2, share: 1}]", "client.max_steps=2", "strategy=hetlora"],
+        ["strategy=rbla", "++client.max_steps=3", "lora.target_modules=[query]"],
+        ["tracking=none", "dataset.path=null", "lora.max_rank=2", "lora.max_rank=3"],
+    ],
+)
+def test_values_on_kept_files_are_what_hydra_makes_of_both(overrides):
+    """Files are merged once and kept; a value of one composition is in no other."""
+    fast, hydras = merge_files(overrides), _merge(overrides)
+    assert OmegaConf.to_yaml(fast) == OmegaConf.to_yaml(hydras)
+    assert OmegaConf.is_struct(fast) == OmegaConf.is_struct(hydras)
+    fast.seed = 77
+    assert OmegaConf.to_yaml(merge_files(overrides)) == OmegaConf.to_yaml(hydras)
 
 
 def test_the_default_is_the_main_job():
