@@ -2,8 +2,8 @@
 
 import re
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Final
 
@@ -33,21 +33,42 @@ class GenerationScores:
         Answers that were generated.
     left_out
         Prompts that leave no room for an answer.
+    unanswered
+        Prompts for whose answers there was no time.
+    by_category
+        Scores of each category's answers; empty where no categories were given.
     """
 
     rouge_l: float
     exact_match: float
     num_examples: int
     left_out: int = 0
+    unanswered: int = 0
+    by_category: Mapping[str, "GenerationScores"] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the two scores by name."""
+        return {ROUGE_L.name: self.rouge_l, EXACT_MATCH.name: self.exact_match}
+
+    def categories(self) -> dict[str, dict[str, float]]:
+        """Return the scores of each category by name, with ``num_examples``."""
+        return {
+            name: {**its.metrics(), "num_examples": its.num_examples}
+            for name, its in self.by_category.items()
+        }
+
+    def to_wire(self) -> dict[str, float | int]:
+        """Return a node's report, by name; all of it is finite."""
+        return {
+            **self.metrics(),
+            "num-examples": self.num_examples,
+            "left-out": self.left_out,
+            "unanswered": self.unanswered,
+        }
 
     def to_json(self) -> dict[str, float | int]:
-        """Return all scores by name."""
-        return {
-            ROUGE_L.name: self.rouge_l,
-            EXACT_MATCH.name: self.exact_match,
-            "num_examples": self.num_examples,
-            "left_out": self.left_out,
-        }
+        """Return all scores by name, but those of categories."""
+        return {**self.metrics(), "num_examples": self.num_examples, "left_out": self.left_out}
 
 
 def require_rouge() -> None:
@@ -62,9 +83,21 @@ def require_rouge() -> None:
 
 
 def score_answers(
-    answers: Sequence[str], references: Sequence[str], left_out: int = 0
+    answers: Sequence[str],
+    references: Sequence[str],
+    left_out: int = 0,
+    *,
+    unanswered: int = 0,
+    categories: Sequence[str] = (),
 ) -> GenerationScores:
     """Score generated answers against the expected ones, one of each per prompt.
+
+    Parameters
+    ----------
+    left_out, unanswered
+        See `GenerationScores`.
+    categories
+        Category of each answer; empty for none.
 
     Raises
     ------
@@ -75,13 +108,25 @@ def score_answers(
     """
     if not answers or len(answers) != len(references):
         raise ValueError(f"{len(answers)} answers for {len(references)} references")
-    right = sum(map(is_exact, answers, references))
-    rouge = mean_rouge_l(answers, references)
-    return GenerationScores(rouge, right / len(answers), len(answers), left_out)
+    right = list(map(is_exact, answers, references))
+    rouge = rouge_l(answers, references)
+
+    def mean_over(rows: Sequence[int]) -> GenerationScores:
+        count = len(rows)
+        return GenerationScores(
+            sum(rouge[row] for row in rows) / count, sum(right[row] for row in rows) / count, count
+        )
+
+    rows_of: dict[str, list[int]] = {}
+    for row, name in enumerate(categories):
+        rows_of.setdefault(name, []).append(row)
+    by_category = {name: mean_over(rows) for name, rows in sorted(rows_of.items())}
+    whole = mean_over(range(len(answers)))
+    return replace(whole, left_out=left_out, unanswered=unanswered, by_category=by_category)
 
 
-def mean_rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Return the mean Rouge-L F1, words stemmed.
+def rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:
+    """Return the Rouge-L F1 of each answer, words stemmed.
 
     Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", ACL 2004; with Google's
     ``rouge-score``, as Natural Instructions and FlexLoRA measure it. An empty answer scores 0.
@@ -95,11 +140,10 @@ def mean_rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
     from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415  optional, takes a second
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [
-        scorer.score(reference, answer)["rougeL"].fmeasure
+    return [
+        float(scorer.score(reference, answer)["rougeL"].fmeasure)
         for answer, reference in zip(answers, references, strict=True)
     ]
-    return float(sum(scores) / len(scores))
 
 
 def is_exact(answer: str, reference: str) -> bool:

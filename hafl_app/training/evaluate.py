@@ -1,8 +1,8 @@
 """Scores of a model: on labeled text, or on prompts with answers."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -64,6 +64,33 @@ class ClassificationScores:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class AnswerRows:
+    """Sums over the tokens of each answer, shape (rows,): what scores of any part are made of.
+
+    Parameters
+    ----------
+    losses
+        Cross entropy in nats, float64.
+    right, tokens
+        Tokens that the model holds for the most probable, and all of them; int64.
+    """
+
+    losses: NDArray[np.float64]
+    right: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+
+    def select(self, rows: NDArray[np.bool_]) -> "AnswerRows":
+        """Return some of the rows, by a mask of shape (rows,)."""
+        return AnswerRows(self.losses[rows], self.right[rows], self.tokens[rows])
+
+    def scores(self) -> "AnswerScores":
+        """Return the scores over all tokens of these rows, of which there must be one."""
+        tokens, right = int(self.tokens.sum()), int(self.right.sum())
+        loss = float(self.losses.sum()) / tokens
+        return AnswerScores(loss, right / tokens, tokens, len(self.tokens), self)
+
+
 @dataclass(frozen=True)
 class AnswerScores:
     """Scores over the tokens of all answers.
@@ -76,12 +103,15 @@ class AnswerScores:
         Share of the tokens that the model holds for the most probable, in [0, 1].
     num_tokens, num_examples
         Tokens of the answers, and answers.
+    rows
+        The answers that they are made of, in the order of the rows; None where those are not kept.
     """
 
     loss: float
     token_accuracy: float
     num_tokens: int
     num_examples: int
+    rows: AnswerRows | None = field(default=None, repr=False, compare=False)
 
     def to_wire(self) -> dict[str, int | float]:
         """Return all scores by name but the perplexity, which may be infinite."""
@@ -92,10 +122,42 @@ class AnswerScores:
             "num-examples": self.num_examples,
         }
 
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics by name, with the perplexity, ``exp(loss)``."""
+        return with_perplexity({"loss": self.loss, "token-accuracy": self.token_accuracy})
+
     def named(self, phase: str) -> dict[str, float]:
-        """Return the metrics as ``phase/name``, with the perplexity, ``exp(loss)``."""
-        metrics = with_perplexity({"loss": self.loss, "token-accuracy": self.token_accuracy})
-        return {f"{phase}/{name}": value for name, value in metrics.items()}
+        """Return the metrics as ``phase/name``."""
+        return {f"{phase}/{name}": value for name, value in self.metrics().items()}
+
+
+def scores_by_category(
+    scores: Scores, labels: NDArray[np.int64], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Return the scores of each category's answers, from those of all, without another pass.
+
+    Parameters
+    ----------
+    labels
+        Category of each scored row, shape (rows,).
+    names
+        Of the categories.
+
+    Returns
+    -------
+    dict
+        Category, in the order of the names, to its metrics and ``num_examples``; categories
+        without a row are left out. Empty for a classifier, whose macro F1 is over its classes, and
+        where there is one category.
+    """
+    if not isinstance(scores, AnswerScores) or scores.rows is None or len(names) < 2:
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for label, name in enumerate(names):
+        if (mask := labels == label).any():
+            its = scores.rows.select(mask).scores()
+            found[name] = {**its.metrics(), "num_examples": its.num_examples}
+    return found
 
 
 def evaluate(model: LoraModel, examples: Examples, precision: str = "auto") -> Scores:
@@ -161,24 +223,27 @@ def _score_classes(model: LoraModel, examples: Examples, precision: str) -> Clas
 @torch.inference_mode()
 def _score_answers(model: LoraCausalLM, examples: Examples, precision: str) -> AnswerScores:
     model.eval()
-    loss, right, tokens = 0.0, 0, 0
+    count = len(examples.labels)
+    sums = AnswerRows(np.zeros(count), np.zeros(count, np.int64), np.zeros(count, np.int64))
     for rows in _bounded_batches(model, examples):
         with model.computing(precision):
-            batch = model.batch(examples, rows)
-            batch_loss, batch_right, batch_tokens = _token_sums(model, batch)
-        loss += float(batch_loss)
-        right += int(batch_right)
-        tokens += int(batch_tokens)
-    return AnswerScores(loss / tokens, right / tokens, tokens, len(examples.labels))
+            losses, right, tokens = _row_sums(model, model.batch(examples, rows))
+        sums.losses[rows] = losses.cpu().numpy()
+        sums.right[rows] = right.cpu().numpy()
+        sums.tokens[rows] = tokens.cpu().numpy()
+    return sums.scores()
 
 
-def _token_sums(model: LoraCausalLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return summed cross entropy in float64, right predictions, and tokens of the answers."""
+def _row_sums(model: LoraCausalLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's cross entropy in float64, right predictions, and tokens of its answer."""
     logits, targets = model.predictions(batch)
     is_target = targets != IGNORED
     chosen, wanted = logits[is_target].float(), targets[is_target]
-    losses = nn.functional.cross_entropy(chosen, wanted, reduction="none")
-    return losses.double().sum(), (chosen.argmax(1) == wanted).sum(), is_target.sum()
+    losses = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
+    losses[is_target] = nn.functional.cross_entropy(chosen, wanted, reduction="none").double()
+    is_right = is_target.clone()
+    is_right[is_target] = chosen.argmax(1) == wanted
+    return losses.sum(1), is_right.sum(1), is_target.sum(1)
 
 
 def scored_batches(model: LoraModel, examples: Examples) -> Iterator[NDArray[np.int64]]:

@@ -5,9 +5,10 @@ import pytest
 from hafl_app import packages
 from hafl_app.packages import MissingPackageError
 from hafl_app.training.answers import (
+    GenerationScores,
     final_number,
     is_exact,
-    mean_rouge_l,
+    rouge_l,
     score_answers,
 )
 
@@ -66,14 +67,13 @@ class TestExactMatch:
 class TestRougeL:
     def test_is_the_f1_of_the_longest_common_subsequence(self):
         # common: police the gunman (3); of 4 and of 6 words: P = 3/4, R = 3/6, F1 = 0.6
-        assert mean_rouge_l(
-            ["police kill the gunman"], ["the police ended the gunman today"]
-        ) == pytest.approx(0.6)
+        scores = rouge_l(["police kill the gunman"], ["the police ended the gunman today"])
+        assert scores == pytest.approx([0.6])
 
-    def test_is_the_mean_over_answers_and_stems_words(self):
+    def test_is_of_each_answer_and_stems_words(self):
         # 1 by stems ("jumped" and "jumps"), 0, and 2/3: one of one word, one of two
-        scores = mean_rouge_l(["jumped", "", "yes"], ["jumps", "nothing", "yes sir"])
-        assert scores == pytest.approx((1 + 0 + 2 / 3) / 3)
+        scores = rouge_l(["jumped", "", "yes"], ["jumps", "nothing", "yes sir"])
+        assert scores == pytest.approx([1, 0, 2 / 3])
 
     def test_without_its_package_is_refused_in_one_line(self, monkeypatch):
         monkeypatch.setattr(packages.importlib.util, "find_spec", lambda _: None)
@@ -92,3 +92,16 @@ class TestScores:
     def test_as_many_references_as_answers(self):
         with pytest.raises(ValueError, match="2 answers for 1"):
             score_answers(["a", "b"], ["a"])
+
+    def test_of_each_category_are_those_of_its_answers(self):
+        answers, references = ["a", "b", "c", "a b"], ["a", "x", "c", "a"]
+        scores = score_answers(answers, references, categories=["odd", "even", "odd", "even"])
+
+        assert list(scores.by_category) == ["even", "odd"]
+        assert scores.by_category["odd"] == GenerationScores(1.0, 1.0, 2)
+        assert scores.by_category["even"] == GenerationScores(pytest.approx(1 / 3), 0.0, 2)
+        assert scores.categories()["odd"] == {"rouge-l": 1.0, "exact-match": 1.0, "num_examples": 2}
+        assert scores.rouge_l == pytest.approx((1 + 0 + 1 + 2 / 3) / 4)
+
+    def test_without_categories_there_are_none(self):
+        assert score_answers(["a"], ["a"]).categories() == {}

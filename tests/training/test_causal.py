@@ -14,7 +14,12 @@ from transformers import BertConfig, LlamaForCausalLM
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.training import lora_model
 from hafl_app.training.causal import CausalSpec, LoraCausalLM
-from hafl_app.training.evaluate import AnswerScores, adapter_evaluator, evaluate
+from hafl_app.training.evaluate import (
+    AnswerScores,
+    adapter_evaluator,
+    evaluate,
+    scores_by_category,
+)
 from hafl_app.training.local import train
 from hafl_app.training.locate import ModelError
 from hafl_app.training.lora_model import adapter_shapes
@@ -244,6 +249,23 @@ class TestScores:
         scores = evaluate(model, pairs_of([([3, 4], [5, 6, 9]), ([1], [2])]))
 
         assert scores.token_accuracy == 3 / 4  # 5, 6 and 2 follow their tokens, 9 does not
+
+    def test_of_a_category_are_those_of_its_rows_alone(self, model):
+        pairs = [([3, 4], [5, 6, 9]), ([1], [2]), ([7, 8], [9, 2]), ([5], [6, 1, 3])]
+        labels = np.array([0, 2, 0, 2])
+
+        found = scores_by_category(evaluate(model, pairs_of(pairs)), labels, ("a", "b", "c"))
+
+        assert list(found) == ["a", "c"]  # none of b
+        for name, rows in (("a", [0, 2]), ("c", [1, 3])):
+            its = evaluate(model, pairs_of([pairs[row] for row in rows]))
+            expected = {**its.named("x"), "x/num_examples": 2}
+            assert found[name] == pytest.approx({k[2:]: v for k, v in expected.items()})
+        assert found["a"]["loss"] != pytest.approx(found["c"]["loss"], rel=1e-3)
+
+    def test_one_category_is_no_table(self, model):
+        scores = evaluate(model, pairs_of([([3, 4], [5, 6, 9]), ([1], [2])]))
+        assert scores_by_category(scores, np.zeros(2, np.int64), ("all",)) == {}
 
     def test_what_a_node_reports_is_finite(self):
         scores = AnswerScores(loss=1e4, token_accuracy=0.0, num_tokens=5, num_examples=2)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hafl_app.training.base_model import hash_word
 from hafl_app.training.generate import (
     AnswerCodec,
     GenerationOptions,
+    NoAnswerError,
+    answers_in_time,
     score_generation,
     written_answers,
 )
@@ -110,7 +113,70 @@ class TestWrittenAnswers:
         assert written_answers(model, prompts, NEVER, OPTIONS) == expected
 
 
+class Clock:
+    """A clock that a batch of answers takes a second of."""
+
+    def __init__(self, monkeypatch):
+        self.seconds, self.limits = 0.0, []
+        real = generate._continued
+        monkeypatch.setattr(generate, "time", self)
+
+        def continued(model, prompts, end, options, limit):
+            self.seconds += 1
+            self.limits.append(limit)
+            return real(model, prompts, end, options, None)
+
+        monkeypatch.setattr(generate, "_continued", continued)
+
+    def monotonic(self):
+        return self.seconds
+
+
+class TestAnswersInTime:
+    PROMPTS = prompts_of([9, 1, 4, 12, 2, 7, 3])
+
+    def test_are_all_where_there_is_time(self, model):
+        expected = written_answers(model, self.PROMPTS, NEVER, OPTIONS)
+        assert answers_in_time(model, self.PROMPTS, NEVER, OPTIONS, 600) == expected
+
+    def test_are_those_of_the_first_batches_that_ended_in_time(self, model, monkeypatch):
+        clock = Clock(monkeypatch)
+        found = answers_in_time(model, self.PROMPTS, NEVER, OPTIONS, 2.5)
+        monkeypatch.undo()
+        assert found == written_answers(model, self.PROMPTS[:6], NEVER, OPTIONS)  # batches of 3
+        assert clock.limits == [2.5, 1.5, 0.5]  # the third was cut short
+
+    def test_a_batch_is_stopped_while_it_is_written(self, model, monkeypatch):
+        standing = SimpleNamespace(monotonic=lambda: 0.0)  # so that its answers count all the same
+        monkeypatch.setattr(generate, "time", standing)
+        found = answers_in_time(model, self.PROMPTS[:3], NEVER, OPTIONS, 1e-6)
+        assert [len(answer) for answer in found] == [1, 1, 1]
+
+    def test_none_is_refused_in_one_line(self, model):
+        options = replace(OPTIONS, max_seconds=1e-6)
+        with pytest.raises(NoAnswerError, match="no answer was written within 1e-06 seconds"):
+            score_generation(model, TINY_CAUSAL, ["one two"], ["x"], options)
+
+    def test_what_was_not_answered_is_counted(self, model, monkeypatch):
+        Clock(monkeypatch)
+        options = replace(OPTIONS, max_seconds=1.5)
+        scores = score_generation(
+            model, TINY_CAUSAL, ["a", "far " * 30, *"bcdef"], ["x"] * 7, options
+        )
+        assert (scores.num_examples, scores.unanswered, scores.left_out) == (3, 3, 1)
+
+
 class TestScoreGeneration:
+    def test_categories_are_those_of_the_rows_that_were_answered(self, model, monkeypatch):
+        monkeypatch.setattr(generate, "written_answers", lambda *_: [[1], [2]])
+        scores = score_generation(
+            *(model, TINY_CAUSAL, ["one", "far " * 30, "two"], ["1", "9", "0"], OPTIONS),
+            ["first", "second", "first"],
+        )
+        assert scores.categories() == {
+            "first": {"rouge-l": 0.5, "exact-match": 0.5, "num_examples": 2}
+        }
+
     def test_prompts_without_room_are_left_out_and_counted(self, model, monkeypatch):
         seen = []
 
