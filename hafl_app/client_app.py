@@ -9,7 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from hafl_app.client.routing import answer
-from hafl_app.wire.message_types import FEATURE_SUMS, TEMPERATURE_LOSSES
+from hafl_app.wire.message_types import ANSWERS, FEATURE_SUMS, TEMPERATURE_LOSSES
 
 app = ClientApp()
 
@@ -41,4 +41,10 @@ def evaluate(message: Message, context: Context) -> Message:
 @app.evaluate(TEMPERATURE_LOSSES)
 def temperature_losses(message: Message, context: Context) -> Message:
     """Score the head at several temperatures on this node's held-out data."""
+    return answer(message, context)
+
+
+@app.evaluate(ANSWERS)
+def answers(message: Message, context: Context) -> Message:
+    """Score what the model answers to this node's held-out prompts; the answers stay here."""
     return answer(message, context)

@@ -197,6 +197,32 @@ def with_perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
     return {PERPLEXITY.name: perplexity(metrics[LOSS.name]), **metrics}
 
 
+def worst_tenth(values: Iterable[float], metric: Metric) -> float:
+    """Return the mean over the worst tenth of the clients, at least one; NaN of none.
+
+    Parameters
+    ----------
+    values
+        A client's score each.
+    """
+    ordered = sorted(values, key=metric.merit)
+    worst = ordered[: math.ceil(len(ordered) / 10)]
+    return sum(worst) / len(worst) if worst else math.nan
+
+
+def spread_of(values: Sequence[float], metric: Metric) -> dict[str, float]:
+    """Return ``mean``, ``worst_tenth``, ``worst`` and ``best`` of clients' scores, one at least.
+
+    Every client counts the same, however many examples it has.
+    """
+    return {
+        "mean": sum(values) / len(values),
+        "worst_tenth": worst_tenth(values, metric),
+        "worst": min(values, key=metric.merit),
+        "best": max(values, key=metric.merit),
+    }
+
+
 def weighted_mean(clients: Sequence[Mapping[str, float]], name: str, weight: str) -> float:
     """Return the mean of a metric over the clients that report it; NaN without weights."""
     reporting = [one for one in clients if name in one]  # a node may withhold it

@@ -159,7 +159,7 @@ class TestGeneration:
     def test_of_the_last_adapter_and_the_test_set(self, tmp_path, pairs, monkeypatch):
         given = {}
 
-        def score(model, base, prompts, references, options):
+        def score(model, base, prompts, references, options, categories):
             factors = model.trainable_factors().values()
             given["lora_B"] = [lora_B.detach().abs().sum().item() for _, lora_B in factors]
             given.update(options=options, pairs=(prompts, references))

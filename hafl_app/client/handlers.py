@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
 
+from hafl_app.client.answers import check_answers, score_held_out
 from hafl_app.client.bandwidth import bandwidth_kbps
 from hafl_app.client.closed_form import check_closed_form, losses_content, sums_content
 from hafl_app.client.error_replies import Handler, errors_as_replies
@@ -28,7 +29,11 @@ from hafl_app.training.device import (
 from hafl_app.training.evaluate import evaluate as score
 from hafl_app.training.local import TrainResult
 from hafl_app.training.local import train as train_locally
-from hafl_app.wire.message_types import EVALUATE_TEMPERATURES, QUERY_FEATURE_SUMS
+from hafl_app.wire.message_types import (
+    EVALUATE_ANSWERS,
+    EVALUATE_TEMPERATURES,
+    QUERY_FEATURE_SUMS,
+)
 from hafl_app.wire.node_profile import PROFILE, UNNUMBERED, NodeProfile
 from hafl_app.wire.records import FLOPS, METRICS
 from hafl_app.wire.requests import read_query, read_request
@@ -160,6 +165,19 @@ def temperature_losses(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
+@errors_as_replies
+def answers(message: Message, context: Context) -> Message:
+    """Write answers to held-out prompts with the received adapter, and reply with their scores."""
+    node, request = Node.of(context), read_request(message)
+    _check_scores(node)
+    check_answers(node)
+    job = node.prepare(request)
+    with threads(node.settings.client.num_threads):
+        job.model.load(job.adapter, job.plan)
+        scores = score_held_out(node, job)
+    return Message(RecordDict({METRICS: MetricRecord({**scores.to_wire()})}), reply_to=message)
+
+
 def _check_scores(node: Node) -> None:
     """Refuse to score what was received where scores must not leave the node."""
     if node.is_private:
@@ -191,5 +209,6 @@ HANDLERS: dict[str, Handler] = {
     MessageType.EVALUATE: evaluate,
     QUERY_FEATURE_SUMS: feature_sums,
     EVALUATE_TEMPERATURES: temperature_losses,
+    EVALUATE_ANSWERS: answers,
 }
 """The handler of each type of message."""

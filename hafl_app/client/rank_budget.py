@@ -1,4 +1,4 @@
-"""A node's budget: its rank, and the length of its training."""
+"""A node's budget: its rank, the length of its training, and the answers that it writes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,10 +10,13 @@ from hafl_app.config.schema import RankTier, Settings
 from hafl_app.plan import TrainPlan
 from hafl_app.run import build
 from hafl_app.training.device import describe_device, resolve_device, usable_memory_mb
+from hafl_app.training.generate import GenerationOptions
 from hafl_app.training.local import DeviceMemoryError
 from hafl_app.training.settings import TrainOptions
 
 RANK, MEMORY_MB, MAX_STEPS, MAX_SECONDS = "rank", "memory-mb", "max-steps", "max-seconds"
+MAX_ANSWERS, MAX_ANSWER_TOKENS = "max-answers", "max-answer-tokens"
+MAX_ANSWER_SECONDS = "max-answer-seconds"
 _MOST = 10**9
 
 
@@ -30,12 +33,19 @@ class NodeLimits:
         tensors on a GPU.
     max_steps, max_seconds
         Length of one training, above 0.
+    max_answers
+        Answers that it writes to be scored, at least 0.
+    max_answer_tokens, max_answer_seconds
+        Length of one of them, and of all together, above 0.
     """
 
     rank: int | None = None
     memory_mb: int | None = None
     max_steps: int | None = None
     max_seconds: float | None = None
+    max_answers: int | None = None
+    max_answer_tokens: int | None = None
+    max_answer_seconds: float | None = None
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> "NodeLimits":
@@ -51,6 +61,9 @@ class NodeLimits:
             memory_mb=whole_number(node_config, MEMORY_MB, 1, _MOST),
             max_steps=whole_number(node_config, MAX_STEPS, 1, _MOST),
             max_seconds=positive_number(node_config, MAX_SECONDS),
+            max_answers=whole_number(node_config, MAX_ANSWERS, 0, _MOST),
+            max_answer_tokens=whole_number(node_config, MAX_ANSWER_TOKENS, 1, _MOST),
+            max_answer_seconds=positive_number(node_config, MAX_ANSWER_SECONDS),
         )
 
     def limit_plan(self, plan: TrainPlan) -> TrainPlan:
@@ -72,6 +85,19 @@ class NodeLimits:
         rounds = max(1, plan.local_epochs // local_epochs)
         seconds = [s for s in (rounds * options.max_seconds, self.max_seconds) if s]
         return replace(options, max_seconds=min(seconds, default=0.0))
+
+    def limit_answers(self, options: GenerationOptions) -> GenerationOptions:
+        """Return the options with at most this node's number and length of answers."""
+
+        def least(asked: Any, allowed: Any) -> Any:
+            return min((value for value in (asked, allowed) if value is not None), default=None)
+
+        return replace(
+            options,
+            max_examples=least(options.max_examples, self.max_answers),
+            max_new_tokens=least(options.max_new_tokens, self.max_answer_tokens),
+            max_seconds=least(options.max_seconds, self.max_answer_seconds),
+        )
 
 
 def rank_from_memory(settings: Settings, limits: NodeLimits, most: int, num_labels: int) -> int:

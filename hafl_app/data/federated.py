@@ -14,6 +14,7 @@ from hafl_app.data.account import ClientRows, DataAccount
 from hafl_app.data.combinations import IMAGES, check_choices, check_sharing
 from hafl_app.data.errors import DataError
 from hafl_app.data.images import encode_images
+from hafl_app.data.pairs import Pairs, pairs_of
 from hafl_app.data.partition import Partitioning, Rows, partition, split_off
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.shares import Share
@@ -126,6 +127,17 @@ class FederatedText:
         """
         return self._encoded_train.select(self._part(partition_id).holdout).with_answers()
 
+    def holdout_pairs(self, partition_id: int) -> Pairs:
+        """Prompts with answers that a client evaluates on, those without room for one too.
+
+        Raises
+        ------
+        DataError
+            If ``partition_id`` is not in [0, num_partitions).
+        """
+        rows = self._text.train.select(self._part(partition_id).holdout)
+        return pairs_of(rows, self.label_names)
+
     def sizes(self) -> list[int]:
         """Count the rows each client trains on, without tokenizing."""
         return [len(part.train) for part in self._parts]
@@ -143,6 +155,9 @@ class FederatedText:
             len(self._part(partition_id).train),
             functools.partial(self.train, partition_id),
             functools.partial(self.holdout, partition_id),
+            functools.partial(self.holdout_pairs, partition_id)
+            if self._source.answer_column
+            else None,
         )
 
     def require_answers(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hafl_app.data.account import DataAccount
+from hafl_app.data.pairs import Pairs
 from hafl_app.data.text import EncodedText
 
 
@@ -21,12 +22,15 @@ class Share:
     train, holdout
         Return the rows that it trains on, and those that it evaluates on; the texts are tokenized
         when they are first asked for.
+    holdout_pairs
+        Returns the latter as prompts with answers; None where the data have no answers.
     """
 
     label_names: tuple[str, ...]
     num_examples: int
     train: Callable[[], EncodedText]
     holdout: Callable[[], EncodedText]
+    holdout_pairs: Callable[[], Pairs] | None = None
 
 
 class CentralText(Protocol):

@@ -68,6 +68,18 @@ def render(template: str, row: Mapping[str, Any]) -> str:
     return _BETWEEN_PARAGRAPHS.join(kept)
 
 
+def filled(template: str, text: str) -> str:
+    """Return the prompt of a text alone: in the template's first column, the others blank.
+
+    Raises
+    ------
+    DataError
+        If the template names no column.
+    """
+    first, *others = columns_of(template)
+    return render(template, {first: text, **dict.fromkeys(others, "")})
+
+
 def prompts(table: "pd.DataFrame", template: str, origin: str) -> list[str]:
     """Return the prompt of every row.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from hafl_app.data.template import columns_of, render
+from hafl_app.data.template import filled
 from hafl_app.experiments.chat_request import BASE, WHOLE, ChatRequest
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.publishing.run_facts import read_run
@@ -93,7 +93,7 @@ class Chat:
             raise PromptError("the prompt is blank")
         text = typed.encode(errors="replace").decode()  # of bytes that are no text
         if self.template:
-            text = _filled(self.template, text)
+            text = filled(self.template, text)
         tokens = prompt_tokens(self._base, text, self._options.max_length)
         if not tokens:
             raise PromptError(
@@ -107,12 +107,6 @@ def _template(folder: Path, stored: StoredAdapter) -> str | None:
     """Return the template that the adapter's card has, or its run's settings."""
     found = stored.facts.get("template") or read_run(folder).setting("dataset", "template")
     return found if isinstance(found, str) else None
-
-
-def _filled(template: str, typed: str) -> str:
-    """Return a prompt with what is typed in the template's first column, and nothing in others."""
-    first, *others = columns_of(template)
-    return render(template, {first: typed, **dict.fromkeys(others, "")})
 
 
 def _title(speaker: str | int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from hafl_app.config.compose import SettingsError, compose, strategy_arguments
 from hafl_app.config.schema import RankTier, Settings
 from hafl_app.data.federated import FederatedText
+from hafl_app.data.pairs import Pairs, pairs_of
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.sources import load_text
@@ -98,17 +99,25 @@ def task(settings: Settings) -> Task:
     return TASKS[settings.model.task]
 
 
-def test_pairs(settings: Settings) -> tuple[list[str], list[str]]:
+def test_pairs(settings: Settings) -> Pairs:
     """Return the prompts and the expected answers of the test set, in full length."""
-    rows = load_text(settings.dataset).test.with_format(None)
-    return rows["text"][:], rows["answer"][:]
+    text = load_text(settings.dataset)
+    return pairs_of(text.test, text.label_names)
 
 
-def federated_text(settings: Settings, num_partitions: int) -> FederatedText:
-    """Return the data of a federation, loaded at the first use."""
+def federated_text(
+    settings: Settings, num_partitions: int, spec: BaseSpec | None = None
+) -> FederatedText:
+    """Return the data of a federation, loaded at the first use.
+
+    Parameters
+    ----------
+    spec
+        Base model whose tokenizer counts; None for that of the settings.
+    """
     partitioning = Partitioning(settings.partition, num_partitions, settings.seed)
     # The same object for every message of a process, so that data stay loaded.
-    return _federated_text(settings.dataset, partitioning, base_spec(settings))
+    return _federated_text(settings.dataset, partitioning, spec or base_spec(settings))
 
 
 @functools.lru_cache(maxsize=2)

@@ -19,6 +19,7 @@ from hafl_app.training.settings import CLOSED_FORM
 
 _NO_SUCH: Final = object()
 _ANY: Final = ()  # any value but 0, false and null
+OR: Final = " or "
 _TEXT: Final = tuple(name for name in choices_of(DatasetSettings, "source") if name != "digits")
 _PRIVATE: Final = ("privacy.kind", ("central_dp", "local_dp"))
 _WANDB: Final = ("tracking", ("wandb",))
@@ -58,7 +59,12 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "ranks.memory_limit_mb": _FROM_MEMORY,
     "federation.trim_fraction": ("federation.robust", ("trimmed_mean",)),
     "federation.stream_buffer": ("federation.streaming", (True,)),
-    "federation.generate_tokens": ("federation.generate_examples", _ANY),
+    "federation.generate_tokens": (
+        f"federation.generate_examples{OR}federation.generate_on_clients",
+        _ANY,
+    ),
+    "federation.generate_seconds": ("federation.generate_on_clients", _ANY),
+    "federation.watch_tokens": ("model.task", ("causal_lm",)),
     "federation.alone_at_max_rank": ("federation.alone_clients_per_rank", _ANY),
     "federation.quarantine.rounds": ("federation.quarantine.after", _ANY),
     "strategy.coverage_exponent": _CHANGE,
@@ -68,7 +74,7 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "federation.client_cpus": _RAY,
     "federation.client_gpus": _RAY,
 }
-"""Settings, and another one that must have one of these values for them to count.
+"""Settings, and another one, or one of two, that must have one of these values for them to count.
 
 A star is the name of an entry; ``tracking`` has the trackers that are switched on.
 """
@@ -97,14 +103,14 @@ def without_effect(jobs: Sequence[Settings], typed: Sequence[str]) -> Iterator[s
         if known is None:
             continue
         condition, accepted = NEEDS[known]
-        values = [value for job in jobs if (value := _value(job, condition)) is not _NO_SUCH]
-        if len(values) < len(jobs):  # a strategy that has the setting without the condition
+        names = condition.split(OR)
+        values = [[_value(job, name) for name in names] for job in jobs]
+        if any(_NO_SUCH in of_job for of_job in values):  # a strategy without the condition
             continue
-        if not any(_counts(value, accepted) for value in values):
+        if not any(_counts(value, accepted) for of_job in values for value in of_job):
+            given = [f"{name}={_word(v)}" for name, v in zip(names, values[0], strict=True)]
             expected = " or ".join(map(_word, accepted)) or "above 0"
-            yield (
-                f"{line} has no effect with {condition}={_word(values[0])}, only with {expected}"
-            )
+            yield f"{line} has no effect with {' and '.join(given)}, only with {expected}"
 
 
 def _counts(value: Any, accepted: tuple[Any, ...]) -> bool:

@@ -1,8 +1,10 @@
 """Central evaluation: adapters on the server's own data, and the answers that they write."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +16,11 @@ from hafl_app.heads.solve import ValidationFeatures
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import TASKS, Choice
 from hafl_app.run import build
+from hafl_app.run.watched_prompts import WatchedPrompt, watched_prompts
 from hafl_app.training.device import threads
-from hafl_app.training.evaluate import Scores, adapter_evaluator
+from hafl_app.training.evaluate import Scores, adapter_evaluator, scores_by_category
 from hafl_app.training.features import features_of
-from hafl_app.training.generate import GenerationOptions, score_generation
+from hafl_app.training.generate import GenerationOptions, score_generation, write_answers
 from hafl_app.training.lora_model import LoraModel
 
 
@@ -42,6 +45,7 @@ class CentralEvaluation:
         self._num_threads = settings.federation.server_threads or settings.client.num_threads
         self.text = text
         self.initial_head = initial_head
+        self._last_test: tuple[Adapter, Scores] | None = None
 
     @property
     def has_test(self) -> bool:
@@ -80,6 +84,45 @@ class CentralEvaluation:
                 found |= self._score_on(adapter, split).named(split)
         return found
 
+    def categories(self, adapter: Adapter) -> dict[str, dict[str, float]]:
+        """Return an adapter's test scores by category of the data; empty where there are none.
+
+        No further pass over the test data for the adapter that was scored on them last.
+        """
+        if not self.has_test or len(self.text.label_names) < 2:
+            return {}
+        scores = self._score_on(adapter, "test")
+        return scores_by_category(scores, self.text.test.labels, self.text.label_names)
+
+    @cached_property
+    def watched(self) -> Sequence[WatchedPrompt]:
+        """The prompts that are answered after each round that is evaluated.
+
+        Raises
+        ------
+        hafl_app.config.compose.SettingsError
+            If one of the settings leaves no room for an answer.
+        """
+        return watched_prompts(self._settings, len(self.text.test))
+
+    def answers(self, adapter: Adapter) -> list[dict[str, str]]:
+        """Return each watched prompt with what is known of it, and an adapter's answer."""
+        if not self.watched:
+            return []
+        settings = self._settings
+        options = GenerationOptions(
+            settings.dataset.max_length,
+            settings.federation.watch_tokens,
+            precision=settings.client.precision,
+        )
+        prompts = [one.prompt for one in self.watched]
+        with threads(self._num_threads):
+            self._model.load_whole(adapter)
+            written = write_answers(self._model, build.base_spec(settings), prompts, options)
+        return [
+            {**asdict(one), "answer": written.texts[row]} for row, one in enumerate(self.watched)
+        ]
+
     def primary_test_metric(self, adapter: Adapter) -> float:
         """Return an adapter's primary metric on the test data."""
         key = TASKS[self._settings.model.task].primary.key("test")
@@ -99,8 +142,11 @@ class CentralEvaluation:
             )
         return ValidationFeatures(features, torch.from_numpy(text.labels))
 
-    def generation(self, adapter: Adapter) -> dict[str, float | int]:
-        """Return the scores of answers that an adapter writes; empty if none are requested."""
+    def generation(self, adapter: Adapter) -> dict[str, Any]:
+        """Return the scores of answers that an adapter writes; empty if none are requested.
+
+        With ``by_category`` where the data have categories.
+        """
         settings = self._settings
         if not settings.federation.generate_examples or not self.has_test:
             return {}
@@ -113,7 +159,12 @@ class CentralEvaluation:
         base, pairs = build.base_spec(settings), build.test_pairs(settings)
         with threads(self._num_threads):
             self._model.load_whole(adapter)
-            return score_generation(self._model, base, *pairs, options).to_json()
+            scores = score_generation(
+                *(self._model, base, pairs.prompts, pairs.answers, options),
+                pairs.categories if len(set(pairs.categories)) > 1 else (),
+            )
+        categories = scores.categories()
+        return {**scores.to_json(), **({"by_category": categories} if categories else {})}
 
     @cached_property
     def _model(self) -> LoraModel:
@@ -125,5 +176,10 @@ class CentralEvaluation:
         return adapter_evaluator(self._model, self._settings.client.precision)
 
     def _score_on(self, adapter: Adapter, split: str) -> Scores:
+        if split == "test" and self._last_test is not None and self._last_test[0] is adapter:
+            return self._last_test[1]
         with threads(self._num_threads):
-            return self._evaluator(adapter, getattr(self.text, split))
+            scores = self._evaluator(adapter, getattr(self.text, split))
+        if split == "test":
+            self._last_test = adapter, scores
+        return scores

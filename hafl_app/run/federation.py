@@ -32,6 +32,7 @@ from hafl_app.run.run_lock import run_lock
 from hafl_app.run.setup import known_label_names, wait_for_nodes, warn_of_weights
 from hafl_app.run.simulated_time import check_memory, check_nodes
 from hafl_app.server.checkpoint_store import Checkpoint
+from hafl_app.server.client_answers import answers_of_clients
 from hafl_app.server.held_out_clients import evaluate_unseen
 from hafl_app.server.local_baseline import AloneResult, train_alone
 from hafl_app.server.numbering import Numbering
@@ -128,9 +129,11 @@ def _run(
         with cpu_seconds.rounds():
             run_rounds(strategy, grid, first_round, after_round)
         unseen = evaluate_unseen(strategy, grid, report.rounds[-1].server_round)
+        answered = answers_of_clients(strategy, grid, report.rounds[-1].server_round)
         alone = _alone(grid, settings, strategy, initial) if report.has_test else []
         times = None if checkpoint else cpu_seconds.to_json()  # of all rounds, or not at all
-        report.finish(alone, unseen, cohort=cohort_facts(grid), cpu_seconds=times)
+        facts = {"cohort": cohort_facts(grid), "cpu_seconds": times, "client_generation": answered}
+        report.finish(alone, unseen, **facts)
     except (KeyboardInterrupt, SystemExit):  # Flower's processes end themselves by the latter
         report.fail("interrupted", INTERRUPTED)
         raise
@@ -162,6 +165,7 @@ def _prepare(
         {} if settings.model.head == "local" else head
     )
     evaluation = CentralEvaluation(settings, text, head)
+    _ = evaluation.watched  # a prompt that has no room is refused before anything is written
     report.evaluate_with(evaluation)
     strategy.coordinator.closed_form.validation = evaluation.validation_features
     strategy.coordinator.prepare(initial, report.on_reply)

@@ -26,6 +26,7 @@ _LIKE = {
     "finish": ("finish", "score"),
     "evaluate": ("evaluate", "unseen"),
     "unseen": ("unseen", "evaluate"),
+    "generate": ("generate", "evaluate"),
 }
 
 Say = Callable[[str], None]

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from hafl_app.config.compose import strategy_arguments
 from hafl_app.config.schema import Settings
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.metrics import TASKS, Choice
+from hafl_app.metrics import LOSS, TASKS, Choice, spread_of
 from hafl_app.publishing.card import add_card
 from hafl_app.run import build
 from hafl_app.run.clients_file import ClientsFile
@@ -40,6 +40,7 @@ from hafl_app.server.local_baseline import AloneResult
 from hafl_app.server.round_messages import STATED_EXAMPLES, Reply
 from hafl_app.server.snapshot import adapter_of, adapter_tree
 from hafl_app.strategies.base import HeterogeneousLora
+from hafl_app.tracking.answers_page import AnswersPage
 from hafl_app.tracking.base import (
     FAILED,
     NO_HISTORY,
@@ -50,7 +51,13 @@ from hafl_app.tracking.base import (
     Trackers,
 )
 from hafl_app.tracking.console import ConsoleTracker
-from hafl_app.tracking.details import DetailsFile, importance_record, score_record
+from hafl_app.tracking.details import (
+    ANSWERS,
+    DetailsFile,
+    answers_record,
+    importance_record,
+    score_record,
+)
 from hafl_app.tracking.external import TrackedRun, external_trackers
 from hafl_app.tracking.jsonl import SUMMARY_FILE, JsonlTracker, read_history, replace_file
 from hafl_app.training.adapter_files import save_adapter
@@ -106,6 +113,7 @@ class RunReport:
         self._strategy, self._coordinator = strategy, strategy.coordinator
         self._folder, self._clients_file = folder, ClientsFile(folder)
         self._details = DetailsFile(folder)
+        self._answers = AnswersPage(folder)
         self._run_id = uuid4().hex
         self._history = NO_HISTORY
         self._started, self._seconds_before = time.perf_counter(), 0.0
@@ -162,6 +170,7 @@ class RunReport:
         ]
         self._trackers.start(plain_settings(self._settings), rows, self._history)
         self._details.start(self.rounds[-1].server_round if self.rounds else -1)
+        self._answers.start(self._details.records(ANSWERS))
         self._write_settings()
         self._plan_progress(profiles)
 
@@ -260,6 +269,8 @@ class RunReport:
             metrics["privacy/epsilon"] = epsilon_after(privacy, server_round, rate)
         traffic = self._coordinator.ledger.of_round(server_round)
         clock = self._coordinator.clock
+        due = self._strategy.options.is_evaluated(server_round)
+        answers = self._evaluation.answers(self._strategy.global_adapter) if due else []
         record = RoundRecord(
             server_round=server_round,
             seconds=time.perf_counter() - (self._coordinator.round_started or self._started),
@@ -279,6 +290,8 @@ class RunReport:
         self.progress.was_printed()
         self._trackers.log_round(record)
         self._log_details(server_round)
+        if answers:
+            self._log_answers(answers_record(server_round, answers))
         if server_round and self._choice and self._is_best(record, self._choice):
             central = self._choice.phase == "validation"
             rows = len(self._evaluation.text.validation) if central else 0
@@ -303,6 +316,11 @@ class RunReport:
             measure, modules = self._strategy.component_importance()
             values = {name: scores.tolist() for name, scores in modules.items()}
             self._details.write([importance_record(server_round, measure, values)])
+
+    def _log_answers(self, record: Mapping[str, Any]) -> None:
+        """Keep what was answered after a round, for a machine and for a reader."""
+        self._details.write([record])
+        self._answers.add(record)
 
     def _influence(self, server_round: int) -> list[dict[str, float]]:
         """Return the influence of each client in a round; warn once if few of them decide."""
@@ -355,11 +373,13 @@ class RunReport:
             Scores of clients that never trained, see `hafl_app.server.held_out_clients`.
         facts
             By key of the summary: ``cohort``, how many clients trained together, and why;
-            ``cpu_seconds`` of the rounds. None where an engine does not know.
+            ``cpu_seconds`` of the rounds; ``client_generation``, scores of answers that clients
+            wrote. None where an engine does not know.
         """
         last = self._strategy.global_adapter
         self.progress.begin("finish", self.rounds[-1].server_round + 1)
         self._complete(self.rounds[-1], last, "test", "validation")
+        categories = self._evaluation.categories(last)
         if self._best is not None:
             self._complete(self._best_record(self._best), self._best.adapter, "test")
         head = last.head or self._evaluation.initial_head
@@ -372,11 +392,13 @@ class RunReport:
         from hafl_app.reports.figures.curves import draw_curves  # noqa: PLC0415
 
         draw_curves(self.rounds, self._folder / "curves.png", _title(self._settings))
-        generation = self._evaluation.generation(last)
         profiles = self._coordinator.directory.in_order()
         apart = {
+            "categories": categories,
+            "client_scores": self._client_scores(),
             "clients": self._clients(unseen),
-            "generation": generation,
+            "generation": self._evaluation.generation(last),
+            "watched": self._answers.facts(),
             "simulated_time": time_facts(self._settings, self.rounds, profiles),
             **facts,
         }
@@ -404,6 +426,20 @@ class RunReport:
         """Return the last scores of trained and of unseen clients; empty without unseen ones."""
         seen = dict(self._coordinator.client_scores)
         return {"seen": seen, "unseen": dict(unseen)} if unseen else {}
+
+    def _client_scores(self) -> dict[str, Any]:
+        """Return mean, worst tenth, worst and best of the clients' last scores, by metric."""
+        clients = [
+            self._task.of_clients([reply.metrics], STATED_EXAMPLES)
+            for reply in self._coordinator.scored
+        ]
+        if not clients:
+            return {}
+        return {"clients": len(clients)} | {
+            metric.name: spread_of([one[metric.name] for one in clients], metric)
+            for metric in (self._task.primary, self._task.second, LOSS)
+            if all(metric.name in one for one in clients)
+        }
 
     def fail(self, reason: str, status: str = FAILED) -> None:
         """Report to the trackers that the run did not finish, with the reason.

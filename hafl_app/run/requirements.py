@@ -21,10 +21,11 @@ def check_packages(settings: Settings, *, nodes_too: bool) -> None:
     hafl_app.training.quantization.precisions.QuantizationError
         In one line, with the command that installs it.
     """
-    if settings.federation.generate_examples:
+    federation = settings.federation
+    if federation.generate_examples or (nodes_too and federation.generate_on_clients):
         require_rouge()
     quantization = settings.model.quantization
-    if nodes_too or (settings.federation.central_evaluation and quantization != BLOCKWISE):
+    if nodes_too or (federation.central_evaluation and quantization != BLOCKWISE):
         require_library(quantization)
     for name in settings.tracking.chosen:
         require(PACKAGES.get(name, name), f"tracking={name}")

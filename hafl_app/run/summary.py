@@ -18,7 +18,7 @@ from hafl_app.training.locate import weights_note
 from hafl_app.training.settings import ModelSettings
 from hafl_app.wire.node_profile import NodeProfile
 
-_PHASES = ("train", "evaluate", "head", "alone", "unseen")
+_PHASES = ("train", "evaluate", "head", "alone", "unseen", "generate")
 _DEVICE_FACTS = (
     "partition_id",
     "rank",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hafl_app.config.schema import Settings
 from hafl_app.run.device_gains import lone_clients
+from hafl_app.run.watched_prompts import num_watched
 from hafl_app.server.options import RunOptions
 from hafl_app.wire.node_profile import NodeProfile
 
@@ -108,7 +109,8 @@ def _rounds(
             yield Step("evaluate", number, share * sum(held), max(held))
         tested = number == options.last_round or (every and number % every == 0)
         central = scored * rows.validation + bool(tested) * rows.test
-        yield Step("score", number, central)
+        watched = scored * num_watched(settings, rows.test)
+        yield Step("score", number, central + _generated(watched, federation.watch_tokens))
 
 
 def _after(
@@ -123,6 +125,10 @@ def _after(
     federation, after = settings.federation, last_round + 1
     if held := [_held_out_rows(settings, p) for p in unseen]:
         yield Step("unseen", after, sum(held), max(held))
+    if federation.generate_on_clients:
+        answering = [*trainable, *unseen]
+        single = _generated(federation.generate_on_clients, federation.generate_tokens)
+        yield Step("generate", after, len(answering) * single, single)
     lone = lone_clients(settings, trainable) if rows.test else []
     if lone:
         alone = [last_round * work[p.partition_id] for p in lone]
@@ -134,8 +140,13 @@ def _after(
     if not federation.test_every and rows.validation:
         adapters += 1  # the best round's test scores
     answers = federation.generate_examples if rows.test else 0
-    generated = answers * (1 + federation.generate_tokens / _GENERATED_TOKENS)
+    generated = _generated(answers, federation.generate_tokens)
     yield Step("finish", after, adapters * rows.test + generated)
+
+
+def _generated(answers: int, tokens: int) -> float:
+    """Return what written answers cost, in texts."""
+    return answers * (1 + tokens / _GENERATED_TOKENS)
 
 
 def _held_out_rows(settings: Settings, profile: NodeProfile) -> float:

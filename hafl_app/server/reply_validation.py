@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hafl_app.component_lists import format_bits
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.metrics import ACCURACY, LOSS, MACRO_F1, TOKEN_ACCURACY
+from hafl_app.metrics import ACCURACY, EXACT_MATCH, LOSS, MACRO_F1, ROUGE_L, TOKEN_ACCURACY
 from hafl_app.plan import NUMBER_BYTES, TrainPlan
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.faults import one_line
@@ -22,7 +22,7 @@ from hafl_app.wire.uploads import decode_upload
 # What a reply may weigh above its numbers: generous, so that only impossible sizes are rejected.
 _SIZE_SLACK, _FIXED_BYTES, _BYTES_PER_NAME = 1.5, 64 * 1024, 256
 _LONGEST_QUOTE = 60  # characters
-_SHARES = {metric.name for metric in (ACCURACY, MACRO_F1, TOKEN_ACCURACY)}
+_SHARES = {m.name for m in (ACCURACY, MACRO_F1, TOKEN_ACCURACY, ROUGE_L, EXACT_MATCH)}
 _LARGEST_LOSS = 1e6  # so that a mean of losses says something beside a false one
 
 

@@ -181,7 +181,7 @@ class RoundMessages:
     server_round
         Round, from 1.
     phase
-        ``train``, ``evaluate``, ``head``, ``alone`` or ``unseen``.
+        ``train``, ``evaluate``, ``head``, ``alone``, ``unseen`` or ``generate``.
     label_names
         The run's classes, which nodes with data of their own are sent with every request.
     bound

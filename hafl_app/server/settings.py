@@ -88,8 +88,19 @@ class FederationSettings:
     generate_examples
         Prompts of the test set that a causal language model answers after the last round, for
         Rouge-L and exact match. 0: none.
+    generate_on_clients
+        Prompts of its held-out rows that each client answers after the last round with what the
+        method would send it, for Rouge-L and exact match: only these scores leave it. 0: none.
     generate_tokens
-        Most tokens of a generated answer.
+        Most tokens of a generated answer that is scored.
+    generate_seconds
+        Seconds after which a client writes no further answer.
+    watch_prompts
+        Prompts that the global adapter of a causal language model answers after each round that
+        is evaluated, kept in ``answers.md``. Null: three of the test set, unless the base model's
+        weights are random; an empty list: none.
+    watch_tokens
+        Most tokens of such an answer.
     alone_clients_per_rank
         Clients of every rank that are also trained alone, to measure what the federation gains
         them. 0: none. Each costs as much as its part of the whole federation.
@@ -179,7 +190,11 @@ class FederationSettings:
     central_evaluation: bool = setting(True, resumable=True)
     unseen_clients: int = number(0, at_least=0)
     generate_examples: int = number(0, at_least=0, resumable=True)
+    generate_on_clients: int = number(0, at_least=0, resumable=True)
     generate_tokens: int = number(64, at_least=1, resumable=True)
+    generate_seconds: float = number(120.0, above=0, resumable=True)
+    watch_prompts: list[str] | None = setting(None, resumable=True)
+    watch_tokens: int = number(48, at_least=1, resumable=True)
     alone_clients_per_rank: int = number(0, at_least=0, resumable=True)
     alone_at_max_rank: bool = setting(False, resumable=True)
     score_device_ranks: bool = setting(False, resumable=True)

@@ -35,7 +35,7 @@ class Ledger:
         Parameters
         ----------
         phase
-            ``train``, ``evaluate``, ``head``, ``alone`` or ``unseen``.
+            ``train``, ``evaluate``, ``head``, ``alone``, ``unseen`` or ``generate``.
         rank
             The node's budget.
         """

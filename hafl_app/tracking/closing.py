@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from hafl_app.disk import unused
-from hafl_app.metrics import EXACT_MATCH, ROUGE_L, Task, metric_named, task_of
+from hafl_app.metrics import EXACT_MATCH, ROUGE_L, Metric, Task, metric_named, task_of
 from hafl_app.packages import hafl_command, short
 from hafl_app.printable import printable
 from hafl_app.tracking.as_text import WIDTH, Printer, duration
@@ -20,6 +20,7 @@ STAGES: Final = {
     "evaluate": "evaluation",
     "score": "scoring",
     "unseen": "unseen clients",
+    "generate": "answers of clients",
     "alone": "training alone",
     "finish": "final scores",
 }
@@ -137,13 +138,45 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     if unseen := clients.get("unseen"):
         numbers = ", ".join(map(str, unseen["partitions"]))
         lines.append(f"clients that did not ({numbers}): {_scores(unseen, task)}")
+    if categories := summary.get("categories"):
+        lines.append(_of_categories(categories, task.primary))
+    if worst := summary.get("client_scores", {}).get(task.primary.name):
+        lines.append(
+            f"{summary['client_scores']['clients']} clients' {task.primary.title}: mean "
+            f"{task.primary.text(worst['mean'])}, worst tenth "
+            f"{task.primary.text(worst['worst_tenth'])}"
+        )
     if generation:
         lines.append(
             f"{generation['num_examples']} generated answers: "
             f"{ROUGE_L.title} {ROUGE_L.text(generation[ROUGE_L.name])}, "
             f"{EXACT_MATCH.title} {EXACT_MATCH.text(generation[EXACT_MATCH.name])}"
         )
+    for who, scores in summary.get("client_generation", {}).items():
+        lines.append(_answers_of(who, scores))
+    if watched := summary.get("watched"):
+        lines.append(f"answers to {watched['prompts']} prompts, round by round: answers.md")
     return lines
+
+
+def _of_categories(categories: Mapping[str, Mapping[str, float]], metric: Metric) -> str:
+    """Return the best and the worst of the data's categories."""
+    ordered = sorted(categories, key=lambda name: metric.merit(categories[name][metric.name]))
+    ends = [(name, metric.text(categories[name][metric.name])) for name in ordered]
+    (worst, low), (best, high) = ends[0], ends[-1]
+    return (
+        f"test {metric.title} of {len(categories)} categories: {high} ({best}) to {low} ({worst})"
+    )
+
+
+def _answers_of(who: str, scores: Mapping[str, Any]) -> str:
+    """Return the scores of the answers that clients wrote on their own rows."""
+    shown = ", ".join(
+        f"{metric.title} {metric.text(scores[metric.name])} (worst tenth "
+        f"{metric.text(scores['worst_tenth'][metric.name])})"
+        for metric in (ROUGE_L, EXACT_MATCH)
+    )
+    return f"{scores['num_examples']} answers of {scores['clients']} {who} clients: {shown}"
 
 
 def _choice(best: Mapping[str, Any], phase: str) -> str:

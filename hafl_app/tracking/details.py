@@ -1,4 +1,4 @@
-"""Details of a run for its figures: each client's scores, and the importance of the components.
+"""Details of a run: each client's scores, the components' importance, and watched answers.
 
 They stand beside the records, in a file of their own, since no tracker but the folder takes them.
 """
@@ -15,6 +15,7 @@ from hafl_app.tracking.jsonl import replace_file
 DETAILS_FILE: Final = "details.jsonl"
 SCORES: Final = "scores"
 IMPORTANCE: Final = "importance"
+ANSWERS: Final = "answers"
 
 
 class DetailsFile:
@@ -42,6 +43,13 @@ class DetailsFile:
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _round_of(line) <= last_round]
         replace_file(self._path, "".join(f"{line}\n" for line in kept))
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """Return the records of one kind that are kept, see `start`."""
+        if not self._path.exists():
+            return []
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [record for line in lines if (record := json.loads(line)).get("kind") == kind]
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append records.
@@ -102,6 +110,17 @@ def importance_record(
         "measure": measure,
         "modules": rounded,
     }
+
+
+def answers_record(server_round: int, answers: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Return the record of what the global adapter answered after a round.
+
+    Parameters
+    ----------
+    answers
+        Each with ``prompt``, ``expected``, ``category`` and ``answer``.
+    """
+    return {"kind": ANSWERS, "server_round": server_round, "answers": [dict(a) for a in answers]}
 
 
 def _rounded(value: float) -> float | None:

@@ -18,6 +18,7 @@ PHASES: Final = {
     "evaluate": "evaluation",
     "alone": "training alone",
     "unseen": "unseen clients",
+    "generate": "answers of clients",
 }
 """Phases of a summary's ``bytes``, as they are called."""
 

@@ -9,5 +9,9 @@ FEATURE_SUMS = "feature_sums"
 TEMPERATURE_LOSSES = "temperature_losses"
 """Action of an evaluation at several temperatures of the head."""
 
+ANSWERS = "answers"
+"""Action of an evaluation by answers that the node writes."""
+
 QUERY_FEATURE_SUMS = f"query.{FEATURE_SUMS}"
 EVALUATE_TEMPERATURES = f"evaluate.{TEMPERATURE_LOSSES}"
+EVALUATE_ANSWERS = f"evaluate.{ANSWERS}"

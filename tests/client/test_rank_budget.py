@@ -47,6 +47,7 @@ class TestLimits:
 
         assert NodeLimits.of(config) == NodeLimits(4, 2000, 7, 2.5)
         assert NodeLimits.of({"partition-id": 0}) == NodeLimits()
+        assert NodeLimits.of({"max-answers": "0"}).max_answers == 0
 
     @pytest.mark.parametrize("key", ["rank", "memory-mb", "max-steps", "max-seconds"])
     @pytest.mark.parametrize("value", ["many", "", 0, -3, "-1", True, "nan", "inf", "1e400"])

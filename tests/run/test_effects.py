@@ -6,7 +6,7 @@ import pytest
 
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import declared_settings
-from hafl_app.run.effects import NEEDS, without_effect
+from hafl_app.run.effects import NEEDS, OR, without_effect
 from hafl_app.server.devices import DeviceClass
 from hafl_app.strategies.hafl import Hafl
 
@@ -30,7 +30,12 @@ def lines(*typed):
             "dirichlet",
         ),
         ("federation.stream_buffer=4", "with federation.streaming=false, only with true"),
-        ("federation.generate_tokens=4", "federation.generate_examples=0, only with above 0"),
+        (
+            "federation.generate_tokens=4",
+            "federation.generate_examples=0 and federation.generate_on_clients=0, only with above",
+        ),
+        ("federation.generate_seconds=4", "federation.generate_on_clients=0, only with above 0"),
+        ("federation.watch_tokens=4", "model.task=classification, only with causal_lm"),
         ("tracking.uri=sqlite:///x.db", "no effect with tracking=jsonl, only with mlflow"),
         ("tracking.project=x", "only with mlflow or trackio or wandb"),
         ("privacy.largest_change=2", "privacy.secure_aggregation=false, only with true"),
@@ -53,6 +58,7 @@ def test_what_has_an_effect_is_not_named():
     assert not lines("partition=dirichlet", "partition.dirichlet_alpha=0.1")
     assert not lines("tracking=[tensorboard,wandb]", "tracking.project=x", "tracking.mode=offline")
     assert not lines("federation.generate_examples=2", "federation.generate_tokens=4")
+    assert not lines("federation.generate_on_clients=2", "federation.generate_tokens=4")
     assert not lines("strategy.aggregation=change", "strategy.server_step=2")
 
 
@@ -71,4 +77,5 @@ def test_what_counts_in_one_job_of_a_sweep_is_not_named():
 
 
 def test_the_table_names_settings_that_exist():
-    assert {*NEEDS, *(condition for condition, _ in NEEDS.values())} <= KNOWN | {"tracking"}
+    conditions = {name for condition, _ in NEEDS.values() for name in condition.split(OR)}
+    assert {*NEEDS, *conditions} <= KNOWN | {"tracking"}

@@ -78,6 +78,15 @@ class TestSteps:
         assert texts_of(found, "unseen") == {3: 30}
         assert texts_of(found, "train") == {1: 30 * TRAINED, 2: 30 * TRAINED}
 
+    def test_written_answers_cost_their_tokens(self):
+        written = ["model=tiny_random_causal", "dataset=local", "dataset.answer_column=a"]
+        written += ["federation.generate_on_clients=5", "federation.generate_tokens=8"]
+        written += ["federation.watch_prompts=[a,b]", "federation.watch_tokens=4"]
+        found = steps(*written, held_out=frozenset({2}))
+
+        assert texts_of(found, "generate") == {3: 3 * 5 * (1 + 8 / 4)}  # the unseen one too
+        assert texts_of(found, "score")[1] == pytest.approx(10 + 2 * (1 + 4 / 4))
+
     def test_a_server_without_data_trains_nobody_alone(self):
         found = steps("federation.alone_clients_per_rank=1", rows=CentralRows(0, 0))
 
