@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from hafl_app import packages
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError
-from hafl_app.experiments import evaluation, harness
+from hafl_app.experiments import evaluation, harness, scored_rows
 from hafl_app.experiments.evaluation import score, table
 from hafl_app.experiments.evaluation_request import read_request
 from hafl_app.lowrank.factors import Adapter, LoraFactors
@@ -108,13 +108,13 @@ class TestScore:
     def test_generated_answers_are_scored_where_they_are_asked_for(self, causal, data, monkeypatch):
         folder, _ = causal
         given = []
-        real = evaluation.score_generation
+        real = scored_rows.score_generation
 
-        def score_generation(model, base, prompts, references, options):
+        def score_generation(model, base, prompts, references, options, categories):
             given.append((prompts, references, options))
-            return real(model, base, prompts, references, options)
+            return real(model, base, prompts, references, options, categories)
 
-        monkeypatch.setattr(evaluation, "score_generation", score_generation)
+        monkeypatch.setattr(scored_rows, "score_generation", score_generation)
         adapter = f"adapter={folder}/adapter"
         plain = scored(adapter, *data)
         both = scored(adapter, *data, "metrics=loss,rouge-l,exact-match", "max_new_tokens=3")

@@ -1,8 +1,8 @@
-"""A saved adapter, or a base model alone, scored by itself on the test set of any data set."""
+"""A saved adapter, or a base model alone, scored by itself: on a test set, or client by client."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +10,21 @@ from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import Settings
 from hafl_app.data.combinations import IMAGES
 from hafl_app.data.images import encode_images
+from hafl_app.data.pairs import pairs_of
 from hafl_app.data.sources import LabeledText, load_text
 from hafl_app.data.text import EncodedText, encode, encode_pairs
+from hafl_app.experiments.client_evaluation import score_clients
 from hafl_app.experiments.evaluation_request import NO_ADAPTER, EvaluationRequest
 from hafl_app.experiments.harness import check_tasks, run_tasks
-from hafl_app.metrics import (
-    ACCURACY,
-    EXACT_MATCH,
-    LOSS,
-    MACRO_F1,
-    PERPLEXITY,
-    ROUGE_L,
-    TOKEN_ACCURACY,
-)
+from hafl_app.experiments.scored_rows import SHOWN, Subject, category_rows, client_rows, scores_of
+from hafl_app.metrics import LOSS
 from hafl_app.printable import printable
 from hafl_app.run import build
 from hafl_app.run.checks import check_base_alone
 from hafl_app.training.adapter_files import load_adapter, read_adapter
 from hafl_app.training.base_model import CAUSAL_LM, IMAGE_CLASSIFICATION, load_tokenizer
 from hafl_app.training.device import resolve_device, threads
-from hafl_app.training.evaluate import evaluate
-from hafl_app.training.generate import GenerationOptions, score_generation
-from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.prompts import load_pair_tokenizer
-from hafl_app.training.settings import BaseSpec
 
 _NEEDED = {
     CAUSAL_LM: "prompts with answers",
@@ -41,18 +32,6 @@ _NEEDED = {
     "classification": "labeled text",
 }
 _LONGEST_LINE = 2000
-_SHOWN = (ACCURACY, MACRO_F1, LOSS, PERPLEXITY, TOKEN_ACCURACY, ROUGE_L, EXACT_MATCH)
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A model that is ready to be scored; ``round`` is None for a base model alone."""
-
-    model: LoraModel
-    base: BaseSpec
-    max_length: int
-    label_names: tuple[str, ...]
-    round: int | None
 
 
 def score(request: EvaluationRequest) -> dict[str, Any]:
@@ -63,7 +42,9 @@ def score(request: EvaluationRequest) -> dict[str, Any]:
     dict
         ``metrics`` by name, over ``scored`` of the ``rows`` of the test set; ``left_out`` has the
         number of the others by reason; ``generated`` how many answers were written, if any;
-        ``tasks`` as ``lm-eval`` returns them; and what was scored.
+        ``categories`` the metrics of each category of the data; ``clients`` those of each client,
+        see `hafl_app.experiments.client_evaluation`; ``tasks`` as ``lm-eval`` returns them; and
+        what was scored.
 
     Raises
     ------
@@ -79,19 +60,19 @@ def score(request: EvaluationRequest) -> dict[str, Any]:
     subject = replace(subject, max_length=request.max_length or subject.max_length)
     _check_task(request, subject)
     subject.model.to(resolve_device(settings.client.device)).eval()
-    text = _text(request, subject)
+    facts = {
+        "adapter": request.adapter,
+        "round": subject.round,
+        "base": subject.base.path,
+        "random_weights": subject.base.random_weights,
+        "dataset": settings.dataset.source,
+        "max_length": subject.max_length,
+    }
     with threads(settings.federation.server_threads or settings.client.num_threads):
-        result: dict[str, Any] = {
-            "adapter": request.adapter,
-            "round": subject.round,
-            "base": subject.base.path,
-            "random_weights": subject.base.random_weights,
-            "dataset": settings.dataset.source,
-            "max_length": subject.max_length,
-            "rows": len(text.test),
-            **_scores(request, subject, text),
-        }
-        result["left_out"] = _left_out(result, text)
+        if request.by_client:
+            result = facts | score_clients(request, subject)
+        else:
+            result = facts | _on_test_set(request, subject)
         if request.tasks:
             tasks = run_tasks(subject.model, subject.base, request.tasks, request.max_examples)
             result["tasks"] = tasks
@@ -114,7 +95,8 @@ def table(result: Mapping[str, Any]) -> str:
     if result.get("generated", result["scored"]) != result["scored"]:
         rows["answers"] = f"{result['generated']:,} were generated"
     metrics = result["metrics"]
-    rows |= {m.title: m.text(metrics[m.name]) for m in _SHOWN if m.name in metrics}
+    rows |= {m.title: m.text(metrics[m.name]) for m in SHOWN if m.name in metrics}
+    rows |= category_rows(result.get("categories", {})) | client_rows(result.get("clients", {}))
     for task, scores in result.get("tasks", {}).items():
         # "acc,none" is a metric and the filter of answers before it; the rest describes the task.
         found = (f"{name} {value}" for name, value in scores.items() if "," in name)
@@ -128,23 +110,23 @@ def _base_line(result: Mapping[str, Any]) -> str:
     return ", ".join([*filter(None, [printable(result["base"])]), *random])
 
 
-def _adapted(request: EvaluationRequest) -> _Subject:
+def _adapted(request: EvaluationRequest) -> Subject:
     folder = Path(request.adapter).expanduser()
     trusted = request.settings.model.trust_remote_code
     stored = read_adapter(folder, trust_remote_code=trusted)
     model = load_adapter(folder, trust_remote_code=trusted).model
     after = stored.facts.get("server_round")
-    return _Subject(model, stored.spec.base, stored.max_length, stored.label_names, after)
+    return Subject(model, stored.spec.base, stored.max_length, stored.label_names, after)
 
 
-def _base_alone(settings: Settings) -> _Subject:
+def _base_alone(settings: Settings) -> Subject:
     check_base_alone(settings)
     # Fresh factors change nothing: lora_B is 0.
     spec = build.model_spec(settings, 0)
-    return _Subject(spec.build(), spec.base, settings.dataset.max_length, (), None)
+    return Subject(spec.build(), spec.base, settings.dataset.max_length, (), None)
 
 
-def _check_task(request: EvaluationRequest, subject: _Subject) -> None:
+def _check_task(request: EvaluationRequest, subject: Subject) -> None:
     dataset, task = request.settings.dataset, subject.base.task
     kind = "labeled images" if dataset.source in IMAGES else "labeled text"
     kind = "prompts with answers" if dataset.answer_column else kind
@@ -158,7 +140,7 @@ def _check_task(request: EvaluationRequest, subject: _Subject) -> None:
         raise SettingsError(f"{unfit}: for a {CAUSAL_LM} only, and the model's task is {task}")
 
 
-def _text(request: EvaluationRequest, subject: _Subject) -> LabeledText:
+def _text(request: EvaluationRequest, subject: Subject) -> LabeledText:
     source = request.settings.dataset
     if request.max_examples is not None:
         source = replace(source, max_test_examples=request.max_examples)
@@ -167,41 +149,32 @@ def _text(request: EvaluationRequest, subject: _Subject) -> LabeledText:
     return load_text(source)
 
 
-def _scores(request: EvaluationRequest, subject: _Subject, text: LabeledText) -> dict[str, Any]:
-    precision = request.settings.client.precision
-    metrics: dict[str, float] = {}
-    scored = 0
-    if LOSS.name in request.metrics:
-        rows = _encoded(subject, text)
-        scored = len(rows)
-        for name, value in evaluate(subject.model, rows, precision).named("test").items():
-            metrics[name.removeprefix("test/")] = value
-    if request.generated:
-        columns = text.test.with_format(None)
-        options = GenerationOptions(subject.max_length, request.max_new_tokens, precision=precision)
-        generated = score_generation(
-            subject.model, subject.base, columns["text"][:], columns["answer"][:], options
-        )
-        scored = scored or generated.num_examples
-        metrics |= {name: generated.to_json()[name] for name in request.generated}
-        return {"scored": scored, "metrics": metrics, "generated": generated.num_examples}
-    return {"scored": scored, "metrics": metrics}
+def _on_test_set(request: EvaluationRequest, subject: Subject) -> dict[str, Any]:
+    text = _text(request, subject)
+    pairs = pairs_of(text.test, text.label_names) if subject.base.task == CAUSAL_LM else None
+    rows = _encoded(subject, text) if LOSS.name in request.metrics else None
+    result = {
+        "rows": len(text.test),
+        **scores_of(request, subject, rows, pairs, text.label_names),
+    }
+    result["left_out"] = _left_out(result, text, subject.max_length)
+    return result
 
 
-def _left_out(result: Mapping[str, Any], text: LabeledText) -> dict[str, int]:
+def _left_out(result: Mapping[str, Any], text: LabeledText, max_length: int) -> dict[str, int]:
     """Return how many rows of the test file were not scored, by reason; none of them 0."""
     counts = {
         "not among those that max_examples or dataset.max_test_examples draws": (
             text.num_read[1] - result["rows"]
         ),
-        f"no room for an answer within {result['max_length']} tokens (dataset.max_length)": (
+        f"no room for an answer within {max_length} tokens (dataset.max_length)": (
             result["rows"] - result["scored"]
         ),
     }
     return {reason: count for reason, count in counts.items() if count > 0}
 
 
-def _encoded(subject: _Subject, text: LabeledText) -> EncodedText:
+def _encoded(subject: Subject, text: LabeledText) -> EncodedText:
     columns = text.test.with_format(None)
     labels = columns["label"][:]
     if subject.base.task == IMAGE_CLASSIFICATION:

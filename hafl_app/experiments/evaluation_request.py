@@ -9,6 +9,7 @@ from typing import Final
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.config.schema import Settings
 from hafl_app.data.errors import nearest
+from hafl_app.experiments.run_data import data_of_run
 from hafl_app.metrics import EXACT_MATCH, LOSS, ROUGE_L
 from hafl_app.training.adapter_card import read_card
 from hafl_app.training.answers import require_rouge
@@ -18,7 +19,8 @@ METRICS: Final = (LOSS.name, ROUGE_L.name, EXACT_MATCH.name)
 _TRUST: Final = "model.trust_remote_code"
 _OF_A_RUN: Final = ("output_dir", "resume")
 _OF_TRAINING: Final = ("strategy", "lora", "partition", "ranks", "privacy", "tracking", "compare")
-_OWN: Final = ("adapter", "metrics", "max_new_tokens", "max_examples", "tasks", "output")
+_OWN: Final = ("adapter", "by", "metrics", "max_new_tokens", "max_examples", "tasks", "output")
+_BY_CLIENT: Final = "client"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class EvaluationRequest:
         Of ``lm-eval``, beside these.
     output
         File for the result as JSON.
+    by_client
+        Score each client's held-out rows by themselves, not the test set.
     """
 
     adapter: str
@@ -54,6 +58,7 @@ class EvaluationRequest:
     max_examples: int | None = None
     tasks: tuple[str, ...] = ()
     output: Path | None = None
+    by_client: bool = False
 
     @property
     def generated(self) -> tuple[str, ...]:
@@ -83,6 +88,9 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
         raise SettingsError("adapter=none needs model=..., the base model to score")
     if not alone:
         _refuse_models(named)
+    by_client = _by_client(own, named)
+    if by_client:
+        overrides = [*data_of_run(Path(own["adapter"]).expanduser()), *overrides]
     settings = compose(overrides)
     length = settings.dataset.max_length if alone or "dataset.max_length" in named else None
     request = EvaluationRequest(
@@ -94,6 +102,7 @@ def read_request(arguments: Sequence[str]) -> EvaluationRequest:
         _count(own, "max_examples"),
         tuple(filter(None, own.get("tasks", "").split(","))),
         Path(own["output"]).expanduser() if own.get("output") else None,
+        by_client,
     )
     if own.get("max_new_tokens") and not request.generated:
         raise SettingsError(
@@ -131,6 +140,29 @@ def _refuse_unclear(pairs: Iterable[tuple[str, str, str]]) -> None:
             raise SettingsError(f"{key}=: of a run; output=FILE is where the result goes")
         if key.partition(".")[0] in _OF_TRAINING:
             raise SettingsError(f"{key}=: of training, an evaluation does not read it")
+
+
+def _by_client(own: Mapping[str, str], named: Iterable[str]) -> bool:
+    """Return whether the clients' rows are scored; refuse what would make them other rows."""
+    if "by" not in own:
+        return False
+    if own["by"] != _BY_CLIENT:
+        raise SettingsError(
+            f"by={own['by']}: expected {_BY_CLIENT}; categories of the data are shown without it"
+        )
+    if own["adapter"] == NO_ADAPTER:
+        raise SettingsError(f"by={_BY_CLIENT}: needs an adapter in the folder of its run")
+    if own.get("tasks"):
+        raise SettingsError(f"by={_BY_CLIENT} with tasks={own['tasks']}: tasks have no clients")
+    for key in sorted(named):
+        group, _, name = key.partition(".")
+        moved = group == "dataset" and name in ("path", "test_path", "max_length")
+        if group in ("dataset", "seed", "federation") and not moved:
+            raise SettingsError(
+                f"{key}=: by={_BY_CLIENT} scores the rows that each client of the run held out; "
+                "only dataset.path, dataset.test_path and dataset.max_length may differ"
+            )
+    return True
 
 
 def _check_output(output: Path | None) -> None:
