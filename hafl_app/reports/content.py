@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from hafl_app.reports.answer_tables import answer_tables
 from hafl_app.reports.folders import find_runs
 from hafl_app.reports.groups import Section, sections_of
 from hafl_app.reports.pictures import Picture, pictures_of
@@ -85,7 +86,8 @@ def report_on(folders: Sequence[Path], baseline: str = "") -> Report:
 
 def _touch(run: Run) -> None:
     """Read what a report needs, so that a damaged file shows before anything is drawn."""
-    for frame in (run.rounds, run.clients, run.scores, run.importance, run.influence, run.labels):
+    frames = (run.rounds, run.clients, run.scores, run.importance, run.influence, run.labels)
+    for frame in (*frames, run.answers):
         del frame
 
 
@@ -96,6 +98,7 @@ def _chapter(section: Section, number: int) -> Chapter:
         scores_table(section),
         *differences_table(section),
         *clients_table(section, missing),
+        *answer_tables(section),
     ]
     pictures = [
         # Names of files: those of a later section begin with its number.

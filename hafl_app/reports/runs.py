@@ -19,7 +19,7 @@ from hafl_app.reports.records import (
     read_summary,
     rounds_of,
 )
-from hafl_app.tracking.details import IMPORTANCE, SCORES
+from hafl_app.tracking.details import ANSWERS, IMPORTANCE, SCORES
 
 _DATA_FILE = "data.json"
 _INFLUENCE = "influence"  # of each client, in the records of rounds that have it
@@ -81,6 +81,20 @@ class Run:
         """A row for each client and round in which it scored its slice; metrics by name."""
         kept = [record for record in self._details if record["kind"] == SCORES]
         return self._read(lambda: _widened(kept))
+
+    @cached_property
+    def answers(self) -> pd.DataFrame:
+        """A row a round and watched prompt: what it is and what the global adapter answered."""
+        kept = [record for record in self._details if record["kind"] == ANSWERS]
+        return self._read(
+            lambda: pd.DataFrame(
+                [
+                    {"server_round": record["server_round"], **one}
+                    for record in kept
+                    for one in record["answers"]
+                ]
+            )
+        )
 
     @cached_property
     def importance(self) -> pd.DataFrame:
