@@ -88,7 +88,9 @@ def table(result: Mapping[str, Any]) -> str:
     rows = {
         "adapter": f"{printable(result['adapter'])}{after}",
         "base model": _base_line(result),
-        "test data": f"{result['dataset']}, {result['scored']:,} of {result['rows']:,} rows",
+        "held out" if "clients" in result else "test data": (
+            f"{result['dataset']}, {result['scored']:,} of {result['rows']:,} rows"
+        ),
     }
     if left_out := result["left_out"]:
         rows["left out"] = "; ".join(f"{count:,}: {why}" for why, count in left_out.items())

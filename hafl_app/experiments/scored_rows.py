@@ -123,4 +123,5 @@ def _cut(lines: Mapping[str, Mapping[str, float]], what: str) -> dict[str, str]:
 def _line(scores: Mapping[str, float]) -> str:
     metrics: list[Metric] = [metric for metric in SHOWN if metric.name in scores]
     parts = [f"{metric.title} {metric.text(scores[metric.name])}" for metric in metrics]
-    return ", ".join([*parts, f"{scores['num_examples']:,} rows"])
+    count = scores["num_examples"]
+    return ", ".join([*parts, f"{count:,} row{'s' if count != 1 else ''}"])

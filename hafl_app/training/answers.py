@@ -138,8 +138,10 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:
     """
     require_rouge()
     from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415  optional, takes a second
+    from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    # Left to choose it, the scorer logs that, and absl then takes over the root logger.
+    scorer = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
     return [
         float(scorer.score(reference, answer)["rougeL"].fmeasure)
         for answer, reference in zip(answers, references, strict=True)

@@ -1,3 +1,4 @@
+import logging
 from decimal import Decimal
 
 import pytest
@@ -74,6 +75,11 @@ class TestRougeL:
         # 1 by stems ("jumped" and "jumps"), 0, and 2/3: one of one word, one of two
         scores = rouge_l(["jumped", "", "yes"], ["jumps", "nothing", "yes sir"])
         assert scores == pytest.approx([1, 0, 2 / 3])
+
+    def test_leaves_the_programs_log_as_it_is(self, monkeypatch):
+        monkeypatch.setattr(logging.root, "handlers", [])
+        rouge_l(["a"], ["a"])
+        assert logging.root.handlers == []
 
     def test_without_its_package_is_refused_in_one_line(self, monkeypatch):
         monkeypatch.setattr(packages.importlib.util, "find_spec", lambda _: None)
