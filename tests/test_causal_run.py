@@ -22,7 +22,7 @@ from hafl_app.run.preflight import check
 from hafl_app.training import lora_model
 from hafl_app.training.adapter_files import load_adapter
 from hafl_app.training.evaluate import AnswerScores, evaluate
-from hafl_app.training.local import TrainResult
+from hafl_app.training.task import TrainResult
 
 pytestmark = pytest.mark.slow
 

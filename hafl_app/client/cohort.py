@@ -28,9 +28,9 @@ from hafl_app.training.cohort_choice import (
     too_short,
 )
 from hafl_app.training.device import cpu_name, describe_device, resolve_device, threads
-from hafl_app.training.local import Task, TrainResult
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.quantization.precisions import BLOCKWISE
+from hafl_app.training.task import Task, TrainResult
 
 _LOGGER = logging.getLogger(__name__)
 _Result = TypeVar("_Result")

@@ -27,8 +27,8 @@ from hafl_app.training.device import (
     threads,
 )
 from hafl_app.training.evaluate import evaluate as score
-from hafl_app.training.local import TrainResult
 from hafl_app.training.local import train as train_locally
+from hafl_app.training.task import TrainResult
 from hafl_app.wire.message_types import (
     EVALUATE_ANSWERS,
     EVALUATE_TEMPERATURES,

@@ -11,8 +11,8 @@ from hafl_app.plan import TrainPlan
 from hafl_app.run import build
 from hafl_app.training.device import describe_device, resolve_device, usable_memory_mb
 from hafl_app.training.generate import GenerationOptions
-from hafl_app.training.local import DeviceMemoryError
 from hafl_app.training.settings import TrainOptions
+from hafl_app.training.task import DeviceMemoryError
 
 RANK, MEMORY_MB, MAX_STEPS, MAX_SECONDS = "rank", "memory-mb", "max-steps", "max-seconds"
 MAX_ANSWERS, MAX_ANSWER_TOKENS = "max-answers", "max-answer-tokens"

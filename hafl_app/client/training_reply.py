@@ -10,7 +10,7 @@ from hafl_app.client.terms import DEVICE, LOSSES, TIMES
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.privacy.mechanism import NoiseSource, privatize_upload, trained_part
 from hafl_app.run import build
-from hafl_app.training.local import TrainResult
+from hafl_app.training.task import TrainResult
 from hafl_app.wire.records import (
     FLOPS,
     METRICS,

@@ -27,9 +27,10 @@ from hafl_app.tracking.jsonl import JsonlTracker
 from hafl_app.training.adapter_files import save_adapter
 from hafl_app.training.device import threads
 from hafl_app.training.evaluate import evaluate
-from hafl_app.training.local import TrainResult, train
+from hafl_app.training.local import train
 from hafl_app.training.locate import weights_note
 from hafl_app.training.lora_model import LoraModel
+from hafl_app.training.task import TrainResult
 
 _WIDTH = 6  # of a column of scores, unless its title is longer
 

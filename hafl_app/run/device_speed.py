@@ -18,7 +18,7 @@ from hafl_app.training.device import (
     usable_memory_mb,
 )
 from hafl_app.training.importance_meter import ImportanceMeter
-from hafl_app.training.local import build_optimizer
+from hafl_app.training.optimizer import build_optimizer
 from hafl_app.training.step_memory import training_step
 
 _SIDE = 1024  # of the matrices: large enough for a processor's peak, small enough for a phone

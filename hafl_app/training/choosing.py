@@ -1,6 +1,6 @@
 """A client's own choice of the components that it trains, under a plan's `ComponentChoice`.
 
-`hafl_app.training.local` makes the probe; here is what surrounds it.
+`hafl_app.training.probe` makes the probe; here is what surrounds it.
 """
 
 from collections.abc import Mapping

@@ -22,10 +22,11 @@ from hafl_app.training.causal import IGNORED
 from hafl_app.training.cohort_lora import ClientAdapter, Cohort
 from hafl_app.training.device import reset_peak_memory
 from hafl_app.training.fused_lora import FusedLoraLinear
-from hafl_app.training.local import Steps, Task, TrainResult, Wanted, release, training_steps
+from hafl_app.training.local import release, training_steps
 from hafl_app.training.lora_model import LoraModel, mean_loss
 from hafl_app.training.rank_pruning import tail_penalty
 from hafl_app.training.settings import TrainOptions
+from hafl_app.training.task import Steps, Task, TrainResult, Wanted
 
 _LOGGER = logging.getLogger(__name__)
 # Tokens at once, padding included: more does not fit a CPU's caches, and fills a GPU.

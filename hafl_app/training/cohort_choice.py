@@ -9,8 +9,9 @@ import torch
 
 from hafl_app.training.cohort import train_cohort
 from hafl_app.training.device import resolve_precision
-from hafl_app.training.local import Task, TrainResult, train
+from hafl_app.training.local import train
 from hafl_app.training.lora_model import LoraModel
+from hafl_app.training.task import Task, TrainResult
 
 CHOSEN_CLIENTS = 16
 """Clients of a cohort that is not given by number."""

@@ -23,8 +23,8 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import ModulePlan, TrainedFactors, TrainPlan
 from hafl_app.training.device import resolve_precision
 from hafl_app.training.importance_meter import ImportanceMeter
-from hafl_app.training.local import build_optimizer
 from hafl_app.training.lora_model import LoraModel, LoraSpec
+from hafl_app.training.optimizer import build_optimizer
 from hafl_app.training.settings import TrainOptions
 
 _MEGABYTE = 1e6

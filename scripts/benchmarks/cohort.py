@@ -14,7 +14,8 @@ from benchmarks.timing import DisagreementError, Timing, time_in_turn
 from benchmarks.training import Case, Client, Texts, synchronized_clock
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
-from hafl_app.training.local import Task, TrainResult, train
+from hafl_app.training.local import train
+from hafl_app.training.task import Task, TrainResult
 
 TOLERANCE = 1e-4  # of the norm of what training changed, in float32
 ONE_AT_A_TIME = "one at a time"

@@ -30,8 +30,8 @@ from hafl_app.training.base_model import CAUSAL_LM
 from hafl_app.training.batches import is_out_of_memory
 from hafl_app.training.causal import CausalSpec
 from hafl_app.training.device import peak_memory_mb, reset_peak_memory
-from hafl_app.training.local import DeviceMemoryError
 from hafl_app.training.settings import BaseSpec, TrainOptions
+from hafl_app.training.task import DeviceMemoryError
 
 NOT_MEASURED = "not measured"
 OUT_OF_MEMORY = "out of memory"

@@ -23,9 +23,9 @@ from hafl_app.run import build
 from hafl_app.training import locate as locate_module
 from hafl_app.training.base_model import load_tokenizer
 from hafl_app.training.classifier import LoraClassifier
-from hafl_app.training.local import DeviceMemoryError
 from hafl_app.training.lora_model import adapter_shapes, resident_model
 from hafl_app.training.settings import BaseSpec
+from hafl_app.training.task import DeviceMemoryError
 from hafl_app.wire.faults import Fault, fault_of
 from hafl_app.wire.records import AdapterArrays, adapter_content, plan_record
 

@@ -16,9 +16,9 @@ from hafl_app.config.compose import SettingsError, compose
 from hafl_app.config.schema import RankTier
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.run import build
-from hafl_app.training.local import DeviceMemoryError
 from hafl_app.training.settings import TrainOptions
 from hafl_app.training.step_memory import StepMemory
+from hafl_app.training.task import DeviceMemoryError
 from hafl_app.wire.faults import Fault, fault_of
 from hafl_app.wire.node_profile import NodeProfile
 

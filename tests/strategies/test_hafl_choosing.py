@@ -14,7 +14,8 @@ from hafl_app.server.compatibility import check_privacy
 from hafl_app.server.method import StrategyError
 from hafl_app.training.batches import training_batches
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
-from hafl_app.training.local import TrainOptions, train
+from hafl_app.training.local import train
+from hafl_app.training.settings import TrainOptions
 
 LAYERS = {"encoder.layer.0.intermediate.dense": 5, "encoder.layer.0.output.dense": 4}
 SPEC = ClassifierSpec(TINY, num_labels=LABELS, target_modules=tuple(LAYERS), seed=7)

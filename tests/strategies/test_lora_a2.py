@@ -11,7 +11,8 @@ from hafl_app.config.compose import compose
 from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.server.method import StrategyError
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
-from hafl_app.training.local import TrainOptions, train
+from hafl_app.training.local import train
+from hafl_app.training.settings import TrainOptions
 
 CLIENTS = [Client(rank, n, i) for i, (rank, n) in enumerate([(1, 10), (3, 25), (2, 7)])]
 LAYERS = {"encoder.layer.0.intermediate.dense": 5, "encoder.layer.0.output.dense": 4}

@@ -24,7 +24,7 @@ from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.privacy.mechanism import trained_part
 from hafl_app.server.aggregation import merge
 from hafl_app.strategies.base import HeterogeneousLora
-from hafl_app.training import local, lora_model
+from hafl_app.training import epochs, lora_model
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.lora_model import LoraModel
 
@@ -94,22 +94,22 @@ class TestItFails:
             made.add_param_group({"params": list(model.head_module.parameters())})
             return made
 
-        build = local.build_optimizer
+        build = epochs.build_optimizer
         monkeypatch.setattr(LoraModel, "load", unfrozen)
-        monkeypatch.setattr(local, "build_optimizer", optimizer)
+        monkeypatch.setattr(epochs, "build_optimizer", optimizer)
         strategy = strategy_on(model, "hafl", "frozen")
         with pytest.raises(AssertionError, match="head"):
             check_law(model, strategy, train_round(model, strategy, own_plan))
 
     def test_when_a_trained_factor_is_left_out_of_the_optimizer(self, model, monkeypatch):
-        build = local.build_optimizer
+        build = epochs.build_optimizer
 
         def without_one(*args):
             optimizer = build(*args)
             optimizer.param_groups[-1]["params"].pop()
             return optimizer
 
-        monkeypatch.setattr(local, "build_optimizer", without_one)
+        monkeypatch.setattr(epochs, "build_optimizer", without_one)
         self.broken(model, "lora_B, trainable_components: a component stays")
 
     def test_when_a_single_component_gets_no_gradient(self, model, monkeypatch):

@@ -24,9 +24,10 @@ from hafl_app.plan import Alignment, TailPruning
 from hafl_app.training import cohort, cohort_choice
 from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
 from hafl_app.training.cohort_choice import choose, differ, steps_of, too_short
-from hafl_app.training.local import Task, train
+from hafl_app.training.local import train
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.settings import TrainOptions
+from hafl_app.training.task import Task
 
 OPTIONS = TrainOptions(batch_size=4, learning_rate=1e-2, max_grad_norm=0.5)
 KINDS = {

@@ -11,7 +11,8 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.server.control_variates import ControlVariates
 from hafl_app.server.update import ClientUpdate
 from hafl_app.training.classifier import LoraClassifier
-from hafl_app.training.local import build_optimizer, train
+from hafl_app.training.local import train
+from hafl_app.training.optimizer import build_optimizer
 from hafl_app.training.settings import ClientSettings
 
 ROWS = random_rows(5)  # all in one batch: its order in an epoch does not matter

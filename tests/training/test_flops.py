@@ -15,8 +15,9 @@ from hafl_app.plan import ModulePlan, TrainPlan
 from hafl_app.training.causal import CausalSpec
 from hafl_app.training.cohort import train_cohort
 from hafl_app.training.flops import FlopCounter, RowFlops, row_flops
-from hafl_app.training.local import Task, train
+from hafl_app.training.local import train
 from hafl_app.training.settings import TrainOptions
+from hafl_app.training.task import Task
 
 ROWS = random_rows(13)
 OPTIONS = TrainOptions(batch_size=5)

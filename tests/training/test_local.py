@@ -25,9 +25,10 @@ from hafl_app.training import local
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.importance_meter import ImportanceMeter
-from hafl_app.training.local import LossNotFiniteError, TrainingError, train
+from hafl_app.training.local import train
 from hafl_app.training.lora_model import FROZEN, TRAINABLE
 from hafl_app.training.settings import TrainOptions
+from hafl_app.training.task import LossNotFiniteError, TrainingError
 
 ROWS = random_rows(22)
 OPTIONS = TrainOptions(batch_size=4, learning_rate=1e-2)  # six steps an epoch

@@ -26,8 +26,9 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TailPruning
 from hafl_app.training.batches import MicroBatches, is_out_of_memory
 from hafl_app.training.classifier import LoraClassifier
-from hafl_app.training.local import DeviceMemoryError, TrainResult, train
+from hafl_app.training.local import train
 from hafl_app.training.settings import TrainOptions
+from hafl_app.training.task import DeviceMemoryError, TrainResult
 
 pytestmark = pytest.mark.slow
 

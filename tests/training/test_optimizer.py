@@ -7,7 +7,8 @@ import torch
 from training_factories import SPEC, assert_same_adapter, plan_for, random_adapter, random_rows
 
 from hafl_app.training.classifier import LoraClassifier
-from hafl_app.training.local import build_optimizer, train
+from hafl_app.training.local import train
+from hafl_app.training.optimizer import build_optimizer
 from hafl_app.training.settings import TrainOptions
 
 OPTIONS = TrainOptions(batch_size=4, learning_rate=1e-2, lora_B_lr_ratio=3.0, weight_decay=0.1)

@@ -14,10 +14,11 @@ from hafl_app.run import build
 from hafl_app.server import local_baseline
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.cohort import train_cohort
-from hafl_app.training.local import Task, TrainingError, train
+from hafl_app.training.local import train
 from hafl_app.training.lora_model import mean_loss
 from hafl_app.training.own_classes import OwnClasses
 from hafl_app.training.settings import TrainOptions
+from hafl_app.training.task import Task, TrainingError
 
 LABELS = np.array([2, 0, 2, 2, 0, 2])  # of four classes: 1 and 3 are missing
 OPTIONS = TrainOptions(batch_size=4, optimizer="sgd", learning_rate=0.5, max_grad_norm=0)

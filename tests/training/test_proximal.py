@@ -19,7 +19,8 @@ from training_factories import (
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.server import local_baseline
 from hafl_app.training.classifier import LoraClassifier
-from hafl_app.training.local import build_optimizer, train
+from hafl_app.training.local import train
+from hafl_app.training.optimizer import build_optimizer
 from hafl_app.training.proximal import ProximalTerm
 from hafl_app.training.settings import TrainOptions
 

@@ -14,8 +14,8 @@ from hafl_app.client.permissions import ERROR_DETAILS, NotAllowedError
 from hafl_app.config.compose import SettingsError
 from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.engines.in_process import server_identity
-from hafl_app.training.local import DeviceMemoryError, LossNotFiniteError, TrainingError
 from hafl_app.training.locate import ModelError
+from hafl_app.training.task import DeviceMemoryError, LossNotFiniteError, TrainingError
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.faults import Fault, error_reply, fault_of
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hafl_app.training.batches import Batch, ImageBatch
-from hafl_app.training.local import DeviceMemoryError
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.quantization.blocks import transformer_blocks
 from hafl_app.training.quantization.precisions import PRECISIONS
+from hafl_app.training.task import DeviceMemoryError
 
 """Value of the setting ``model.quantization`` for precisions by block."""
 
