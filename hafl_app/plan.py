@@ -353,6 +353,9 @@ class TrainPlan:
         Rule by which the client weighs its own part of a secure sum; None: by ``num_examples``.
         Only where it trains and uploads all that it holds, so without a ``choice`` or a tail that
         is dropped.
+    rates
+        Learning rates over ``client.learning_rate``, each in (0, 1], of equal parts of the
+        training, one after another; in a round there is one.
     """
 
     modules: Mapping[str, ModulePlan]
@@ -371,6 +374,7 @@ class TrainPlan:
     proximal: float = 0.0
     logit_adjustment: float | None = None
     own_weight: OwnWeight | None = None
+    rates: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         # A plan comes over the wire: a word that no branch knows would silently train by default.
@@ -398,6 +402,8 @@ class TrainPlan:
         tau = self.logit_adjustment
         adjusts = tau is None or (_is_finite(tau) and tau >= 0)
         _require(adjusts, "logit_adjustment", "null, or at least 0 and finite", tau)
+        rated = bool(self.rates) and all(_is_finite(r) and 0 < r <= 1 for r in self.rates)
+        _require(rated, "rates", "at least one, each in (0, 1]", shorten(str(self.rates), 80))
         for name, module in self.modules.items():
             self._check_bits_of(name, module)
             if (module.budget is None) != (self.choice is None):
@@ -580,6 +586,7 @@ class TrainPlan:
             tail, choice, align = values["tail"], values["choice"], values["align"]
             own_weight = values["own_weight"]
             values["modules"] = _read_modules(values["modules"])
+            values["rates"] = tuple(values["rates"])
             if tail is not None:
                 values["tail"] = TailPruning(**_with_keys_of(TailPruning, tail))
             if choice is not None:
@@ -609,6 +616,7 @@ _RARE_OF_PLANS: Mapping[str, Any] = {
     "proximal": 0.0,
     "logit_adjustment": None,
     "own_weight": None,
+    "rates": (1.0,),
 }
 """What few plans have, by name, with what it is for all others."""
 

@@ -78,6 +78,7 @@ def train_plans(draw):
         max_steps=draw(st.integers(0, 99)),
         proximal=draw(st.floats(0, 10) | st.just(0.0)),
         logit_adjustment=draw(st.none() | st.floats(0, 2)),
+        rates=draw(st.just((1.0,)) | st.lists(st.floats(1e-6, 1), min_size=1).map(tuple)),
         **draw(upload),
     )
 
@@ -349,6 +350,11 @@ class TestTrainPlan:
             ({"proximal": None}, "proximal must be at least 0 and finite"),
             ({"logit_adjustment": -1}, "logit_adjustment must be null, or at least 0 and finite"),
             ({"logit_adjustment": "1"}, "logit_adjustment must be null, or at least 0 and finite"),
+            ({"rates": []}, r"rates must be at least one, each in \(0, 1\], got '\(\)'"),
+            ({"rates": [0.5, 0]}, "rates must be at least one"),
+            ({"rates": [1.5]}, "rates must be at least one"),
+            ({"rates": ["1"]}, "rates must be at least one"),
+            ({"rates": 1}, "not a train plan"),
             ({"modules": [["0-1", "5", 1.0, ["q"]]]}, "among the held"),
             ({"modules": [["0-1", "0", "1", ["q"]]]}, "not a train plan"),
             ({"modules": [["0-1", "0", 1.0]]}, "not enough values"),

@@ -17,6 +17,8 @@ _CALLED: Final[Mapping[str, str]] = {
     "client.local_epochs": "epochs n_epochs num_epochs num_train_epochs local_epochs",
     "client.max_steps": "steps local_steps",
     "client.learning_rate": "lr learning_rate client_lr local_lr",
+    "client.schedule.kind": "lr_scheduler_type lr_scheduler lr_schedule scheduler schedule",
+    "client.schedule.warmup_rounds": "warmup warmup_rounds warmup_steps warmup_ratio",
     "client.batch_size": "bs batch batch_size train_batch_size per_device_train_batch_size",
     "client.micro_batch_size": "gradient_accumulation_steps",
     "client.optimizer": "optim",

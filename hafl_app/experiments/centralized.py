@@ -147,6 +147,7 @@ def _start(settings: Settings, model: LoraModel) -> tuple[Adapter, TrainPlan]:
         head="frozen" if settings.model.head == "frozen" else "averaged",
         local_epochs=num_passes(settings),
         max_steps=federation.num_rounds * clients * settings.client.max_steps,
+        rates=strategy.options.rates_until(federation.num_rounds),
         proximal=0.0,
         logit_adjustment=None,
     )

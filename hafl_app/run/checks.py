@@ -407,6 +407,15 @@ def _scaffold(settings: Settings) -> Iterator[str]:
             )
 
 
+def _schedule(settings: Settings) -> Iterator[str]:
+    warmup, rounds = settings.client.schedule.warmup_rounds, settings.federation.num_rounds
+    if warmup and warmup >= rounds:
+        yield (
+            f"client.schedule.warmup_rounds={warmup}: expected below federation.num_rounds="
+            f"{rounds}, else no round has client.learning_rate"
+        )
+
+
 def _streaming(settings: Settings) -> Iterator[str]:
     for name, off in STREAMING_NEEDS.items() if settings.federation.streaming else ():
         if (value := getattr(settings.federation, name)) != off:
@@ -558,6 +567,7 @@ _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
     _upload,
     _server_optimizer,
     _scaffold,
+    _schedule,
     _streaming,
     _tracking,
     _engine,

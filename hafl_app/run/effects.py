@@ -54,6 +54,7 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "model.head_refresh_every": _CLOSED_FORM,
     **{f"model.closed_form.{field.name}": _CLOSED_FORM for field in fields(ClosedFormSettings)},
     "model.pooling": ("model.task", ("classification", "image_classification")),
+    "client.schedule.final": ("client.schedule.kind", ("linear", "cosine")),
     "model.memory_budget_mb": ("model.quantization", ("blockwise",)),
     "ranks.memory_margin": _FROM_MEMORY,
     "ranks.memory_limit_mb": _FROM_MEMORY,

@@ -130,7 +130,7 @@ def _run(
             run_rounds(strategy, grid, first_round, after_round)
         unseen = evaluate_unseen(strategy, grid, report.rounds[-1].server_round)
         answered = answers_of_clients(strategy, grid, report.rounds[-1].server_round)
-        alone = _alone(grid, settings, strategy, initial) if report.has_test else []
+        alone = _alone(grid, settings, strategy, initial, report) if report.has_test else []
         times = None if checkpoint else cpu_seconds.to_json()  # of all rounds, or not at all
         facts = {"cohort": cohort_facts(grid), "cpu_seconds": times, "client_generation": answered}
         report.finish(alone, unseen, **facts)
@@ -173,11 +173,16 @@ def _prepare(
 
 
 def _alone(
-    grid: Grid, settings: Settings, strategy: HeterogeneousLora, initial: Adapter
+    grid: Grid,
+    settings: Settings,
+    strategy: HeterogeneousLora,
+    initial: Adapter,
+    report: RunReport,
 ) -> list[AloneResult]:
     """Train some clients without the federation, for comparison."""
     lone = lone_clients(settings, strategy.coordinator.participation.trainable())
-    alone = train_alone(strategy, grid, initial, lone) if lone else []
+    rounds = report.rounds[-1].server_round
+    alone = train_alone(strategy, grid, initial, lone, rounds) if lone else []
     if lone and settings.federation.alone_at_max_rank:
-        alone += train_alone(strategy, grid, initial, lone, strategy.max_rank)
+        alone += train_alone(strategy, grid, initial, lone, rounds, strategy.max_rank)
     return alone

@@ -267,6 +267,7 @@ class RunReport:
 
             rate = self._settings.federation.fraction_train
             metrics["privacy/epsilon"] = epsilon_after(privacy, server_round, rate)
+        metrics |= self._learning_rate(server_round)
         traffic = self._coordinator.ledger.of_round(server_round)
         clock = self._coordinator.clock
         due = self._strategy.options.is_evaluated(server_round)
@@ -298,6 +299,14 @@ class RunReport:
             rows = rows or self._coordinator.scored_examples
             self._best = _Best(server_round, rows, self._strategy.global_adapter)
         return MetricRecord(dict(metrics))
+
+    def _learning_rate(self, server_round: int) -> dict[str, float]:
+        """Return the learning rate of a round, if it is not that of every other."""
+        client = self._settings.client
+        if not server_round or not client.schedule.changes:
+            return {}
+        rate = client.learning_rate * self._strategy.options.rate(server_round)
+        return {"schedule/learning_rate": rate}
 
     def _log_details(self, server_round: int) -> None:
         """Record each client's scores, and the components' importance once there was training."""

@@ -71,6 +71,8 @@ class ControlVariates:
     ) -> dict[str, Tensor]:
         """Return a client's variate after its update: the mean of its gradients where it trained.
 
+        They were taken at the learning rate of the update's round.
+
         Parameters
         ----------
         update
@@ -82,7 +84,8 @@ class ControlVariates:
         """
         own = dict(self.own.get(update.partition_id) or _unknown(previous))
         correction = self.correction(update.partition_id, update.plan)
-        rate, before = update.steps * client.learning_rate, update.before
+        [share] = update.plan.rates
+        rate, before = update.steps * share * client.learning_rate, update.before
         for name, after in update.adapter.modules.items():
             module, components = update.plan.modules[name], list(update.components(name))
             start = before.modules[name]

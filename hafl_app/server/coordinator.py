@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from flwr.app import Message, MessageType
@@ -306,6 +307,8 @@ class Coordinator:
         if streaming:
             profiles = sorted(profiles, key=lambda profile: profile.partition_id)
         plans = [self.method.plan(profile, server_round) for profile in profiles]
+        if phase == MessageType.TRAIN:
+            plans = self._with_rate(plans, server_round)
         if self._secure is not None and phase == MessageType.TRAIN:
             with _failing(server_round):
                 self._mask(self._secure, profiles, plans)
@@ -313,6 +316,11 @@ class Coordinator:
         if self.method.options.federation.scaffold and phase == MessageType.TRAIN:
             self._messages.correct(self.control_variates.correction)
         return make(profiles, plans, self.method.dispatch, phase)
+
+    def _with_rate(self, plans: list[TrainPlan], server_round: int) -> list[TrainPlan]:
+        """Return the plans with the round's learning rate, which is the same for all."""
+        rate = self.method.options.rate(server_round)
+        return plans if rate == 1 else [replace(plan, rates=(rate,)) for plan in plans]
 
     # ---- secure sums -----------------------------------------------------------------------
 

@@ -27,12 +27,13 @@ def train_alone(
     grid: Grid,
     initial: Adapter,
     profiles: Sequence[NodeProfile],
+    num_rounds: int,
     rank: int | None = None,
 ) -> list[AloneResult]:
     """Train each of these clients by itself, from the initial adapter cut to its rank.
 
-    A client passes over its data as often as it would in a federation that it never misses.
-    Clients whose reply does not count are left out.
+    A client passes over its data as often, and at the same learning rates, as it would in a
+    federation that it never misses. Clients whose reply does not count are left out.
 
     Parameters
     ----------
@@ -42,16 +43,19 @@ def train_alone(
         The adapter and head that the federation started from.
     profiles
         Clients to train.
+    num_rounds
+        Rounds that the federation had, at least 1.
     rank
         Of all of them; None is each client's own. At most the initial adapter's.
     """
-    options, num_rounds = strategy.options, strategy.options.federation.num_rounds
+    options = strategy.options
     plans = [
         strategy.prefix_plan(
             strategy.budgets(profile) if rank is None else rank,
             head="frozen" if options.head == "frozen" else "averaged",
             local_epochs=num_rounds * options.client.local_epochs,
             max_steps=num_rounds * options.client.max_steps,
+            rates=options.rates_until(num_rounds),
             proximal=0.0,  # there are no others to drift away from
             logit_adjustment=None,  # nor any who have the other classes
             # Alone, a device uploads nothing; here it does so only to be scored.

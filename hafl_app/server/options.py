@@ -6,6 +6,7 @@ from functools import cached_property
 from hafl_app.heads.settings import ClosedFormSettings
 from hafl_app.plan import HeadPolicy
 from hafl_app.privacy.mechanism import PrivacyOptions
+from hafl_app.server.rate_schedule import round_rates
 from hafl_app.server.settings import FederationSettings
 from hafl_app.training.settings import ClientSettings, LoraSettings
 
@@ -52,6 +53,18 @@ class RunOptions:
 
         rate = self.federation.fraction_train
         return rounds_within(self.privacy, rate, self.federation.num_rounds)
+
+    @cached_property
+    def _rates(self) -> tuple[float, ...]:
+        return round_rates(self.client.schedule, self.last_round)
+
+    def rate(self, server_round: int) -> float:
+        """Return a round's learning rate over ``client.learning_rate``."""
+        return self._rates[server_round - 1] if self.client.schedule.changes else 1.0
+
+    def rates_until(self, server_round: int) -> tuple[float, ...]:
+        """Return the rates of the rounds up to this one, as a plan for all of them has them."""
+        return self._rates[:server_round] if self.client.schedule.changes else (1.0,)
 
     def is_head_due(self, server_round: int) -> bool:
         """Whether the head is solved after this round; round 0 is before the first."""

@@ -56,6 +56,7 @@ class ImportanceScores:
     values: dict[str, Tensor] = field(default_factory=dict)
     _averages: dict[str, SensitivityAverages] = field(default_factory=dict)
     _round: list[tuple[float, Mapping[str, Scored]]] = field(default_factory=list)
+    _rate: float = 1.0  # of the round, over learning_rate
 
     @property
     def from_gradients(self) -> bool:
@@ -84,7 +85,8 @@ class ImportanceScores:
         self._round = []
 
     def add(self, update: ClientUpdate) -> None:
-        """Keep the importance that a client measured on the components it trained."""
+        """Keep the round's learning rate, and what a client measured on what it trained."""
+        [self._rate] = update.plan.rates
         read: Callable[[ClientUpdate, str], Scored] | None = None
         if self.measure == "contribution":
             read = _contributions
@@ -146,7 +148,7 @@ class ImportanceScores:
             change = round_sensitivity(
                 before.select(trained[name]).scale(1 / scaling),
                 merged[name].select(trained[name]).scale(1 / scaling),
-                self.learning_rate,
+                self._rate * self.learning_rate,
                 self.lora_B_lr_ratio,
             )
             averages = self._averages.get(name) or SensitivityAverages.zeros(

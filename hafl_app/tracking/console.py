@@ -89,6 +89,7 @@ class ConsoleTracker:
             f"{short_duration(record.seconds):>5}",
             _simulated(record),
             _epsilon(record.metrics),
+            _rate(record.metrics),
             self._time_left(record),
         ]
         shown = [Text(part) for part in parts]
@@ -155,6 +156,11 @@ def _loss(value: float) -> str:
 
 def _epsilon(metrics: Mapping[str, float]) -> str:
     return f"epsilon {metrics['privacy/epsilon']:.2f}" if "privacy/epsilon" in metrics else ""
+
+
+def _rate(metrics: Mapping[str, float]) -> str:
+    key = "schedule/learning_rate"
+    return f"rate {metrics[key]:.2g}" if key in metrics else ""
 
 
 def _simulated(record: RoundRecord) -> str:

@@ -8,7 +8,7 @@ from hafl_app.training.batches import training_batches
 from hafl_app.training.drift_correction import DriftCorrection
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.lora_model import Trainee
-from hafl_app.training.optimizer import build_optimizer, parameters, take_step
+from hafl_app.training.optimizer import Rates, build_optimizer, parameters, take_step
 from hafl_app.training.proximal import ProximalTerm
 from hafl_app.training.task import LossNotFiniteError, Task, Wanted
 
@@ -51,7 +51,8 @@ def optimize(
     optimizer, rng = build_optimizer(trainee, plan, options), np.random.default_rng(task.seed)
     proximal = ProximalTerm(parameters(optimizer), plan.proximal)
     correction = DriftCorrection(trainee, task.correction)
-    steps, losses = 0, [0.0]
+    rates = Rates(optimizer, plan, len(task.examples.labels))
+    steps, seen, losses = 0, 0, [0.0]
     for epoch in range(plan.local_epochs):
         if allowance.is_spent(steps):
             break  # before the losses of the last epoch with a step are gone
@@ -60,12 +61,13 @@ def optimize(
         for rows in training_batches(task.examples, options.batch_size, rng):
             if allowance.is_spent(steps):
                 break
+            rates.before_step(steps, seen)
             losses.append((yield Wanted(trainee, rows, plan.tail)))
             meter.update(trainee)  # what the data say, not what keeps near
             proximal.add_gradient()
             correction.add_gradient()
             take_step(optimizer, options.max_grad_norm)
-            steps += 1
+            steps, seen = steps + 1, seen + len(rows)
             if not np.isfinite(losses[-1]):
                 raise LossNotFiniteError(
                     f"the loss is {losses[-1]} in step {steps}, epoch {epoch + 1}"

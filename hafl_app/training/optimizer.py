@@ -31,6 +31,42 @@ def build_optimizer(
     return torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
 
 
+class Rates:
+    """The learning rates of a training: those of the optimizer times its plan's `rates`.
+
+    Parameters
+    ----------
+    optimizer
+        At the rates of a plan without any.
+    plan
+        Whose parts are of equal length, in rows or in steps, whichever of its limits is nearer.
+    num_rows
+        Of the client's data.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, plan: TrainPlan, num_rows: int) -> None:
+        self._groups = [(group, group["lr"]) for group in optimizer.param_groups]
+        self._rates, self._most_steps = plan.rates, plan.max_steps
+        self._most_rows = num_rows * plan.local_epochs
+        self._rate = 1.0
+
+    def before_step(self, steps: int, rows: int) -> None:
+        """Set the rate of the next step.
+
+        Parameters
+        ----------
+        steps, rows
+            Taken so far; fewer than the limits.
+        """
+        part = rows * len(self._rates) // self._most_rows
+        if self._most_steps:
+            part = max(part, steps * len(self._rates) // self._most_steps)
+        if self._rates[part] != self._rate:
+            self._rate = self._rates[part]
+            for group, peak in self._groups:
+                group["lr"] = self._rate * peak
+
+
 def take_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """Make an optimizer step with the gradients clipped."""
     if max_grad_norm:

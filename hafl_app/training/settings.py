@@ -156,7 +156,7 @@ class TrainOptions:
         Compute activations again in the backward pass instead of keeping them: less memory, more
         time.
     learning_rate
-        Learning rate of ``lora_A`` and the head.
+        Learning rate of ``lora_A`` and the head; the highest one under a ``client.schedule``.
     lora_B_lr_ratio
         Learning rate of ``lora_B`` over that of ``lora_A``.
     optimizer
@@ -194,6 +194,31 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class ScheduleSettings:
+    """Learning rate from round to round, the same within one, see docs/schedules.md.
+
+    Parameters
+    ----------
+    kind
+        After the warm-up the rate is ``client.learning_rate`` throughout (``constant``), or falls
+        from there to ``final`` in a straight line or a half ``cosine``.
+    warmup_rounds
+        First rounds, in which it climbs in equal steps to ``client.learning_rate``.
+    final
+        Share of ``client.learning_rate`` that it falls to, in the round that would follow the last.
+    """
+
+    kind: str = choice("constant", "constant", "linear", "cosine")
+    warmup_rounds: int = number(0, at_least=0)
+    final: float = number(0.0, at_least=0, at_most=1)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the rounds have different rates."""
+        return self.kind != "constant" or self.warmup_rounds > 0
+
+
+@dataclass(frozen=True)
 class ClientSettings(TrainOptions):
     """Local training: its length, its options, and the device that it runs on.
 
@@ -213,6 +238,8 @@ class ClientSettings(TrainOptions):
         left out. 1: balanced softmax; 0: a softmax over its own classes alone; null: plain cross
         entropy, which clients that train alone and central training always have. Classification
         only.
+    schedule
+        Learning rate from round to round.
     num_threads
         CPU threads of one client, as many at most as its process may use CPUs.
     device
@@ -223,5 +250,6 @@ class ClientSettings(TrainOptions):
     max_steps: int = number(0, at_least=0)
     proximal: float = number(0.0, at_least=0)
     logit_adjustment: float | None = number(None, at_least=0)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     num_threads: int = number(1, at_least=1)
     device: str = choice("auto", "auto", "cpu", "cuda", resumable=True)

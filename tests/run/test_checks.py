@@ -343,6 +343,11 @@ REFUSED = [
         )
     ),
     (
+        ["client.schedule.warmup_rounds=2"],
+        "client.schedule.warmup_rounds=2: expected below federation.num_rounds=2, else no round "
+        "has client.learning_rate",
+    ),
+    (
         ["engine=inprocess", "federation.ray_address='head:6379'"],
         "federation.ray_address: engine=inprocess uses no Ray; drop either",
     ),

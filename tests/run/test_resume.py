@@ -45,6 +45,11 @@ VARIANTS = {
         *("strategy=hafl", "client=sgd", "client.max_grad_norm=0"),
         *("federation.scaffold=true", "federation.fraction_train=0.5"),
     ),
+    "falling rates": (
+        *("strategy=hafl", "strategy.source=server", "federation.streaming=true"),
+        *("federation.max_norm_ratio=null", "client.schedule.kind=cosine"),
+        "client.schedule.warmup_rounds=1",
+    ),
     "closed-form heads": (
         *("strategy=hafl", "model.head=closed_form", "model.head_refresh_every=2"),
         "model.closed_form.temperature_by=clients",

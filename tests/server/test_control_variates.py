@@ -122,6 +122,18 @@ class TestOracle:
                 got = variates.own[partition_id][name].numpy()
                 np.testing.assert_allclose(got, numbers, rtol=1e-3, atol=1e-4)
 
+    def test_a_lower_learning_rate_makes_no_smaller_gradients(self):
+        strategy = with_scaffold("fedit")
+        update = trained(strategy, self.CLIENTS[1], None)
+        variates = strategy.coordinator.control_variates
+        lower = replace(SGD, learning_rate=SGD.learning_rate / 4)
+        told = replace(update, plan=replace(update.plan, rates=(0.25,)))
+
+        expected = variates.after(update, strategy.global_adapter, lower)
+
+        for name, tensor in variates.after(told, strategy.global_adapter, SGD).items():
+            torch.testing.assert_close(tensor, expected[name])
+
     def test_drift_is_gone_in_the_long_run(self):
         """Clients take 2, 3 and 5 steps: without corrections the mean is drawn to the last.
 

@@ -54,7 +54,7 @@ def mixed_tasks(model: LoraModel, rows, options: TrainOptions = OPTIONS) -> list
     whole = random_adapter(model, 3, seed=1)
     few = random_adapter(model, lambda name: 1 + len(name) % 2, seed=2)
     wide = random_adapter(model, 5, seed=3)
-    near = {"scaling": 0.5, "proximal": 2.0}
+    near = {"scaling": 0.5, "proximal": 2.0, "rates": (0.3, 1.0, 0.1)}
     plans = (
         (whole, plan_for(whole, max_steps=5, importance="adalora")),
         (few, plan_for(few, max_steps=2, scaling=2.0, importance="sensitivity")),

@@ -136,7 +136,7 @@ class TestPlans:
         monkeypatch.setattr(strategy.coordinator, "messages", lambda *_: Messages())
         profile = Client(2, 9, 0).profile
         with pytest.raises(KeyboardInterrupt):
-            local_baseline.train_alone(strategy, None, strategy.global_adapter, [profile])
+            local_baseline.train_alone(strategy, None, strategy.global_adapter, [profile], 1)
         assert [plan.logit_adjustment for plan in seen] == [None]
 
 

@@ -163,6 +163,6 @@ class TestPlans:
         monkeypatch.setattr(strategy.coordinator, "messages", lambda *_: Messages())
         monkeypatch.setattr(local_baseline, "all_replies", lambda *_, **__: [])
         profile = Client(3, 10, 0).profile
-        local_baseline.train_alone(strategy, None, strategy.global_adapter, [profile])
+        local_baseline.train_alone(strategy, None, strategy.global_adapter, [profile], 1)
 
         assert [plan.proximal for plan in plans] == [0.0]
