@@ -14,6 +14,8 @@ _CALLED: Final[Mapping[str, str]] = {
     "federation.num_clients": "clients num_clients n_clients num_nodes num_supernodes"
     " num_partitions min_available_nodes min_available_clients min_train_nodes min_fit_clients",
     "federation.fraction_train": "fraction_fit fraction participation",
+    "federation.early_stopping.patience": "patience early_stopping early_stopping_patience",
+    "federation.early_stopping.min_delta": "min_delta early_stopping_threshold",
     "client.local_epochs": "epochs n_epochs num_epochs num_train_epochs local_epochs",
     "client.max_steps": "steps local_steps",
     "client.learning_rate": "lr learning_rate client_lr local_lr",

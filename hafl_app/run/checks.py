@@ -416,6 +416,22 @@ def _schedule(settings: Settings) -> Iterator[str]:
         )
 
 
+def _early_stopping(settings: Settings) -> Iterator[str]:
+    """Refuse to stop by scores that there are not."""
+    federation, dataset = settings.federation, settings.dataset
+    if not federation.early_stopping.patience:
+        return
+    by_server = federation.central_evaluation and settings.model.head != "local"
+    by_server = by_server and dataset.source != ON_DEVICE and dataset.validation_fraction > 0
+    by_clients = settings.privacy.kind == "none" and federation.fraction_evaluate > 0
+    if not (by_server or (by_clients and dataset.holdout_fraction > 0)):
+        yield (
+            f"federation.early_stopping.patience={federation.early_stopping.patience}: neither the "
+            "server nor the clients score rounds that it could stop by; expected 0, or "
+            "dataset.validation_fraction above 0 with federation.central_evaluation=true"
+        )
+
+
 def _streaming(settings: Settings) -> Iterator[str]:
     for name, off in STREAMING_NEEDS.items() if settings.federation.streaming else ():
         if (value := getattr(settings.federation, name)) != off:
@@ -568,6 +584,7 @@ _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
     _server_optimizer,
     _scaffold,
     _schedule,
+    _early_stopping,
     _streaming,
     _tracking,
     _engine,

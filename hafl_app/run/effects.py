@@ -60,6 +60,7 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "ranks.memory_limit_mb": _FROM_MEMORY,
     "federation.trim_fraction": ("federation.robust", ("trimmed_mean",)),
     "federation.stream_buffer": ("federation.streaming", (True,)),
+    "federation.early_stopping.min_delta": ("federation.early_stopping.patience", _ANY),
     "federation.generate_tokens": (
         f"federation.generate_examples{OR}federation.generate_on_clients",
         _ANY,

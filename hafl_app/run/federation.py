@@ -101,12 +101,13 @@ def _run(
     checkpoints = RunCheckpoints(folder, settings, tuple(overrides))
     cpu_seconds = CpuSeconds(grid)
 
-    def after_round(server_round: int) -> None:
+    def after_round(server_round: int) -> bool:
         with cpu_seconds.apart():
             report.evaluate(server_round)
             if on_round is not None:
                 on_round(server_round, strategy.global_adapter)
             checkpoints.save(strategy, report, grid, server_round)
+        return bool(report.stop_reason)
 
     try:
         checkpoint = load_checkpoint(folder) if settings.resume else None
@@ -126,8 +127,9 @@ def _run(
             resume(checkpoint, settings, strategy, report, grid)
             report_data(settings, text, profiles, folder)
         first_round = checkpoint.server_round + 1 if checkpoint else 1
-        with cpu_seconds.rounds():
-            run_rounds(strategy, grid, first_round, after_round)
+        if not report.stop_reason:
+            with cpu_seconds.rounds():
+                run_rounds(strategy, grid, first_round, after_round)
         unseen = evaluate_unseen(strategy, grid, report.rounds[-1].server_round)
         answered = answers_of_clients(strategy, grid, report.rounds[-1].server_round)
         alone = _alone(grid, settings, strategy, initial, report) if report.has_test else []

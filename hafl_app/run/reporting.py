@@ -21,6 +21,7 @@ from hafl_app.publishing.card import add_card
 from hafl_app.run import build
 from hafl_app.run.clients_file import ClientsFile
 from hafl_app.run.device_gains import device_gains
+from hafl_app.run.early_stopping import stop_reason
 from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.run.origin import origin
 from hafl_app.run.precisions import server_precision
@@ -155,6 +156,14 @@ class RunReport:
         none_private = self._strategy.options.privacy.kind == "none"
         return Choice.by_clients(self._task) if none_private else None
 
+    @property
+    def stop_reason(self) -> str:
+        """Why the last round is not followed by those that are left; empty if it is."""
+        if not self.rounds or self.rounds[-1].server_round >= self._strategy.options.last_round:
+            return ""
+        settings = self._settings.federation.early_stopping
+        return stop_reason(self.rounds, self._choice, settings)
+
     def clients(self, profiles: Sequence[NodeProfile]) -> None:
         """Start the trackers with the clients of the run, and write the resolved settings."""
         rows = [
@@ -178,7 +187,11 @@ class RunReport:
         text, scored = self._evaluation.text, self._evaluation.of_rounds
         rows = CentralRows(len(text.validation), len(text.test)) if scored else CentralRows(0, 0)
         held_out = self._coordinator.participation.held_out
-        steps = steps_of(self._settings, self._strategy.options, profiles, held_out, rows)
+        options = self._strategy.options
+        if self.stop_reason:
+            federation = replace(options.federation, num_rounds=self.rounds[-1].server_round)
+            options = replace(options, federation=federation)
+        steps = steps_of(self._settings, options, profiles, held_out, rows)
         texts = {p.node_id: client_texts(self._settings, p.num_examples) for p in profiles}
         self.progress.plan(steps, texts)
 
@@ -288,6 +301,9 @@ class RunReport:
         self._outcomes = []
         self.rounds.append(record)
         self.progress.end()
+        if self.stop_reason:
+            record = self._complete(record, self._strategy.global_adapter, "test")
+            self._plan_progress(self._coordinator.directory.in_order())
         self.progress.was_printed()
         self._trackers.log_round(record)
         self._log_details(server_round)
@@ -423,13 +439,15 @@ class RunReport:
             if (self._folder / name).is_dir():
                 add_card(self._folder / name)  # reads the summary
 
-    def _complete(self, record: RoundRecord, adapter: Adapter, *splits: str) -> None:
-        """Add the scores on these data that a round's record lacks."""
+    def _complete(self, record: RoundRecord, adapter: Adapter, *splits: str) -> RoundRecord:
+        """Add the scores on these data that a round's record lacks; return it with them."""
         missing = [s for s in splits if self._metric.key(s) not in record.metrics]
-        if self._evaluation.of_rounds and missing:
-            scores = self._evaluation.metrics(adapter, missing)
-            completed = replace(record, metrics={**record.metrics, **scores})
-            self.rounds[self.rounds.index(record)] = completed
+        if not (self._evaluation.of_rounds and missing):
+            return record
+        scores = self._evaluation.metrics(adapter, missing)
+        completed = replace(record, metrics={**record.metrics, **scores})
+        self.rounds[self.rounds.index(record)] = completed
+        return completed
 
     def _clients(self, unseen: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the last scores of trained and of unseen clients; empty without unseen ones."""
@@ -507,6 +525,13 @@ class RunReport:
         has_scores = self._evaluation.of_rounds and self.has_test
         return self._coordinator.directory.in_order() if wanted and has_scores else ()
 
+    def _stopped_early(self) -> dict[str, Any]:
+        """Return after which round the run ended, of how many, and why; empty if after all."""
+        if not (reason := self.stop_reason):
+            return {}
+        ended, planned = self.rounds[-1].server_round, self._strategy.options.last_round
+        return {"stopped_early": {"round": ended, "of": planned, "reason": reason}}
+
     def _heads(self) -> dict[str, Any]:
         """Return how heads in closed form were solved, if any were."""
         heads = self._coordinator.closed_form.to_json()
@@ -529,6 +554,7 @@ class RunReport:
             "precision": server_precision(self._settings),
             "seed": self._settings.seed,
             "rounds": self.rounds[-1].server_round,
+            **self._stopped_early(),
             "final": dict(self.rounds[-1].metrics),
             **self._best_entry(),
             "device_ranks": device_gains(

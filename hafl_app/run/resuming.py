@@ -7,7 +7,7 @@ seeded by the run's seed, the round and the partition.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -116,7 +116,8 @@ class RunCheckpoints:
         """
         federation = self.settings.federation
         every = federation.checkpoint_every
-        due = every and (server_round % every == 0 or server_round == federation.num_rounds)
+        ends = server_round == strategy.options.last_round or bool(report.stop_reason)
+        due = every and (server_round % every == 0 or ends)
         if not due:
             return
         began_with = self._began_with
@@ -255,6 +256,29 @@ def resume(
     privacy = replace(strategy.options.privacy, noise_key=checkpoint.state["noise_key"])
     strategy.options = replace(strategy.options, privacy=privacy)
     report.resume(checkpoint.server_round, checkpoint.state["report"], tree.get("report", {}))
+    for line in _changes(checkpoint, settings, strategy, report):
+        _LOGGER.warning(line)
+
+
+def _changes(
+    checkpoint: Checkpoint, settings: Settings, strategy: Strategy, report: RunReport
+) -> Iterator[str]:
+    """Yield what a resumed run does otherwise than its user may expect."""
+    if report.stop_reason:
+        yield (
+            f"no round follows round {checkpoint.server_round}: {report.stop_reason}; a larger "
+            "one, or 0, goes on"
+        )
+        return
+    kind, now = settings.client.schedule.kind, settings.federation.num_rounds
+    then = checkpoint.state["settings"]["federation"]["num_rounds"]
+    if kind != "constant" and then != now and checkpoint.server_round < now:
+        rate = strategy.options.rate(checkpoint.server_round + 1) * settings.client.learning_rate
+        yield (
+            f"client.schedule.kind={kind} now falls over {now} rounds instead of {then}: round "
+            f"{checkpoint.server_round + 1} has a learning rate of {rate:.3g}; the rounds before "
+            "it are not repeated"
+        )
 
 
 def _store(folder: Path) -> CheckpointStore:

@@ -24,14 +24,14 @@ class RoundFailedError(RuntimeError):
 
 
 def run_rounds(
-    strategy: Strategy, grid: Grid, first_round: int, after_round: Callable[[int], None]
+    strategy: Strategy, grid: Grid, first_round: int, after_round: Callable[[int], bool]
 ) -> None:
     """Run the rounds from ``first_round`` to the last of a prepared strategy.
 
     Parameters
     ----------
     after_round
-        Called with the number of each round that is finished.
+        Called with the number of each round that is finished; says whether it was the last one.
 
     Raises
     ------
@@ -44,7 +44,8 @@ def run_rounds(
         _train(strategy, grid, server_round)
         solve_head(strategy, grid, server_round)
         _evaluate(strategy, grid, server_round)
-        after_round(server_round)
+        if after_round(server_round):
+            return
 
 
 def _last_round(options: RunOptions) -> int:

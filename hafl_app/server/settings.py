@@ -59,6 +59,25 @@ class ServerOptimizerSettings:
 
 
 @dataclass
+class EarlyStoppingSettings:
+    """End of a run whose scores no longer get better, see docs/schedules.md.
+
+    The score is that by which the best round is chosen. Last and best round are kept and scored as
+    in any run.
+
+    Parameters
+    ----------
+    patience
+        Evaluations in a row without a gain after which the run ends. 0: it has all its rounds.
+    min_delta
+        What a score must be better by to be a gain, in units of its metric.
+    """
+
+    patience: int = number(0, at_least=0, resumable=True)
+    min_delta: float = number(0.0, at_least=0, resumable=True)
+
+
+@dataclass
 class FederationSettings:
     """Rounds, selection, evaluation, and what happens when replies are bad or missing.
 
@@ -76,6 +95,8 @@ class FederationSettings:
     evaluate_every
         Rounds between evaluations, by the nodes and on the server's validation data; round 0 and
         the last round are always evaluated.
+    early_stopping
+        End of the run before ``num_rounds``, when its scores no longer get better.
     test_every
         Rounds between evaluations on the test data, which choose nothing. 0: none but that of the
         last round and of the best one, after the end.
@@ -186,6 +207,7 @@ class FederationSettings:
     fraction_train: float = number(1.0, above=0, at_most=1)
     fraction_evaluate: float = number(1.0, at_least=0, at_most=1, resumable=True)
     evaluate_every: int = number(1, at_least=1, resumable=True)
+    early_stopping: EarlyStoppingSettings = field(default_factory=EarlyStoppingSettings)
     test_every: int = number(0, at_least=0, resumable=True)
     central_evaluation: bool = setting(True, resumable=True)
     unseen_clients: int = number(0, at_least=0)

@@ -120,8 +120,8 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     Parameters
     ----------
     summary
-        ``simulated_time``, ``best_validation`` or ``best_clients``, ``clients`` with the metrics
-        of ``seen`` and ``unseen`` ones, and ``generation``, as
+        ``stopped_early``, ``simulated_time``, ``best_validation`` or ``best_clients``, ``clients``
+        with the metrics of ``seen`` and ``unseen`` ones, and ``generation``, as
         `hafl_app.run.reporting.RunReport` writes them.
     """
     clients, generation = summary.get("clients", {}), summary.get("generation")
@@ -130,6 +130,9 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
         for phase in ("validation", "clients")
         if "chosen_by" in summary.get(f"best_{phase}", {})
     ]
+    if stopped := summary.get("stopped_early"):
+        ended = f"ended after round {stopped['round']} of {stopped['of']}"
+        lines.insert(0, f"{ended}: {stopped['reason']}")
     task = task_of([str(summary.get("metric", ""))])
     if simulated := summary.get("simulated_time"):
         lines.append(_simulated(simulated, task))

@@ -61,8 +61,13 @@ def serve(
         spec = build.model_spec(settings, len(text.label_names))
         initial = initial_adapter(adapter_shapes(spec), settings.lora.max_rank, settings.seed)
     strategy.coordinator.prepare(initial, lambda _: None)
+
+    def after_round(_: int) -> bool:
+        on_round()
+        return False
+
     on_start()
-    run_rounds(strategy, grid, 1, lambda _: on_round())
+    run_rounds(strategy, grid, 1, after_round)
     return to_state(strategy.global_adapter)
 
 

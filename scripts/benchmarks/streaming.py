@@ -72,7 +72,7 @@ def measure_round(
         strategy, grid = _federation(method, shapes, rank, num_clients, streaming=streaming)
         before = psutil.Process().memory_info().rss / 1e6
         started = time.perf_counter()
-        run_rounds(strategy, grid, 1, lambda _: None)
+        run_rounds(strategy, grid, 1, lambda _: False)
         seconds = time.perf_counter() - started
     peak = peak_memory_mb(torch.device("cpu"))
     return Cost(seconds, max(0.0, peak - before))
@@ -92,7 +92,7 @@ def check_same(method: str, shapes: dict[str, ModuleShape], ranks: Sequence[int]
     for streaming in (False, True):
         with server_identity():
             strategy, grid = _federation(method, shapes, max(ranks), 5, streaming=streaming)
-            run_rounds(strategy, grid, 1, lambda _: None)
+            run_rounds(strategy, grid, 1, lambda _: False)
         adapters.append(strategy.global_adapter.modules)
     for name, factors in adapters[0].items():
         change = WeightedStack().append(factors, 1.0).append(adapters[1][name], -1.0).factors()

@@ -347,6 +347,22 @@ REFUSED = [
         "client.schedule.warmup_rounds=2: expected below federation.num_rounds=2, else no round "
         "has client.learning_rate",
     ),
+    *(
+        (
+            ["federation.early_stopping.patience=3", *others],
+            "federation.early_stopping.patience=3: neither the server nor the clients score rounds "
+            "that it could stop by; expected 0, or dataset.validation_fraction above 0 with "
+            "federation.central_evaluation=true",
+        )
+        for others in (
+            ["dataset.validation_fraction=0", "federation.fraction_evaluate=0"],
+            ["federation.central_evaluation=false", "dataset.holdout_fraction=0"],
+            [
+                *("dataset.validation_fraction=0", "privacy=central_dp"),
+                *("federation.max_retries=0", "federation.max_norm_ratio=null"),
+            ],
+        )
+    ),
     (
         ["engine=inprocess", "federation.ray_address='head:6379'"],
         "federation.ray_address: engine=inprocess uses no Ray; drop either",
