@@ -22,6 +22,7 @@ _CALLED: Final[Mapping[str, str]] = {
     "client.schedule.kind": "lr_scheduler_type lr_scheduler lr_schedule scheduler schedule",
     "client.schedule.warmup_rounds": "warmup warmup_rounds warmup_steps warmup_ratio",
     "client.batch_size": "bs batch batch_size train_batch_size per_device_train_batch_size",
+    "client.tokens_per_step": "tokens_per_step tokens_per_batch batch_tokens max_tokens",
     "client.micro_batch_size": "gradient_accumulation_steps",
     "client.optimizer": "optim",
     "client.proximal": "mu proximal_mu fedprox_mu",

@@ -165,8 +165,8 @@ def measure(
 
     def few_steps() -> float:
         started = time.perf_counter()
-        steps = train(model, adapter, plan, examples, options, settings.seed).steps
-        trained = min(steps * settings.client.batch_size, profile.num_examples)
+        result = train(model, adapter, plan, examples, options, settings.seed)
+        trained = sum(result.passes[-1].rows.values())
         return (time.perf_counter() - started) / (TRAINED * trained)
 
     few_steps()

@@ -221,6 +221,11 @@ def _answers(settings: Settings) -> Iterator[str]:
             f"dataset.answer_column={answers}: answers are learned by a model=causal, "
             f"model.task is {settings.model.task}"
         )
+    if not causal and (tokens := settings.client.tokens_per_step):
+        yield (
+            f"client.tokens_per_step={tokens}: it counts tokens of answers, model.task is "
+            f"{settings.model.task}; expected 0"
+        )
     if causal and settings.model.head == "local":
         yield "model.head=local: a causal language model has no head"
     if causal and (tau := settings.client.logit_adjustment) is not None:
@@ -498,6 +503,8 @@ def _cohort(settings: Settings) -> Iterator[str]:
         yield f"{given} needs client.max_seconds=0: a time limit is each client's own"
     if client.texts_at_once < client.batch_size:
         yield f"{given} needs client.micro_batch_size=null: memory is short then"
+    if client.tokens_per_step:
+        yield f"{given} needs client.tokens_per_step=0: such a step goes through in parts"
     masks = "the masks would be others than alone"
     if settings.lora.lora_dropout:
         yield f"{given} needs lora.lora_dropout=0: {masks}"

@@ -59,7 +59,7 @@ def client_texts(settings: Settings, num_examples: int) -> float:
     """Return what a client's training in one round costs, in texts."""
     client = settings.client
     trained = num_examples * client.local_epochs
-    if client.max_steps:
+    if client.max_steps and not client.tokens_per_step:  # whose steps have no number of rows
         trained = min(trained, client.max_steps * client.batch_size)
     return TRAINED * trained
 

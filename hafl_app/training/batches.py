@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -143,11 +143,43 @@ def training_batches(
     batches: list[NDArray[Any]] = []
     bucket = batch_size * _BATCHES_PER_BUCKET
     for start in range(0, len(order), bucket):
-        rows = order[start : start + bucket]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        rows = _by_length(order[start : start + bucket], lengths)
         batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     for index in rng.permutation(len(batches)):
         yield batches[index]
+
+
+def gathered(
+    batches: Iterable[NDArray[np.int64]],
+    examples: Examples,
+    num_targets: Callable[[NDArray[np.int64]], int],
+    least: int,
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the rows of several batches in one, until it has so many targets; the last has fewer.
+
+    They are sorted by length: in parts that go through the model at once they need little padding.
+
+    Parameters
+    ----------
+    num_targets
+        Counts what rows have for the loss to count.
+    """
+    lengths = np.diff(examples.offsets)
+    found: list[NDArray[np.int64]] = []
+    targets = 0
+    for rows in batches:
+        found.append(rows)
+        targets += num_targets(rows)
+        if targets >= least:
+            yield _by_length(np.concatenate(found), lengths)
+            found, targets = [], 0
+    if found:
+        yield _by_length(np.concatenate(found), lengths)
+
+
+def _by_length(rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    order: NDArray[np.int64] = rows[np.argsort(lengths[rows], kind="stable")]
+    return order
 
 
 def evaluation_batches(

@@ -41,6 +41,8 @@ def obstacle(options: TrainOptions) -> str | None:
         return f"client.max_seconds={options.max_seconds:g}: a time limit is each client's own"
     if options.texts_at_once < options.batch_size:
         return f"client.micro_batch_size={options.micro_batch_size}: memory is short"
+    if options.tokens_per_step:
+        return f"client.tokens_per_step={options.tokens_per_step}: a step goes through in parts"
     return None
 
 

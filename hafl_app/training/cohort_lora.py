@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import TrainPlan
+from hafl_app.training.batches import Examples
 from hafl_app.training.fused_lora import dense_weight, is_quantized
 from hafl_app.training.lora_model import FROZEN, TRAINABLE, LoraModel, trained_adapter
 from hafl_app.training.quantization.linear import computing_type
@@ -87,6 +90,10 @@ class ClientAdapter:
             for name, layer in self.layers.items()
         }
         return trained_adapter(factors, self.head_module, plan)
+
+    def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
+        """See `LoraModel.num_targets`."""
+        return self._model.num_targets(examples, rows)
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""

@@ -1,10 +1,11 @@
 """Passes over a client's data, a step for every batch, within the limits of its training."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hafl_app.training.batches import training_batches
+from hafl_app.training.batches import gathered, training_batches
 from hafl_app.training.drift_correction import DriftCorrection
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.lora_model import Trainee
@@ -58,7 +59,7 @@ def optimize(
             break  # before the losses of the last epoch with a step are gone
         trainee.train()
         losses = []
-        for rows in training_batches(task.examples, options.batch_size, rng):
+        for rows in _steps_of_epoch(task, trainee, rng):
             if allowance.is_spent(steps):
                 break
             rates.before_step(steps, seen)
@@ -75,3 +76,14 @@ def optimize(
         if on_epoch is not None:
             on_epoch(epoch + 1, float(np.mean(losses or [0.0])))
     return float(np.mean(losses or [0.0])), steps
+
+
+def _steps_of_epoch(
+    task: Task, trainee: Trainee, rng: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Return the rows of every step of an epoch."""
+    examples, least = task.examples, task.options.tokens_per_step
+    batches = training_batches(examples, task.options.batch_size, rng)
+    if not least:
+        return batches
+    return gathered(batches, examples, lambda rows: trainee.num_targets(examples, rows), least)

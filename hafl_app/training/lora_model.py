@@ -92,6 +92,9 @@ class Trainee(Protocol):
     def trained(self, plan: TrainPlan) -> Adapter:
         """See `LoraModel.trained`."""
 
+    def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
+        """See `LoraModel.num_targets`."""
+
     def train(self) -> object:
         """Enter training mode."""
 

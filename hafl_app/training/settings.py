@@ -148,7 +148,11 @@ class TrainOptions:
     Parameters
     ----------
     batch_size
-        Examples per step.
+        Examples per step, if ``tokens_per_step`` asks for no more.
+    tokens_per_step
+        For ``causal_lm``, targets of a step at least: batches are gathered until their answers have
+        so many tokens, all of which count the same in its loss, and go through the model one after
+        another. The last step of an epoch has what is left. 0: every batch is a step.
     micro_batch_size
         Examples that go through the model at once; their gradients add up to the batch's. Null:
         the whole batch.
@@ -177,6 +181,7 @@ class TrainOptions:
     """
 
     batch_size: int = number(32, at_least=1)
+    tokens_per_step: int = number(0, at_least=0)
     micro_batch_size: int | None = number(None, at_least=1)
     gradient_checkpointing: bool = setting(False, resumable=True)
     learning_rate: float = number(3e-3, above=0)

@@ -364,6 +364,11 @@ REFUSED = [
         )
     ),
     (
+        ["client.tokens_per_step=500"],
+        "client.tokens_per_step=500: it counts tokens of answers, model.task is classification; "
+        "expected 0",
+    ),
+    (
         ["engine=inprocess", "federation.ray_address='head:6379'"],
         "federation.ray_address: engine=inprocess uses no Ray; drop either",
     ),
