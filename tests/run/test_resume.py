@@ -128,6 +128,23 @@ def test_a_finished_run_goes_on_for_more_rounds(three_rounds, stopped):
     assert_same_run(three_rounds, stopped)
 
 
+@pytest.mark.slow
+def test_a_schedule_over_other_rounds_than_before_says_so(tmp_path, caplog):
+    overrides = ("client.schedule.kind=linear", f"resume={tmp_path / 'out'}")
+    run_tiny(tmp_path / "out", overrides[0])
+    run_tiny(tmp_path / "out", *overrides)
+    assert "now falls over" not in caplog.text
+
+    run_tiny(tmp_path / "out", *overrides, "federation.num_rounds=3")
+
+    assert (
+        "client.schedule.kind=linear now falls over 3 rounds instead of 2: round 3 has a learning "
+        "rate of 0.001; the rounds before it are not repeated"
+    ) in caplog.text
+    rates = [r["metrics"].get("schedule/learning_rate") for r in records(tmp_path / "out", "round")]
+    assert rates == [None, pytest.approx(3e-3), pytest.approx(1.5e-3), pytest.approx(1e-3)]
+
+
 @pytest.fixture(scope="module")
 def two_rounds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"

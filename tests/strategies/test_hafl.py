@@ -160,6 +160,16 @@ class TestScores:
         assert torch.equal(strategy.scores.values["dense"][2:], start[2:])
         assert (strategy.scores.values["dense"][:2] < start[:2]).all()
 
+    def test_the_servers_measure_is_of_the_rounds_learning_rate(self):
+        scores = []
+        for share in (1.0, 0.25):
+            strategy = hafl("source=server", "importance=smoothed", "selection=importance")
+            update = update_of(strategy, Client(RANK, 10, 0), noise)
+            update = replace(update, plan=replace(update.plan, rates=(share,)))
+            advance(strategy, [update])
+            scores.append(strategy.scores.values["dense"].nan_to_num())
+        torch.testing.assert_close(scores[1], 4 * scores[0])
+
     @pytest.mark.parametrize("importance", ["smoothed", "adalora", "sensitivity"])
     def test_the_server_can_measure_from_the_change(self, importance):
         strategy = hafl("source=server", f"importance={importance}", "selection=importance")
