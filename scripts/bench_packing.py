@@ -39,12 +39,16 @@ def _measure(overrides: Sequence[str], number: int, repeats: int) -> int:
 
     from hafl_app.config.compose import compose
     from hafl_app.run import build
+    from hafl_app.training.causal import LoraCausalLM
     from hafl_app.training.device import resolve_precision
 
     settings = compose([*overrides, "client.device=cpu"])
+    if settings.model.task != "causal_lm":
+        raise ValueError(f"model.task={settings.model.task}: expected causal_lm")
     torch.set_num_threads(settings.client.num_threads)
     text = build.federated_text(settings, settings.federation.num_clients)
     examples, model = text.train(0), build.model(settings, len(text.label_names))
+    assert isinstance(model, LoraCausalLM), "the task says so"
     case = Case(settings.lora.max_rank, settings.lora.max_rank)
     model.load(case.adapter(model), case.plan(model))
     model.train()

@@ -16,12 +16,11 @@ from transformers import AttentionInterface
 
 from benchmarks.timing import DisagreementError, Timing, time_in_turn
 from hafl_app.training.batches import Batch, Examples, training_batches
-from hafl_app.training.causal import IGNORED
-from hafl_app.training.lora_model import LoraModel
+from hafl_app.training.causal import IGNORED, LoraCausalLM
 
 TOLERANCE: Final = {"fp32": 1e-4, "bf16": 5e-2}  # of the norm of all gradients
 PADDED: Final = "padded"
-Way = Callable[[LoraModel, Sequence[Batch]], Iterator[Tensor]]
+Way = Callable[[LoraCausalLM, Sequence[Batch]], Iterator[Tensor]]
 """Yields losses that add up to the mean over all targets: of the batch, and of each of its rows."""
 
 
@@ -51,7 +50,7 @@ def batches_of(
 
 
 def measure(
-    model: LoraModel, examples: Examples, rows: NDArray[np.int64], precision: str, repeats: int
+    model: LoraCausalLM, examples: Examples, rows: NDArray[np.int64], precision: str, repeats: int
 ) -> dict[str, Timing]:
     """Time all ways in turn on one batch, in CPU seconds.
 
@@ -70,7 +69,7 @@ def measure(
     return time_in_turn(jobs, repeats, clock=time.process_time)
 
 
-def gradients(model: LoraModel, parts: Sequence[Batch], way: Way, precision: str) -> Tensor:
+def gradients(model: LoraCausalLM, parts: Sequence[Batch], way: Way, precision: str) -> Tensor:
     """Return all gradients of a batch, as one vector."""
     model.clear_gradients()
     with model.computing(precision):
@@ -79,19 +78,19 @@ def gradients(model: LoraModel, parts: Sequence[Batch], way: Way, precision: str
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def padded(model: LoraModel, parts: Sequence[Batch]) -> Iterator[Tensor]:
+def padded(model: LoraCausalLM, parts: Sequence[Batch]) -> Iterator[Tensor]:
     """Yield the loss of the padded batch."""
     yield model.loss(parts[0])
 
 
-def row_by_row(model: LoraModel, parts: Sequence[Batch]) -> Iterator[Tensor]:
+def row_by_row(model: LoraCausalLM, parts: Sequence[Batch]) -> Iterator[Tensor]:
     """Yield the share of every row in the loss."""
     targets = [int((part.labels[:, 1:] != IGNORED).sum()) for part in parts[1:]]
     for part, count in zip(parts[1:], targets, strict=True):
         yield model.loss(part) * (count / sum(targets))
 
 
-def logits_where_any_counts(model: LoraModel, parts: Sequence[Batch]) -> Iterator[Tensor]:
+def logits_where_any_counts(model: LoraCausalLM, parts: Sequence[Batch]) -> Iterator[Tensor]:
     """Yield the loss of the padded batch, from logits of the columns in which any row counts."""
     labels = parts[0].labels[:, 1:]
     columns = torch.nonzero((labels != IGNORED).any(0)).flatten()
@@ -100,21 +99,22 @@ def logits_where_any_counts(model: LoraModel, parts: Sequence[Batch]) -> Iterato
     yield _mean_loss(logits, labels[:, columns])
 
 
-def packed_under_a_mask(model: LoraModel, parts: Sequence[Batch]) -> Iterator[Tensor]:
+def packed_under_a_mask(model: LoraCausalLM, parts: Sequence[Batch]) -> Iterator[Tensor]:
     """Yield the loss of all rows in one, which a mask keeps from reading each other."""
     lengths = [part.input_ids.shape[1] for part in parts[1:]]
     blocks = [torch.ones(length, length).tril() for length in lengths]
-    yield _packed(model, parts[1:], torch.block_diag(*blocks).bool()[None, None])
+    mask: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    yield _packed(model, parts[1:], mask.bool()[None, None])
 
 
-def packed_with_own_attention(model: LoraModel, parts: Sequence[Batch]) -> Iterator[Tensor]:
+def packed_with_own_attention(model: LoraCausalLM, parts: Sequence[Batch]) -> Iterator[Tensor]:
     """Yield the loss of all rows in one, whose attention is computed for each row by itself."""
     with _attention_by_row(model, parts[1:]):
         yield _packed(model, parts[1:])
 
 
 def packed_and_logits_where_they_count(
-    model: LoraModel, parts: Sequence[Batch]
+    model: LoraCausalLM, parts: Sequence[Batch]
 ) -> Iterator[Tensor]:
     """Yield the loss of `packed_with_own_attention`, from logits of the answers alone."""
     with _attention_by_row(model, parts[1:]):
@@ -122,7 +122,7 @@ def packed_and_logits_where_they_count(
 
 
 def _packed(
-    model: LoraModel, rows: Sequence[Batch], mask: Tensor | None = None, counted: bool = False
+    model: LoraCausalLM, rows: Sequence[Batch], mask: Tensor | None = None, counted: bool = False
 ) -> Tensor:
     places = torch.cat([torch.arange(row.input_ids.shape[1]) for row in rows])
     given: dict[str, Any] = {"attention_mask": mask, "position_ids": places[None]}
@@ -141,7 +141,7 @@ def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _attention_by_row(model: LoraModel, rows: Sequence[Batch]) -> Iterator[None]:
+def _attention_by_row(model: LoraCausalLM, rows: Sequence[Batch]) -> Iterator[None]:
     """Let the base compute the attention of packed rows one row at a time."""
     ends = list(accumulate(row.input_ids.shape[1] for row in rows))
     cuts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
