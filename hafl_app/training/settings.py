@@ -148,7 +148,7 @@ class TrainOptions:
     Parameters
     ----------
     batch_size
-        Examples per step, if ``tokens_per_step`` asks for no more.
+        Examples per step.
     tokens_per_step
         For ``causal_lm``, targets of a step at least: batches are gathered until their answers have
         so many tokens, all of which count the same in its loss, and go through the model one after
