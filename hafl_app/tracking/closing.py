@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from hafl_app.disk import unused
-from hafl_app.metrics import EXACT_MATCH, ROUGE_L, Metric, Task, metric_named, task_of
+from hafl_app.metrics import CAUSAL_LM, EXACT_MATCH, ROUGE_L, Metric, Task, metric_named, task_of
 from hafl_app.packages import hafl_command, short
 from hafl_app.printable import printable
 from hafl_app.tracking.as_text import WIDTH, Printer, duration
@@ -74,8 +74,8 @@ def print_closing(
         printer.line(f"{'Time':<{_MARGIN}}{whole}", indent=" " * _MARGIN)
     if folder is not None:
         printer.path(f"{'Folder':<{_MARGIN}}{printable(short(folder), 4000)}")
-        for word, command in zip(("Next", ""), next_commands(summary, folder), strict=True):
-            printer.path(f"{word:<{_MARGIN}}{command}")
+        for number, command in enumerate(next_commands(summary, folder)):
+            printer.path(f"{'' if number else 'Next':<{_MARGIN}}{command}")
 
 
 def time_line(clock: Clock, stages: Mapping[str, float]) -> str:
@@ -91,13 +91,16 @@ def time_line(clock: Clock, stages: Mapping[str, float]) -> str:
 
 
 def next_commands(summary: Mapping[str, Any], folder: Path) -> list[str]:
-    """Return two commands for a finished run, as they can be typed in the current folder."""
+    """Return commands for a finished run, as they can be typed in the current folder."""
     hafl, run = hafl_command(), short(folder)
     ranks = [row["rank"] for row in summary.get("nodes", [])]
     cut = ["--rank", str(min(ranks))] if ranks and min(ranks) < max(ranks) else []
+    speakers = ["base", *([str(min(ranks))] if cut else []), "adapter"]
+    writes = task_of([str(summary.get("metric", ""))]) is CAUSAL_LM
     report = Path("report")
     taken = report.exists() and not (report / "report.md").is_file()
     commands = [
+        *([[hafl, "chat", run, "--compare", ",".join(speakers)]] if writes else []),
         [hafl, "report", run, *(["--output", str(unused(report))] if taken else [])],
         [hafl, "export", run, *cut, "--output", str(unused(Path("exported")))],
     ]
@@ -108,9 +111,10 @@ def _typed(words: Sequence[str]) -> str:
     """Return a command on one line, or on two that a shell reads as one."""
     # hafl_command() may be several words already.
     line = " ".join([words[0], shlex.join(words[1:])])
-    if len(line) <= WIDTH - _MARGIN or "--output" not in words:
+    options = [word for word in words if word.startswith("--")]
+    if len(line) <= WIDTH - _MARGIN or not options:
         return line
-    at = line.rindex(" --output")
+    at = line.rindex(f" {options[-1]} ")
     return f"{line[:at]} \\\n{'':<{_MARGIN}} {line[at:]}"
 
 

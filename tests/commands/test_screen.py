@@ -202,6 +202,13 @@ class TestNextCommands:
         words = shlex.split(export.replace("\\\n", ""))
         assert words[-4:] == ["--rank", "2", "--output", "exported"]
 
+    def test_a_model_that_writes_is_talked_to(self, place):
+        summary = {"nodes": self.NODES, "metric": "perplexity"}
+        chat, _, _ = next_commands(summary, place / "run")
+        assert chat == "hafl chat run --compare base,2,adapter"
+        chat, _, _ = next_commands({"metric": "perplexity"}, place / ("long" * 20))
+        assert chat.endswith(" \\\n           --compare base,adapter")
+
 
 def test_the_block_needs_a_finished_run(tmp_path):
     console = terminal()
