@@ -51,17 +51,19 @@ def _export(
     from hafl_app.publishing.export import ExportRequest, export_adapter  # noqa: PLC0415
     from hafl_app.publishing.push import check_push, push_folder  # noqa: PLC0415
 
-    repos: dict[int | None, str] = {rank: f"{push}-rank-{rank}" for rank in ranks}
-    repos = repos or {None: str(push)}
+    request = ExportRequest(source, output, ranks=ranks, **how)
+    folders = {output: str(push)}
+    if ranks and not request.vllm:  # what is served side by side stays one folder
+        folders = {output / f"rank-{rank}": f"{push}-rank-{rank}" for rank in ranks}
     if push:
-        for repo in repos.values():
+        for repo in folders.values():
             check_push(repo)
-    for written in export_adapter(ExportRequest(source, output, ranks=ranks, **how)):
+    for written in export_adapter(request):
         print(_report(written))
-        if push:
-            cut = written.export.truncation
-            repo = repos[cut.rank if cut else None]
-            print(f"Pushed:  {push_folder(written.folder, repo, public=public)}")
+    if request.vllm:
+        print(f"Serve:   the command is in {output / 'README.md'}")
+    for folder, repo in folders.items() if push else ():
+        print(f"Pushed:  {push_folder(folder, repo, public=public)}")
     return 0
 
 

@@ -255,6 +255,8 @@ _FIGURE: Final = _Figure()
 @click.option("--output", required=True, metavar="DIR", type=_FOLDER, help="New folder.")
 @click.option("--rank", multiple=True, type=int, help="Cut to this rank; several: --rank 4 8.")
 @click.option("--merge", is_flag=True, help="Write a whole model, base and adapter in one.")
+@click.option("--gguf", is_flag=True, help="Write an adapter for llama.cpp.")
+@click.option("--vllm", is_flag=True, help="Write a folder for each rank, served side by side.")
 @click.option("--dtype", help="Of merged weights (float32).")
 @click.option("--base", metavar="NAME", help="The base model's name on the hub.")
 @click.option("--push", metavar="USER/NAME", help="Upload to the hub with your own token.")
@@ -275,6 +277,8 @@ def export(
     \b
       hafl export RUN --output DIR --rank 4 8      an adapter for each rank
       hafl export RUN --output DIR --merge         base model and adapter in one
+      hafl export RUN --output DIR --gguf          an adapter for llama.cpp
+      hafl export RUN --output DIR --vllm          one for each device's rank, for vLLM
       hafl export RUN --output DIR --push ME/NAME  as it is, on the hub
 
     RUN is a run's folder (its last round), or an adapter's, such as RUN/adapter-best.

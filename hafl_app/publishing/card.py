@@ -23,6 +23,7 @@ _PIPELINES: Final = {
     "IMAGE_CLS": "image-classification",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
+_LIBRARIES: Final = {"peft": "peft", "merged": "transformers", "gguf": "llama.cpp"}
 _SCORED_TASKS: Final = {k: v for k, v in _PIPELINES.items() if k != "FEATURE_EXTRACTION"}
 _HUB_NAME: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _HUB_METRICS: Final = {"macro-f1": "f1", "token-accuracy": "accuracy"}  # others are called the same
@@ -40,10 +41,11 @@ def model_card(export: Exported, license_id: str | None) -> ModelCard:
     dataset = export.run.setting("dataset", "hub")
     tags = ["lora"]
     tags += ["federated-learning", "flower"] if export.is_federated else []
+    tags += ["gguf"] if export.form == "gguf" else []
     tags += ["random-weights"] if export.stored.spec.base.random_weights else []
     data = ModelCardData(
-        base_model=_hub_name(export.stored.spec.base),
-        library_name="transformers" if export.merged else "peft",
+        base_model=hub_name(export.stored.spec.base),
+        library_name=_LIBRARIES[export.form],
         license=printable(license_id) if license_id else None,
         datasets=[printable(dataset)] if dataset else None,
         metrics=sorted({result.metric_type for result in results}) or None,
@@ -68,7 +70,7 @@ def add_card(folder: Path) -> None:
     model_card(export, license_id).save(folder / CARD_FILE)
 
 
-def _hub_name(base: BaseSpec) -> str | None:
+def hub_name(base: BaseSpec) -> str | None:
     """Return the base model's name on the hub; nothing for a folder of this machine.
 
     Nor for random weights in the shape of a model: the hub would list them under the real ones.

@@ -1,11 +1,16 @@
 """Content of one exported folder."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hafl_app.publishing.run_facts import RunFacts
 from hafl_app.publishing.truncation import Truncation
 from hafl_app.publishing.usage import kind_of
 from hafl_app.training.adapter_files import StoredAdapter
+from hafl_app.training.peft_format import largest_rank
+
+Form = Literal["peft", "merged", "gguf"]
+"""What a folder holds: an adapter in PEFT's format, a whole model, or an adapter in GGUF."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,8 @@ class Exported:
         What is in it: the adapter, cut already if it is to be.
     run
         Where it comes from.
-    merged
-        Whether the folder holds a whole model, and not an adapter.
+    form
+        Of the weights.
     truncation
         How the adapter was cut; `None` for a whole one.
     """
@@ -29,8 +34,13 @@ class Exported:
     name: str
     stored: StoredAdapter
     run: RunFacts = field(default_factory=RunFacts)
-    merged: bool = False
+    form: Form = "peft"
     truncation: Truncation | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the folder holds a whole model, and not an adapter."""
+        return self.form == "merged"
 
     @property
     def kind(self) -> str:
@@ -40,7 +50,7 @@ class Exported:
     @property
     def rank(self) -> int:
         """The largest rank of a module."""
-        return max((f.rank for f in self.stored.adapter.modules.values()), default=0)
+        return largest_rank(self.stored.adapter)
 
     @property
     def method(self) -> str:

@@ -1,12 +1,13 @@
 """The text of a model card, section by section."""
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from hafl_app.metrics import Metric, task_of
 from hafl_app.printable import markdown_text
 from hafl_app.publishing.exported import Exported
-from hafl_app.publishing.usage import base_title, usage
+from hafl_app.publishing.usage import base_title, gguf_usage, usage
 from hafl_app.training.quantization.precisions import NOT_QUANTIZED
 
 _MEGABYTE: Final = 1e6
@@ -50,8 +51,13 @@ def _title(export: Exported) -> str:
 
 def _use(export: Exported) -> str:
     template = export.run.setting("dataset", "template")
-    code = usage(export.stored, export.name, merged=export.merged, template=template)
-    text = f"## Use\n\n```python\n{code}```"
+    if export.form == "gguf":
+        text = f"## Use\n\n{gguf_usage(export.stored.spec.base, template)}"
+    else:
+        code = usage(export.stored, export.name, merged=export.merged, template=template)
+        text = f"## Use\n\n```python\n{code}```"
+    if export.kind == "CAUSAL_LM" and export.form == "peft":
+        text += f"\n\nIn the terminal, with what it was trained by:\n\n{_chat(export)}"
     if export.kind == "CAUSAL_LM" and template:
         text += (
             "\n\nThe prompt is the one of the training: put values for the names in braces, and "
@@ -63,6 +69,13 @@ def _use(export: Exported) -> str:
             "encoder, in `head.safetensors`; should it report a new pooler, nothing reads that."
         )
     return text
+
+
+def _chat(export: Exported) -> str:
+    """Return the command that talks to the adapter, its base and its devices' ranks."""
+    ranks = [str(rank) for rank in export.run.clients_by_rank if rank < export.rank]
+    compared = ",".join(["base", *ranks, "adapter"])
+    return f"```bash\nhafl chat {shlex.quote(export.name)} --compare {compared}\n```"
 
 
 def _training(export: Exported) -> str:

@@ -1,9 +1,11 @@
 """Code that uses an exported folder without this project; the tests run it as it is printed."""
 
+import json
 from pathlib import Path
 from typing import Final
 
-from hafl_app.printable import python_text
+from hafl_app.printable import markdown_text, python_text
+from hafl_app.publishing.gguf_adapter import GGUF_FILE
 from hafl_app.training.adapter_files import StoredAdapter
 from hafl_app.training.base_model import IMAGE_CLASSIFICATION
 from hafl_app.training.peft_format import task_type
@@ -49,6 +51,12 @@ _OWN: Final = """from hafl_app.training.adapter_files import load_adapter
 
 loaded = load_adapter({name})
 """
+
+_GGUF: Final = """```bash
+llama-server -m BASE.gguf --lora {file}
+```
+
+`BASE.gguf` is {base} in GGUF, as llama.cpp's `convert_hf_to_gguf.py` makes it."""
 
 _NO_TOKENIZER: Final = """from transformers import {auto}
 
@@ -103,6 +111,14 @@ def usage(stored: StoredAdapter, folder: str, *, merged: bool, template: str | N
         body = _TOKENIZE.format(max_length=stored.max_length)
         body += _labels(merged=merged) + (_CLASSIFY if kind == "SEQ_CLS" else _POOL)
     return f"{_imports(kind, merged=merged)}\n{names}{load}{body}"
+
+
+def gguf_usage(base: BaseSpec, template: str | None) -> str:
+    """Return the command that runs an adapter in GGUF, what it needs, and its prompt as JSON."""
+    text = _GGUF.format(file=GGUF_FILE, base=markdown_text(base_title(base)))
+    if template:
+        text += f"\n\n```json\n{json.dumps({'prompt': template})}\n```"
+    return text
 
 
 def _imports(kind: str, *, merged: bool) -> str:

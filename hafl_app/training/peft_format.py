@@ -32,7 +32,7 @@ def peft_config(
     adapter: Adapter, base: BaseSpec, modules_to_save: Sequence[str] | None
 ) -> LoraConfig:
     """Return the config that belongs to `factor_tensors`."""
-    rank = _largest_rank(adapter)
+    rank = largest_rank(adapter)
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -48,7 +48,7 @@ def peft_config(
 
 def factor_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Return the factors by PEFT's keys, every module padded to the largest rank."""
-    rank = _largest_rank(adapter)
+    rank = largest_rank(adapter)
     tensors = {}
     for name, factors in adapter.modules.items():
         key_A, key_B = factor_keys(name)
@@ -98,5 +98,6 @@ def task_type(base: BaseSpec) -> str:
     return "SEQ_CLS" if base.pooling == "cls" else "FEATURE_EXTRACTION"
 
 
-def _largest_rank(adapter: Adapter) -> int:
+def largest_rank(adapter: Adapter) -> int:
+    """Return the rank that every module of an adapter is written with."""
     return max(factors.rank for factors in adapter.modules.values())

@@ -118,6 +118,14 @@ def save_run(run: Path, spec: LoraSpec, adapter: Adapter, *, seed: int = 0) -> P
     return run
 
 
+@torch.no_grad()
+def log_likelihoods(model: Any) -> torch.Tensor:
+    """Return the log-likelihood of each row of `IDS`, its first token given."""
+    logits = model(input_ids=IDS, attention_mask=MASK).logits[:, :-1].log_softmax(-1)
+    picked = logits.gather(-1, IDS[:, 1:, None]).squeeze(-1)
+    return (picked * MASK[:, 1:]).sum(1)
+
+
 def _summary(metrics: dict[str, float], seed: int) -> dict[str, Any]:
     exchanged = {"bytes_down": 3_000_000, "bytes_up": 1_500_000, "exchanges": 3}
     return {
