@@ -3,7 +3,8 @@
 The method decides how updates are merged, and does not depend on the rest.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,19 +85,34 @@ def _merge(
     influence: InfluenceMeter | None,
 ) -> Adapter:
     """Return the next global adapter by the method's fold; note what was trained."""
-    state, heads = method.begin(previous), _empty_heads(previous, method.options)
+    heads = _empty_heads(previous, method.options)
     untrained = UntrainedFactors()
-    for update in updates:
-        state = method.accumulate(state, update)
+
+    def note(update: ClientUpdate) -> None:
         heads.add(update.adapter.head, update.num_examples)
         untrained.note(update.plan)
         trained.note(update)
         if influence is not None:
             influence.note(update, method.weight(update))
-    modules = method.finish(state, previous)
+
+    modules = method.finish(_folded(method, previous, updates, note), previous)
     if method.traits.keeps_components:
         modules = untrained.kept(modules, previous.modules)
     return Adapter(modules, heads.mean(previous.head))
+
+
+def _folded(
+    method: Method,
+    previous: Adapter,
+    updates: Iterable[ClientUpdate],
+    note: Callable[[ClientUpdate], None],
+) -> Any:
+    """Return the state of a method's fold; no update is left in memory but what that holds."""
+    state = method.begin(previous)
+    for update in updates:
+        state = method.accumulate(state, update)
+        note(update)
+    return state
 
 
 def _merge_privately(

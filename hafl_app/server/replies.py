@@ -149,7 +149,7 @@ def replies_in_order(
         pushed = _push(grid, chunk)
         if getattr(grid, ANSWERS_AT_ONCE, False):
             replies = {r.metadata.reply_to_message_id: r for r in grid.pull_messages(pushed)}
-            yield from (replies[name] for name in pushed if name in replies)
+            yield from (replies.pop(name) for name in pushed if name in replies)
         else:
             waiting.extend(pushed)
     if not waiting:

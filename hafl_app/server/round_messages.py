@@ -50,6 +50,7 @@ from hafl_app.wire.secure_sum import SECURE, secure_record
 
 _LOGGER = logging.getLogger(__name__)
 Content = TypeVar("Content")
+Kept = TypeVar("Kept")
 Correction = Callable[[int, TrainPlan], Adapter | None]
 STATED_EXAMPLES = "stated-examples"
 """Metric of a reply beside ``num-examples``, its weight: how many the node states."""
@@ -135,40 +136,59 @@ class _Content:
 
 
 class _Dispatches:
-    """Contents of a round's messages, made once for all plans that hold the same components.
+    """What a round sends: made once for all plans that hold the same components.
 
-    Only the last few are kept, so that contents for single clients do not pile up.
+    Only the last few are kept, so that what is for single clients does not pile up.
     """
 
     def __init__(self, dispatch: Callable[[TrainPlan], Adapter], server_round: int) -> None:
         self._dispatch = dispatch
         self._config = ConfigRecord({SERVER_ROUND: server_round})
-        self._kept: OrderedDict[object, tuple[Adapter, RecordDict]] = OrderedDict()
+        self._sent: OrderedDict[object, Adapter] = OrderedDict()
+        self._contents: OrderedDict[object, RecordDict] = OrderedDict()
         self._requests: deque[tuple[TrainPlan, _Content]] = deque(maxlen=_KEPT_DISPATCHES)
 
-    def of(self, plan: TrainPlan) -> tuple[Adapter, RecordDict]:
-        """Return the adapter to send, and a content with everything but the plan."""
-        held = ((name, m.held, m.own_lora_B) for name, m in plan.modules.items())
-        key = plan.head, plan.density, tuple(held)
-        if key not in self._kept:
-            sent = self._dispatch(plan)
-            numbers: NumberFormat = "fp32" if plan.density == 1 else "sparse"
-            arrays = AdapterArrays(*to_arrays(sent), numbers=numbers)
-            self._kept[key] = sent, adapter_content(arrays, **{CONFIG: self._config})
-            if len(self._kept) > _KEPT_DISPATCHES:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+    def sent(self, plan: TrainPlan) -> Adapter:
+        """Return the adapter that a plan's client receives."""
+        return _kept(self._sent, _held(plan), lambda: self._dispatch(plan))
 
     def request(self, plan: TrainPlan) -> _Content:
         """Return the content for a plan: written and counted once for equal plans."""
         for known, made in self._requests:
             if known == plan:
                 return made
-        content = RecordDict({**self.of(plan)[1], PLAN: plan_record(plan)})
+        shared = _kept(self._contents, _held(plan), lambda: self._content(plan))
+        content = RecordDict({**shared, PLAN: plan_record(plan)})
         made = _Content(content, content_size(content), head_bytes(content))
         self._requests.append((plan, made))
         return made
+
+    def forget_contents(self) -> None:
+        """Free the contents, once all requests are made: replies are read beside `sent` alone."""
+        self._contents.clear()
+        self._requests.clear()
+
+    def _content(self, plan: TrainPlan) -> RecordDict:
+        """Return a content with everything but the plan."""
+        numbers: NumberFormat = "fp32" if plan.density == 1 else "sparse"
+        arrays = AdapterArrays(*to_arrays(self.sent(plan)), numbers=numbers)
+        return adapter_content(arrays, **{CONFIG: self._config})
+
+
+def _held(plan: TrainPlan) -> object:
+    """Return what decides the adapter that a plan's client receives."""
+    held = ((name, m.held, m.own_lora_B) for name, m in plan.modules.items())
+    return plan.head, plan.density, tuple(held)
+
+
+def _kept(cache: OrderedDict[object, Kept], key: object, make: Callable[[], Kept]) -> Kept:
+    """Return what is cached, or make it, and forget what was not asked for the longest."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > _KEPT_DISPATCHES:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
 
 
 class RoundMessages:
@@ -265,6 +285,7 @@ class RoundMessages:
                 head_bytes_down=content.head_bytes,
             )
             yield message
+        self._dispatches.forget_contents()
 
     def validate_training(self, replies: Iterable[Message]) -> list[Reply]:
         """Validate every reply to a training request by itself, in partition order."""
@@ -414,7 +435,7 @@ class RoundMessages:
         ReplyError
             If it must not count.
         """
-        sent, _ = self._dispatches.of(request.plan)
+        sent = self._dispatches.sent(request.plan)
         trained = sent.head if request.plan.uploads_head else {}
         head = {n: tuple(t.shape) for n, t in trained.items()}
         sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
@@ -443,7 +464,7 @@ class RoundMessages:
     def _read_scores(
         self, reply: Message, request: Request, num_bytes: int
     ) -> tuple[dict[str, float], None]:
-        sent, _ = self._dispatches.of(request.plan)
+        sent = self._dispatches.sent(request.plan)
         sizes = {n: (f.out_features, f.in_features) for n, f in sent.modules.items()}
         check_size(num_bytes, request.plan, {}, sizes)
         return self._read_metrics(reply, request), None

@@ -107,12 +107,14 @@ class HeterogeneousLora(Strategy, ABC):
     def dispatch(self, plan: TrainPlan) -> Adapter:
         """Cut the global adapter to the components a client holds, with the head if it travels.
 
-        Without lora_B where the client has its own.
+        Without lora_B where the client has its own. A module of which it holds everything is the
+        global one itself, which must not be written to.
         """
         modules = {}
         for name, factors in self.global_adapter.modules.items():
             module = plan.modules[name]
-            held = factors.select(module.held)
+            is_whole = module.held == tuple(range(factors.rank))
+            held = factors if is_whole else factors.select(module.held)
             modules[name] = held.only("A") if module.own_lora_B else held
         return Adapter(modules, self.global_adapter.head if plan.sends_head else {})
 
