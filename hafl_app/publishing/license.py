@@ -8,7 +8,7 @@ import httpx
 from huggingface_hub import ModelCard, hf_hub_download
 from yaml import YAMLError
 
-from hafl_app.training.locate import ModelError, locate
+from hafl_app.training.locate import present
 from hafl_app.training.settings import BaseSpec
 
 
@@ -45,6 +45,6 @@ def _cards(base: BaseSpec, ask_hub: bool) -> Iterator[Path]:
                 base.path, "README.md", revision=base.revision, local_files_only=not ask_hub
             )
         )
-    if base.package_path:
-        with contextlib.suppress(ModelError):
-            yield locate(base) / "README.md"
+    # Not `locate`: it would fetch the weights for this.
+    if base.package_path and (folder := present(base)) is not None:
+        yield folder / "README.md"

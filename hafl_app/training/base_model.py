@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hafl_app.training.base_dropout import switch_off_dropout, without_dropout
-from hafl_app.training.locate import ModelError, locate
+from hafl_app.training.locate import ModelError, locate, locate_without_weights
 from hafl_app.training.quantization.blocks import quantize
 from hafl_app.training.quantization.precisions import NOT_QUANTIZED, QuantizationError
 from hafl_app.training.quiet_transformers import quiet_transformers
@@ -68,7 +68,7 @@ def _config(spec: BaseSpec, num_labels: int) -> Any:
     else:
         with _refusing_code(spec):
             config = AutoConfig.from_pretrained(
-                locate(spec), trust_remote_code=spec.trust_remote_code
+                locate_without_weights(spec), trust_remote_code=spec.trust_remote_code
             )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
@@ -117,7 +117,7 @@ def base_without_weights(spec: BaseSpec, num_labels: int) -> PreTrainedModel:
     Raises
     ------
     ModelError
-        See `locate`.
+        See `locate_without_weights`.
     """
     with torch.device("meta"):
         return _without_pooler(_from_config(_config(spec, num_labels), spec), spec)
@@ -250,7 +250,9 @@ def hub_tokenizer(spec: BaseSpec) -> Any:
         See `locate`.
     """
     with _refusing_code(spec):
-        return AutoTokenizer.from_pretrained(locate(spec), trust_remote_code=spec.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            locate_without_weights(spec), trust_remote_code=spec.trust_remote_code
+        )
 
 
 def _no_text(texts: list[str]) -> list[list[int]]:

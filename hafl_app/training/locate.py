@@ -17,10 +17,18 @@ from hafl_app.training.gguf_base import origin_of
 from hafl_app.training.settings import BaseSpec
 from hafl_app.training.weights_file import ModelError, check_sha256
 
-__all__ = ["ModelError", "locate", "present", "unread_gguf", "weights_note"]
+__all__ = [
+    "ModelError",
+    "locate",
+    "locate_without_weights",
+    "present",
+    "unread_gguf",
+    "weights_note",
+]
 
 _LOGGER = logging.getLogger(__name__)
-_PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
+_WEIGHTS = "*.safetensors"
+_PATTERNS = ["*.json", "*.jinja", _WEIGHTS, "*.txt", "*.model"]
 
 
 def locate(spec: BaseSpec) -> Path:
@@ -38,6 +46,20 @@ def locate(spec: BaseSpec) -> Path:
     if spec.sha256 is not None and origin_of(folder) is None:
         check_sha256(folder / "model.safetensors", spec.sha256)
     return folder
+
+
+def locate_without_weights(spec: BaseSpec) -> Path:
+    """Return a folder with the model's configuration and tokenizer, as `locate` finds it.
+
+    Its weights may be missing: from the hub they are not downloaded for this. A server that
+    evaluates nothing needs no more.
+
+    Raises
+    ------
+    ModelError
+        If there is no such folder.
+    """
+    return _local(spec) or _cached(spec) or _packaged(spec) or _downloaded(spec, weights=False)
 
 
 def present(spec: BaseSpec) -> Path | None:
@@ -143,11 +165,10 @@ def _in_package(spec: BaseSpec) -> Path | None:
     return path
 
 
-def _downloaded(spec: BaseSpec) -> Path:
+def _downloaded(spec: BaseSpec, *, weights: bool = True) -> Path:
+    patterns = [p for p in _patterns(spec) if weights or p != _WEIGHTS]
     try:
-        return Path(
-            snapshot_download(spec.path, revision=spec.revision, allow_patterns=_patterns(spec))
-        )
+        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         if (file := _readable_gguf(spec)) is not None:
             _LOGGER.info("reading %s once, which takes some twenty seconds", file.name)

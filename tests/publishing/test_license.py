@@ -51,7 +51,7 @@ def test_no_way_to_the_hub_is_no_license(hub, error):
 def test_the_package_that_carries_the_model_is_asked_as_well(hub, monkeypatch, tmp_path):
     hub.error = OSError("offline")
     (tmp_path / "README.md").write_text("---\nlicense: bsd-2-clause\n---\n")
-    monkeypatch.setattr(license_module, "locate", lambda base: tmp_path)
+    monkeypatch.setattr(license_module, "present", lambda base: tmp_path)
 
     base = BaseSpec("someone/model", package_path="package/model")
 

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 from hafl_app.training import locate as locate_module
 from hafl_app.training.base_model import base_without_weights, load_base, load_tokenizer
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
-from hafl_app.training.locate import ModelError, locate
+from hafl_app.training.locate import ModelError, locate, locate_without_weights
 from hafl_app.training.settings import BaseSpec
 
 MINILM = Path(__file__).parents[2] / "conf" / "model" / "minilm.yaml"
@@ -183,6 +183,51 @@ class TestCodeOfTheModelsOwn:
         refusal(locate, BaseSpec("some/model", trust_remote_code=True))
 
         assert asked == [False, False, True, True]  # cache and hub each
+
+
+class TestWithoutWeights:
+    """What a server does that evaluates nothing: from the hub it needs no weights."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch, folder):
+        """Files that the hub is asked for; it has those of a folder, and no cache."""
+        found = []
+
+        def fetch(path, *, allow_patterns, local_files_only=False, **_):
+            if local_files_only:
+                raise ValueError
+            found.append(list(allow_patterns))
+            return str(folder)
+
+        monkeypatch.setattr(locate_module, "snapshot_download", fetch)
+        return found
+
+    def test_shapes_and_tokenizer_leave_them_on_the_hub(self, asked, folder):
+        base_without_weights(BaseSpec("some/model"), LABELS)
+        assert locate_without_weights(BaseSpec("some/model")) == folder
+
+        assert len(asked) == 2
+        assert all("*.json" in one and "*.safetensors" not in one for one in asked)
+
+    def test_random_weights_in_its_shape_too(self, asked):
+        load_base(BaseSpec("some/model", random_weights=True), LABELS)
+
+        assert not any("*.safetensors" in one for one in asked)
+
+    def test_loading_fetches_them(self, asked):
+        load_base(BaseSpec("some/model"), LABELS)
+
+        assert "*.safetensors" in asked[-1]
+
+    def test_a_folder_of_a_configuration_is_enough(self, folder, tmp_path):
+        (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+        spec = BaseSpec(str(tmp_path), sha256="0" * 64)
+
+        model = base_without_weights(spec, LABELS)
+
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert "no weights in safetensors" in refusal(load_base, BaseSpec(str(tmp_path)), LABELS)
+        assert "no model.safetensors" in refusal(load_base, spec, LABELS)
 
 
 class TestLoadBase:
