@@ -150,6 +150,7 @@ def _encode(server_round: int, tensors: Mapping[str, Tensor], state: Mapping[str
             "sha256": _digest(server_round, content),
         }
         data = save(content, metadata=header)
+        content.clear()  # large models: what is read again needs the memory
         _decode(data)  # some dtypes can be written but not read
     except _UNFIT as error:
         raise CheckpointError(

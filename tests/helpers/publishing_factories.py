@@ -1,7 +1,9 @@
 """Base models as from the hub, adapters of them, and facts of their runs."""
 
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ RANK = 6
 SETTINGS = {"_target_": "hafl_app.strategies.hafl.Hafl", "max_rank": RANK, "scheme": "freezing"}
 IDS = torch.tensor([[5, 9, 2, 7], [3, 8, 1, 1]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+ROWS = ([5, 9, 2, 7], [3, 8, 12])
 _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "text", "another", "one", "longer"]
 
 
@@ -119,11 +122,45 @@ def save_run(run: Path, spec: LoraSpec, adapter: Adapter, *, seed: int = 0) -> P
 
 
 @torch.no_grad()
-def log_likelihoods(model: Any) -> torch.Tensor:
-    """Return the log-likelihood of each row of `IDS`, its first token given."""
-    logits = model(input_ids=IDS, attention_mask=MASK).logits[:, :-1].log_softmax(-1)
-    picked = logits.gather(-1, IDS[:, 1:, None]).squeeze(-1)
-    return (picked * MASK[:, 1:]).sum(1)
+def log_likelihoods(model: Any, rows: Sequence[Sequence[int]] = ROWS) -> torch.Tensor:
+    """Return the log-likelihood of each row of tokens, its first one given."""
+    found = []
+    for row in rows:
+        ids = torch.tensor([row])
+        logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        found.append(logits.gather(-1, ids[0, 1:, None]).sum())
+    return torch.stack(found)
+
+
+_BY_PLAIN_PEFT = """
+import json, sys
+
+sys.modules["hafl_app"] = None  # as if it were not installed: importing it fails
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, folder, rows = json.loads(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
+if folder:
+    model = PeftModel.from_pretrained(model, folder).eval()
+for row in rows:
+    ids = torch.tensor([row])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    print(float(logits.gather(-1, ids[0, 1:, None]).sum()))
+"""
+
+
+def likelihoods_by_plain_peft(
+    base: Path, folder: Path | None, rows: Sequence[Sequence[int]] = ROWS
+) -> torch.Tensor:
+    """Return log-likelihoods by an adapter, or by its base, in a process without this project."""
+    given = json.dumps([str(base), folder and str(folder), rows])
+    command = [sys.executable, "-I", "-c", _BY_PLAIN_PEFT, given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return torch.tensor([float(line) for line in done.stdout.splitlines()])
 
 
 def _summary(metrics: dict[str, float], seed: int) -> dict[str, Any]:

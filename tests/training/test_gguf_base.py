@@ -14,7 +14,7 @@ from hafl_app.run.environment import BROKEN, FINE
 from hafl_app.run.setup import warn_of_weights
 from hafl_app.training import gguf_base
 from hafl_app.training import locate as locate_module
-from hafl_app.training.base_model import hub_tokenizer, load_base
+from hafl_app.training.base_model import base_without_weights, hub_tokenizer, load_base
 from hafl_app.training.gguf_base import GgufOrigin
 from hafl_app.training.locate import ModelError, locate, present, unread_gguf, weights_note
 from hafl_app.training.settings import BaseSpec, ModelSettings
@@ -103,6 +103,12 @@ class TestReading:
         assert locate(spec) == present(spec) == first
         assert json.loads((first / "config.json").read_text())["model_type"] == "llama"
         assert "quantization_config" not in (first / "config.json").read_text()
+
+    def test_shapes_alone_may_be_asked_for_first(self, spec):
+        model = base_without_weights(spec, 0)
+
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert load_base(spec, 0).device.type == "cpu"
 
     def test_a_damaged_folder_is_made_anew(self, spec):
         weights = locate(spec) / "model.safetensors"
