@@ -1,4 +1,4 @@
-"""Exports of an adapter of SmolLM2, whose GGUF file llama.cpp itself has converted.
+"""Exports of an adapter of SmolLM2, beside a GGUF file that is not of this project's making.
 
 With -s the log-likelihoods are printed. The adapter in GGUF is added to the tensors of that file,
 in llama.cpp's layout, and the sum is put into Transformers' order by the reader of Transformers.
