@@ -103,7 +103,8 @@ class CentralEvaluation:
         hafl_app.config.compose.SettingsError
             If one of the settings leaves no room for an answer.
         """
-        return watched_prompts(self._settings, len(self.text.test))
+        # Not counted where nothing is scored: such a server may be unable to tokenize.
+        return watched_prompts(self._settings, len(self.text.test) if self.has_test else 0)
 
     def answers(self, adapter: Adapter) -> list[dict[str, str]]:
         """Return each watched prompt with what is known of it, and an adapter's answer."""
