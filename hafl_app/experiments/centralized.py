@@ -54,12 +54,14 @@ def union(parts: Sequence[EncodedText]) -> EncodedText:
     starts = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])])
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=True)]
     end = sum(len(part.tokens) for part in parts)
-    answers = [part.answer_starts for part in parts if part.answer_starts is not None]
+    masks = [part.loss_mask for part in parts if part.loss_mask is not None]
+    cuts = [part.is_cut for part in parts if part.is_cut is not None]
     return EncodedText(
         tokens=np.concatenate([part.tokens for part in parts]),
         offsets=np.concatenate([*offsets, [end]]),
         labels=np.concatenate([part.labels for part in parts]),
-        answer_starts=np.concatenate(answers) if answers else None,
+        loss_mask=np.concatenate(masks) if masks else None,
+        is_cut=np.concatenate(cuts) if cuts else None,
     )
 
 

@@ -16,9 +16,9 @@ from hafl_app.training.device import resolve_device
 from hafl_app.training.generate import (
     GenerationOptions,
     answer_codec,
-    prompt_tokens,
     written_answers,
 )
+from hafl_app.training.prompts import prompt_tokens
 
 
 class PromptError(ValueError):

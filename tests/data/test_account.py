@@ -18,8 +18,11 @@ def words(texts):
 
 
 def pairs(prompts, answers, most=6):
-    rows = [[*p, *a][:most] for p, a in zip(words(prompts), words(answers), strict=True)]
-    return rows, [len(prompt.split()) for prompt in prompts]
+    pairs = list(zip(words(prompts), words(answers), strict=True))
+    rows = [[*p, *a] for p, a in pairs]
+    counts = [[False] * len(p) + [True] * len(a) for p, a in pairs]
+    cut = [len(row) > most for row in rows]
+    return [row[:most] for row in rows], [mask[:most] for mask in counts], cut
 
 
 def federated(path, kind="iid", clients=3, *, validation=0.1, most=6, partition=None, **settings):

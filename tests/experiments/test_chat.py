@@ -14,7 +14,7 @@ from hafl_app.publishing.export import ExportRequest, export_adapter
 from hafl_app.publishing.truncation import truncate_adapter
 from hafl_app.training.adapter_files import read_adapter, save_adapter
 from hafl_app.training.generate import GenerationOptions, answer_codec, written_answers
-from hafl_app.training.prompts import load_pair_tokenizer
+from hafl_app.training.prompts import prompt_tokens
 
 RANK = 3
 
@@ -53,10 +53,10 @@ def written(prompt, adapter):
     model = CAUSAL.build()
     if adapter is not None:
         model.load_whole(adapter)
-    (tokens,), (start,) = load_pair_tokenizer(CAUSAL.base, 16)([prompt], [""])
+    tokens = prompt_tokens(CAUSAL.base, prompt, 16)
     codec = answer_codec(CAUSAL.base)
     options = GenerationOptions(max_length=16, max_new_tokens=8)
-    return codec.decode(written_answers(model, [tokens[:start]], codec.end, options)[0])
+    return codec.decode(written_answers(model, [tokens], codec.end, options)[0])
 
 
 class TestSpeakers:
