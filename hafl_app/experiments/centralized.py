@@ -11,6 +11,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from hafl_app.config.schema import Settings
+from hafl_app.data.conversations import prompt_facts
 from hafl_app.data.images import EncodedImages
 from hafl_app.data.text import EncodedText
 from hafl_app.lowrank.factors import Adapter, initial_adapter
@@ -130,7 +131,7 @@ def train_centralized(
             "centralized": True,
             "seed": settings.seed,
             "metrics": summary["final"],
-            "template": settings.dataset.template,
+            **prompt_facts(settings.dataset),
             "base_weights": weights_note(settings.model),
         },
     )

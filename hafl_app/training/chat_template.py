@@ -153,8 +153,8 @@ class _TemplateChat:
         weights = [_counts(message) for message in messages if message["role"] == "assistant"]
         if len(runs) != len(weights):
             raise ModelError(
-                f"model.path={self._path}: its chat template marks {len(runs)} of "
-                f"{len(weights)} turns of an assistant as generated; {_INSTEAD}"
+                f"model.path={self._path}: its chat template marks other turns as generated than "
+                f"the assistant's; {_INSTEAD}"
             )
         counts = [False] * len(ids)
         for (begin, end), is_learned in zip(runs, weights, strict=True):
@@ -190,11 +190,12 @@ class _TemplateChat:
                 plain, chat_template=self._template, **_FIXED, **how
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            # The words of a template may quote a message, so they stay in this process's log.
+            # The message may leave this machine, so it quotes nothing; the log stays.
             _LOGGER.warning("the chat template of %s: %s", self._path, str(error)[:200])
             raise ModelError(
-                f"model.path={self._path}: its chat template refuses a conversation of "
-                f"{_roles(plain)}{_hint(plain)}"
+                f"model.path={self._path}: its chat template refuses a conversation of the data; "
+                "most want a user's and the assistant's turns by turns, and some take no system "
+                "message"
             ) from None
 
 
@@ -242,17 +243,6 @@ def _runs(mask: Sequence[bool]) -> Iterator[tuple[int, int]]:
         elif not one and begin is not None:
             yield begin, place
             begin = None
-
-
-def _roles(messages: Sequence[Mapping[str, Any]]) -> str:
-    roles = [str(message["role"]) for message in messages[:3]]
-    return f"{', '.join(roles)}{', ...' if len(messages) > 3 else ''}"
-
-
-def _hint(messages: Sequence[Mapping[str, Any]]) -> str:
-    if any(message["role"] == "system" for message in messages):
-        return "; many take no system message: leave dataset.system_prompt and those of the data"
-    return "; most want users and assistants in turn, a user first"
 
 
 class _HashedChat:

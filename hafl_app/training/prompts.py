@@ -54,7 +54,7 @@ def load_pair_tokenizer(spec: BaseSpec, max_length: int) -> TokenizePairs:
             return _text_pairs(spec, max_length)(list(prompts), list(answers))  # type: ignore[arg-type]
         chat = _chat(spec)
         rows = [
-            _chat_row(chat, [*prompt, {"role": _ASSISTANT, "content": answer}], max_length)  # type: ignore[list-item]
+            _chat_row(chat, [*prompt, {"role": _ASSISTANT, "content": answer}], max_length)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         ids, counts, is_cut = zip(*rows, strict=True)
@@ -97,6 +97,20 @@ def answer_end(spec: BaseSpec, prompt: Prompt) -> int | None:
         return TINY_END
     end = hub_tokenizer(spec).eos_token_id
     return None if end is None else int(end)
+
+
+def token_decoder(spec: BaseSpec) -> Callable[[list[int]], str]:
+    """Return a function from tokens to text, special tokens included; without files to numbers.
+
+    Raises
+    ------
+    hafl_app.training.locate.ModelError
+        If the tokenizer is not there.
+    """
+    if spec.is_without_files:
+        return lambda ids: " ".join(map(str, ids))
+    tokenizer = hub_tokenizer(spec)
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 _chat = functools.lru_cache(maxsize=4)(chat_tokenizer)

@@ -87,12 +87,12 @@ class TestRefusals:
     def test_markers_around_some_turns_alone(self, tmp_path):
         template = MARKED.replace("== 'assistant'", "== 'assistant' and loop.last")
         chat = chat_tokenizer(base_with_chat(tmp_path, template))
-        with pytest.raises(ModelError, match="marks 1 of 2 turns"):
+        with pytest.raises(ModelError, match="marks other turns"):
             chat.row(TWO_TURNS)
 
     def test_no_words_of_a_conversation_are_in_the_message(self, tmp_path):
         chat = chat_tokenizer(base_with_chat(tmp_path, NO_SYSTEM + CHATML))
-        with pytest.raises(ModelError, match="refuses a conversation of system, user") as caught:
+        with pytest.raises(ModelError, match="refuses a conversation of the data") as caught:
             chat.row(TWO_TURNS)
         assert "be short" not in str(caught.value)
         assert caught.value.__cause__ is None
