@@ -112,10 +112,22 @@ class TestPrompts:
         assert answer == expected
         assert prompts == ["own typed", "own typed"]
 
+    def test_an_adapter_of_conversations_is_talked_to(self, tmp_path, prompts):
+        facts = {"format": "messages", "system_prompt": "be kind", "template": None}
+        chat = talk(save(tmp_path / "adapter", **facts))
+        list(chat.answers("typed"))
+        (prompt,) = prompts
+        assert [(m["role"], m["content"]) for m in prompt] == [
+            ("system", "be kind"),
+            ("user", "typed"),
+        ]
+        assert chat.knows_its_prompt
+
     def test_where_none_is_known_it_goes_as_it_is(self, folder, prompts):
         chat = talk(folder)
         list(chat.answers("just\udcff this"))
         assert chat.template is None
+        assert not chat.knows_its_prompt
         assert prompts == ["just? this"]
 
     @pytest.mark.parametrize(
