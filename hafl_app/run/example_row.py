@@ -41,6 +41,7 @@ def print_example(
         if counts and not dims:
             text = text.join(_MARKS)
         shown.append(text, style="" if counts else "dim")
+    shown.rstrip()
     printer.block(shown)
 
 

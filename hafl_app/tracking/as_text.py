@@ -52,7 +52,7 @@ class Printer:
         """Print styled text of several lines, indented; long ones go on below."""
         for line in text.split("\n", allow_blank=True):
             for piece in line.wrap(_PLAIN, WIDTH - len(indent), overflow="fold") or [Text()]:
-                self._print(Text(indent).append_text(piece))
+                self._print(Text(indent if piece.plain else "").append_text(piece))
 
     def path(self, text: str) -> None:
         """Print a line with a path or a command, which is whole however long it is."""

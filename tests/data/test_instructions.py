@@ -329,6 +329,20 @@ class TestEncoding:
         assert starts_of(chosen) == [3, 2]
         assert chosen.num_targets.tolist() == [1, 1]
 
+    def test_the_first_token_of_a_row_never_counts(self):
+        encoded = encode_pairs(["", "a", ""], ["x y", "z", ""], [0, 0, 0], words, None, "k")
+        assert encoded.loss_mask.tolist() == [False, True, False, True]
+        assert encoded.num_targets.tolist() == [1, 1, 0]
+        assert encoded.has_answer.tolist() == [True, True, False]
+
+    def test_a_tokenizer_says_of_every_token_whether_it_counts(self):
+        def careless(prompts, answers):
+            rows, counts, cut = words(prompts, answers)
+            return rows, [mask[:-1] for mask in counts], cut
+
+        with pytest.raises(DataError, match="every token"):
+            encode_pairs(["a"], ["b"], [0], careless, None, "k")
+
     def test_an_answer_for_every_prompt(self):
         with pytest.raises(DataError, match="1 answers for 2 prompts"):
             encode_pairs(["a", "b"], ["c"], [0, 0], words, None, "k")
@@ -342,6 +356,18 @@ class TestRealData:
         clients = text.train.to_pandas()["client"]
         assert (len(text.train), len(text.test), len(text.label_names)) == (14931, 80, 8)
         assert (clients.nunique(), clients.value_counts().min()) == (10, 443)
+
+    def test_dolly_as_conversations(self):
+        source = DatasetSettings(
+            "dolly",
+            str(SHARED / "dolly15k_10clients"),
+            format="instruction",
+            label_column="category",
+        )
+        text = load_text(source)
+        assert (len(text.train), len(text.test), len(text.label_names)) == (14931, 80, 8)
+        assert {"text", "answer", "label", "client"} == set(text.train.column_names)
+        assert [m["role"] for m in text.train[0]["text"]] == ["user"]
 
     def test_gsm8k(self):
         source = DatasetSettings(
