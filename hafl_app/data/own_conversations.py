@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hafl_app.data.conversations import ONE_CLASS, TEXT_COLUMNS, recognized, with_conversations
+from hafl_app.data.conversation_columns import TEXT_COLUMNS, recognized
+from hafl_app.data.conversations import ONE_CLASS, with_conversations
 from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.data.files import read_table
 from hafl_app.data.folders import resolve

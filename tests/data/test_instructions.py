@@ -366,7 +366,7 @@ class TestRealData:
         )
         text = load_text(source)
         assert (len(text.train), len(text.test), len(text.label_names)) == (14931, 80, 8)
-        assert {"text", "answer", "label", "client"} == set(text.train.column_names)
+        assert {"text", "answer", "label", "client", "category"} == set(text.train.column_names)
         assert [m["role"] for m in text.train[0]["text"]] == ["user"]
 
     def test_gsm8k(self):

@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from running import LONE, TINY, records
 
 from hafl_app.client import handlers
+from hafl_app.client.own_data import own_file, own_share
 from hafl_app.client.permissions import own_machine
 from hafl_app.client_app import app
 from hafl_app.config.compose import compose
@@ -477,6 +478,13 @@ class TestAnswers:
         reply = self.ask(talking[0], overrides=TALKS[len(ON_DEVICE) :])
         assert reply.content[PROFILE]["num-examples"] == 11
         assert reply.content[PROFILE]["label-names"] == ["all"]
+
+    @pytest.mark.parametrize(("limit", "longest"), [({}, 10), ({"max-length": 8}, 8)])
+    def test_the_shorter_limit_cuts_rows(self, talking, limit, longest):
+        settings = compose(TALKS)
+        file = own_file(settings, {"data-path": talking[0]["data-path"], **limit})
+        share = own_share(settings, file, None)
+        assert share.train().lengths.max() == longest
 
     @pytest.mark.parametrize(
         ("node", "fault", "words"),
