@@ -23,7 +23,7 @@ from hafl_app.data.messages import (
 )
 from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.tables import NOTES, standardize
-from hafl_app.data.template import columns_of, prompts, render
+from hafl_app.data.template import filled, prompts
 
 _ANSWER: Final = " answer"  # a column's name that no file has
 _ONE_CLASS_COLUMN: Final = " category"
@@ -170,8 +170,7 @@ def typed_prompt(
         If the template names no column.
     """
     if template:
-        first, *others = columns_of(template)
-        text = render(template, {first: text, **dict.fromkeys(others, "")})
+        text = filled(template, text)
     if kind == "columns":
         return text
     first_message = [message_of(SYSTEM, system_prompt)] if system_prompt else []
@@ -185,6 +184,13 @@ def prompt_facts(source: DatasetSettings) -> dict[str, Any]:
         "format": source.format,
         "system_prompt": source.system_prompt,
     }
+
+
+def as_text(prompt: Any) -> str:
+    """Return a prompt for a reader: a text as it is, messages with who says them."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def as_key(prompt: Any) -> str:

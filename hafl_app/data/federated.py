@@ -157,7 +157,7 @@ class FederatedText:
             functools.partial(self.train, partition_id),
             functools.partial(self.holdout, partition_id),
             functools.partial(self.holdout_pairs, partition_id)
-            if self._source.answer_column
+            if self._source.has_answers
             else None,
         )
 

@@ -13,6 +13,7 @@ from hafl_app.data.errors import DataError, UnfitDataError
 from hafl_app.data.files import read_table
 from hafl_app.data.folders import resolve
 from hafl_app.data.own_file import OwnFile
+from hafl_app.data.pairs import Pairs
 from hafl_app.data.shares import Share
 from hafl_app.data.splits import Rows, split_off
 from hafl_app.data.tables import shuffled
@@ -74,7 +75,13 @@ class OwnConversations:
             len(train),
             lambda: self._answered(train),
             lambda: self._encoded.select(holdout).with_answers(),
+            lambda: self._pairs(holdout),
         )
+
+    def _pairs(self, rows: Rows) -> Pairs:
+        table = self._rows.iloc[rows]
+        prompts, answers = table["text"].tolist(), table["answer"].tolist()
+        return Pairs(prompts, answers, [ONE_CLASS] * len(table))
 
     def _answered(self, rows: Rows) -> EncodedText:
         if not len(answered := self._encoded.select(rows).with_answers()):

@@ -130,7 +130,7 @@ def score_generation(
 
 
 def write_answers(
-    model: LoraModel, spec: BaseSpec, prompts: Sequence[str], options: GenerationOptions
+    model: LoraModel, spec: BaseSpec, prompts: Sequence[Prompt], options: GenerationOptions
 ) -> WrittenTexts:
     """Answer prompts with the factors that the model holds now.
 

@@ -61,6 +61,8 @@ def test_rows_are_trained_on_or_held_out(tmp_path):
     assert (share.label_names, share.num_examples) == ((ONE_CLASS,), 15)
     assert (len(share.train()), len(share.holdout())) == (15, 5)
     assert set(share.train().num_targets) == {1, 2, 3}
+    pairs = share.holdout_pairs()
+    assert len(pairs.prompts) == len(pairs.answers) == len(pairs.categories) == 5
 
 
 def test_the_runs_categories_are_left_as_they_are(tmp_path):
