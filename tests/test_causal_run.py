@@ -180,7 +180,7 @@ class TestSettings:
         ("overrides", "message"),
         [
             (("model=tiny_random_causal",), "needs prompts with answers"),
-            (("model=tiny_random_causal", "dataset=on_device"), "needs prompts with answers"),
+            (("model=tiny_random_causal", "dataset=on_device"), "the nodes' conversations"),
             (("model=tiny_random", "dataset=dolly", "dataset.path=x"), "model=causal"),
         ],
     )

@@ -5,20 +5,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hafl_app.client.node_config import whole_number
+from hafl_app.client.node_config import NodeConfigError, whole_number
 from hafl_app.client.permissions import NotAllowedError
 from hafl_app.config.schema import Settings
 from hafl_app.data.combinations import ON_DEVICE
 from hafl_app.data.labels import LONGEST_LABEL, MOST_LABELS
+from hafl_app.data.own_conversations import OwnConversations
 from hafl_app.data.own_file import OwnFile, OwnText
+from hafl_app.data.settings import DatasetSettings
 from hafl_app.data.shares import Share
+from hafl_app.fields import choices_of
+from hafl_app.metrics import CAUSAL_LM
 from hafl_app.run import build
-from hafl_app.run.tokenization import tokenizing
+from hafl_app.run.tokenization import pair_tokenizer, tokenizing
 from hafl_app.training.settings import BaseSpec
 
 DATA_PATH, TEXT_COLUMN, LABEL_COLUMN = "data-path", "text-column", "label-column"
 MAX_LABELS, MAX_LABEL_LENGTH = "max-labels", "max-label-length"
-_COLUMNS = {TEXT_COLUMN: OwnFile.text_column, LABEL_COLUMN: OwnFile.label_column}
+DATA_FORMAT, MAX_LENGTH, MAX_DATA_MB = "data-format", "max-length", "max-data-mb"
+_COLUMNS = {
+    TEXT_COLUMN: OwnFile.text_column,
+    LABEL_COLUMN: OwnFile.label_column,
+    DATA_FORMAT: OwnFile.format,
+}
+_MOST = 10**9
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class _ReadOptions:
     seed: int
     spec: BaseSpec
     max_length: int
+    system_prompt: str | None
 
 
 def own_file(settings: Settings, node_config: Mapping[str, Any]) -> OwnFile | None:
@@ -37,34 +48,50 @@ def own_file(settings: Settings, node_config: Mapping[str, Any]) -> OwnFile | No
     Parameters
     ----------
     node_config
-        ``data-path``, ``text-column`` and ``label-column``, and ``max-labels`` and
-        ``max-label-length`` of what may leave. It comes from the operator, so it needs no
-        permission; a run config, which does not, chooses no column.
+        ``data-path``, ``text-column`` and ``label-column``, or ``data-format`` of conversations;
+        ``max-labels`` and ``max-label-length`` of what may leave; ``max-length`` of a row and
+        ``max-data-mb`` of the file. It comes from the operator, so it needs no permission; a run
+        config, which does not, chooses no column.
 
     Raises
     ------
     hafl_app.client.permissions.NotAllowedError
         If the run names another column than the operator.
     hafl_app.client.node_config.NodeConfigError
-        If a limit is no whole number in its range.
+        If a limit is no whole number in its range, or the format is none.
     """
     path, dataset = node_config.get(DATA_PATH), settings.dataset
     if not path:
         return None
     if dataset.source == ON_DEVICE:  # other data sets have columns of their own
         _refuse_column(node_config, TEXT_COLUMN, "dataset.text_column", dataset.text_column)
-        _refuse_column(node_config, LABEL_COLUMN, "dataset.label_column", dataset.label_column)
-    most_labels = whole_number(node_config, MAX_LABELS, 1, MOST_LABELS)
-    longest_label = whole_number(node_config, MAX_LABEL_LENGTH, 1, LONGEST_LABEL)
+        if dataset.has_conversations:
+            _refuse_column(node_config, DATA_FORMAT, "dataset.format", dataset.format)
+        else:
+            _refuse_column(node_config, LABEL_COLUMN, "dataset.label_column", dataset.label_column)
+    limits = {
+        "max_labels": whole_number(node_config, MAX_LABELS, 1, MOST_LABELS),
+        "max_label_length": whole_number(node_config, MAX_LABEL_LENGTH, 1, LONGEST_LABEL),
+        "max_length": whole_number(node_config, MAX_LENGTH, 1, _MOST),
+        "max_megabytes": whole_number(node_config, MAX_DATA_MB, 1, _MOST),
+    }
     return OwnFile(
         str(path),
         _column(node_config, TEXT_COLUMN),
         _column(node_config, LABEL_COLUMN),
         dataset.max_examples,
         dataset.data_seed,
-        OwnFile.max_labels if most_labels is None else most_labels,
-        OwnFile.max_label_length if longest_label is None else longest_label,
+        format=_format(node_config),
+        **{name: limit for name, limit in limits.items() if limit is not None},
     )
+
+
+def _format(node_config: Mapping[str, Any]) -> str:
+    given = _column(node_config, DATA_FORMAT)
+    known = [name for name in choices_of(DatasetSettings, "format") if name != "columns"]
+    if given not in known:
+        raise NodeConfigError(DATA_FORMAT, f"one of {', '.join(known)}", given)
+    return given
 
 
 def _column(node_config: Mapping[str, Any], key: str) -> str:
@@ -90,16 +117,40 @@ def own_share(settings: Settings, file: OwnFile, label_names: Sequence[str] | No
     hafl_app.data.errors.DataError
         If the file cannot be read.
     """
-    dataset = settings.dataset
+    dataset, spec = settings.dataset, build.base_spec(settings)
     options = _ReadOptions(
-        dataset.holdout_fraction, settings.seed, build.base_spec(settings), dataset.max_length
+        dataset.holdout_fraction,
+        settings.seed,
+        spec,
+        min(dataset.max_length, file.max_length or dataset.max_length),
+        dataset.system_prompt,
     )
-    return _own_text(file, file.version(), options).share(label_names)
+    read = _own_conversations if spec.task == CAUSAL_LM.name else _own_text
+    return read(file, file.version(), options).share(label_names)
+
+
+@functools.lru_cache(maxsize=8)
+def _own_conversations(
+    file: OwnFile, version: tuple[int, int], options: _ReadOptions
+) -> OwnConversations:
+    del version  # part of the key: a process that lives on must see that the file was replaced
+    how = tokenizing(options.spec, options.max_length)
+    pairs = pair_tokenizer(options.spec, options.max_length)
+    assert pairs is not None  # of a model that learns answers
+    return OwnConversations(
+        file,
+        system_prompt=options.system_prompt,
+        holdout_fraction=options.holdout_fraction,
+        seed=options.seed,
+        tokenize_pairs=pairs,
+        tokenizer_key=how["tokenizer_key"],
+        cache=how["cache"],
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def _own_text(file: OwnFile, version: tuple[int, int], options: _ReadOptions) -> OwnText:
-    del version  # part of the key: a process that lives on must see that the file was replaced
+    del version  # as above
     return OwnText(
         file,
         holdout_fraction=options.holdout_fraction,

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from hafl_app.client.node_config import NodeConfigError
 from hafl_app.config.files import files_of
 from hafl_app.config.schema import Settings
+from hafl_app.training.chat_templates import CHAT_TEMPLATES
 
 PATHS, MODELS, DATASETS = "allowed-paths", "allowed-models", "allowed-datasets"
 REMOTE_CODE = "allow-remote-code"
@@ -131,6 +132,10 @@ class Permissions:
         _check_name("model.package_path", model.package_path, None, MODELS, self.models)
         if model.trust_remote_code and not self.remote_code:
             raise _refused("model.trust_remote_code", "true", REMOTE_CODE)
+        template = model.chat_template
+        if template and template not in CHAT_TEMPLATES and not self.remote_code:
+            # It would be a program of the run's that reads this node's rows.
+            raise _refused("model.chat_template", f"{template[:20]}...", REMOTE_CODE)
 
     def _check_path(self, setting: str, path: str | None) -> None:
         if not path or _ALL in self.paths:

@@ -43,7 +43,7 @@ def _chat(source: Path, prompt: str | None, compare: str | None, how: dict[str, 
     from hafl_app.experiments.chat import Chat  # noqa: PLC0415  takes seconds
 
     chat = Chat(request)
-    if chat.template is None:
+    if not chat.knows_its_prompt:
         print("note: the prompt of its training is not known; yours goes as it is", file=sys.stderr)
     if prompt is not None:
         _show(chat, prompt)

@@ -40,6 +40,9 @@ class DataAccount:
         Rows of each class that clients train on, by name; also of a class without any.
     clients
         By partition; empty where the data stay on the nodes.
+    tokens, answer_tokens, cut
+        Of prompts with answers that clients train on: tokens in all, those that count in the loss,
+        and rows that lost some to ``dataset.max_length``; 0 where nothing was tokenized.
     notes
         Changes of the data and other facts worth a look, in words.
     """
@@ -52,6 +55,9 @@ class DataAccount:
     labels: Mapping[str, int] = field(default_factory=dict)
     clients: tuple[ClientRows, ...] = ()
     notes: tuple[str, ...] = ()
+    tokens: int = 0
+    answer_tokens: int = 0
+    cut: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""

@@ -18,6 +18,9 @@ BY_CLASS: Final = frozenset({"dirichlet", "pathological"})
 _MADE: Final = frozenset({"synthetic", "digits"})
 """Sources without a file."""
 
+_TALKING: Final = frozenset({"local", "on_device", "dolly", "gsm8k", "natural_instructions"})
+"""Sources that may have conversations."""
+
 _READ_TEST_PATH: Final = frozenset({"local", "on_device"})
 
 
@@ -34,6 +37,14 @@ def check_choices(choices: DatasetSettings) -> None:
         raise _unread("dataset.path", choices.path, source)
     if choices.test_path and source not in _READ_TEST_PATH:
         raise _unread("dataset.test_path", choices.test_path, source)
+    if choices.has_conversations:
+        _check_conversations(choices)
+        return
+    if choices.system_prompt:
+        raise DataError(
+            "dataset.system_prompt: prompts of dataset.format=columns have no system message; "
+            "write it into dataset.template, or take dataset.format=chat"
+        )
     if choices.answer_column:
         if choices.template:
             refuse_answer_in(choices.template, choices.answer_column)
@@ -55,6 +66,28 @@ def check_choices(choices: DatasetSettings) -> None:
         )
 
 
+def _check_conversations(choices: DatasetSettings) -> None:
+    asked = f"dataset.format={choices.format}"
+    if choices.source not in _TALKING:
+        raise DataError(
+            f"{asked}: dataset.source={choices.source} has no conversations; expected columns, or "
+            f"one of {', '.join(sorted(_TALKING))}"
+        )
+    named = {"template": choices.template, "answer_column": choices.answer_column}
+    given = [f"dataset.{name}" for name, value in named.items() if value]
+    if given and choices.source == ON_DEVICE:
+        raise DataError(f"{given[0]}: a run names no column of a node's file; expected null")
+    if given and choices.format != "chat":
+        raise DataError(
+            f"{asked} reads columns of its own; expected {' and '.join(f'{g}=null' for g in given)}"
+            ", or dataset.format=chat, whose user's message is made by the template"
+        )
+    if len(given) == 1:
+        raise DataError(f"{asked}: {given[0]} needs the other of template and answer_column")
+    if choices.template and choices.answer_column:
+        refuse_answer_in(choices.template, choices.answer_column)
+
+
 def check_sharing(choices: DatasetSettings, kind: str) -> None:
     """Refuse to share out by class what has none.
 
@@ -63,7 +96,7 @@ def check_sharing(choices: DatasetSettings, kind: str) -> None:
     DataError
         In one line.
     """
-    if kind in BY_CLASS and choices.answer_column and not choices.label_column:
+    if kind in BY_CLASS and choices.has_answers and not choices.label_column:
         raise DataError(
             f"partition.kind={kind} shares out by category, but dataset.label_column is empty; "
             "name a column of categories, or take partition=iid or natural"

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from hafl_app.data.account import ClientRows, DataAccount
 from hafl_app.data.combinations import IMAGES, check_choices, check_sharing
+from hafl_app.data.conversations import as_key
 from hafl_app.data.errors import DataError
 from hafl_app.data.images import encode_images
 from hafl_app.data.pairs import Pairs, pairs_of
@@ -156,7 +157,7 @@ class FederatedText:
             functools.partial(self.train, partition_id),
             functools.partial(self.holdout, partition_id),
             functools.partial(self.holdout_pairs, partition_id)
-            if self._source.answer_column
+            if self._source.has_answers
             else None,
         )
 
@@ -168,7 +169,7 @@ class FederatedText:
         DataError
             If no answer is left of any row of a client, of the validation or of the test data.
         """
-        if not self._source.answer_column:
+        if not self._source.has_answers:
             return
         for partition_id in range(self.num_partitions):
             self.train(partition_id)
@@ -196,7 +197,7 @@ class FederatedText:
         DataError
             If the data cannot be loaded or shared out.
         """
-        text, by_tokens = self._text, by_tokens and bool(self._source.answer_column)
+        text, by_tokens = self._text, by_tokens and self._source.has_answers
         labels = np.asarray(text.train.with_format(None)["label"][:], dtype=np.int64)
         has_room = self._encoded_train.has_answer if by_tokens else np.ones(len(labels), bool)
         parts = [_Part(*(rows[has_room[rows]] for rows in part)) for part in self._parts]
@@ -212,6 +213,7 @@ class FederatedText:
         }
         names = text.label_names
         trained = np.concatenate([part.train for part in parts])
+        learned = self._encoded_train.select(trained) if by_tokens else None
         return DataAccount(
             names,
             {"train": text.num_read[0], "test": text.num_read[1]},
@@ -224,15 +226,26 @@ class FederatedText:
                 for part in parts
             ),
             (*text.notes, *self._repeats()),
+            **(_tokens(learned) if learned is not None else {}),
         )
+
+    def example(self) -> EncodedText | None:
+        """Return a row that a client trains on; None if it has no answer to show.
+
+        Raises
+        ------
+        DataError
+            If the data cannot be loaded or shared out.
+        """
+        return self.train(0).select([0]) if self._source.has_answers else None
 
     def _repeats(self) -> list[str]:
         """Count texts that occur twice, which are no fault, but make scores look better."""
         if self._source.source in IMAGES:
             return []
-        columns = ("text", "answer") if self._source.answer_column else ("text",)
+        columns = ("text", "answer") if self._source.has_answers else ("text",)
         train, test = (
-            list(zip(*(rows.with_format(None)[name][:] for name in columns), strict=True))
+            list(zip(*(map(as_key, rows.with_format(None)[n][:]) for n in columns), strict=True))
             for rows in (self._text.train, self._text.test)
         )
         known = set(train)
@@ -261,13 +274,10 @@ class FederatedText:
         if self._source.source in IMAGES:
             return encode_images(columns["pixels"][:], columns["label"][:])
         texts, labels = columns["text"][:], columns["label"][:]
-        if not self._source.answer_column:
+        if not self._source.has_answers:
             return encode(texts, labels, self._tokenize, self._cache, self._tokenizer_key)
         if self._tokenize_pairs is None:
-            raise DataError(
-                f"dataset.answer_column={self._source.answer_column}: the model cannot learn "
-                "answers, see model.task"
-            )
+            raise DataError("the model cannot learn the answers of the data set, see model.task")
         pairs = encode_pairs(
             texts,
             columns["answer"][:],
@@ -300,6 +310,12 @@ class FederatedText:
             _Part(*split_off(kept[rows], self._source.holdout_fraction, (seed, partition_id)))
             for partition_id, rows in enumerate(partitions)
         ]
+
+
+def _tokens(rows: EncodedText) -> dict[str, int]:
+    cut = 0 if rows.is_cut is None else int(rows.is_cut.sum())
+    counted = int(rows.num_targets.sum())
+    return {"tokens": len(rows.tokens), "answer_tokens": counted, "cut": cut}
 
 
 def _by_name(labels: npt.NDArray[np.int64], names: tuple[str, ...]) -> dict[str, int]:

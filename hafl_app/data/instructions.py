@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import pandas as pd
 
+from hafl_app.data.conversations import ONE_CLASS
 from hafl_app.data.decoding import read_text
 from hafl_app.data.errors import DataError
 from hafl_app.data.files import read_table
@@ -18,7 +19,6 @@ CLIENT: Final = "client"
 TASK: Final = "task"
 """Columns that say whose a row is, for ``partition=natural``."""
 
-_ONE_CLASS: Final = "all"
 _ITS_COLUMN: Final = " category"  # a name that no column of a file has
 _MOST_NAMED = 5
 _CLIENT_FILE = re.compile(r"local_training_(\d+)\.json")
@@ -60,7 +60,7 @@ def with_pairs(
             f"dataset.template must be given for {origin}, e.g. '{{instruction}}\\n\\n'"
         )
     refuse_answer_in(template, answer_column)
-    rows = table if label_column else table.assign(**{_ITS_COLUMN: _ONE_CLASS})
+    rows = table if label_column else table.assign(**{_ITS_COLUMN: ONE_CLASS})
     answers = standardize(rows, answer_column, label_column or _ITS_COLUMN, origin, listed=listed)
     made = prompts(table, template, origin)
     whole = answers.assign(answer=answers["text"]).assign(text=made)

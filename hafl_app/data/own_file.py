@@ -1,4 +1,4 @@
-"""A node's own file: its texts stay on the device, and its labels must be among the run's."""
+"""A node's own file of labeled text: its texts stay, and its labels must be among the run's."""
 
 import functools
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _MOST_NAMED = 20  # columns or labels in a node's own log
 
 @dataclass(frozen=True)
 class OwnFile:
-    """A table with labeled text that belongs to one node.
+    """A table with labeled text or conversations that belongs to one node.
 
     Parameters
     ----------
@@ -39,6 +39,12 @@ class OwnFile:
         Seed, not negative, of the order and the subset.
     max_labels, max_label_length
         Most classes, and characters of each, whose names may leave the node; at least 1.
+    format
+        Kind of conversations, as ``dataset.format``; ``chat``: the kind whose columns it has.
+    max_length
+        Most tokens of a row, whatever the run asks for, at least 1; None: as many as that.
+    max_megabytes
+        Largest file that is read, in MB of 10^6 bytes, at least 1.
     """
 
     path: str
@@ -48,6 +54,9 @@ class OwnFile:
     data_seed: int = 0
     max_labels: int = 200
     max_label_length: int = 60
+    format: str = "chat"
+    max_length: int | None = None
+    max_megabytes: int = 1000
 
     def version(self) -> tuple[int, int]:
         """Return a version that changes with the file: time of change in ns, and size in bytes.
@@ -56,11 +65,18 @@ class OwnFile:
         ------
         DataError
             If there is no such file.
+        UnfitDataError
+            If it is larger than the node allows.
         """
         path = resolve(self.path, "data-path")
         if not path.is_file():
             raise DataError(f"data-path: expected a file, got {path}")
         status = path.stat()
+        if status.st_size > self.max_megabytes * 1_000_000:
+            raise UnfitDataError(
+                "this node's file is larger than max-data-mb in its --node-config allows",
+                f"{status.st_size / 1e6:.0f} MB, at most {self.max_megabytes}",
+            )
         return status.st_mtime_ns, status.st_size
 
 

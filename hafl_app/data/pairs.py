@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
+from hafl_app.data.text import Prompt
+
 
 class Pairs(NamedTuple):
     """Prompts with answers, in full length.
@@ -11,10 +13,10 @@ class Pairs(NamedTuple):
     Parameters
     ----------
     prompts, answers, categories
-        One of each per row.
+        One of each per row; a prompt is a text, or the messages of a conversation.
     """
 
-    prompts: list[str]
+    prompts: list[Prompt]
     answers: list[str]
     categories: list[str]
 

@@ -15,7 +15,8 @@ class DatasetSettings:
         Labeled text: ``banking77``, ``newsgroups``, ``local`` (your own files), ``synthetic``, or
         ``on_device``: each node has a file of its own, named by its operator. Prompts with
         answers, for ``model.task=causal_lm``: ``dolly``, ``gsm8k``, ``natural_instructions``, and
-        ``local`` with an ``answer_column``. Labeled images: ``digits``.
+        ``local`` with an ``answer_column``. Conversations: ``local`` and ``on_device`` with a
+        ``format``. Labeled images: ``digits``.
     path
         ``banking77``: folder with train.csv and test.csv, and categories.json if need be.
         ``newsgroups``: folder with a train and a test file with the columns label, subject and
@@ -28,9 +29,18 @@ class DatasetSettings:
         ``local``: the test file; null: a tenth of the training data is split off. ``on_device``:
         a test file on the server; null: the server scores nothing.
     hub
-        Hub id of ``banking77``, ``newsgroups`` and ``natural_instructions``, used without ``path``.
+        Hub id of ``banking77``, ``newsgroups``, ``natural_instructions`` and, with conversations,
+        ``local``; used without ``path``.
     revision
         Commit of the hub's repository; null: its newest.
+    format
+        ``columns``: the columns that the settings below name. Conversations, for
+        ``model.task=causal_lm``, which the model's chat template writes: ``messages``,
+        ``prompt_completion`` or ``instruction`` by the columns of that kind; ``chat``: the kind
+        whose columns a file has, or with a ``template`` a user's message by it, and the answer
+        column as the assistant's.
+    system_prompt
+        Conversations: first message of those that have no system message; null: none.
     text_column
         Column of the text in the files of ``banking77``, ``local`` and ``on_device``.
     label_column
@@ -39,12 +49,13 @@ class DatasetSettings:
         Column of the answers; null: text without any.
     template
         Template of the prompt from the other columns, each in braces; a paragraph whose columns are
-        all blank is left out. Required with an ``answer_column``.
+        all blank is left out. Required with an ``answer_column``, but in a ``format`` of its own.
     label_names
         Names of the classes, in their order; null: those of the data. ``on_device``: null is all
         that the nodes have before round 1.
     max_length
-        Tokens that a row is cut to; a row of which nothing of the answer is left is left out.
+        Tokens that a row is cut to; a row of which nothing of the answer is left is left out. Of
+        a conversation the oldest exchanges go first.
     max_examples
         Rows of the training set, drawn at random; null: all. ``on_device``: rows of each node.
     max_test_examples
@@ -78,6 +89,10 @@ class DatasetSettings:
     test_path: str | None = None
     hub: str | None = None
     revision: str | None = None
+    format: str = choice(
+        "columns", "columns", "chat", "messages", "prompt_completion", "instruction"
+    )
+    system_prompt: str | None = None
     text_column: str = "text"
     label_column: str = "label"
     answer_column: str | None = None
@@ -91,6 +106,16 @@ class DatasetSettings:
     num_train: int = number(4000, at_least=40)
     num_test: int = number(1000, at_least=20)
     data_seed: int = number(0, at_least=0)
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether rows are conversations, which a chat template writes."""
+        return self.format != "columns"
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether rows are prompts with answers, which a causal language model learns."""
+        return self.has_conversations or bool(self.answer_column)
 
 
 @dataclass(frozen=True)

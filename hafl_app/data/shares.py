@@ -49,6 +49,9 @@ class CentralText(Protocol):
             Whether to tokenize prompts, to know which rows have no room for an answer.
         """
 
+    def example(self) -> EncodedText | None:
+        """Return a row that a client trains on, if the server has it and it has an answer."""
+
     @property
     def validation(self) -> EncodedText:
         """Rows for choosing a round."""

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from hafl_app.data.combinations import ON_DEVICE, check_choices
+from hafl_app.data.conversations import conversations_of, strings_of
 from hafl_app.data.errors import DataError, nearest
 from hafl_app.data.files import read_names, read_table
 from hafl_app.data.folders import both_files, find_split, resolve, train_file
-from hafl_app.data.hub import read_hub
+from hafl_app.data.hub import read_hub, read_hub_table
 from hafl_app.data.hub_tasks import read_hub_tasks
 from hafl_app.data.instructions import read_dolly, read_tasks, with_pairs
 from hafl_app.data.label_rules import class_fault, normal_name, sorted_label_names
@@ -47,8 +48,9 @@ class LabeledText:
     ----------
     train, test
         Columns ``text`` (string) and ``label`` (int, an index into ``label_names``), beside
-        the others of the file; with answers, ``text`` is the prompt and ``answer`` a string. In
-        place of ``text`` images have ``pixels``, nested lists (channels, height, width).
+        the others of the file; with answers, ``text`` is the prompt, of conversations a list of
+        messages, and ``answer`` a string. In place of ``text`` images have ``pixels``, nested lists
+        (channels, height, width).
     label_names
         Name of each class, or of each category of prompts.
     num_read
@@ -96,7 +98,7 @@ def load_text(source: DatasetSettings) -> LabeledText:
         )
     check_choices(source)
     train, test, names = _READERS[source.source](source)
-    if source.answer_column and "answer" not in train:
+    if source.has_answers and "answer" not in train:
         raise DataError(
             f"dataset.answer_column={source.answer_column}: {source.source!r} has no answers"
         )
@@ -105,7 +107,7 @@ def load_text(source: DatasetSettings) -> LabeledText:
     train, test = index_labels(train, names, "train"), index_labels(test, names, "test")
     num_read = (len(train), len(test))
     train = shuffled(train, source.max_examples, (source.data_seed, 0))
-    if not source.answer_column and train["label"].nunique() < 2:
+    if not source.has_answers and train["label"].nunique() < 2:
         raise DataError(
             f"dataset.label_column: all {len(train)} training rows are of one class; expected at "
             "least 2 classes"
@@ -120,7 +122,7 @@ def _class_names(
     """Return the classes that the settings or a file list, else those of the training data."""
     names = tuple(source.label_names or listed or sorted_label_names(train["label"]))
     fault = label_fault([normal_name(name) for name in names])
-    if not (fault or source.answer_column or source.label_names):
+    if not (fault or source.has_answers or source.label_names):
         fault = class_fault(train["label"])
     if fault:
         where = "label_names" if source.label_names else "label_column"
@@ -161,8 +163,15 @@ def _read_posts(file: Path, names: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _read_local(source: DatasetSettings) -> _Tables:
+    if source.has_conversations and source.hub and not source.path:
+        train, test = read_hub_table(source.hub, source.revision)
+        made = _with_pairs(train, source, source.hub)
+        if test is None:
+            return _split_test_off(made, source.data_seed)
+        return _Tables(made, _with_pairs(test, source, source.hub), None)
     if not source.path:
-        raise DataError("dataset.path: the source 'local' needs a file or folder, got none")
+        hub = " (or dataset.hub)" if source.has_conversations else ""
+        raise DataError(f"dataset.path: the source 'local' needs a file or folder{hub}, got none")
     path = resolve(source.path, "dataset.path")
     test_file = resolve(source.test_path, "dataset.test_path") if source.test_path else None
     if path.is_dir():
@@ -205,6 +214,8 @@ def _folder(source: DatasetSettings) -> Path:
 
 
 def _with_pairs(table: pd.DataFrame, source: DatasetSettings, origin: str) -> pd.DataFrame:
+    if source.has_conversations:
+        return conversations_of(table, source, origin)
     if not source.answer_column:
         raise DataError(f"dataset.answer_column must be given for {origin}")
     listed = source.label_names or ()
@@ -214,8 +225,10 @@ def _with_pairs(table: pd.DataFrame, source: DatasetSettings, origin: str) -> pd
 
 
 def _read_file(file: Path, source: DatasetSettings) -> pd.DataFrame:
-    if source.answer_column:
-        return _with_pairs(read_table(file, (), source.label_column), source, str(file))
+    if source.has_answers:
+        return _with_pairs(
+            read_table(file, strings_of(source), source.label_column), source, str(file)
+        )
     columns = (source.text_column, source.label_column)
     table = read_table(file, columns, source.label_column)
     return standardize(table, *columns, str(file), listed=source.label_names or ())

@@ -102,6 +102,10 @@ def prompts(table: "pd.DataFrame", template: str, origin: str) -> list[str]:
     return [render(template, dict(zip(names, row, strict=True))) for row in values]
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a cell of a table holds nothing."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _text(value: Any) -> str:
-    is_missing = value is None or (isinstance(value, float) and math.isnan(value))
-    return "" if is_missing else str(value)
+    return "" if is_missing(value) else str(value)

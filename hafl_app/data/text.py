@@ -3,14 +3,15 @@
 import contextlib
 import hashlib
 import itertools
+import json
 import logging
 import os
 import struct
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,17 @@ from hafl_app.data.errors import DataError
 logger = logging.getLogger(__name__)
 
 Tokenize = Callable[[list[str]], list[list[int]]]
-TokenizePairs = Callable[[list[str], list[str]], tuple[list[list[int]], list[int]]]
-"""From prompts and answers to rows of both, and the start of each answer in its row."""
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or the messages of a conversation."""
+
+MaskedRows = tuple[list[list[int]], list[list[bool]], list[bool]]
+"""Token ids of rows; whether each token counts in the loss; whether each row was cut."""
+
+TokenizePairs = Callable[[Sequence[Prompt], Sequence[str]], MaskedRows]
+"""From prompts and answers to rows of both."""
 
 _WAIT_SECONDS = 600.0
+_OF_ANSWERS = ("loss_mask", "is_cut")  # fields that plain text does not have
 _ZIP_LENGTHS_AT = 26  # of a file's name and extra field, in its header; their content follows
 
 
@@ -42,15 +50,18 @@ class EncodedText:
         Where each row starts, and the end, int64, shape (rows + 1,).
     labels
         Class index of each row, int64, shape (rows,).
-    answer_starts
-        Of prompts with answers: tokens of each row before its answer, int64, shape (rows,). At
-        least the row's length where it was cut before the answer. None for plain text.
+    loss_mask
+        Of prompts with answers: whether each token counts in the loss, shape (sum of lengths,). The
+        first token of a row never does: it follows nothing. None for plain text.
+    is_cut
+        Of prompts with answers: whether each row lost tokens to the limit, shape (rows,).
     """
 
     tokens: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
-    answer_starts: npt.NDArray[np.int64] | None = None
+    loss_mask: npt.NDArray[np.bool_] | None = None
+    is_cut: npt.NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,21 +103,31 @@ class EncodedText:
         offsets = _offsets(lengths)
         shift = self.offsets[rows] - offsets[:-1]
         source = np.arange(offsets[-1]) + np.repeat(shift, lengths)
-        starts = None if self.answer_starts is None else self.answer_starts[rows]
-        return EncodedText(self.tokens[source], offsets, self.labels[rows], starts)
+        return EncodedText(
+            self.tokens[source],
+            offsets,
+            self.labels[rows],
+            None if self.loss_mask is None else self.loss_mask[source],
+            None if self.is_cut is None else self.is_cut[rows],
+        )
+
+    @property
+    def num_targets(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row that count in the loss, shape (rows,); of plain text none."""
+        if self.loss_mask is None:
+            return np.zeros(len(self), dtype=np.int64)
+        counted = _offsets(self.loss_mask)
+        return counted[self.offsets[1:]] - counted[self.offsets[:-1]]
 
     @property
     def has_answer(self) -> npt.NDArray[np.bool_]:
-        """Whether each row has a token of its answer left, shape (rows,); all of plain text do."""
-        if self.answer_starts is None:
+        """Whether each row has a token that counts, shape (rows,); all of plain text do."""
+        if self.loss_mask is None:
             return np.ones(len(self), dtype=bool)
-        return self.lengths > np.maximum(self.answer_starts, 1)
+        return self.num_targets > 0
 
     def with_answers(self) -> "EncodedText":
-        """Return the rows that have a token of their answer to predict; all rows of plain text.
-
-        The first token of a row does not count: it follows nothing.
-        """
+        """Return the rows that have a token of their answer to predict; all rows of plain text."""
         answered = self.has_answer
         return self if answered.all() else self.select(np.flatnonzero(answered))
 
@@ -150,7 +171,7 @@ def encode(
 
 
 def encode_pairs(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     answers: Sequence[str],
     labels: npt.ArrayLike,
     tokenize: TokenizePairs,
@@ -164,7 +185,7 @@ def encode_pairs(
     prompts, answers, labels
         One of each per row, shape (rows,).
     tokenize
-        From prompts and answers to rows, cut to length, and where the answers start.
+        From prompts and answers to rows, cut to length, and which tokens count.
     cache, key
         As in `encode`.
 
@@ -183,10 +204,21 @@ def encode_pairs(
         raise DataError(f"{len(answers)} answers for {len(prompts)} prompts")
 
     def make() -> EncodedText:
-        rows, starts = tokenize(list(prompts), list(answers)) if prompts else ([], [])
-        return _flat(rows, classes, np.asarray(starts, dtype=np.int64))
+        rows, counts, is_cut = tokenize(prompts, answers) if prompts else ([], [], [])
+        flat = _flat(rows, classes)
+        return replace(flat, loss_mask=_mask(counts, flat), is_cut=np.array(is_cut, dtype=bool))
 
-    return _kept(cache, f"{key}/pairs", [*prompts, *answers], classes, make)
+    texts = [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts]
+    return _kept(cache, f"{key}/masks", [*texts, *answers], classes, make)
+
+
+def _mask(counts: Sequence[Sequence[bool]], rows: EncodedText) -> npt.NDArray[np.bool_]:
+    if list(map(len, counts)) != rows.lengths.tolist():
+        raise DataError("the tokenizer did not say of every token whether it counts")
+    mask = np.fromiter(itertools.chain.from_iterable(counts), np.bool_, len(rows.tokens))
+    starts = rows.offsets[:-1]
+    mask[starts[starts < rows.offsets[1:]]] = False
+    return mask
 
 
 def _classes(labels: npt.ArrayLike, rows: int) -> npt.NDArray[np.int64]:
@@ -219,16 +251,15 @@ def _kept(
 def _flat(
     rows: Sequence[Sequence[int]],
     labels: npt.NDArray[np.int64],
-    starts: npt.NDArray[np.int64] | None = None,
 ) -> EncodedText:
-    if len(rows) != len(labels) or (starts is not None and len(starts) != len(rows)):
+    if len(rows) != len(labels):
         raise DataError(f"the tokenizer made {len(rows)} rows of {len(labels)} texts")
     offsets = _offsets(np.fromiter(map(len, rows), np.int64, len(rows)))
     tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(offsets[-1]))
-    return EncodedText(tokens, offsets, labels, starts)
+    return EncodedText(tokens, offsets, labels)
 
 
-def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _offsets(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
@@ -268,9 +299,8 @@ def _read(path: Path, labels: npt.NDArray[np.int64]) -> EncodedText | None:
     """Read a file of the cache; None if it is absent, damaged or not ours."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            starts = arrays.get("answer_starts")
-            tokens = _mapped(path, "tokens")
-            encoded = EncodedText(tokens, arrays["offsets"], arrays["labels"], starts)
+            kept = (arrays["offsets"], arrays["labels"], *map(arrays.get, _OF_ANSWERS))
+            encoded = EncodedText(_mapped(path, "tokens"), *kept)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
@@ -304,7 +334,8 @@ def _mapped(path: Path, name: str) -> npt.NDArray[Any]:
 
 
 def _is_sound(encoded: EncodedText, labels: npt.NDArray[np.int64]) -> bool:
-    tokens, offsets, starts = encoded.tokens, encoded.offsets, encoded.answer_starts
+    tokens, offsets = encoded.tokens, encoded.offsets
+    mask, is_cut = encoded.loss_mask, encoded.is_cut
     return (
         (tokens.dtype, offsets.dtype) == (np.dtype(np.int32), np.dtype(np.int64))
         and tokens.ndim == 1
@@ -312,7 +343,8 @@ def _is_sound(encoded: EncodedText, labels: npt.NDArray[np.int64]) -> bool:
         and (int(offsets[0]), int(offsets[-1])) == (0, len(tokens))
         and bool((np.diff(offsets) >= 0).all())
         and np.array_equal(encoded.labels, labels)
-        and (starts is None or (starts.dtype, starts.shape) == (np.dtype(np.int64), labels.shape))
+        and (mask is None or (mask.dtype, mask.shape) == (np.dtype(bool), tokens.shape))
+        and (is_cut is None or (is_cut.dtype, is_cut.shape) == (np.dtype(bool), labels.shape))
     )
 
 

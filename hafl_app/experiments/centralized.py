@@ -11,6 +11,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from hafl_app.config.schema import Settings
+from hafl_app.data.conversations import prompt_facts
 from hafl_app.data.images import EncodedImages
 from hafl_app.data.text import EncodedText
 from hafl_app.lowrank.factors import Adapter, initial_adapter
@@ -54,12 +55,14 @@ def union(parts: Sequence[EncodedText]) -> EncodedText:
     starts = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])])
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=True)]
     end = sum(len(part.tokens) for part in parts)
-    answers = [part.answer_starts for part in parts if part.answer_starts is not None]
+    masks = [part.loss_mask for part in parts if part.loss_mask is not None]
+    cuts = [part.is_cut for part in parts if part.is_cut is not None]
     return EncodedText(
         tokens=np.concatenate([part.tokens for part in parts]),
         offsets=np.concatenate([*offsets, [end]]),
         labels=np.concatenate([part.labels for part in parts]),
-        answer_starts=np.concatenate(answers) if answers else None,
+        loss_mask=np.concatenate(masks) if masks else None,
+        is_cut=np.concatenate(cuts) if cuts else None,
     )
 
 
@@ -128,7 +131,7 @@ def train_centralized(
             "centralized": True,
             "seed": settings.seed,
             "metrics": summary["final"],
-            "template": settings.dataset.template,
+            **prompt_facts(settings.dataset),
             "base_weights": weights_note(settings.model),
         },
     )

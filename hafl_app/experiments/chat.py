@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from hafl_app.data.template import filled
+from hafl_app.data.conversations import typed_prompt
 from hafl_app.experiments.chat_request import BASE, WHOLE, ChatRequest
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.publishing.run_facts import read_run
@@ -16,9 +16,9 @@ from hafl_app.training.device import resolve_device
 from hafl_app.training.generate import (
     GenerationOptions,
     answer_codec,
-    prompt_tokens,
     written_answers,
 )
+from hafl_app.training.prompts import Prompt, prompt_tokens
 
 
 class PromptError(ValueError):
@@ -51,10 +51,12 @@ class Chat:
     def __init__(self, request: ChatRequest) -> None:
         trusted = request.trust_remote_code
         stored = read_adapter(request.folder, trust_remote_code=trusted)
-        self.template = _template(request.folder, stored)
+        self.template = _of_training(request.folder, stored, "template")
+        self._system_prompt = _of_training(request.folder, stored, "system_prompt")
+        self._kind = _of_training(request.folder, stored, "format") or "columns"
         self._adapters = {_title(who): _adapter_of(who, stored) for who in request.speakers}
         self._base = stored.spec.base
-        self._codec = answer_codec(self._base)
+        self._codec = answer_codec(self._base, self._prompt("?"))
         model = load_adapter(request.folder, trust_remote_code=trusted).model
         assert isinstance(model, LoraCausalLM)
         self._model = model.to(resolve_device("auto"))
@@ -62,6 +64,11 @@ class Chat:
             stored.max_length, request.max_new_tokens, temperature=request.temperature
         )
         self._seed = request.seed or 0
+
+    @property
+    def knows_its_prompt(self) -> bool:
+        """Whether a prompt is made as those of the training were."""
+        return self.template is not None or self._kind != "columns"
 
     @property
     def speakers(self) -> tuple[str, ...]:
@@ -92,9 +99,7 @@ class Chat:
         if not typed.strip():
             raise PromptError("the prompt is blank")
         text = typed.encode(errors="replace").decode()  # of bytes that are no text
-        if self.template:
-            text = filled(self.template, text)
-        tokens = prompt_tokens(self._base, text, self._options.max_length)
+        tokens = prompt_tokens(self._base, self._prompt(text), self._options.max_length)
         if not tokens:
             raise PromptError(
                 f"the prompt leaves no room for an answer within {self._options.max_length} "
@@ -102,10 +107,15 @@ class Chat:
             )
         return tokens
 
+    def _prompt(self, text: str) -> Prompt:
+        return typed_prompt(
+            text, kind=self._kind, template=self.template, system_prompt=self._system_prompt
+        )
 
-def _template(folder: Path, stored: StoredAdapter) -> str | None:
-    """Return the template that the adapter's card has, or its run's settings."""
-    found = stored.facts.get("template") or read_run(folder).setting("dataset", "template")
+
+def _of_training(folder: Path, stored: StoredAdapter, name: str) -> str | None:
+    """Return a setting of the data that the adapter's card has, or its run's settings."""
+    found = stored.facts.get(name) or read_run(folder).setting("dataset", name)
     return found if isinstance(found, str) else None
 
 

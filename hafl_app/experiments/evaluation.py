@@ -131,7 +131,7 @@ def _base_alone(settings: Settings) -> Subject:
 def _check_task(request: EvaluationRequest, subject: Subject) -> None:
     dataset, task = request.settings.dataset, subject.base.task
     kind = "labeled images" if dataset.source in IMAGES else "labeled text"
-    kind = "prompts with answers" if dataset.answer_column else kind
+    kind = "prompts with answers" if dataset.has_answers else kind
     needed = _NEEDED[task]
     if kind != needed:
         raise SettingsError(

@@ -9,6 +9,8 @@ from typing import Any
 
 from hafl_app.config.compose import SettingsError, compose, strategy_arguments
 from hafl_app.config.schema import RankTier, Settings
+from hafl_app.data.central import central_rows
+from hafl_app.data.combinations import ON_DEVICE
 from hafl_app.data.federated import FederatedText
 from hafl_app.data.pairs import Pairs, pairs_of
 from hafl_app.data.partition import Partitioning
@@ -101,6 +103,9 @@ def task(settings: Settings) -> Task:
 
 def test_pairs(settings: Settings) -> Pairs:
     """Return the prompts and the expected answers of the test set, in full length."""
+    if settings.dataset.source == ON_DEVICE:
+        table = central_rows(settings.dataset)
+        return Pairs(*(table[name].tolist() for name in ("text", "answer", "label")))
     text = load_text(settings.dataset)
     return pairs_of(text.test, text.label_names)
 

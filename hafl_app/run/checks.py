@@ -17,10 +17,11 @@ from hafl_app.config.files import files_of
 from hafl_app.config.habits import MODEL
 from hafl_app.config.schema import Settings
 from hafl_app.data.combinations import IMAGES, ON_DEVICE, check_choices, check_sharing
-from hafl_app.data.errors import DataError
+from hafl_app.data.errors import DataError, nearest
 from hafl_app.printable import without_credentials
 from hafl_app.server.devices import DevicesSettings
 from hafl_app.server.settings import ServerOptimizerSettings
+from hafl_app.training.chat_templates import CHAT_TEMPLATES
 from hafl_app.training.settings import CLOSED_FORM
 
 _PINS: Final = ("revision", "sha256", "package_path", "package_sha256")
@@ -210,15 +211,22 @@ def _is_local(path: str) -> bool:
 
 def _answers(settings: Settings) -> Iterator[str]:
     """Answers without a model that learns them, and the other way round."""
-    answers, causal = settings.dataset.answer_column, settings.model.task == CAUSAL_LM
-    if causal and not answers:
+    dataset, causal = settings.dataset, settings.model.task == CAUSAL_LM
+    on_device = dataset.source == ON_DEVICE and not dataset.has_conversations
+    if causal and on_device:
         yield (
-            "model.task=causal_lm needs prompts with answers: dataset=dolly, or another with "
-            "dataset.answer_column and dataset.template"
+            "model.task=causal_lm with dataset=on_device learns the nodes' conversations; expected "
+            "dataset.format=chat"
         )
-    if answers and not causal:
+    elif causal and not dataset.has_answers:
         yield (
-            f"dataset.answer_column={answers}: answers are learned by a model=causal, "
+            "model.task=causal_lm needs prompts with answers: dataset=chat or dolly, or another "
+            "with dataset.answer_column and dataset.template"
+        )
+    if dataset.has_answers and not causal:
+        given = "answer_column" if dataset.answer_column else "format"
+        yield (
+            f"dataset.{given}={getattr(dataset, given)}: answers are learned by a model=causal, "
             f"model.task is {settings.model.task}"
         )
     if not causal and (tokens := settings.client.tokens_per_step):
@@ -230,6 +238,19 @@ def _answers(settings: Settings) -> Iterator[str]:
         yield "model.head=local: a causal language model has no head"
     if causal and (tau := settings.client.logit_adjustment) is not None:
         yield f"client.logit_adjustment={tau:g}: a causal language model has no classes"
+
+
+def _chat_template(settings: Settings) -> Iterator[str]:
+    """Refuse a chat template that is neither known by name nor one itself."""
+    given = settings.model.chat_template
+    if given is None:
+        return
+    if "{" not in given and given not in CHAT_TEMPLATES:
+        known = ", ".join(CHAT_TEMPLATES)
+        yield (
+            f"model.chat_template={given}: expected one of {known}, or a Jinja template"
+            f"{nearest(given, CHAT_TEMPLATES)}"
+        )
 
 
 def _closed_form(settings: Settings) -> Iterator[str]:
@@ -583,6 +604,7 @@ _CHECKS: Final[tuple[Callable[[Settings], Iterator[str]], ...]] = (
     _pinned_base,
     _images,
     _answers,
+    _chat_template,
     _data,
     _closed_form,
     _unseen_clients,

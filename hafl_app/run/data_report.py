@@ -13,7 +13,9 @@ from hafl_app.data.account import ClientRows, DataAccount
 from hafl_app.data.combinations import ON_DEVICE
 from hafl_app.data.shares import CentralText
 from hafl_app.run import build
+from hafl_app.run.example_row import print_example
 from hafl_app.tracking.as_text import Printer
+from hafl_app.training.prompts import token_decoder
 from hafl_app.wire.node_profile import NodeProfile
 
 DATA_FILE: Final = "data.json"
@@ -61,6 +63,8 @@ def report_data(
     printer = Printer(console)
     for line in data_lines(account):
         printer.line(line)
+    if account.tokens and (example := text.example()) is not None:
+        print_example(example, token_decoder(build.base_spec(settings)), console)
 
 
 def data_lines(account: DataAccount) -> list[str]:
@@ -80,6 +84,7 @@ def data_lines(account: DataAccount) -> list[str]:
             if count
         ),
         *(f"  dropped    {count:>9,} rows: {reason}" for reason, count in account.dropped.items()),
+        *_tokens(account),
         f"  classes    {len(account.label_names):>9,}{_spread(account.labels)}",
         *([f"  unused     {empty:>9,} classes without a training row"] if empty else []),
         *(f"  note: {note}" for note in account.notes),
@@ -87,6 +92,17 @@ def data_lines(account: DataAccount) -> list[str]:
     if account.clients and account.label_names:
         lines += ["Training rows by class and client", *_clients(account)]
     return lines
+
+
+def _tokens(account: DataAccount) -> list[str]:
+    """Describe the tokens of the training rows, if they have answers."""
+    if not account.tokens:
+        return []
+    share = account.answer_tokens / account.tokens
+    return [
+        f"  tokens     {account.tokens:>9,} in training, {share:.1%} of which count in the loss",
+        f"  cut        {account.cut:>9,} training rows, to dataset.max_length",
+    ]
 
 
 def _spread(labels: Mapping[str, int]) -> str:

@@ -21,6 +21,10 @@ _NO_SUCH: Final = object()
 _ANY: Final = ()  # any value but 0, false and null
 OR: Final = " or "
 _TEXT: Final = tuple(name for name in choices_of(DatasetSettings, "source") if name != "digits")
+_TALKS: Final = (
+    "dataset.format",
+    tuple(name for name in choices_of(DatasetSettings, "format") if name != "columns"),
+)
 _PRIVATE: Final = ("privacy.kind", ("central_dp", "local_dp"))
 _WANDB: Final = ("tracking", ("wandb",))
 _MLFLOW: Final = ("tracking", ("mlflow",))
@@ -47,8 +51,10 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "tracking.uri": _MLFLOW,
     "dataset.num_train": _GENERATED,
     "dataset.num_test": _GENERATED,
-    "dataset.hub": ("dataset.source", ("banking77", "newsgroups", "natural_instructions")),
+    "dataset.hub": ("dataset.source", ("banking77", "newsgroups", "natural_instructions", "local")),
     "dataset.text_column": ("dataset.source", ("banking77", "local", "on_device")),
+    "dataset.system_prompt": _TALKS,
+    "model.chat_template": _TALKS,
     "dataset.max_length": ("dataset.source", _TEXT),
     "model.head": ("model.task", ("classification", "image_classification")),
     "model.head_refresh_every": _CLOSED_FORM,

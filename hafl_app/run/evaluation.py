@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hafl_app.config.schema import Settings
+from hafl_app.data.conversations import as_text
 from hafl_app.data.shares import CentralText
 from hafl_app.data.text import EncodedText
 from hafl_app.heads.solve import ValidationFeatures
@@ -121,7 +122,8 @@ class CentralEvaluation:
             self._model.load_whole(adapter)
             written = write_answers(self._model, build.base_spec(settings), prompts, options)
         return [
-            {**asdict(one), "answer": written.texts[row]} for row, one in enumerate(self.watched)
+            {**asdict(one), "prompt": as_text(one.prompt), "answer": written.texts[row]}
+            for row, one in enumerate(self.watched)
         ]
 
     def primary_test_metric(self, adapter: Adapter) -> float:

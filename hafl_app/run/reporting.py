@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from hafl_app.config.compose import strategy_arguments
 from hafl_app.config.schema import Settings
+from hafl_app.data.conversations import prompt_facts
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.metrics import LOSS, TASKS, Choice, spread_of
 from hafl_app.publishing.card import add_card
@@ -497,7 +498,7 @@ class RunReport:
                 "head": self._settings.model.head,
                 "strategy": plain_settings(self._settings)["strategy"],
                 "seed": self._settings.seed,
-                "template": self._settings.dataset.template,
+                **prompt_facts(self._settings.dataset),
                 "base_weights": weights_note(self._settings.model),
             },
         )

@@ -8,10 +8,11 @@ from flwr.serverapp import Grid
 from hafl_app.config.schema import Settings
 from hafl_app.data.central import CentralFile, central_label_names
 from hafl_app.data.combinations import ON_DEVICE
+from hafl_app.data.conversations import ONE_CLASS
 from hafl_app.data.labels import MOST_LABELS, checked_label_names, union_of_labels
 from hafl_app.data.shares import CentralText
 from hafl_app.run import build
-from hafl_app.run.tokenization import tokenizing
+from hafl_app.run.tokenization import pair_tokenizer, tokenizing
 from hafl_app.server.coordinator import Strategy
 from hafl_app.server.node_directory import NodeDirectory
 from hafl_app.server.numbering import Numbering
@@ -44,7 +45,8 @@ def central_text(settings: Settings, label_names: Sequence[str]) -> CentralText:
         # The central splits are the same whatever the number of clients.
         return build.federated_text(settings, settings.federation.num_clients)
     how = tokenizing(build.base_spec(settings), settings.dataset.max_length)
-    return CentralFile(settings.dataset, label_names, **how)
+    pairs = pair_tokenizer(build.base_spec(settings), settings.dataset.max_length)
+    return CentralFile(settings.dataset, label_names, tokenize_pairs=pairs, **how)
 
 
 def wait_for_nodes(
@@ -90,6 +92,8 @@ def known_label_names(settings: Settings) -> tuple[str, ...] | None:
     """
     if settings.dataset.source != ON_DEVICE:
         return build.federated_text(settings, settings.federation.num_clients).label_names
+    if settings.dataset.has_conversations:
+        return (ONE_CLASS,)
     names = settings.dataset.label_names
     return None if names is None else checked_label_names(names, "dataset.label_names")
 

@@ -1,9 +1,10 @@
 """Tokenization of a run's texts: lazy tokenizers, their and keys of what is kept."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from hafl_app.data.text import Tokenize, TokenizePairs
+from hafl_app.data.text import MaskedRows, Prompt, Tokenize, TokenizePairs
 from hafl_app.kept import cache_folder
 from hafl_app.training.base_model import CAUSAL_LM, load_tokenizer
 from hafl_app.training.prompts import load_pair_tokenizer
@@ -66,11 +67,21 @@ class _LazyPairTokenizer:
         self._spec = spec
         self._max_length = max_length
 
-    def __call__(self, prompts: list[str], answers: list[str]) -> tuple[list[list[int]], list[int]]:
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> MaskedRows:
         return load_pair_tokenizer(self._spec, self._max_length)(prompts, answers)
 
 
 def _tokenizer_key(spec: BaseSpec, max_length: int) -> str:
     # A tokenizer of the model's own code may cut texts otherwise.
     code = "/own code" if spec.trust_remote_code else ""
-    return f"{spec.path}@{spec.revision}/{max_length}{code}"
+    template = f"/{spec.chat_template}" if spec.chat_template else ""
+    return f"{spec.path}@{spec.revision}{_changed(spec.path)}/{max_length}{code}{template}"
+
+
+def _changed(path: str) -> str:
+    """Return when the tokenizer or chat template of a local folder last changed; else nothing."""
+    folder = Path(path).expanduser() if path else None
+    if folder is None or not folder.is_dir():
+        return ""
+    files = [*folder.glob("*token*.json"), *folder.glob("chat_template*")]
+    return f"/{max((file.stat().st_mtime_ns for file in files), default=0)}"

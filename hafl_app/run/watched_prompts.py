@@ -10,10 +10,11 @@ from typing import Final
 
 from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import Settings
-from hafl_app.data.template import filled
+from hafl_app.data.conversations import typed_prompt
+from hafl_app.data.text import Prompt
 from hafl_app.run import build
 from hafl_app.run.checks import CAUSAL_LM
-from hafl_app.training.generate import prompt_tokens
+from hafl_app.training.prompts import prompt_tokens
 
 _BY_ITSELF: Final = 3  # prompts that a run watches without being asked
 
@@ -25,14 +26,14 @@ class WatchedPrompt:
     Parameters
     ----------
     prompt
-        With the template around it.
+        With the template around it, or as a conversation.
     expected
         The answer in the test set; empty for a prompt of the settings.
     category
         In the test set; empty where there is one category, or none.
     """
 
-    prompt: str
+    prompt: Prompt
     expected: str = ""
     category: str = ""
 
@@ -78,8 +79,18 @@ def watched_prompts(settings: Settings, test_rows: int) -> list[WatchedPrompt]:
 
 
 def _of_settings(settings: Settings, prompts: Sequence[str]) -> list[WatchedPrompt]:
-    template = settings.dataset.template
-    found = [WatchedPrompt(filled(template, prompt) if template else prompt) for prompt in prompts]
+    dataset = settings.dataset
+    found = [
+        WatchedPrompt(
+            typed_prompt(
+                prompt,
+                kind=dataset.format,
+                template=dataset.template,
+                system_prompt=dataset.system_prompt,
+            )
+        )
+        for prompt in prompts
+    ]
     for prompt, watched in zip(prompts, found, strict=True):
         if not _has_room(settings, watched.prompt):
             raise SettingsError(
@@ -106,5 +117,5 @@ def _of_test_set(settings: Settings, count: int) -> list[WatchedPrompt]:
     return [*found, *others][:count]
 
 
-def _has_room(settings: Settings, prompt: str) -> bool:
+def _has_room(settings: Settings, prompt: Prompt) -> bool:
     return bool(prompt_tokens(build.base_spec(settings), prompt, settings.dataset.max_length))

@@ -48,6 +48,12 @@ class Printer:
         for line in fitted([part for part in parts if part.plain]):
             self._print(line)
 
+    def block(self, text: Text, indent: str = INDENT) -> None:
+        """Print styled text of several lines, indented; long ones go on below."""
+        for line in text.split("\n", allow_blank=True):
+            for piece in line.wrap(_PLAIN, WIDTH - len(indent), overflow="fold") or [Text()]:
+                self._print(Text(indent if piece.plain else "").append_text(piece))
+
     def path(self, text: str) -> None:
         """Print a line with a path or a command, which is whole however long it is."""
         self._print(Text(text))

@@ -70,7 +70,7 @@ class LoraCausalLM(LoraModel):
         return logits
 
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
-        """Return padded rows; labels of shape ``(rows, length)`` are the answers' tokens.
+        """Return padded rows; labels of shape ``(rows, length)`` are the tokens that count.
 
         Raises
         ------
@@ -78,12 +78,13 @@ class LoraCausalLM(LoraModel):
             If the examples have no answers.
         """
         padded = make_batch(examples, rows, self.device)
-        starts = torch.from_numpy(_starts(examples)[rows]).to(self.device)
-        places = torch.arange(padded.input_ids.shape[1], device=self.device)
-        answers = (places >= starts[:, None]) & padded.attention_mask.bool()
-        return Batch(
-            padded.input_ids, padded.attention_mask, padded.input_ids.where(answers, IGNORED)
-        )
+        mask = _loss_mask(examples)
+        counts = np.zeros(padded.input_ids.shape, dtype=bool)
+        for place, row in enumerate(rows):
+            begin, end = examples.offsets[row : row + 2]
+            counts[place, : end - begin] = mask[begin:end]
+        labels = padded.input_ids.where(torch.from_numpy(counts).to(self.device), IGNORED)
+        return Batch(padded.input_ids, padded.attention_mask, labels)
 
     def predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits ``(rows, length - 1, vocabulary)`` and what they are to predict.
@@ -95,17 +96,17 @@ class LoraCausalLM(LoraModel):
         return logits[:, :-1], batch.labels[:, 1:]
 
     def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
-        """Count the answers' tokens. A row's first token is predicted from nothing."""
-        lengths = np.diff(examples.offsets)[rows]
-        return int((lengths - np.maximum(_starts(examples)[rows], 1)).clip(min=0).sum())
+        """Count the tokens that count in the loss."""
+        mask, offsets = _loss_mask(examples), examples.offsets
+        return sum(int(mask[offsets[row] : offsets[row + 1]].sum()) for row in rows)
 
     def labels_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """Return one label a token."""
         return shape
 
 
-def _starts(examples: Examples) -> NDArray[np.int64]:
-    starts: NDArray[np.int64] | None = getattr(examples, "answer_starts", None)
-    if starts is None:
+def _loss_mask(examples: Examples) -> NDArray[np.bool_]:
+    mask: NDArray[np.bool_] | None = getattr(examples, "loss_mask", None)
+    if mask is None:
         raise ValueError("model.task=causal_lm: the examples have no answers")
-    return starts
+    return mask

@@ -13,10 +13,9 @@ from hafl_app.training.answers import GenerationScores, score_answers
 from hafl_app.training.base_model import CAUSAL_LM, hub_tokenizer
 from hafl_app.training.causal import LoraCausalLM
 from hafl_app.training.lora_model import LoraModel
-from hafl_app.training.prompts import load_pair_tokenizer
+from hafl_app.training.prompts import Prompt, answer_end, prompt_tokens
 from hafl_app.training.settings import BaseSpec
 
-_TINY_END: Final = 0  # of an answer, for models without files
 _PAD: Final = 0  # masked
 
 
@@ -95,7 +94,7 @@ class NoAnswerError(ValueError):
 def score_generation(
     model: LoraModel,
     spec: BaseSpec,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     references: Sequence[str],
     options: GenerationOptions,
     categories: Sequence[str] = (),
@@ -131,7 +130,7 @@ def score_generation(
 
 
 def write_answers(
-    model: LoraModel, spec: BaseSpec, prompts: Sequence[str], options: GenerationOptions
+    model: LoraModel, spec: BaseSpec, prompts: Sequence[Prompt], options: GenerationOptions
 ) -> WrittenTexts:
     """Answer prompts with the factors that the model holds now.
 
@@ -150,7 +149,7 @@ def write_answers(
             f"none of {len(prompts)} prompts leaves room for an answer within "
             f"dataset.max_length={options.max_length}"
         )
-    codec = answer_codec(spec)
+    codec = answer_codec(spec, prompts[0])
     if options.max_seconds is None:
         answers = written_answers(model, list(rows.values()), codec.end, options)
     else:
@@ -163,30 +162,23 @@ def write_answers(
     return WrittenTexts(texts, left_out, len(rows) - len(answers))
 
 
-def prompt_tokens(spec: BaseSpec, prompt: str, max_length: int) -> list[int]:
-    """Return a prompt's tokens as in training; none where it leaves no room within a length.
-
-    Raises
-    ------
-    hafl_app.training.locate.ModelError
-        If the tokenizer is not there.
-    """
-    (tokens,), (start,) = load_pair_tokenizer(spec, max_length)([prompt], [""])
-    return tokens[:start] if start < max_length else []
-
-
-def answer_codec(spec: BaseSpec) -> AnswerCodec:
+def answer_codec(spec: BaseSpec, prompt: Prompt = "") -> AnswerCodec:
     """Return the end token and decoder; without files a token is decoded as its number.
 
+    Parameters
+    ----------
+    prompt
+        One of those to be answered: conversations may end otherwise than texts.
+
     Raises
     ------
     hafl_app.training.locate.ModelError
         If the tokenizer is not there.
     """
+    end = answer_end(spec, prompt)
     if spec.is_without_files:
-        return AnswerCodec(_TINY_END, lambda ids: " ".join(map(str, ids)))
+        return AnswerCodec(end, lambda ids: " ".join(map(str, ids)))
     tokenizer = hub_tokenizer(spec)
-    end = None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
     return AnswerCodec(end, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
 
@@ -310,7 +302,7 @@ def _until(tokens: list[int], end: int | None) -> list[int]:
 
 
 def _fitting(
-    spec: BaseSpec, prompts: list[str], options: GenerationOptions
+    spec: BaseSpec, prompts: list[Prompt], options: GenerationOptions
 ) -> tuple[dict[int, list[int]], int]:
     """Return the tokens of the first prompts that fit, by row, and how many before did not."""
     wanted = len(prompts) if options.max_examples is None else options.max_examples

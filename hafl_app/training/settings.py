@@ -52,6 +52,10 @@ class BaseSpec:
     dropout
         Train with the dropout of the base model's own configuration. False: without any, since its
         weights are frozen. ``lora.lora_dropout``, before the trained factors, is another matter.
+    chat_template
+        Chat template of conversations: ``instruction`` or ``chatml``, or a Jinja template itself;
+        null: the model's own. A node renders a template of the run's own only with
+        ``allow-remote-code``.
     """
 
     path: str = ""
@@ -67,6 +71,7 @@ class BaseSpec:
     shape: dict[str, Any] | None = setting(None, hashed=False)
     quantization: str = choice("none", "none", "bf16", "int8", "nf4", "blockwise")
     dropout: bool = setting(False)
+    chat_template: str | None = None
 
     @property
     def is_without_files(self) -> bool:

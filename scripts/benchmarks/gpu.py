@@ -89,15 +89,16 @@ class Answers:
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64]
-    answer_starts: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_]
 
 
 def random_answers(rows: int, length: int, vocabulary: int, seed: int = 0) -> Answers:
     """Return so many rows of ``length`` tokens each."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, vocabulary, rows * length).astype(np.int32)
-    zeros = np.zeros(rows, np.int64)
-    return Answers(tokens, np.arange(rows + 1, dtype=np.int64) * length, zeros, zeros + 1)
+    offsets = np.arange(rows + 1, dtype=np.int64) * length
+    counts = np.arange(rows * length) % length > 0
+    return Answers(tokens, offsets, np.zeros(rows, np.int64), counts)
 
 
 def make_client(shape: Mapping[str, Any], device: torch.device) -> Client:

@@ -72,6 +72,11 @@ REFUSED = {
         "allowed-models",
     ),
     "a model's own code": (("model.trust_remote_code=true",), Fault.REFUSED, "allow-remote-code"),
+    "a template of its own": (
+        ("model.chat_template='{{ messages }}'", "dataset.format=chat", "model=tiny_random_causal"),
+        Fault.REFUSED,
+        "allow-remote-code",
+    ),
     "a class": (("strategy._target_=os.system",), Fault.BAD_REQUEST, "expected a class of"),
     "a class that is no method": (
         ("strategy._target_=hafl_app.strategies.base.MetricRecord",),
@@ -92,6 +97,19 @@ REFUSED = {
     "names as labels": (("dataset.label_column=name",), Fault.REFUSED, "label-column"),
     "names as texts": (("dataset.text_column=name",), Fault.REFUSED, "text-column"),
     "a column that may exist": (("dataset.label_column=hiv",), Fault.REFUSED, "label-column"),
+    "a kind of conversations": (
+        ("dataset.format=prompt_completion", "model=tiny_random_causal"),
+        Fault.REFUSED,
+        "data-format",
+    ),
+    "a template over its columns": (
+        (
+            *("dataset.format=chat", "dataset.template='{hiv}'", "dataset.answer_column=name"),
+            "model=tiny_random_causal",
+        ),
+        Fault.BAD_REQUEST,
+        "a run names no column of a node's file",
+    ),
     # The environment, and files beside conf/
     "the environment": (
         ("dataset.path='${oc.env:SECRET}'",),

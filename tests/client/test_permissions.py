@@ -175,6 +175,13 @@ class TestRemoteCode:
             "model.trust_remote_code=true", {"allow-remote-code": value}
         )
 
+    def test_a_chat_template_of_the_runs_own_is_code_a_named_one_is_not(self):
+        own = """model=encoder model.path=x "model.chat_template='{{ messages }}'" """
+        models = {"allowed-models": "x"}
+        assert "allow-remote-code" in refusal(own, models)
+        check(own, {**models, "allow-remote-code": True})
+        check("model=encoder model.path=x model.chat_template=instruction", models)
+
     def test_a_word_that_is_neither(self):
         with pytest.raises(NodeConfigError, match=r"allow-remote-code .*expected true or false"):
             check("", {"allow-remote-code": "yes please"})

@@ -48,7 +48,7 @@ def said(capsys, *arguments):
 
 
 def written_as(monkeypatch, text):
-    monkeypatch.setattr(chat_module, "answer_codec", lambda _: AnswerCodec(0, lambda _: text))
+    monkeypatch.setattr(chat_module, "answer_codec", lambda *_: AnswerCodec(0, lambda _: text))
 
 
 class TestOnePrompt:

@@ -18,8 +18,11 @@ def words(texts):
 
 
 def pairs(prompts, answers, most=6):
-    rows = [[*p, *a][:most] for p, a in zip(words(prompts), words(answers), strict=True)]
-    return rows, [len(prompt.split()) for prompt in prompts]
+    pairs = list(zip(words(prompts), words(answers), strict=True))
+    rows = [[*p, *a] for p, a in pairs]
+    counts = [[False] * len(p) + [True] * len(a) for p, a in pairs]
+    cut = [len(row) > most for row in rows]
+    return [row[:most] for row in rows], [mask[:most] for mask in counts], cut
 
 
 def federated(path, kind="iid", clients=3, *, validation=0.1, most=6, partition=None, **settings):
@@ -107,6 +110,27 @@ class TestAnswers:
         assert account.dropped == {"no room for an answer within dataset.max_length": 60}
         assert account.test == 50
         assert account.validation + sum(c.train + c.holdout for c in account.clients) == 50
+
+    def test_tokens_are_those_that_clients_train_on(self, prompts):
+        data = federated(prompts, **ASKED)
+        account = data.account()
+        trained = [data.train(i) for i in range(3)]
+        assert account.tokens == sum(len(rows.tokens) for rows in trained)
+        # A word each; the prompt of 5 words and its answer fill the six tokens.
+        assert account.answer_tokens == sum(client.train for client in account.clients)
+        assert account.cut == 0
+
+    def test_rows_that_lose_a_part_of_their_answer_are_cut(self, prompts):
+        text = (prompts / "train.csv").read_text().replace(",word,", ",word word,")
+        (prompts / "train.csv").write_text(text)
+        data = federated(prompts, **ASKED)
+        account = data.account()
+        last = sum(int((data.train(i).num_targets == 1).sum()) for i in range(3))
+        assert account.cut == last > 0  # prompts of 5 words leave room for one of two
+
+    def test_an_example_is_a_row_of_the_first_client(self, prompts):
+        data = federated(prompts, **ASKED)
+        assert data.example().tokens.tolist() == data.train(0).row(0).tolist()
 
     def test_are_not_tokenized_unless_asked(self, prompts):
         account = federated(prompts, most=0, **ASKED).account(by_tokens=False)

@@ -1,5 +1,6 @@
 """Prompts with answers: templates, folders, rows without room for an answer, and partitions."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -15,7 +16,7 @@ from hafl_app.data.partition import Partitioning
 from hafl_app.data.settings import DatasetSettings, PartitionSettings
 from hafl_app.data.sources import load_text
 from hafl_app.data.template import columns_of, prompts, render
-from hafl_app.data.text import encode_pairs
+from hafl_app.data.text import EncodedText, encode_pairs
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TEMPLATE = "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
@@ -26,11 +27,17 @@ CATEGORIES = ("qa", "poem", "list")
 
 def words(prompts: list[str], answers: list[str], most: int = 12):
     """Tokenize: a word is as long as it is, cut to so many words."""
-    rows = [
-        [*map(len, p.split()), *map(len, a.split())][:most]
-        for p, a in zip(prompts, answers, strict=True)
-    ]
-    return rows, [len(p.split()) for p in prompts]
+    pairs = [(p.split(), a.split()) for p, a in zip(prompts, answers, strict=True)]
+    rows = [[*map(len, p), *map(len, a)] for p, a in pairs]
+    counts = [[False] * len(p) + [True] * len(a) for p, a in pairs]
+    cut = [len(row) > most for row in rows]
+    return [row[:most] for row in rows], [mask[:most] for mask in counts], cut
+
+
+def starts_of(rows: EncodedText) -> list[int]:
+    """Return where the tokens of each row begin to count."""
+    masks = (rows.loss_mask[a:b] for a, b in itertools.pairwise(rows.offsets))
+    return [mask.tolist().index(True) for mask in masks]
 
 
 def row(number: int, **changes: str) -> dict[str, str]:
@@ -275,7 +282,7 @@ class TestFederation:
         with caplog.at_level(logging.WARNING):
             trained = [data.train(i) for i in range(11)]
 
-        assert all((rows.lengths > rows.answer_starts).all() for rows in trained)
+        assert all(rows.has_answer.all() for rows in trained)
         assert sum(map(len, trained)) < 0.7 * sum(data.sizes())
         total, cut = sum(range(20, 31)), sum(number % 3 == 0 for number in range(275))
         assert f"{cut} of {total} training examples are left out" in caplog.text
@@ -305,8 +312,8 @@ class TestEncoding:
         )
 
         assert calls == [2]
-        np.testing.assert_array_equal(first.answer_starts, [2, 1])
-        np.testing.assert_array_equal(second.answer_starts, first.answer_starts)
+        assert starts_of(first) == starts_of(second) == [2, 1]
+        np.testing.assert_array_equal(second.is_cut, first.is_cut)
         np.testing.assert_array_equal(second.tokens, first.tokens)
 
     def test_what_is_prompt_and_what_is_answer_matters(self, tmp_path):
@@ -314,12 +321,27 @@ class TestEncoding:
             encode_pairs(prompts, answers, [0], words, tmp_path, "key")
             for prompts, answers in ((["a"], ["b c"]), (["a b"], ["c"]))
         ]
-        assert [e.answer_starts.tolist() for e in encodings] == [[1], [2]]
+        assert [starts_of(e) for e in encodings] == [[1], [2]]
 
     def test_selected_rows_keep_their_starts(self):
         encoded = encode_pairs(["a b", "c", "d e f"], ["x", "y", "z"], [0, 1, 2], words, None, "k")
         chosen = encoded.select([2, 0])
-        np.testing.assert_array_equal(chosen.answer_starts, [3, 2])
+        assert starts_of(chosen) == [3, 2]
+        assert chosen.num_targets.tolist() == [1, 1]
+
+    def test_the_first_token_of_a_row_never_counts(self):
+        encoded = encode_pairs(["", "a", ""], ["x y", "z", ""], [0, 0, 0], words, None, "k")
+        assert encoded.loss_mask.tolist() == [False, True, False, True]
+        assert encoded.num_targets.tolist() == [1, 1, 0]
+        assert encoded.has_answer.tolist() == [True, True, False]
+
+    def test_a_tokenizer_says_of_every_token_whether_it_counts(self):
+        def careless(prompts, answers):
+            rows, counts, cut = words(prompts, answers)
+            return rows, [mask[:-1] for mask in counts], cut
+
+        with pytest.raises(DataError, match="every token"):
+            encode_pairs(["a"], ["b"], [0], careless, None, "k")
 
     def test_an_answer_for_every_prompt(self):
         with pytest.raises(DataError, match="1 answers for 2 prompts"):
@@ -334,6 +356,18 @@ class TestRealData:
         clients = text.train.to_pandas()["client"]
         assert (len(text.train), len(text.test), len(text.label_names)) == (14931, 80, 8)
         assert (clients.nunique(), clients.value_counts().min()) == (10, 443)
+
+    def test_dolly_as_conversations(self):
+        source = DatasetSettings(
+            "dolly",
+            str(SHARED / "dolly15k_10clients"),
+            format="instruction",
+            label_column="category",
+        )
+        text = load_text(source)
+        assert (len(text.train), len(text.test), len(text.label_names)) == (14931, 80, 8)
+        assert {"text", "answer", "label", "client", "category"} == set(text.train.column_names)
+        assert [m["role"] for m in text.train[0]["text"]] == ["user"]
 
     def test_gsm8k(self):
         source = DatasetSettings(

@@ -14,7 +14,7 @@ from hafl_app.publishing.export import ExportRequest, export_adapter
 from hafl_app.publishing.truncation import truncate_adapter
 from hafl_app.training.adapter_files import read_adapter, save_adapter
 from hafl_app.training.generate import GenerationOptions, answer_codec, written_answers
-from hafl_app.training.prompts import load_pair_tokenizer
+from hafl_app.training.prompts import prompt_tokens
 
 RANK = 3
 
@@ -53,10 +53,10 @@ def written(prompt, adapter):
     model = CAUSAL.build()
     if adapter is not None:
         model.load_whole(adapter)
-    (tokens,), (start,) = load_pair_tokenizer(CAUSAL.base, 16)([prompt], [""])
+    tokens = prompt_tokens(CAUSAL.base, prompt, 16)
     codec = answer_codec(CAUSAL.base)
     options = GenerationOptions(max_length=16, max_new_tokens=8)
-    return codec.decode(written_answers(model, [tokens[:start]], codec.end, options)[0])
+    return codec.decode(written_answers(model, [tokens], codec.end, options)[0])
 
 
 class TestSpeakers:
@@ -112,10 +112,22 @@ class TestPrompts:
         assert answer == expected
         assert prompts == ["own typed", "own typed"]
 
+    def test_an_adapter_of_conversations_is_talked_to(self, tmp_path, prompts):
+        facts = {"format": "messages", "system_prompt": "be kind", "template": None}
+        chat = talk(save(tmp_path / "adapter", **facts))
+        list(chat.answers("typed"))
+        (prompt,) = prompts
+        assert [(m["role"], m["content"]) for m in prompt] == [
+            ("system", "be kind"),
+            ("user", "typed"),
+        ]
+        assert chat.knows_its_prompt
+
     def test_where_none_is_known_it_goes_as_it_is(self, folder, prompts):
         chat = talk(folder)
         list(chat.answers("just\udcff this"))
         assert chat.template is None
+        assert not chat.knows_its_prompt
         assert prompts == ["just? this"]
 
     @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ class Pairs:
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
     labels: NDArray[np.int64]
-    answer_starts: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_]
 
 
 def pairs_of(pairs: list[tuple[list[int], list[int]]]) -> Pairs:
@@ -28,8 +28,13 @@ def pairs_of(pairs: list[tuple[list[int], list[int]]]) -> Pairs:
         np.array([token for row in rows for token in row], dtype=np.int32),
         np.cumsum([0, *map(len, rows)]).astype(np.int64),
         np.zeros(len(rows), dtype=np.int64),
-        np.array([len(prompt) for prompt, _ in pairs], dtype=np.int64),
+        np.array([c for prompt, answer in pairs for c in _counts(prompt, answer)], dtype=bool),
     )
+
+
+def _counts(prompt: list[int], answer: list[int]) -> list[bool]:
+    """Return which tokens count: the answer's, but never the first of a row."""
+    return [place >= max(len(prompt), 1) for place in range(len(prompt) + len(answer))]
 
 
 def random_pairs(number: int, seed: int = 0) -> Pairs:

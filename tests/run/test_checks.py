@@ -34,7 +34,7 @@ NO_BITS = (
     "bf16 or int8"
 )
 NO_ANSWERS = (
-    "model.task=causal_lm needs prompts with answers: dataset=dolly, or another with "
+    "model.task=causal_lm needs prompts with answers: dataset=chat or dolly, or another with "
     "dataset.answer_column and dataset.template"
 )
 
@@ -168,7 +168,20 @@ REFUSED = [
         "with tiers",
     ),
     (["model=tiny_random_causal"], NO_ANSWERS),
-    (["model=tiny_random_causal", "dataset=on_device"], NO_ANSWERS),
+    (
+        ["model=tiny_random_causal", "dataset=on_device"],
+        "model.task=causal_lm with dataset=on_device learns the nodes' conversations; expected "
+        "dataset.format=chat",
+    ),
+    (
+        ["dataset=chat", "dataset.path=folder"],
+        "dataset.format=chat: answers are learned by a model=causal, model.task is classification",
+    ),
+    (
+        [*CAUSAL, "model.chat_template=chatlm"],
+        "model.chat_template=chatlm: expected one of instruction, chatml, or a Jinja template; did "
+        "you mean 'chatml'?",
+    ),
     (
         ["dataset=dolly", "dataset.path=folder"],
         "dataset.answer_column=response: answers are learned by a model=causal, model.task is "

@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from running import LONE, TINY, records
 
 from hafl_app.client import handlers
+from hafl_app.client.own_data import own_file, own_share
 from hafl_app.client.permissions import own_machine
 from hafl_app.client_app import app
 from hafl_app.config.compose import compose
@@ -364,6 +365,63 @@ class TestResuming:
             run_on(nodes[:1], folder, *overrides, f"resume={folder}")
 
 
+TALKS = (
+    *ON_DEVICE,
+    *("model=tiny_random_causal", "dataset.format=chat", "dataset.max_length=40"),
+    *("client.local_epochs=3", "client.learning_rate=1e-2", "federation.test_every=1"),
+)
+
+
+def talks(path, number, completion=False):
+    """Write a node's conversations; each answer follows from its question."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"SECRET {i} {name}"},
+                {"role": "assistant", "content": WORDS[name]},
+            ]
+        }
+        for i, name in enumerate([*WORDS][i % 3] for i in range(number))
+    ]
+    if completion:
+        rows = [{"prompt": a["content"], "completion": b["content"]} for a, b in map(_turns, rows)]
+    return write(path, rows)
+
+
+def _turns(row):
+    return row["messages"]
+
+
+@pytest.fixture
+def talking(tmp_path):
+    """Three nodes with conversations in two formats."""
+    return [
+        {"rank": 2, "data-path": talks(tmp_path / "a.jsonl", 12)},
+        {"rank": 4, "data-path": talks(tmp_path / "b.jsonl", 21, completion=True)},
+        {"rank": 8, "data-path": talks(tmp_path / "c.jsonl", 9), "max-length": 8},
+    ]
+
+
+@whole_runs
+def test_causal_models_learn_the_nodes_own_conversations(talking, tmp_path, capsys, caplog):
+    folder = tmp_path / "out"
+    test = talks(tmp_path / "test.jsonl", 15)
+
+    summary, grid = run_on(talking, folder, *TALKS[len(ON_DEVICE) :], f"dataset.test_path={test}")
+
+    scores = [r["metrics"] for r in records(folder, "round")]
+    assert scores[-1]["test/perplexity"] < 0.9 * scores[0]["test/perplexity"]
+    assert scores[-1]["clients/perplexity"] < scores[1]["clients/perplexity"]
+    first = [c for c in records(folder, "client") if c["server_round"] == 1]
+    assert sorted(c["num_examples"] for c in first) == [8, 11, 19]
+    assert summary["status"] == "finished"
+    # The server read its own test file; of what the nodes have nothing is printed or sent.
+    told = capsys.readouterr().out + caplog.text
+    assert "SECRET" not in told
+    assert "A training row" not in told
+    assert not any("SECRET" in str(message.content) for message in grid.sent)
+
+
 class TestAnswers:
     """The answer of a node that is asked directly."""
 
@@ -415,6 +473,33 @@ class TestAnswers:
         assert fault_of(silent) is Fault.REFUSED
         assert "a run names no column of this node's file" in silent.error.reason
         assert decided.content[PROFILE]["label-names"] == ["food", "music"]
+
+    def test_conversations_are_counted_and_have_no_classes_to_tell(self, talking):
+        reply = self.ask(talking[0], overrides=TALKS[len(ON_DEVICE) :])
+        assert reply.content[PROFILE]["num-examples"] == 11
+        assert reply.content[PROFILE]["label-names"] == ["all"]
+
+    @pytest.mark.parametrize(("limit", "longest"), [({}, 10), ({"max-length": 8}, 8)])
+    def test_the_shorter_limit_cuts_rows(self, talking, limit, longest):
+        settings = compose(TALKS)
+        file = own_file(settings, {"data-path": talking[0]["data-path"], **limit})
+        share = own_share(settings, file, None)
+        assert share.train().lengths.max() == longest
+
+    @pytest.mark.parametrize(
+        ("node", "fault", "words"),
+        [
+            ({"data-format": "messages"}, None, ""),
+            ({"data-format": "instruction"}, Fault.DATA_UNAVAILABLE, "no columns of conversations"),
+            ({"data-format": "columns"}, Fault.BAD_REQUEST, "data-format in this node's"),
+            ({"max-length": 0}, Fault.BAD_REQUEST, "max-length in this node's"),
+            ({"max-data-mb": "much"}, Fault.BAD_REQUEST, "max-data-mb in this node's"),
+        ],
+    )
+    def test_what_its_operator_says_of_conversations(self, talking, node, fault, words):
+        reply = self.ask(talking[0] | node, overrides=TALKS[len(ON_DEVICE) :])
+        assert (fault_of(reply) if reply.has_error() else None) is fault
+        assert not words or words in reply.error.reason
 
     def test_a_wrong_column_of_the_operators_is_held_back(self, nodes, tmp_path):
         rows = [{**row, "note": f"private note {i}"} for i, row in enumerate(self.rows())]

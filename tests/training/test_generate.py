@@ -200,7 +200,7 @@ class TestScoreGeneration:
         monkeypatch.setattr(
             generate,
             "answer_codec",
-            lambda _: AnswerCodec(NEVER, lambda ids: " ".join(words[i] for i in ids)),
+            lambda *_: AnswerCodec(NEVER, lambda ids: " ".join(words[i] for i in ids)),
         )
         reference = " ".join(words[token] for token in tokens)
         scores = score_generation(model, TINY_CAUSAL, ["one two"], [reference], OPTIONS)

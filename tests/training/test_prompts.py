@@ -31,11 +31,21 @@ def base_with_tokenizer(path: Path, template: str) -> BaseSpec:
     return BaseSpec(str(path), task="causal_lm")
 
 
+def with_starts(made):
+    """Return rows, where their tokens begin to count, and which are cut."""
+    rows, counts, cut = made
+    starts = [mask.index(True) if True in mask else len(mask) for mask in counts]
+    assert [mask[start:] for mask, start in zip(counts, starts, strict=True)] == [
+        [True] * (len(mask) - start) for mask, start in zip(counts, starts, strict=True)
+    ]
+    return rows, starts, cut
+
+
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
 def test_a_row_begins_and_ends_once(tmp_path, template):
     tokenize = load_pair_tokenizer(base_with_tokenizer(tmp_path, template), 16)
 
-    rows, starts = tokenize(["name a color", "name"], ["red", "a blue color"])
+    rows, starts, _ = with_starts(tokenize(["name a color", "name"], ["red", "a blue color"]))
 
     assert rows == [[0, 3, 4, 5, 6, 1], [0, 3, 4, 7, 5, 1]]
     assert starts == [4, 2]
@@ -44,7 +54,7 @@ def test_a_row_begins_and_ends_once(tmp_path, template):
 def test_a_prompt_has_the_same_tokens_whatever_its_answer(tmp_path):
     tokenize = load_pair_tokenizer(base_with_tokenizer(tmp_path, "<s> $A"), 16)
 
-    rows, starts = tokenize(["name a color"] * 2, ["red", ""])
+    rows, starts, _ = with_starts(tokenize(["name a color"] * 2, ["red", ""]))
 
     assert starts[0] == starts[1]
     assert rows[0][: starts[0]] == rows[1][: starts[1]]
@@ -53,14 +63,18 @@ def test_a_prompt_has_the_same_tokens_whatever_its_answer(tmp_path):
 def test_rows_are_cut_from_the_right(tmp_path):
     tokenize = load_pair_tokenizer(base_with_tokenizer(tmp_path, "<s> $A"), 4)
 
-    rows, starts = tokenize(["name", "name a color a name"], ["red blue red", "red"])
+    rows, starts, cut = with_starts(
+        tokenize(["name", "name a color a name", "a"], ["red blue red", "red", "red"])
+    )
 
-    assert rows == [[0, 3, 6, 7], [0, 3, 4, 5]]
-    assert starts == [2, 6]  # of the second nothing is left
+    assert rows == [[0, 3, 6, 7], [0, 3, 4, 5], [0, 4, 6, 1]]
+    assert starts == [2, 4, 2]  # of the second nothing is left
+    assert cut == [True, True, False]
 
 
 def test_a_model_without_files_hashes_words():
-    rows, starts = load_pair_tokenizer(TINY_CAUSAL, 8)(["one two", "one"], ["three", "two three"])
+    tokenize = load_pair_tokenizer(TINY_CAUSAL, 8)
+    rows, starts, _ = with_starts(tokenize(["one two", "one"], ["three", "two three"]))
 
     assert [len(row) for row in rows] == [4, 4]
     assert rows[0][:3] == rows[1][:3]
@@ -71,4 +85,4 @@ def test_a_model_without_files_hashes_words():
 
 def test_nothing_is_nothing(tmp_path):
     tokenize = load_pair_tokenizer(base_with_tokenizer(tmp_path, "<s> $A"), 4)
-    assert tokenize([], []) == ([], [])
+    assert tokenize([], []) == ([], [], [])
