@@ -1,6 +1,7 @@
 """`hafl chat`: prompts typed into the terminal, answered by a saved adapter."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,16 @@ from hafl_app.cli import REFUSED, run_script
 from hafl_app.printable import printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hafl_app.experiments.chat import Chat
 
-_ENDING: Final = ("exit", "quit")
+_ENDING: Final = ("exit", "quit", "/exit", "/quit")
+_RESET: Final = "/reset"
+_COMMAND: Final = re.compile(r"/\w+")  # a longer line that begins so is a prompt
 _LONGEST: Final = 100_000  # characters of a line: the answer's tokens are bounded
 _GAP: Final = "  "
+_NARROWEST: Final = 36  # columns of an answer that stands beside others
 
 
 def main(source: Path, prompt: str | None, compare: str | None, **how: Any) -> int:
@@ -59,13 +65,33 @@ def _talk(chat: "Chat", folder: Path) -> int:
         import readline  # noqa: F401, PLC0415  gives `input` a history
     printer = Printer()
     printer.path(printable(folder, _LONGEST))
-    printer.line("Every line is a prompt by itself. Ctrl-D or exit ends it.")
+    if chat.keeps_turns:
+        printer.line("A conversation: /reset begins another one. Ctrl-D or /exit ends it.")
+    else:
+        printer.line("Every line is a prompt by itself. Ctrl-D or /exit ends it.")
     for typed in _typed():
         try:
-            _show(chat, typed)
+            _obey(chat, typed) if _COMMAND.fullmatch(typed.strip()) else _show(chat, typed)
         except PromptError as error:
             printer.line(printable(error))
     return 0
+
+
+def _obey(chat: "Chat", command: str) -> None:
+    """Do what a line that begins with a slash asks for.
+
+    Raises
+    ------
+    hafl_app.experiments.chat.PromptError
+        If there is no such command.
+    """
+    from hafl_app.data.errors import nearest  # noqa: PLC0415
+    from hafl_app.experiments.chat import PromptError  # noqa: PLC0415
+
+    name = command.strip().lower()
+    if name != _RESET:
+        raise PromptError(f"{name}: expected {_RESET} or /exit{nearest(name, (_RESET, '/exit'))}")
+    chat.reset()
 
 
 def _typed() -> Iterator[str]:
@@ -90,6 +116,7 @@ def _answer_lines(chat: "Chat") -> int:
     for number, line in enumerate(sys.stdin, 1):
         if not line.strip():
             continue
+        chat.reset()  # each line is a prompt by itself
         try:
             _show(chat, line.rstrip("\r\n"))
         except PromptError as error:
@@ -100,10 +127,14 @@ def _answer_lines(chat: "Chat") -> int:
 
 
 def _show(chat: "Chat", prompt: str) -> None:
-    """Print the answers to a prompt, with titles where there are several."""
-    from hafl_app.tracking.as_text import Printer  # noqa: PLC0415
+    """Print the answers to a prompt: side by side where there is room, else with their titles."""
+    from hafl_app.tracking.as_text import Printer, standard_output  # noqa: PLC0415
 
-    printer = Printer()
+    console, count = standard_output(), len(chat.speakers)
+    if console.is_terminal and 1 < count <= (console.width + len(_GAP)) // (_NARROWEST + len(_GAP)):
+        _show_beside(chat, prompt, console)
+        return
+    printer = Printer(console)
     width = max(map(len, chat.speakers)) if len(chat.speakers) > 1 else 0
     indent = " " * width + _GAP if width else ""
     for title, answer in chat.answers(prompt):
@@ -111,6 +142,21 @@ def _show(chat: "Chat", prompt: str) -> None:
         for line in _safe_lines(answer):
             printer.line(start + line, indent=indent)
             start = indent
+
+
+def _show_beside(chat: "Chat", prompt: str, console: "Console") -> None:
+    """Print the answers to a prompt in columns as wide as the terminal, once all are written."""
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False, padding=(0, len(_GAP), 0, 0), expand=True)
+    cells = []
+    with console.status("writing"):
+        for title, answer in chat.answers(prompt):
+            table.add_column(Text(title), ratio=1, overflow="fold")
+            cells.append(Text("\n".join(_safe_lines(answer))))
+    table.add_row(*cells)
+    console.print(table, highlight=False)
 
 
 def _safe_lines(answer: str) -> list[str]:

@@ -12,6 +12,7 @@ from hafl_app.publishing.run_facts import read_run
 from hafl_app.publishing.truncation import truncate_adapter
 from hafl_app.training.adapter_files import StoredAdapter, load_adapter, read_adapter
 from hafl_app.training.causal import LoraCausalLM
+from hafl_app.training.chat_template import Conversation
 from hafl_app.training.device import resolve_device
 from hafl_app.training.generate import (
     GenerationOptions,
@@ -28,7 +29,9 @@ class PromptError(ValueError):
 class Chat:
     """A base model, loaded once, and the adapters that answer in turn.
 
-    Every prompt stands by itself, as in training: no answer knows of those before.
+    An adapter of conversations goes on with one: every speaker knows what was asked before and what
+    itself has answered, and the oldest exchanges are left out as in training. Otherwise every
+    prompt stands by itself.
 
     Parameters
     ----------
@@ -64,6 +67,16 @@ class Chat:
             stored.max_length, request.max_new_tokens, temperature=request.temperature
         )
         self._seed = request.seed or 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._turns: dict[str, Conversation] = dict.fromkeys(self._adapters, ())
+
+    @property
+    def keeps_turns(self) -> bool:
+        """Whether a prompt goes on with the conversation before it."""
+        return not isinstance(self._prompt("?"), str)
 
     @property
     def knows_its_prompt(self) -> bool:
@@ -85,21 +98,32 @@ class Chat:
         PromptError
             If the prompt is blank, or too long to leave room for an answer.
         """
-        tokens = self._tokens(typed)
+        if not typed.strip():
+            raise PromptError("the prompt is blank")
+        text = typed.encode(errors="replace").decode()  # of bytes that are no text
+        prompts = {title: self._asked(title, text) for title in self._adapters}
+        tokens = {title: self._tokens(prompt) for title, prompt in prompts.items()}
         seed = self._seed
         self._seed += 1
         for title, adapter in self._adapters.items():
             self._model.load_whole(adapter)
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                (made,) = written_answers(self._model, [tokens], self._codec.end, self._options)
-            yield title, self._codec.decode(made)
+                options = self._options
+                (made,) = written_answers(self._model, [tokens[title]], self._codec.end, options)
+            answer, prompt = self._codec.decode(made), prompts[title]
+            if not isinstance(prompt, str):
+                self._turns[title] = [*prompt, {"role": "assistant", "content": answer}]
+            yield title, answer
 
-    def _tokens(self, typed: str) -> list[int]:
-        if not typed.strip():
-            raise PromptError("the prompt is blank")
-        text = typed.encode(errors="replace").decode()  # of bytes that are no text
-        tokens = prompt_tokens(self._base, self._prompt(text), self._options.max_length)
+    def _asked(self, title: str, text: str) -> Prompt:
+        """Return the prompt of a speaker: with the conversation before it, if there is one."""
+        prompt = self._prompt(text)
+        before = self._turns[title]
+        return prompt if isinstance(prompt, str) or not before else [*before, prompt[-1]]
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        tokens = prompt_tokens(self._base, prompt, self._options.max_length)
         if not tokens:
             raise PromptError(
                 f"the prompt leaves no room for an answer within {self._options.max_length} "

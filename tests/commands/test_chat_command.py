@@ -3,11 +3,13 @@
 import builtins
 import io
 import json
+import re
 import shutil
 import sys
 
 import pytest
 from causal_factories import CAUSAL
+from rich.console import Console
 from running import run_tiny
 from training_factories import random_adapter
 
@@ -106,6 +108,18 @@ class TestTerminal:
         assert "the prompt leaves no room" in out
         assert max(map(len, out.splitlines()[1:])) <= 80  # the first is a path
 
+    @pytest.mark.parametrize("end", ["/exit", "/QUIT"])
+    def test_commands_are_no_prompts(self, run, capsys, typed, monkeypatch, end):
+        written_as(monkeypatch, "an answer")
+        forgotten, real = [], chat_module.Chat.reset
+        monkeypatch.setattr(chat_module.Chat, "reset", lambda it: forgotten.append(real(it)))
+        typed(f"/reset\n/rest\n/home/me is a path\n{end}\nnever read", terminal=True)
+        code, out, err = said(capsys, run, *LIMIT)
+        assert (code, err) == (0, "")
+        assert len(forgotten) == 2  # at the start, and when asked to
+        assert "> /rest: expected /reset or /exit; did you mean '/reset'?" in out
+        assert out.count("an answer") == 1
+
     def test_an_interruption_ends_it_without_a_word(self, run, capsys, typed, monkeypatch):
         def interrupted(_):
             raise KeyboardInterrupt
@@ -114,6 +128,45 @@ class TestTerminal:
         monkeypatch.setattr(builtins, "input", interrupted)
         code, _, err = said(capsys, run, *LIMIT)
         assert (code, err) == (130, "\n")
+
+
+class TestColumns:
+    @pytest.fixture
+    def terminal(self, monkeypatch):
+        """Makes standard output a terminal of so many columns; returns what is written."""
+
+        def make(width):
+            console = Console(file=io.StringIO(), force_terminal=True, width=width, no_color=True)
+            monkeypatch.setattr("hafl_app.tracking.as_text.get_console", lambda: console)
+            return console.file
+
+        return make
+
+    @staticmethod
+    def lines(file):
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+        return [line for line in text.replace("\r", "\n").splitlines() if "writing" not in line]
+
+    def test_answers_stand_side_by_side_where_there_is_room(self, run, monkeypatch, terminal):
+        written_as(monkeypatch, f"{'word ' * 20}\n    [bold]end")
+        file = terminal(120)
+        assert main(["chat", str(run), "x", "--compare", "base,2,3", *LIMIT]) == 0
+        lines = [line for line in self.lines(file) if line.strip()]
+        assert lines[0].split() == ["base", "rank", "2", "rank", "3"]
+        starts = [lines[0].index(title) for title in ("base", "rank 2", "rank 3")]
+        assert all(line[start:].startswith("word") for line in lines[1:3] for start in starts)
+        assert [lines[-1].index("[bold]end", start) - start for start in starts] == [4, 4, 4]
+        assert max(map(len, lines)) <= 120
+
+    def test_else_one_below_the_other(self, run, monkeypatch, terminal):
+        written_as(monkeypatch, "an answer")
+        file = terminal(100)
+        assert main(["chat", str(run), "x", "--compare", "base,2,3", *LIMIT]) == 0
+        assert [line.rstrip() for line in self.lines(file)] == [
+            "base    an answer",
+            "rank 2  an answer",
+            "rank 3  an answer",
+        ]
 
 
 class TestPipe:

@@ -123,6 +123,40 @@ class TestPrompts:
         ]
         assert chat.knows_its_prompt
 
+    def test_each_speaker_goes_on_with_its_own_conversation(self, tmp_path, prompts):
+        facts = {"format": "messages", "system_prompt": "be kind", "template": None}
+        chat = talk(save(tmp_path / "adapter", **facts), "base,adapter", max_new_tokens=2)
+        first = dict(chat.answers("one"))
+        prompts.clear()
+        list(chat.answers("two"))
+
+        assert chat.keeps_turns
+        assert first["base"] != first["adapter"]
+        for prompt, title in zip(prompts, ("base", "adapter"), strict=True):
+            assert [(m["role"], m["content"]) for m in prompt] == [
+                ("system", "be kind"),
+                ("user", "one"),
+                ("assistant", first[title]),
+                ("user", "two"),
+            ]
+
+    def test_a_new_conversation_knows_nothing_of_the_one_before(self, tmp_path):
+        chat = talk(save(tmp_path / "adapter", format="messages"), max_new_tokens=2)
+        first = list(chat.answers("one"))
+        assert list(chat.answers("one")) != first
+        chat.reset()
+        assert list(chat.answers("one")) == first
+
+    def test_a_long_conversation_forgets_its_oldest_exchanges(self, tmp_path):
+        chat = talk(save(tmp_path / "adapter", format="messages"), max_new_tokens=2)
+        for number in range(9):  # 16 tokens have room for one of them
+            assert list(chat.answers(f"the question number {number}"))
+
+    def test_prompts_by_a_template_stand_by_themselves(self, folder):
+        chat = talk(folder)
+        assert not chat.keeps_turns
+        assert list(chat.answers("one")) == list(chat.answers("one"))
+
     def test_where_none_is_known_it_goes_as_it_is(self, folder, prompts):
         chat = talk(folder)
         list(chat.answers("just\udcff this"))
