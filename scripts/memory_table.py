@@ -34,13 +34,15 @@ from hafl_app.training.base_model import base_without_weights  # noqa: E402
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier  # noqa: E402
 from hafl_app.training.device import peak_memory_mb  # noqa: E402
 from hafl_app.training.local import train  # noqa: E402
+from hafl_app.training.lora_model import adapter_shapes  # noqa: E402
 from hafl_app.training.settings import BaseSpec, TrainOptions  # noqa: E402
 from hafl_app.training.specs import lora_spec  # noqa: E402
-from hafl_app.training.step_memory import StepMemory, step_memory  # noqa: E402
+from hafl_app.training.step_memory import StepMemory, count_step, step_memory  # noqa: E402
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 MEASURED_RANKS = (1, 8, 64)
-PRESET_RANKS = (2, 8, 16, 64)
+PRESET_RANKS, STEP_RANK = (2, 8, 16, 64), 8
+TRAINED_BYTES = 16  # of a number that is trained: itself, its gradient and two moments in float32
 CPU = torch.device("cpu")
 NUM_LABELS = 77  # BANKING77
 
@@ -91,20 +93,31 @@ def print_table(options: TrainOptions, length: int) -> None:
 
 
 def print_presets(options: TrainOptions, length: int) -> None:
-    """Print a line for each model that `conf/model` names, in GB: a text at a time, in bf16."""
+    """Print a line for each model that `conf/model` names: weights, adapter by rank, a step.
+
+    The adapter's bytes are those of factors, gradients and two moments in float32; the step is
+    counted with a text at a time and weights in bf16.
+    """
     options = replace(options, micro_batch_size=1, precision="bf16")
-    print(f"GB of 10^9 bytes; AdamW, 1 text of {length} tokens at once, weights in bf16\n")
-    ranks = " | ".join(f"rank {rank}" for rank in PRESET_RANKS)
-    print(f"| preset | parameters, M | weights | {ranks} |\n|{'---|' * (3 + len(PRESET_RANKS))}")
+    ranks = " | ".join(f"rank {rank}, MB" for rank in PRESET_RANKS)
+    print(
+        "| preset | parameters, M | in bf16, GB",
+        ranks,
+        f"step at rank {STEP_RANK}, GB |",
+        sep=" | ",
+    )
+    print(f"|{'---|' * (4 + len(PRESET_RANKS))}")
     for name, shape in (CAUSAL | ENCODERS).items():
-        task = "causal_lm" if name in CAUSAL else "classification"
-        base = BaseSpec(random_weights=True, shape=shape, task=task)
-        number = sum(p.numel() for p in base_without_weights(base, NUM_LABELS).parameters())
-        spec = lora_spec(base, 0 if name in CAUSAL else NUM_LABELS)
-        step = step_memory(spec, max(PRESET_RANKS), options, length, CPU)
-        cells = " | ".join(f"{step.tensors_mb(rank) / 1e3:.2f}" for rank in PRESET_RANKS)
-        sizes = f"{number / 1e6:,.1f} | {step.weights / 1e9:.2f}"
-        print(f"| `{name}` | {sizes} | {cells} |", flush=True)
+        is_causal = name in CAUSAL
+        task = "causal_lm" if is_causal else "classification"
+        spec = lora_spec(BaseSpec(random_weights=True, shape=shape, task=task), 0)
+        weights = sum(p.numel() for p in base_without_weights(spec.base, 0).parameters())
+        a_rank = sum(s.out_features + s.in_features for s in adapter_shapes(spec).values())
+        cells = " | ".join(f"{TRAINED_BYTES * a_rank * rank / 1e6:,.0f}" for rank in PRESET_RANKS)
+        print(f"| `{name}` | {weights / 1e6:,.1f} | {2 * weights / 1e9:.2f} | {cells} | ", end="")
+        sized = spec if is_causal else lora_spec(spec.base, NUM_LABELS)
+        step = count_step(sized, STEP_RANK, STEP_RANK, options, length, CPU)
+        print(f"{step.peak / 1e9:.2f} |", flush=True)
 
 
 def print_measured(folder: str, options: TrainOptions, length: int) -> None:

@@ -28,6 +28,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 GIVEN = {
     "dolly_stories260k": ("dataset.path=data", "model.path=model"),
     "dolly_smollm2": ("dataset.path=data",),
+    "flexlora_natural_instructions": ("dataset.path=data",),
 }
 SHAPES = {"a": ModuleShape(7, 5), "b": ModuleShape(3, 11)}  # out + in: 12 and 14, together 26
 
