@@ -140,7 +140,6 @@ class _Passes:
         self.tracker = tracker
         self.tracker.start(plain_settings(settings), [])
         self.records: list[RoundRecord] = []
-        self.untrained: RoundRecord | None = None
         self.cpu_seconds = 0.0
         self._began, self._began_cpu = time.perf_counter(), time.process_time()
 

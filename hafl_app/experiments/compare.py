@@ -198,8 +198,9 @@ def _write_results(comparison: Comparison, outcomes: Sequence[Outcome], source: 
         for method, runs in methods.items()
         if runs
     ]
+    federated = [m for m, method in comparison.methods.items() if not method.centralized]
     alone = {
-        cell: _alone_rows({m: jobs.get((cell, m), []) for m in comparison.methods}, comparison)
+        cell: _alone_rows({m: jobs.get((cell, m), []) for m in federated}, comparison)
         for cell in comparison.cells
     }
     drawn = {
