@@ -1,6 +1,7 @@
 """Print the memory that a rank needs on common base models, and how far off the count is.
 
     python scripts/memory_table.py                          # the table: counted, nothing is loaded
+    python scripts/memory_table.py --presets                # of the language models in conf/model
     python scripts/memory_table.py --measure FOLDER         # one model's, beside real trainings
 
 Counted are all tensors of a training step in float32 (`hafl_app.training.step_memory`), from the
@@ -24,17 +25,24 @@ from transformers import BertConfig, LlamaConfig, PretrainedConfig, RobertaConfi
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.preset_shapes import CAUSAL, ENCODERS  # noqa: E402
+
 from hafl_app.cli import run_script  # noqa: E402
 from hafl_app.lowrank.factors import initial_adapter  # noqa: E402
 from hafl_app.plan import ModulePlan, TrainPlan  # noqa: E402
+from hafl_app.training.base_model import base_without_weights  # noqa: E402
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier  # noqa: E402
 from hafl_app.training.device import peak_memory_mb  # noqa: E402
 from hafl_app.training.local import train  # noqa: E402
+from hafl_app.training.lora_model import adapter_shapes  # noqa: E402
 from hafl_app.training.settings import BaseSpec, TrainOptions  # noqa: E402
-from hafl_app.training.step_memory import StepMemory, step_memory  # noqa: E402
+from hafl_app.training.specs import lora_spec  # noqa: E402
+from hafl_app.training.step_memory import StepMemory, count_step, step_memory  # noqa: E402
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 MEASURED_RANKS = (1, 8, 64)
+PRESET_RANKS, STEP_RANK = (2, 8, 16, 64), 8
+TRAINED_BYTES = 16  # of a number that is trained: itself, its gradient and two moments in float32
 CPU = torch.device("cpu")
 NUM_LABELS = 77  # BANKING77
 
@@ -84,6 +92,34 @@ def print_table(options: TrainOptions, length: int) -> None:
             print(f"| {name:<15} | {step.weights / 1e6:>7.0f} | {what:<13} | {cells} |", flush=True)
 
 
+def print_presets(options: TrainOptions, length: int) -> None:
+    """Print a line for each model that `conf/model` names: weights, adapter by rank, a step.
+
+    The adapter's bytes are those of factors, gradients and two moments in float32; the step is
+    counted with a text at a time and weights in bf16.
+    """
+    options = replace(options, micro_batch_size=1, precision="bf16")
+    ranks = " | ".join(f"rank {rank}, MB" for rank in PRESET_RANKS)
+    print(
+        "| preset | parameters, M | in bf16, GB",
+        ranks,
+        f"step at rank {STEP_RANK}, GB |",
+        sep=" | ",
+    )
+    print(f"|{'---|' * (4 + len(PRESET_RANKS))}")
+    for name, shape in (CAUSAL | ENCODERS).items():
+        is_causal = name in CAUSAL
+        task = "causal_lm" if is_causal else "classification"
+        spec = lora_spec(BaseSpec(random_weights=True, shape=shape, task=task), 0)
+        weights = sum(p.numel() for p in base_without_weights(spec.base, 0).parameters())
+        a_rank = sum(s.out_features + s.in_features for s in adapter_shapes(spec).values())
+        cells = " | ".join(f"{TRAINED_BYTES * a_rank * rank / 1e6:,.0f}" for rank in PRESET_RANKS)
+        print(f"| `{name}` | {weights / 1e6:,.1f} | {2 * weights / 1e9:.2f} | {cells} | ", end="")
+        sized = spec if is_causal else lora_spec(spec.base, NUM_LABELS)
+        step = count_step(sized, STEP_RANK, STEP_RANK, options, length, CPU)
+        print(f"{step.peak / 1e9:.2f} |", flush=True)
+
+
 def print_measured(folder: str, options: TrainOptions, length: int) -> None:
     """Print the peak memory of real trainings beside what was counted for them."""
     step = counted(folder, options, length)
@@ -131,6 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=_positive, default=32, help="texts per step (32)")
     parser.add_argument("--length", type=_positive, default=64, help="tokens of a text (64)")
+    parser.add_argument("--presets", action="store_true", help="of the models in conf/model")
     parser.add_argument("--measure", metavar="FOLDER", help="train the model of this folder")
     parser.add_argument(
         "--rank", type=_positive, help="train once at this rank, print the peak in MB"
@@ -144,6 +181,8 @@ def _print(arguments: argparse.Namespace) -> int:
     folder = arguments.measure and str(Path(arguments.measure).resolve())
     if folder and arguments.rank:
         print(train_once(folder, arguments.rank, options, arguments.length))
+    elif arguments.presets:
+        print_presets(options, arguments.length)
     elif folder:
         print_measured(folder, options, arguments.length)
     else:

@@ -9,8 +9,13 @@ import torch
 from hafl_app.config.compose import compose
 from hafl_app.data.text import EncodedText
 from hafl_app.experiments.centralized import num_passes, train_centralized, union
+from hafl_app.experiments.comparison import Job, Rates
+from hafl_app.experiments.running import is_finished, run_job
+from hafl_app.lowrank.factors import Adapter
+from hafl_app.lowrank.svd import truncated_svd
+from hafl_app.reports.curve import read_curve
 from hafl_app.run import build
-from hafl_app.training.adapter_files import load_adapter
+from hafl_app.training.adapter_files import load_adapter, read_adapter
 from hafl_app.training.evaluate import evaluate
 from scripts import centralized as script
 
@@ -49,7 +54,7 @@ def test_is_scored_after_every_pass(finished):
     folder, summary, lines = finished
     assert [p["pass"] for p in summary["each_pass"]] == [1, 2, 3, 4, 5, 6]
     assert summary["each_pass"][-1]["loss"] < summary["each_pass"][0]["loss"]
-    assert len(lines) == 1 + 6
+    assert len(lines) == 1 + 1 + 6  # the heading, the untrained model, six passes
     assert json.loads((folder / "summary.json").read_text())["final"] == summary["final"]
     best = max(
         summary["each_pass"], key=lambda p: (p["validation/accuracy"], -p["validation/loss"])
@@ -76,6 +81,46 @@ def test_scoring_does_not_disturb_training(finished, tmp_path, monkeypatch):
     train_centralized(compose(TINY), tmp_path, lambda _: None)
     first, second = (load_adapter(f / "adapter").model.head_state() for f in (folder, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison") / "seed0"
+    overrides = [*TINY, "ranks=two_to_sixteen", "lora.max_rank=16", "client.max_steps=1"]
+    overrides += ["federation.score_device_ranks=true", f"output_dir={folder}"]
+    job = Job("", "all", 0, Rates(1e-2), tuple(overrides), folder, centralized=True)
+    assert run_job(job).error == ""
+    return job
+
+
+class TestInAComparison:
+    def test_its_curve_begins_untrained(self, job):
+        its = read_curve(job.folder)
+
+        summary = json.loads((job.folder / "summary.json").read_text())
+        assert summary["steps"] == 3 * 4 * 1  # rounds, clients, steps of each
+        assert its.test[-1] == summary["final"]["test/accuracy"]
+        assert len(its.test) == 1 + len(summary["each_pass"])
+        assert its.sent[-1] == 0
+        assert its.client_seconds > 0
+
+    def test_its_slices_are_scored_at_the_clients_ranks(self, job):
+        its = read_curve(job.folder)
+
+        assert list(its.at_rank) == [2, 4, 8, 16]
+        assert its.at_rank[16] == its.test[-1]
+        loaded = load_adapter(job.folder / "adapter")
+        stored = read_adapter(job.folder / "adapter").adapter
+        cut = {name: truncated_svd(factors, 2) for name, factors in stored.modules.items()}
+        loaded.model.load_whole(Adapter(cut, stored.head))
+        text = build.federated_text(compose(TINY), 4)
+        assert evaluate(loaded.model, text.test).accuracy == its.at_rank[2]
+
+    def test_a_federation_of_the_same_settings_is_another_run(self, job):
+        settings = compose(job.overrides)
+
+        assert is_finished(job.folder, settings, centralized=True)
+        assert not is_finished(job.folder, settings)
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1.0, 6), (0.5, 3), (0.1, 1)])

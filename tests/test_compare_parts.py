@@ -12,6 +12,7 @@ from hafl_app.experiments.budget import equal_mean_bytes_rank, homogeneous_rank,
 from hafl_app.experiments.command import parse_command
 from hafl_app.experiments.comparison import Comparison
 from hafl_app.experiments.results import make_row
+from hafl_app.experiments.table import alone_cells, beside_lone_clients
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.metrics import ACCURACY, PERPLEXITY
 from hafl_app.reports.curve import Curve, read_curve
@@ -24,7 +25,11 @@ from hafl_app.wire.node_profile import NodeProfile
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # What an experiment cannot know: where the user keeps data and model.
-GIVEN = {"dolly_stories260k": ("dataset.path=data", "model.path=model")}
+GIVEN = {
+    "dolly_stories260k": ("dataset.path=data", "model.path=model"),
+    "dolly_smollm2": ("dataset.path=data",),
+    "flexlora_natural_instructions": ("dataset.path=data",),
+}
 SHAPES = {"a": ModuleShape(7, 5), "b": ModuleShape(3, 11)}  # out + in: 12 and 14, together 26
 
 
@@ -205,6 +210,29 @@ class TestRows:
 
     def test_without_validation_the_last_round_is_best(self):
         assert curve([0.1, 0.2, 0.3], [math.nan] * 3).best_round == 2
+
+
+class TestLoneClients:
+    def test_others_stand_beside_those_of_the_method_that_measured_them(self):
+        lone = {"rank": 2, "federated": 0.5, "alone": 0.3, "clients_alone": 1}
+        ranks = {
+            "a": {0: [lone], 1: [{**lone, "alone": 0.4}]},
+            "b": {1: [{"rank": 2, "federated": 0.7}, {"rank": 4, "federated": 0.8}]},
+        }
+
+        shared = beside_lone_clients(ranks)
+
+        assert shared["a"] == [[lone], [{**lone, "alone": 0.4}]]
+        assert shared["b"] == [
+            [{"rank": 2, "federated": 0.7, "alone": 0.4}, {"rank": 4, "federated": 0.8}]
+        ]
+        assert alone_cells("b", shared["b"]) == [["b", "2", "70.0", "40.0", "-"]]
+
+    def test_methods_that_measured_their_own_keep_them(self):
+        row = {"rank": 2, "federated": 0.5}
+        rows = {method: {0: [{**row, "alone": alone}]} for method, alone in (("a", 1), ("b", 2))}
+
+        assert beside_lone_clients(rows) == {m: [by[0]] for m, by in rows.items()}
 
 
 @pytest.mark.parametrize(

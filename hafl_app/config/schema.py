@@ -85,12 +85,17 @@ class MethodSettings:
     equal_mean_bytes
         Another method: this one then trains at the one rank whose mean bytes per client, up and
         down, head included, come closest to that method's from below. Null: at its own ranks.
+    centralized
+        Whether this is no federation but the reference: all clients' training data in one place,
+        at ``lora.max_rank``, with as many passes over the data, or steps where ``client.max_steps``
+        limits them, as all clients take together.
     """
 
     overrides: list[str] = field(default_factory=list)
     learning_rate: float | None = number(None, above=0)
     lora_B_lr_ratio: float | None = number(None, above=0)
     equal_mean_bytes: str | None = None
+    centralized: bool = False
 
 
 @dataclass

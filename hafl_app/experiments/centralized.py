@@ -1,23 +1,26 @@
 """Centralized LoRA: all clients' training data in one place, the upper reference."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from omegaconf import OmegaConf
 
 from hafl_app.config.schema import Settings
 from hafl_app.data.conversations import prompt_facts
+from hafl_app.data.federated import FederatedText
 from hafl_app.data.images import EncodedImages
 from hafl_app.data.text import EncodedText
 from hafl_app.lowrank.factors import Adapter, initial_adapter
 from hafl_app.metrics import Choice, Metric, Task
 from hafl_app.plan import TrainPlan
 from hafl_app.run import build
+from hafl_app.run.device_gains import device_gains
 from hafl_app.run.logs import show_log
 from hafl_app.run.reporting import plain_settings
 from hafl_app.run.setup import warn_of_weights
@@ -26,12 +29,17 @@ from hafl_app.server.client_sampling import sample_size
 from hafl_app.tracking.base import RoundRecord
 from hafl_app.tracking.jsonl import JsonlTracker
 from hafl_app.training.adapter_files import save_adapter
+from hafl_app.training.batches import Examples
 from hafl_app.training.device import threads
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.local import train
 from hafl_app.training.locate import weights_note
 from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.task import TrainResult
+from hafl_app.wire.node_profile import NodeProfile
+
+KIND: Final = "centralized"
+"""What the summary of such a run says that it is."""
 
 _WIDTH = 6  # of a column of scores, unless its title is longer
 
@@ -73,6 +81,7 @@ def train_centralized(
 
     Same base model, initial adapter and head, optimizer, batch size and learning rate as the
     federation, and as many passes over the data; so as many steps as all its clients together.
+    ``federation.score_device_ranks`` scores the last adapter cut to the clients' ranks as well.
     The optimizer keeps its state from pass to pass, which a federation's clients do not.
 
     Returns
@@ -89,38 +98,18 @@ def train_centralized(
     adapter, plan = _start(settings, model)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(plain_settings(settings)), folder / "config.yaml")
-    tracker = JsonlTracker(folder)
-    tracker.start(plain_settings(settings), [])
     task = build.task(settings)
     say(header(task))
-    records: list[RoundRecord] = []
-    began = [time.perf_counter()]
-
-    def on_epoch(epoch: int, loss: float) -> None:
-        metrics = evaluate(model, text.test, settings.client.precision).named("test")
-        if len(text.validation.labels):
-            scores = evaluate(model, text.validation, settings.client.precision)
-            metrics |= scores.named("validation")
-        seconds = time.perf_counter() - began[-1]
-        began.append(time.perf_counter())
-        records.append(RoundRecord(epoch, seconds, loss, 0, 0, 0, 0, metrics))
-        tracker.log_round(records[-1])
-        say(_line(records[-1], task))
-
+    passes = _Passes(settings, model, text, JsonlTracker(folder), say)
+    model.load_whole(adapter)
+    passes.score(0, math.nan)  # as a federation's round 0
     with threads(settings.client.num_threads):
-        result = train(
-            model,
-            adapter,
-            plan,
-            examples,
-            build.train_options(settings),
-            settings.seed,
-            on_epoch,
-        )
+        options = build.train_options(settings)
+        result = train(model, adapter, plan, examples, options, settings.seed, passes.score)
     labels = Counter(text.validation.labels.tolist())
     choice = Choice.by_validation(task, labels.values(), len(text.label_names) or 1)
-    summary = _summary(settings, plan, result, records, choice, len(text.validation))
-    tracker.finish(summary)
+    summary = _summary(settings, plan, result, passes, choice)
+    passes.tracker.finish(summary)
     save_adapter(
         folder / "adapter",
         result.adapter,
@@ -136,6 +125,70 @@ def train_centralized(
         },
     )
     return summary
+
+
+class _Passes:
+    """Scores after every pass, and the CPU seconds of what is trained between them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: LoraModel,
+        text: FederatedText,
+        tracker: JsonlTracker,
+        say: Callable[[str], None],
+    ) -> None:
+        self._settings, self._model, self._text, self._say = settings, model, text, say
+        self._task = build.task(settings)
+        self.tracker = tracker
+        self.tracker.start(plain_settings(settings), [])
+        self.records: list[RoundRecord] = []
+        self.cpu_seconds = 0.0
+        self._began, self._began_cpu = time.perf_counter(), time.process_time()
+
+    @property
+    def num_validation(self) -> int:
+        """Rows of validation data."""
+        return len(self._text.validation.labels)
+
+    def score(self, number: int, loss: float) -> None:
+        """Record a pass; 0 is what there is before any."""
+        if number:
+            self.cpu_seconds += time.process_time() - self._began_cpu
+        metrics = self._scores("test", self._text.test)
+        if self.num_validation:
+            metrics |= self._scores("validation", self._text.validation)
+        seconds = time.perf_counter() - self._began
+        record = RoundRecord(number, seconds, loss, 0, 0, 0, 0, metrics)
+        self.tracker.log_round(record)
+        if number:
+            self.records.append(record)
+        self._say(_line(record, self._task))
+        self._began, self._began_cpu = time.perf_counter(), time.process_time()
+
+    def slices(self, adapter: Adapter) -> list[dict[str, Any]]:
+        """Return the test scores of an adapter cut to the ranks of the clients, if asked for."""
+        if not self._settings.federation.score_device_ranks:
+            return []
+        metric = self._task.primary
+        whole = self.records[-1].metrics[metric.key("test")]
+
+        def score_of(cut: Adapter) -> float:
+            self._model.load_whole(cut)
+            return self._scores("test", self._text.test)[metric.key("test")]
+
+        return device_gains(adapter, whole, [], score_of, metric, _profiles(self._settings))
+
+    def _scores(self, phase: str, rows: Examples) -> dict[str, float]:
+        return evaluate(self._model, rows, self._settings.client.precision).named(phase)
+
+
+def _profiles(settings: Settings) -> list[NodeProfile]:
+    tiers = build.client_tiers(settings, settings.federation.num_clients)
+    return [
+        NodeProfile(i, len(tiers), tier.rank, 1, "cpu", rank_pattern=tier.rank_pattern)
+        for i, tier in enumerate(tiers)
+    ]
 
 
 def _start(settings: Settings, model: LoraModel) -> tuple[Adapter, TrainPlan]:
@@ -161,14 +214,14 @@ def _summary(
     settings: Settings,
     plan: TrainPlan,
     result: TrainResult,
-    records: Sequence[RoundRecord],
+    passes: _Passes,
     choice: Choice,
-    num_rows: int,
 ) -> dict[str, Any]:
+    records = passes.records
     chosen = max(records, key=lambda record: choice.merit(record.metrics))
     return {
         "status": "finished",
-        "kind": "centralized",
+        "kind": KIND,
         "model": model_facts(settings.model),
         "rank": settings.lora.max_rank,
         "learning_rate": settings.client.learning_rate,
@@ -180,15 +233,17 @@ def _summary(
         "best_validation": {
             "pass": chosen.server_round,
             "chosen_by": choice.metric.name,
-            "rows": num_rows,
+            "rows": passes.num_validation,
             **chosen.metrics,
         },
         "each_pass": [
             {"pass": r.server_round, "loss": r.train_loss, "seconds": r.seconds, **r.metrics}
             for r in records
         ],
+        "device_ranks": passes.slices(result.adapter),
         "train_options": asdict(build.train_options(settings)),
         "seconds": result.seconds,
+        "cpu_seconds": {"clients": passes.cpu_seconds},
     }
 
 

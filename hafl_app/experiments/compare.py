@@ -16,7 +16,12 @@ from hafl_app.experiments.comparison import Comparison, Job, Rates
 from hafl_app.experiments.fleets import check_fleets, fleet_line
 from hafl_app.experiments.results import Row, make_row
 from hafl_app.experiments.running import Outcome, run_jobs
-from hafl_app.experiments.table import Provenance, alone_cells, write_tables
+from hafl_app.experiments.table import (
+    Provenance,
+    alone_cells,
+    beside_lone_clients,
+    write_tables,
+)
 from hafl_app.experiments.tuning import (
     TuningError,
     choose_rates,
@@ -28,6 +33,7 @@ from hafl_app.metrics import Metric, metric_named
 from hafl_app.reports.curve import Curve, read_curve
 from hafl_app.reports.figures.curves import draw_comparison
 from hafl_app.run import build, preflight
+from hafl_app.run.checks import check_centralized
 from hafl_app.training.device import cpu_name
 
 Say = Callable[[str], None]
@@ -86,6 +92,9 @@ def _check(comparison: Comparison) -> None:
     composed = {(job.cell, job.method, job.seed): compose(job.overrides) for job in jobs}
     for settings in composed.values():
         preflight.check(settings)
+    for job in jobs:
+        if job.centralized:
+            check_centralized(composed[job.cell, job.method, job.seed])
     check_fleets(composed)
 
 
@@ -189,14 +198,9 @@ def _write_results(comparison: Comparison, outcomes: Sequence[Outcome], source: 
         for method, runs in methods.items()
         if runs
     ]
+    federated = [m for m, method in comparison.methods.items() if not method.centralized]
     alone = {
-        cell: [
-            line
-            for method in comparison.methods
-            for line in alone_cells(
-                method, _device_ranks(jobs.get((cell, method), [])), comparison.metric
-            )
-        ]
+        cell: _alone_rows({m: jobs.get((cell, m), []) for m in federated}, comparison)
         for cell in comparison.cells
     }
     drawn = {
@@ -217,9 +221,22 @@ def _row(job: Job, runs: Mapping[int, Curve], baseline: Mapping[int, Curve]) -> 
         runs,
         baseline,
         lora_B_lr_ratio=settings.client.lora_B_lr_ratio,
-        ranks=build.client_ranks(settings, settings.federation.num_clients),
+        ranks=()
+        if job.centralized
+        else build.client_ranks(settings, settings.federation.num_clients),
     )
 
 
-def _device_ranks(jobs: Sequence[Job]) -> list[list[dict[str, Any]]]:
-    return [json.loads((job.folder / "summary.json").read_text())["device_ranks"] for job in jobs]
+def _alone_rows(jobs: Mapping[str, Sequence[Job]], comparison: Comparison) -> list[list[str]]:
+    """Return the rows of all methods of a cell beside the clients that trained alone, if any."""
+    ranks = {method: {job.seed: _device_ranks(job) for job in its} for method, its in jobs.items()}
+    shared = beside_lone_clients(ranks)
+    metric = comparison.metric
+    return [row for m, by_seed in shared.items() for row in alone_cells(m, by_seed, metric)]
+
+
+def _device_ranks(job: Job) -> list[dict[str, Any]]:
+    ranks: list[dict[str, Any]] = json.loads((job.folder / "summary.json").read_text())[
+        "device_ranks"
+    ]
+    return ranks

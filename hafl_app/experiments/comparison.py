@@ -45,7 +45,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Job:
-    """Run of a method in a cell on a seed, as overrides, with the folder of its results."""
+    """Run of a method in a cell on a seed, as overrides, with the folder of its results.
+
+    `centralized`: it is no federation's, see `hafl_app.experiments.centralized`.
+    """
 
     cell: str
     method: str
@@ -53,6 +56,7 @@ class Job:
     rates: Rates
     overrides: tuple[str, ...]
     folder: Path
+    centralized: bool = False
 
     @property
     def name(self) -> str:
@@ -223,7 +227,8 @@ class Comparison:
         folder = self.folder / place if extra else self.folder / place / f"seed{seed}"
         more = [*extra, *rates.overrides, f"seed={seed}", f"output_dir={quoted(folder)}"]
         overrides = self.overrides_of(cell, method, *more)
-        return Job(cell, method, seed, rates, tuple(overrides), folder)
+        centralized = self.methods[method].centralized
+        return Job(cell, method, seed, rates, tuple(overrides), folder, centralized)
 
     def _fixed(self, cell: str, method: str) -> Rates:
         given = set(map(key_of, self.command.overrides))

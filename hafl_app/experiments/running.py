@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
 from hafl_app.engines.in_process import run_federation
+from hafl_app.experiments.centralized import KIND, train_centralized
 from hafl_app.experiments.comparison import Job
 from hafl_app.fields import default_of
 from hafl_app.lowrank.factors import Adapter
@@ -35,11 +36,15 @@ class Outcome:
     error: str = ""
 
 
-def is_finished(folder: Path, settings: Settings, *, older: bool = False) -> bool:
+def is_finished(
+    folder: Path, settings: Settings, *, older: bool = False, centralized: bool = False
+) -> bool:
     """Whether a folder holds the results of a finished run of exactly these settings.
 
     Parameters
     ----------
+    centralized
+        Whether the run is to be the centralized reference with these settings, or a federation.
     older
         Take a setting that the run did not have yet as its default. A version that brought a
         setting whose default changed what a run does would be overlooked.
@@ -53,6 +58,8 @@ def is_finished(folder: Path, settings: Settings, *, older: bool = False) -> boo
     wanted: Any = OmegaConf.to_container(OmegaConf.create(plain_settings(settings)))
     if older:
         _add_defaults(saved, wanted, settings)
+    if (summary.get("kind") == KIND) != centralized:
+        return False
     return bool(summary.get("status") == "finished" and _comparable(saved) == _comparable(wanted))
 
 
@@ -71,7 +78,10 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
         set_aside(job.folder)
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / "run.log").open("w", encoding="utf-8") as log, output_to(log):
-            run_federation(job.overrides, on_round)
+            if job.centralized:
+                train_centralized(compose(job.overrides), job.folder, print)
+            else:
+                run_federation(job.overrides, on_round)
     except Exception as error:  # the other runs of the comparison go on
         reason = f"{type(error).__name__}: {printable(error)}"
         return Outcome(job, time.perf_counter() - started, error=reason)
@@ -88,7 +98,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, *, older: bool = False) -> Itera
     older
         As for `is_finished`.
     """
-    resumed = [j for j in jobs if is_finished(j.folder, compose(j.overrides), older=older)]
+    resumed = [job for job in jobs if _is_done(job, older)]
     yield from (Outcome(job, 0.0, resumed=True) for job in resumed)
     left = [job for job in jobs if job not in resumed]
     if workers == 1 or len(left) < 2:
@@ -106,6 +116,11 @@ def run_jobs(jobs: Sequence[Job], workers: int, *, older: bool = False) -> Itera
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
+
+
+def _is_done(job: Job, older: bool) -> bool:
+    settings = compose(job.overrides)
+    return is_finished(job.folder, settings, older=older, centralized=job.centralized)
 
 
 def _outcome(future: Future[Outcome], job: Job) -> Outcome:

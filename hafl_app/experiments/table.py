@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
+_OF_LONE_CLIENTS = ("alone", "alone_at_max_rank")
 ALONE_COLUMNS = ("method", "client rank", "federated", "alone, own rank", "alone, max rank")
 
 
@@ -85,6 +87,44 @@ def alone_cells(
         }
         rows.append([method, str(rank), *(score(spread, metric) for spread in each.values())])
     return rows
+
+
+def beside_lone_clients(
+    ranks: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]],
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """Return every method's ``device_ranks``, a list a seed, beside clients that trained alone.
+
+    Who trains alone does not meet the method: where one method alone measured it, the others'
+    slices of the same seed and rank stand beside the same lone clients.
+
+    Parameters
+    ----------
+    ranks
+        Method to seed to the ``device_ranks`` of its summary.
+    """
+    own = {m: [[*map(dict, rows)] for rows in by_seed.values()] for m, by_seed in ranks.items()}
+    measured = [m for m, by_seed in ranks.items() if any("alone" in r for r in _all(by_seed))]
+    if len(measured) != 1:
+        return own
+    lone = {
+        (seed, row["rank"]): {key: row[key] for key in _OF_LONE_CLIENTS if key in row}
+        for seed, rows in ranks[measured[0]].items()
+        for row in rows
+        if "ranks" not in row
+    }
+    others = {
+        method: [
+            [{**row, **lone.get((seed, row["rank"]), {})} for row in rows if "ranks" not in row]
+            for seed, rows in by_seed.items()
+        ]
+        for method, by_seed in ranks.items()
+        if method not in measured
+    }
+    return {method: others.get(method, own[method]) for method in ranks}
+
+
+def _all(by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
+    return chain.from_iterable(by_seed.values())
 
 
 def write_tables(

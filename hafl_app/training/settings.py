@@ -96,6 +96,9 @@ class ModelSettings(BaseSpec):
         features under the adapter of that round; 0: never.
     closed_form
         ``head: closed_form``: how the head is solved.
+    query_value
+        Ends of the names of the attention's query and value projections, which ``lora=query_value``
+        adapts. Some models have one layer for both and the keys.
     memory_budget_mb
         MB (10^6 bytes) that the base model may take on a node under ``quantization: blockwise``;
         ``memory-mb`` in a node's config, a limit of everything in training, goes before it. Null:
@@ -106,6 +109,7 @@ class ModelSettings(BaseSpec):
     head: str = choice("averaged", "averaged", "frozen", "local", CLOSED_FORM)
     head_refresh_every: int = number(0, at_least=0)
     closed_form: ClosedFormSettings = field(default_factory=ClosedFormSettings)
+    query_value: list[str] = field(default_factory=lambda: ["query", "value"], hash=False)
     memory_budget_mb: float | None = number(None, above=0)
 
     @property

@@ -28,6 +28,13 @@ REQUIRED = {
     "model/llama_1b_random": INSTRUCTIONS,
     "model/llama_7b_random": INSTRUCTIONS,
     "model/tiny_random_causal": INSTRUCTIONS,
+    **{
+        f"model/{name}": INSTRUCTIONS
+        for name in (
+            *("smollm2", "smollm2_360m", "smollm2_1_7b", "gemma3_270m", "llama3_2_1b", "phi4_mini"),
+            *("qwen2_5_0_5b", "qwen2_5_1_5b", "qwen2_5_1_5b_random", "qwen2_5_7b"),
+        )
+    },
 }
 
 

@@ -77,6 +77,17 @@ class TestRankOf:
         ranks = {n: profile(tier.rank, tier.rank_pattern).rank_of(LAYER + n) for n in BERT}
         assert ranks == {n: 200 if n in FEED_FORWARD else 30 for n in BERT}
 
+    @pytest.mark.parametrize("name", ["uniform", "normal", "heavy_tail_light", "heavy_tail_strong"])
+    def test_flexloras_types_are_those_of_language_models_too(self, name):
+        settings = compose([f"ranks=flexlora_{name}", "lora.max_rank=200"])
+        (tier,) = [tier for tier in settings.ranks.tiers if tier.rank_pattern]
+        its = profile(tier.rank, tier.rank_pattern)
+
+        for layer in ("self_attn.q_proj", "self_attn.o_proj", "self_attn.qkv_proj"):
+            assert its.rank_of(f"model.layers.3.{layer}") == 30
+        for layer in ("mlp.gate_proj", "mlp.down_proj", "mlp.gate_up_proj"):
+            assert its.rank_of(f"model.layers.3.{layer}") == 200
+
 
 class TestWire:
     def test_survives(self):

