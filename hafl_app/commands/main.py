@@ -278,7 +278,7 @@ def export(
       hafl export RUN --output DIR --rank 4 8      an adapter for each rank
       hafl export RUN --output DIR --merge         base model and adapter in one
       hafl export RUN --output DIR --gguf          an adapter for llama.cpp
-      hafl export RUN --output DIR --vllm          one for each device's rank, for vLLM
+      hafl export RUN --output DIR --vllm          one for each rank, for vLLM
       hafl export RUN --output DIR --push ME/NAME  as it is, on the hub
 
     RUN is a run's folder (its last round), or an adapter's, such as RUN/adapter-best.

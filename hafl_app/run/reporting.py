@@ -126,6 +126,7 @@ class RunReport:
         self.rounds: list[RoundRecord] = []
         self._best: _Best | None = None
         self._has_warned = False  # of few clients that decide
+        self._client_scores_before: Mapping[str, Any] = {}  # of the checkpoint
 
     @cached_property
     def _trackers(self) -> Trackers:
@@ -212,6 +213,7 @@ class RunReport:
             "run_id": self._run_id,
             "seconds": time.perf_counter() - self._started,
             "best": {"round": best.server_round, "rows": best.rows} if best else None,
+            "client_scores": self._client_scores(),
         }
 
     def tensors(self) -> dict[str, Any]:
@@ -233,6 +235,7 @@ class RunReport:
         self.rounds = list(self._history.rounds)
         if best := state["best"]:
             self._best = _Best(best["round"], best.get("rows", 0), adapter_of(tensors["best"]))
+        self._client_scores_before = state.get("client_scores", {})
         self.clients(self._coordinator.directory.in_order())
 
     def on_reply(self, reply: Reply) -> None:
@@ -456,13 +459,16 @@ class RunReport:
         return {"seen": seen, "unseen": dict(unseen)} if unseen else {}
 
     def _client_scores(self) -> dict[str, Any]:
-        """Return mean, worst tenth, worst and best of the clients' last scores, by metric."""
+        """Return mean, worst tenth, worst and best of the clients' last scores, by metric.
+
+        Those of the checkpoint where no client has sent scores since.
+        """
         clients = [
             self._task.of_clients([reply.metrics], STATED_EXAMPLES)
             for reply in self._coordinator.scored
         ]
         if not clients:
-            return {}
+            return dict(self._client_scores_before)
         return {"clients": len(clients)} | {
             metric.name: spread_of([one[metric.name] for one in clients], metric)
             for metric in (self._task.primary, self._task.second, LOSS)

@@ -365,6 +365,8 @@ def test_what_may_change_is_declared_by_the_fields():
         "federation.central_evaluation",
         "federation.evaluate_every",
         "federation.test_every",
+        "federation.early_stopping.patience",
+        "federation.early_stopping.min_delta",
         "federation.generate_examples",
         "federation.generate_tokens",
         "federation.generate_on_clients",
