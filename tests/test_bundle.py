@@ -26,4 +26,4 @@ def test_the_bundle_holds_app_and_conf_and_nothing_else():
     assert expected <= names
     rest = {name for name in names - expected if not name.startswith(".info")}
     assert rest <= {"pyproject.toml", "README.md", "LICENSE"}
-    assert len(bundle) < 2_000_000  # bytes, of the 10 MB that Flower takes
+    assert len(bundle) < 2_500_000  # bytes, of the 10 MB that Flower takes

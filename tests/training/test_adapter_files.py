@@ -398,6 +398,8 @@ class TestFilesOfOtherVersions:
             "revision",
             "sha256",
             "package_path",
+            "package_sha256",
+            "chat_template",
             "num_layers",
             "random_weights",
             "pooling",
