@@ -22,16 +22,17 @@ def adapter(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+# Where clients weigh or choose, Adam's second round makes more of the first one's rounding.
 @pytest.mark.parametrize(
-    "method",
+    ("method", "bound"),
     [
-        ("strategy=zero_padding",),
-        ("strategy=hetlora", "strategy.pruning=false", "federation.num_clients=6", EVEN),
-        ("strategy=lora_a2", "client.lora_B_lr_ratio=1"),
+        (("strategy=zero_padding",), 1e-6),
+        (("strategy=hetlora", "strategy.pruning=false", "federation.num_clients=6", EVEN), 1e-5),
+        (("strategy=lora_a2", "client.lora_B_lr_ratio=1"), 1e-5),
     ],
-    ids=lambda method: method[0],
+    ids=["zero_padding", "hetlora", "lora_a2"],
 )
-def test_ends_where_a_run_without_masks_ends(tmp_path, method):
+def test_ends_where_a_run_without_masks_ends(tmp_path, method, bound):
     run_tiny(tmp_path / "plain", *PLAIN, *method)
     seen = []
 
@@ -43,8 +44,7 @@ def test_ends_where_a_run_without_masks_ends(tmp_path, method):
 
     plain, secure = adapter(tmp_path / "plain"), adapter(tmp_path / "secure")
     for name, tensor in plain.items():
-        # Adam's second round makes more of the first one's rounding.
-        assert (tensor - secure[name]).abs().max() < 1e-5
+        assert (tensor - secure[name]).abs().max() < bound
     assert summary["status"] == "finished"
     assert len(seen) == 2 * (6 if EVEN in method else 5)
     for request, reply in seen:

@@ -107,7 +107,7 @@ def test_every_phase_of_a_run_is_found_and_they_add_up(tmp_path):
     assert sum(s.cpu for s in spent.values()) == pytest.approx(took, rel=0.05)
     assert spent["training"].calls == spent["scoring by clients"].calls == 5
     assert spent["lone clients"].calls == spent["aggregation"].calls == 1
-    assert spent[OTHER].cpu < 0.25 * took  # of half a second in all
+    assert spent[OTHER].cpu < 0.2 * took
     # What was wrapped is unwrapped.
     assert vars(federation)["run_rounds"] is before is rounds.run_rounds
 
