@@ -149,7 +149,7 @@ def typed_prompt(
     system_prompt: str | None = None,
     before: Sequence[Message] = (),
 ) -> str | list[Message]:
-    """Return the prompt of a text that somebody types, as the training's were.
+    """Return the prompt of a typed text, as the training's were.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ def prompt_facts(source: DatasetSettings) -> dict[str, Any]:
 
 
 def as_text(prompt: Any) -> str:
-    """Return a prompt for a reader: a text as it is, messages with who says them."""
+    """Return a prompt for a reader: a text as it is, messages with their roles."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -57,17 +57,24 @@ def model_card(export: Exported, license_id: str | None) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body(export, license_id)}")
 
 
-def add_card(folder: Path) -> None:
-    """Write the card of a saved adapter into its folder; nothing is downloaded for it.
+def add_card(*folders: Path) -> None:
+    """Write the card of each saved adapter into its folder; nothing is downloaded for it.
+
+    Parameters
+    ----------
+    folders
+        Of one run, whose files are read once for all of them.
 
     Raises
     ------
     hafl_app.training.adapter_card.SavedAdapterError
-        If it is none.
+        If one is none.
     """
-    export = Exported(folder.name, read_adapter(folder), read_run(folder))
-    license_id = base_license(export.stored.spec.base, ask_hub=False)
-    model_card(export, license_id).save(folder / CARD_FILE)
+    run = read_run(folders[0])
+    for folder in folders:
+        export = Exported(folder.name, read_adapter(folder), run)
+        license_id = base_license(export.stored.spec.base, ask_hub=False)
+        model_card(export, license_id).save(folder / CARD_FILE)
 
 
 def hub_name(base: BaseSpec) -> str | None:

@@ -368,7 +368,7 @@ def _generation(settings: Settings) -> Iterator[str]:
 
 
 def _watched(settings: Settings) -> Iterator[str]:
-    """Refuse prompts that nobody can answer, and blank ones."""
+    """Refuse watched prompts of a run that writes no answers, and blank ones."""
     prompts = settings.federation.watch_prompts or []
     asked = f"federation.watch_prompts ({len(prompts)} given)"
     if prompts and settings.model.task != CAUSAL_LM:

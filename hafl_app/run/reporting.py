@@ -439,9 +439,9 @@ class RunReport:
             "seconds_before": self._seconds_before,
         }
         self._trackers.finish(summary)
-        for name in ("adapter", "adapter-best"):
-            if (self._folder / name).is_dir():
-                add_card(self._folder / name)  # reads the summary
+        folders = [self._folder / name for name in ("adapter", "adapter-best")]
+        if saved := [folder for folder in folders if folder.is_dir()]:
+            add_card(*saved)  # reads the summary
 
     def _complete(self, record: RoundRecord, adapter: Adapter, *splits: str) -> RoundRecord:
         """Add the scores on these data that a round's record lacks; return it with them."""

@@ -1,4 +1,4 @@
-"""Learning rate schedules over rounds: every round has one rate, of which each client is told."""
+"""Learning rate schedules over rounds: every round has one rate, which each plan carries."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -165,7 +165,7 @@ def _write_model(file: Path, name: str, folder: Path) -> None:
 
     from hafl_app.training.quiet_transformers import quiet_transformers  # noqa: PLC0415
 
-    # Its own bar goes to standard error, whatever Transformers is told. On the CPU: who asks for
+    # Its own bar goes to standard error whatever the log level. On the CPU: who asks for
     # shapes alone does so on the meta device.
     with torch.device("cpu"), quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Learning rates from round to round: the schedules, and that clients are told."""
+"""Learning rates from round to round: the schedules, and the rates in the plans."""
 
 from dataclasses import replace
 from itertools import pairwise
