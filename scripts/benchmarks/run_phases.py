@@ -34,6 +34,7 @@ PHASES = {
         "hafl_app.run.evaluation.CentralEvaluation.metrics",
         "hafl_app.run.evaluation.CentralEvaluation.primary_test_metric",
         "hafl_app.run.evaluation.CentralEvaluation.generation",
+        "hafl_app.run.evaluation.CentralEvaluation.answers",
     ),
     "aggregation": ("hafl_app.server.coordinator.merge",),
     "codec": (
@@ -46,6 +47,7 @@ PHASES = {
     "files": (
         "hafl_app.run.resuming.RunCheckpoints.save",
         "hafl_app.run.reporting.save_adapter",
+        "hafl_app.run.reporting.add_card",
         "hafl_app.reports.figures.curves.draw_curves",
     ),
 }
