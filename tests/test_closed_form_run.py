@@ -12,9 +12,13 @@ from hafl_app.client_app import app as client_app
 from hafl_app.experiments.centralized import union
 from hafl_app.heads.solve import solve
 from hafl_app.lowrank.factors import initial_adapter
+from hafl_app.publishing.export import ExportRequest, export_adapter
+from hafl_app.publishing.truncation import truncate_adapter
 from hafl_app.run import build
+from hafl_app.run.evaluation import CentralEvaluation
+from hafl_app.run.setup import central_text
 from hafl_app.server.rounds import RoundFailedError
-from hafl_app.training.adapter_files import load_adapter
+from hafl_app.training.adapter_files import load_adapter, read_adapter
 from hafl_app.training.features import sums_of
 from hafl_app.wire.feature_sums import SUMS
 from hafl_app.wire.message_types import FEATURE_SUMS, TEMPERATURE_LOSSES
@@ -183,6 +187,69 @@ class TestRounds:
         assert len(summary["heads"]) == 1
         assert not torch.equal(heads[0], heads[1])
         assert summary["bytes"]["train"]["by_rank"]["4"]["head_bytes_up"] > 0
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("head") / "by-rank"
+    overrides = (CLOSED, *FIXED, ALL_ROWS, "model.closed_form.per_rank=true")
+    rates = ("client.learning_rate=0.05", "model.head_refresh_every=1")
+    return folder, run_tiny(folder, *overrides, *rates, "federation.score_device_ranks=true")
+
+
+class TestHeadOfEachRank:
+    """The adapter cut to a client's rank has features of its own, and a head from them."""
+
+    def model_and_share(self):
+        settings = build.settings_of_run({"overrides": " ".join([*TINY, CLOSED, *FIXED, ALL_ROWS])})
+        text = build.federated_text(settings, 5)
+        share = union([text.train(one) for one in range(5)])
+        return settings, text, build.model(settings, len(text.label_names)), share
+
+    def test_it_is_that_of_all_texts_under_the_cut_adapter(self, by_rank):
+        folder, summary = by_rank
+        stored = read_adapter(folder / "adapter")
+        ranks = sorted(row["rank"] for row in summary["device_ranks"])
+        assert list(stored.heads_by_rank) == ranks[:-1]
+        settings, _, model, share = self.model_and_share()
+        for rank, saved in stored.heads_by_rank.items():
+            model.load_whole(truncate_adapter(stored.adapter, rank).adapter)
+            sums = sums_of(
+                *(model, share, settings.model.closed_form),
+                precision=settings.client.precision,
+                seed=0,
+            )
+            weight = solve(sums, rule="ridge", strength=0.01).head.cooled(0.1).weight.float()
+            largest = float(weight.abs().max())
+            assert torch.allclose(weight, saved["weight"], atol=1e-3 * largest)
+            assert not torch.allclose(weight, stored.adapter.head["weight"], atol=1e-2 * largest)
+
+    def test_a_slice_is_scored_with_its_own(self, by_rank):
+        folder, summary = by_rank
+        stored = read_adapter(folder / "adapter")
+        settings, text, _, _ = self.model_and_share()
+        evaluation = CentralEvaluation(settings, central_text(settings, text.label_names), {})
+        for row in summary["device_ranks"][:-1]:
+            cut = truncate_adapter(stored.adapter, row["rank"]).adapter
+            own = evaluation.primary_test_metric(cut.with_head(stored.head_at(row["rank"])))
+            assert row["federated"] == pytest.approx(own, abs=1e-6)
+
+    def test_an_export_of_a_rank_has_its_head(self, by_rank, tmp_path):
+        folder, _ = by_rank
+        heads = read_adapter(folder / "adapter").heads_by_rank
+        export_adapter(ExportRequest(folder, tmp_path / "whole"))
+        export_adapter(ExportRequest(tmp_path / "whole", tmp_path / "cut", ranks=(2,)))
+        cut = load_file(tmp_path / "cut" / "rank-2" / "head.safetensors")
+        assert torch.equal(cut["weight"], heads[2]["weight"])
+
+    def test_its_cost_is_in_the_last_round(self, by_rank):
+        folder, summary = by_rank
+        rounds = records(folder, "round")
+        phases = [summary["bytes"][phase] for phase in ("train", "evaluate", "head")]
+        assert sum(r["bytes_up"] for r in rounds) == sum(phase["up"] for phase in phases)
+        cuts = [head["ranks"] for head in summary["heads"]]
+        ranks = [[row["rank"]] for row in summary["device_ranks"]]
+        assert cuts == [[], [], [], *ranks[:-1]]
 
 
 class TestBadSums:

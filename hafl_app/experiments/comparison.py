@@ -22,6 +22,7 @@ _NOT_IN_A_SEARCH = (
     "federation.alone_clients_per_rank=0",
     "federation.test_every=0",
     "federation.score_device_ranks=false",
+    "model.closed_form.per_rank=false",
 )
 
 

@@ -37,6 +37,10 @@ class ClosedFormSettings:
         none is made.
     numbers
         Numbers that the sums are uploaded in: ``fp32`` or ``fp64``.
+    per_rank
+        Whether the head is solved once more after the last round, for each rank of the clients
+        that is smaller than the adapter's: from the features under the adapter cut to it. That is
+        one more exchange a rank. False: a device of any rank uses the whole adapter's head.
     """
 
     rule: str = choice("ridge", "ridge", "class_means")
@@ -48,6 +52,7 @@ class ClosedFormSettings:
     feature_limit: float = number(4.0, above=0)
     projection: int | None = number(None, at_least=1)
     numbers: str = choice("fp32", "fp32", "fp64")
+    per_rank: bool = False
 
     @property
     def asks_for_moments(self) -> bool:

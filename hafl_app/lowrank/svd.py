@@ -1,7 +1,7 @@
 """Weighted sums of low-rank updates and their exact truncated SVD, without the dense matrix."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite, sqrt
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hafl_app.lowrank.factors import LoraFactors
+from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.thin_svd import (
     Triplets,
     dense_triplets,
@@ -145,6 +145,18 @@ def truncated_svd(
     Tasks and Client Resources" (FlexLoRA), arXiv:2402.11505, who decompose the dense matrix.
     """
     return truncated_svds([factors], rank, generator=generator)[0]
+
+
+def truncated_adapter(adapter: Adapter, rank_of: Callable[[str], int]) -> Adapter:
+    """Return an adapter with every module cut to its `truncated_svd`; the head is the same.
+
+    Parameters
+    ----------
+    rank_of
+        Components of a module by its name, at least 1.
+    """
+    modules = {name: truncated_svd(f, rank_of(name)) for name, f in adapter.modules.items()}
+    return Adapter(modules, adapter.head)
 
 
 def truncated_svds(

@@ -143,7 +143,8 @@ def _exports(request: ExportRequest, stored: StoredAdapter, name: str) -> Iterat
     for rank in ranks:
         cut = truncate_adapter(stored.adapter, rank)
         facts = {**stored.facts, "truncation": {"rank": rank, "lost": cut.lost}}
-        cut_stored = replace(stored, adapter=cut.adapter, facts=facts)
+        adapter = cut.adapter.with_head(stored.head_at(rank))
+        cut_stored = replace(stored, adapter=adapter, facts=facts, heads_by_rank={})
         yield Exported(f"rank-{rank}", cut_stored, run, request.form, cut)
 
 
@@ -165,6 +166,7 @@ def _write(
             label_names=stored.label_names,
             max_length=stored.max_length,
             facts=stored.facts,
+            heads_by_rank=stored.heads_by_rank,
         )
     model_card(named, _license(export, named)).save(folder / CARD_FILE)
 

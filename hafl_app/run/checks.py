@@ -288,6 +288,11 @@ def _closed_form(settings: Settings) -> Iterator[str]:
             "model.closed_form.temperature_by=clients: they score rows that they hold out; "
             "expected dataset.holdout_fraction above 0"
         )
+    if not federation.num_rounds and model.closed_form.per_rank:
+        yield (
+            "model.closed_form.per_rank=true: with federation.num_rounds=0 there is no adapter to "
+            "cut, all ranks have one head; expected false"
+        )
     if not federation.num_rounds and federation.alone_clients_per_rank:
         yield (
             f"federation.alone_clients_per_rank={federation.alone_clients_per_rank}: with "

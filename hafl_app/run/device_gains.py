@@ -5,9 +5,11 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from hafl_app.config.schema import Settings
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.lowrank.svd import truncated_svd
+from hafl_app.lowrank.svd import truncated_adapter
 from hafl_app.metrics import Metric
 from hafl_app.server.local_baseline import AloneResult
 from hafl_app.wire.node_profile import NodeProfile
@@ -33,6 +35,7 @@ def device_gains(
     score_of: Callable[[Adapter], float],
     metric: Metric,
     profiles: Sequence[NodeProfile] = (),
+    heads: Mapping[tuple[int, ...], Mapping[str, Tensor]] | None = None,
 ) -> list[dict[str, Any]]:
     """Score the global adapter cut to every budget, beside clients trained alone, if any.
 
@@ -50,6 +53,8 @@ def device_gains(
         Of the scores.
     profiles
         Nodes whose budgets have a row although none of them trained alone.
+    heads
+        Of the cut adapter, by the ranks of a budget; elsewhere the global adapter's head.
 
     Returns
     -------
@@ -62,7 +67,8 @@ def device_gains(
     rows = []
     for ranks, profile in sorted(budgets.items(), key=lambda item: item[0]):
         whole = all(f.rank <= profile.rank_of(n) for n, f in global_adapter.modules.items())
-        federated = whole_score if whole else score_of(_cut(global_adapter, profile))
+        head = (heads or {}).get(ranks, global_adapter.head)
+        federated = whole_score if whole else score_of(_cut(global_adapter, profile, head))
         row: dict[str, Any] = {"rank": ranks[0], "federated": federated}
         if len(ranks) > 1:
             row["ranks"] = list(ranks)
@@ -93,12 +99,8 @@ def _alone(
     return row
 
 
-def _cut(adapter: Adapter, profile: NodeProfile) -> Adapter:
-    modules: Mapping[str, Any] = {
-        name: truncated_svd(factors, profile.rank_of(name))
-        for name, factors in adapter.modules.items()
-    }
-    return Adapter(modules, adapter.head)
+def _cut(adapter: Adapter, profile: NodeProfile, head: Mapping[str, Tensor]) -> Adapter:
+    return truncated_adapter(adapter, profile.rank_of).with_head(head)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -36,7 +36,7 @@ from hafl_app.server.client_answers import answers_of_clients
 from hafl_app.server.held_out_clients import evaluate_unseen
 from hafl_app.server.local_baseline import AloneResult, train_alone
 from hafl_app.server.numbering import Numbering
-from hafl_app.server.rounds import run_rounds, solve_head
+from hafl_app.server.rounds import run_rounds, solve_head, solve_heads_of_ranks
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.tracking.base import INTERRUPTED
 from hafl_app.training.lora_model import adapter_shapes
@@ -130,6 +130,8 @@ def _run(
         if not report.stop_reason:
             with cpu_seconds.rounds():
                 run_rounds(strategy, grid, first_round, after_round)
+        if report.stop_reason:
+            solve_heads_of_ranks(strategy, grid, report.rounds[-1].server_round)
         unseen = evaluate_unseen(strategy, grid, report.rounds[-1].server_round)
         answered = answers_of_clients(strategy, grid, report.rounds[-1].server_round)
         alone = _alone(grid, settings, strategy, initial, report) if report.has_test else []

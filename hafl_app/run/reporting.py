@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from flwr.app import MetricRecord
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from hafl_app.config.compose import strategy_arguments
 from hafl_app.config.schema import Settings
@@ -412,7 +413,10 @@ class RunReport:
         if self._best is not None:
             self._complete(self._best_record(self._best), self._best.adapter, "test")
         head = last.head or self._evaluation.initial_head
-        self._save("adapter", last.with_head(head), self.rounds[-1])
+        self._save(
+            *("adapter", last.with_head(head), self.rounds[-1]),
+            heads=self._coordinator.closed_form.by_rank,
+        )
         if self._best is not None:
             adapter = self._best.adapter
             record = self._best_record(self._best)
@@ -491,13 +495,20 @@ class RunReport:
         except OSError as error:
             _LOGGER.warning("the end of the run could not be written: %s", error)
 
-    def _save(self, name: str, adapter: Adapter, record: RoundRecord) -> None:
+    def _save(
+        self,
+        name: str,
+        adapter: Adapter,
+        record: RoundRecord,
+        heads: Mapping[int, Mapping[str, Tensor]] | None = None,
+    ) -> None:
         save_adapter(
             self._folder / name,
             adapter,
             build.model_spec(self._settings, len(self._evaluation.text.label_names)),
             label_names=self._evaluation.text.label_names,
             max_length=self._settings.dataset.max_length,
+            heads_by_rank=heads,
             facts={
                 "server_round": record.server_round,
                 "metrics": dict(record.metrics),
@@ -571,6 +582,7 @@ class RunReport:
                 self._evaluation.primary_test_metric,
                 self._metric,
                 self._scored_devices(),
+                self._coordinator.closed_form.of_ranks,
             ),
             "metric": self._metric.name,
             "bytes": bytes_by_phase(ledger),

@@ -2,7 +2,8 @@
 
 Before round 1, and after the rounds that the settings name, every client that can be reached gets
 the same adapter, the whole global one, and sends the sums over its examples. The head that follows
-is that of all their examples in one place, whoever has which. All ranks get this one head.
+is that of all their examples in one place, whoever has which. After the last round it can be solved
+once more for each smaller rank of the clients, from the adapter cut to it.
 """
 
 import logging
@@ -16,7 +17,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from hafl_app.heads.feature_sums import FeatureSums
-from hafl_app.heads.linear_head import LinearHead, feature_width, with_output_layer
+from hafl_app.heads.linear_head import feature_width, with_output_layer
 from hafl_app.heads.plausibility import implausible
 from hafl_app.heads.projection import random_projection
 from hafl_app.heads.settings import ClosedFormSettings
@@ -30,6 +31,7 @@ from hafl_app.heads.solve import (
 )
 from hafl_app.heads.temperature import TEMPERATURES, best_temperature
 from hafl_app.lowrank.factors import Adapter
+from hafl_app.lowrank.svd import truncated_adapter
 from hafl_app.server.forward_exchange import ForwardExchange
 from hafl_app.server.method import Method
 from hafl_app.server.participation import Participation
@@ -37,6 +39,7 @@ from hafl_app.server.reply_validation import ReplyError
 from hafl_app.server.round_messages import STATED_EXAMPLES, RoundMessages
 from hafl_app.wire.feature_sums import SumsFormat, read_losses, read_sums
 from hafl_app.wire.message_types import EVALUATE_TEMPERATURES, QUERY_FEATURE_SUMS
+from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import NUM_EXAMPLES
 
 _LOGGER = logging.getLogger(__name__)
@@ -64,6 +67,8 @@ class HeadRecord:
         Strength; None of class means.
     temperature
         Divisor of the logits.
+    ranks
+        Of the devices for whose cut of the adapter it is; empty: it is the whole adapter's.
     """
 
     server_round: int
@@ -72,6 +77,17 @@ class HeadRecord:
     absent: tuple[int, ...]
     ridge: float | None
     temperature: float
+    ranks: tuple[int, ...] = ()
+
+
+def cutting_profiles(adapter: Adapter, profiles: Iterable[NodeProfile]) -> list[NodeProfile]:
+    """Return one profile of each budget that an adapter must be cut to, smallest first."""
+    budgets = {profile.ranks: profile for profile in profiles}
+    return [
+        profile
+        for _, profile in sorted(budgets.items())
+        if any(f.rank > profile.rank_of(name) for name, f in adapter.modules.items())
+    ]
 
 
 class ClosedFormHead:
@@ -92,6 +108,8 @@ class ClosedFormHead:
         Returns features and classes of the server's validation data under an adapter.
     records
         How the heads so far were solved.
+    of_ranks
+        Heads of the last adapter cut to the ranks of devices, by these ranks.
     """
 
     def __init__(
@@ -105,6 +123,7 @@ class ClosedFormHead:
         self._exchange = ForwardExchange(method, participation, new_exchange)
         self.validation: Callable[[Adapter], ValidationFeatures] | None = None
         self.records: list[HeadRecord] = []
+        self.of_ranks: dict[tuple[int, ...], Mapping[str, Tensor]] = {}
 
     def solve(self, server_round: int, grid: Grid) -> None:
         """Give the global adapter a head that is solved from the sums of all reachable clients.
@@ -114,8 +133,35 @@ class ClosedFormHead:
         TooFewSumsError
             If fewer than ``federation.min_replies`` clients' sums count; nothing has changed.
         """
-        settings, adapter = self._settings, self._method.global_adapter
-        collected = self._collect(server_round, grid)
+        adapter = self._method.global_adapter
+        self._method.global_adapter = adapter.with_head(self._solved(adapter, server_round, grid))
+
+    def solve_for_ranks(self, server_round: int, grid: Grid) -> None:
+        """Solve a head for each smaller budget of the clients, from the adapter cut to it.
+
+        A budget for which too few sums count is left out, which is logged.
+        """
+        self.of_ranks = {}
+        adapter = self._method.global_adapter
+        profiles = cutting_profiles(adapter, self._participation.trainable())
+        if not profiles:
+            _LOGGER.warning("model.closed_form.per_rank: no client's rank is below the adapter's")
+        for profile in profiles:
+            cut = truncated_adapter(adapter, profile.rank_of)
+            try:
+                head = self._solved(cut, server_round, grid, profile.ranks)
+            except TooFewSumsError as error:
+                rank = "/".join(map(str, profile.ranks))
+                _LOGGER.warning("%s; rank %s uses the whole adapter's", error, rank)
+            else:
+                self.of_ranks[profile.ranks] = head
+
+    def _solved(
+        self, adapter: Adapter, server_round: int, grid: Grid, ranks: tuple[int, ...] = ()
+    ) -> Mapping[str, Tensor]:
+        """Return the head of an adapter, in the tensors of the model's own."""
+        settings = self._settings
+        collected = self._collect(adapter, server_round, grid)
         validation = None
         if settings.chooses_on_validation and self.validation is not None:
             validation = self.validation(adapter)
@@ -126,23 +172,44 @@ class ClosedFormHead:
             validation=validation if settings.ridge_by == "validation" else None,
         )
         whole = solved.head.unprojected(self._projection)
-        temperature = self._temperature(solved, validation, whole, server_round, grid)
-        head = with_output_layer(adapter.head, whole.cooled(temperature))
-        self._method.global_adapter = adapter.with_head(head)
-        self._note(server_round, collected, solved.strength, temperature)
+
+        def ask_losses() -> Tensor:
+            sent = adapter.with_head(with_output_layer(adapter.head, whole))
+            return self._losses_of_clients(sent, server_round, grid)
+
+        temperature = self._temperature(solved, validation, ask_losses)
+        record = HeadRecord(
+            *(server_round, collected.clients, collected.sums.num_examples, collected.absent),
+            *(solved.strength, temperature, ranks),
+        )
+        self._note(record, collected.sums)
+        return with_output_layer(adapter.head, whole.cooled(temperature))
+
+    @property
+    def by_rank(self) -> dict[int, Mapping[str, Tensor]]:
+        """The heads `of_ranks` of devices with one rank for all modules, by this rank."""
+        return {ranks[0]: head for ranks, head in self.of_ranks.items() if len(ranks) == 1}
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return how the heads were solved, as plain values."""
-        return [asdict(record) | {"absent": list(record.absent)} for record in self.records]
+        return [
+            asdict(record) | {"absent": list(record.absent), "ranks": list(record.ranks)}
+            for record in self.records
+        ]
 
     def recall(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Read what `to_json` returned."""
-        self.records = [HeadRecord(**{**one, "absent": tuple(one["absent"])}) for one in records]
+        self.records = [
+            HeadRecord(
+                **{**one, "absent": tuple(one["absent"]), "ranks": tuple(one.get("ranks", ()))}
+            )
+            for one in records
+        ]
 
     # ---- sums ------------------------------------------------------------------------------
 
-    def _collect(self, server_round: int, grid: Grid) -> "_Collected":
-        """Ask every reachable client for the sums of its features, and add them up."""
+    def _collect(self, adapter: Adapter, server_round: int, grid: Grid) -> "_Collected":
+        """Ask every reachable client for its sums under an adapter, and add them up."""
         asked, settings = self._format, self._settings
         federation = self._method.options.federation
         most_norm, most_examples = settings.most_norm(self._width), federation.max_examples_per_node
@@ -167,8 +234,9 @@ class ClosedFormHead:
         total = FeatureSums.zeros(asked.width, asked.num_classes, moments=asked.moments)
         counted: list[int] = []
         squares = 0.0
+        sent = adapter.with_head({})
         for profile, (sums, squared) in self._exchange.ask(
-            server_round, grid, QUERY_FEATURE_SUMS, "frozen", {}, read, asked.payload_bytes
+            server_round, grid, QUERY_FEATURE_SUMS, "frozen", sent, read, asked.payload_bytes
         ):
             total, squares = total + sums, squares + squared
             counted.append(profile.partition_id)
@@ -189,15 +257,13 @@ class ClosedFormHead:
         self,
         solved: SolvedHead,
         validation: ValidationFeatures | None,
-        whole: LinearHead,
-        server_round: int,
-        grid: Grid,
+        ask_losses: Callable[[], Tensor],
     ) -> float:
         settings = self._settings
         if settings.temperature is not None:
             return settings.temperature
         if settings.asks_for_losses:
-            losses = self._losses_of_clients(whole, server_round, grid)
+            losses = ask_losses()
         elif validation is not None:
             losses = validation_losses(solved.head, validation)
         else:
@@ -211,10 +277,9 @@ class ClosedFormHead:
             )
         return chosen
 
-    def _losses_of_clients(self, whole: LinearHead, server_round: int, grid: Grid) -> Tensor:
+    def _losses_of_clients(self, sent: Adapter, server_round: int, grid: Grid) -> Tensor:
         """Return the cross entropy of all clients' held-out rows at each temperature."""
-        head = with_output_layer(self._method.global_adapter.head, whole)
-        classes = len(whole.bias)
+        classes = self._num_classes
 
         def read(reply: Message, metrics: Mapping[str, float]) -> Tensor:
             losses = read_losses(reply.content, len(TEMPERATURES))
@@ -227,7 +292,7 @@ class ClosedFormHead:
         size = total.element_size() * len(total)
         count = 0
         for _, losses in self._exchange.ask(
-            server_round, grid, EVALUATE_TEMPERATURES, "sent", head, read, size
+            server_round, grid, EVALUATE_TEMPERATURES, "sent", sent, read, size
         ):
             total += losses
             count += 1
@@ -238,31 +303,21 @@ class ClosedFormHead:
             )
         return total
 
-    def _note(
-        self, server_round: int, collected: "_Collected", ridge: float | None, temperature: float
-    ) -> None:
-        sums = collected.sums
-        self.records.append(
-            HeadRecord(
-                *(server_round, collected.clients, sums.num_examples, collected.absent),
-                *(ridge, temperature),
-            )
-        )
-        strength = "" if ridge is None else f", ridge {ridge:.2g}"
+    def _note(self, record: HeadRecord, sums: FeatureSums) -> None:
+        self.records.append(record)
+        which = f"rank {'/'.join(map(str, record.ranks))}: " if record.ranks else ""
+        where = f"closed-form head after round {record.server_round}"
+        strength = "" if record.ridge is None else f", ridge {record.ridge:.2g}"
         _LOGGER.info(
-            "closed-form head after round %d: %.0f examples of %d clients%s, temperature %.3g",
-            *(server_round, sums.num_examples, collected.clients, strength, temperature),
+            "%s: %s%.0f examples of %d clients%s, temperature %.3g",
+            *(where, which, record.examples, record.clients, strength, record.temperature),
         )
-        if collected.absent:
+        if record.absent:
             _LOGGER.warning(
-                "closed-form head after round %d: without partitions %s",
-                *(server_round, ", ".join(map(str, collected.absent))),
+                "%s: %swithout partitions %s", where, which, ", ".join(map(str, record.absent))
             )
         if missing := int((sums.class_counts == 0).sum()):
-            _LOGGER.warning(
-                "closed-form head after round %d: %d classes have no example",
-                *(server_round, missing),
-            )
+            _LOGGER.warning("%s: %d classes have no example", where, missing)
 
     @property
     def _settings(self) -> ClosedFormSettings:

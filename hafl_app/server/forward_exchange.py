@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import HeadPolicy, ModulePlan, TrainPlan
@@ -52,7 +51,7 @@ class ForwardExchange:
         grid: Grid,
         message_type: str,
         policy: HeadPolicy,
-        head: Mapping[str, Tensor],
+        adapter: Adapter,
         read: Callable[[Message, Mapping[str, float]], Content],
         payload_bytes: int,
     ) -> Iterator[tuple[NodeProfile, Content]]:
@@ -60,8 +59,9 @@ class ForwardExchange:
 
         Parameters
         ----------
-        policy, head
-            Of the plan, and the tensors of a head that is sent.
+        policy, adapter
+            Of the plan, and what is sent: the whole global adapter or a cut of it, with a head if
+            the policy sends one.
         read
             Returns what a reply holds beside its metrics; a `RecordError` or `ReplyError` rejects
             it.
@@ -69,7 +69,7 @@ class ForwardExchange:
             Bytes of the numbers that are asked for.
         """
         profiles = self._participation.reachable(server_round, grid)
-        plan, sent = self._sent(policy, head)
+        plan, sent = _with_effect(policy, adapter)
         federation = self._method.options.federation
         exchange = self._new_exchange(server_round, PHASE)
         messages = exchange.messages(profiles, [plan] * len(profiles), lambda _: sent, message_type)
@@ -90,17 +90,18 @@ class ForwardExchange:
         for silent in exchange.close([]):
             quarantine.record(silent.profile.node_id, False, server_round)
 
-    def _sent(self, policy: HeadPolicy, head: Mapping[str, Tensor]) -> tuple[TrainPlan, Adapter]:
-        """Return the plan that holds what has an effect of the adapter and trains nothing, and it.
 
-        A component whose column of lora_B is 0 has none: before round 1 that is each of them.
-        """
-        held, modules = {}, {}
-        for name, factors in self._method.global_adapter.modules.items():
-            with_effect = factors.lora_B.any(0).nonzero().flatten().tolist()
-            modules[name] = ModulePlan(held=tuple(with_effect), trainable=())
-            held[name] = factors.select(with_effect)
-        return TrainPlan(modules, head=policy), Adapter(held, head)
+def _with_effect(policy: HeadPolicy, adapter: Adapter) -> tuple[TrainPlan, Adapter]:
+    """Return the plan that holds what has an effect of an adapter and trains nothing, and it.
+
+    A component whose column of lora_B is 0 has none: before round 1 that is each of them.
+    """
+    held, modules = {}, {}
+    for name, factors in adapter.modules.items():
+        with_effect = factors.lora_B.any(0).nonzero().flatten().tolist()
+        modules[name] = ModulePlan(held=tuple(with_effect), trainable=())
+        held[name] = factors.select(with_effect)
+    return TrainPlan(modules, head=policy), Adapter(held, adapter.head)
 
 
 def _rejecting(

@@ -40,9 +40,12 @@ def run_rounds(
     RoundFailedError
         If too few replies count in a round and in all its repeats.
     """
-    for server_round in range(first_round, _last_round(strategy.options) + 1):
+    last = _last_round(strategy.options)
+    for server_round in range(first_round, last + 1):
         _train(strategy, grid, server_round)
         solve_head(strategy, grid, server_round)
+        if server_round == last:  # so that its bytes are in the last round
+            solve_heads_of_ranks(strategy, grid, server_round)
         _evaluate(strategy, grid, server_round)
         if after_round(server_round):
             return
@@ -101,6 +104,13 @@ def solve_head(strategy: Strategy, grid: Grid, server_round: int) -> None:
         else:
             return
     _LOGGER.warning("round %d: the head stays as it is", server_round)
+
+
+def solve_heads_of_ranks(strategy: Strategy, grid: Grid, server_round: int) -> None:
+    """Solve the heads of the last adapter's cuts, if the settings ask for them."""
+    closed_form = strategy.options.closed_form
+    if closed_form is not None and closed_form.per_rank:
+        strategy.coordinator.closed_form.solve_for_ranks(server_round, grid)
 
 
 def _train_once(strategy: Strategy, grid: Grid, server_round: int) -> None:

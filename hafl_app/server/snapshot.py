@@ -39,6 +39,10 @@ def take_snapshot(strategy: Strategy) -> Snapshot:
         "memory": strategy.memory(),
         "server_optimizer": coordinator.server_optimizer.memory(),
         "control_variates": coordinator.control_variates.memory(),
+        "heads_of_ranks": {
+            "/".join(map(str, ranks)): dict(head)
+            for ranks, head in coordinator.closed_form.of_ranks.items()
+        },
     }
     state = {
         "ledger": coordinator.ledger.to_json(),
@@ -69,6 +73,10 @@ def restore(strategy: Strategy, snapshot: Snapshot) -> None:
     participation.rank_limits = {int(k): rank for k, rank in state["rank_limits"].items()}
     coordinator.train_loss = state["train_loss"]
     coordinator.closed_form.recall(state.get("heads", ()))
+    coordinator.closed_form.of_ranks = {
+        tuple(map(int, ranks.split("/"))): head
+        for ranks, head in tree.get("heads_of_ranks", {}).items()
+    }
 
 
 def adapter_tree(adapter: Adapter) -> dict[str, Any]:

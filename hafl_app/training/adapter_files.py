@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from hafl_app.training.settings import BaseSpec
 from hafl_app.training.specs import lora_spec
 
 _HEAD = "head.safetensors"
+_HEADS_BY_RANK = "heads_by_rank.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class StoredAdapter:
         Tokens at which texts are cut.
     facts
         Anything else worth knowing, as JSON values.
+    heads_by_rank
+        Heads of the adapter cut to a rank, where they are others than the whole one's.
     """
 
     adapter: Adapter
@@ -57,6 +60,11 @@ class StoredAdapter:
     label_names: tuple[str, ...]
     max_length: int
     facts: Mapping[str, Any]
+    heads_by_rank: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def head_at(self, rank: int) -> Mapping[str, Tensor]:
+        """Return the head of the adapter cut to a rank."""
+        return self.heads_by_rank.get(rank, self.adapter.head)
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ def save_adapter(
     label_names: Sequence[str],
     max_length: int,
     facts: Mapping[str, Any] | None = None,
+    heads_by_rank: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write an adapter; the folder appears whole or not at all.
 
@@ -109,12 +118,17 @@ def save_adapter(
         Tokens at which texts are cut.
     facts
         Anything else worth knowing, as JSON values.
+    heads_by_rank
+        See `StoredAdapter`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         scratch.chmod(0o755)
         _write(scratch, adapter, spec)
+        if heads_by_rank:
+            named = {f"{r}/{n}": t for r, head in heads_by_rank.items() for n, t in head.items()}
+            save_file({n: t.contiguous() for n, t in named.items()}, scratch / _HEADS_BY_RANK)
         card = {
             "format": 1,
             "base": _base_facts(spec.base),
@@ -178,6 +192,7 @@ def read_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Stored
         ranks = {str(name): int(rank) for name, rank in card.get("ranks", {}).items()}
         tensors = load_file(folder / WEIGHTS_FILE)
         head = load_file(folder / _HEAD) if _has_own_head(base) else {}
+        heads_by_rank = _heads_by_rank(folder / _HEADS_BY_RANK)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise SavedAdapterError(f"{folder}: not a saved adapter: {error}") from error
     if _has_stock_head(base):
@@ -187,9 +202,17 @@ def read_adapter(path: str | Path, *, trust_remote_code: bool = False) -> Stored
         }
     targets = targets if isinstance(targets, str) else tuple(targets)
     spec = lora_spec(base, len(labels), targets, seed=seed)
-    return StoredAdapter(
-        Adapter(_factors(folder, tensors, ranks), head), spec, labels, max_length, facts
-    )
+    adapter = Adapter(_factors(folder, tensors, ranks), head)
+    return StoredAdapter(adapter, spec, labels, max_length, facts, heads_by_rank)
+
+
+def _heads_by_rank(file: Path) -> dict[int, dict[str, Tensor]]:
+    """Read the heads of cut adapters; none where the file is not there."""
+    heads: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in (load_file(file) if file.exists() else {}).items():
+        rank, name = key.split("/", 1)
+        heads.setdefault(int(rank), {})[name] = tensor
+    return heads
 
 
 def _base_facts(base: BaseSpec) -> dict[str, Any]:

@@ -224,6 +224,11 @@ REFUSED = [
         "model.closed_form.ridge_by=gcv, or a number as model.closed_form.ridge",
     ),
     (
+        [CLOSED, "federation.num_rounds=0", "model.closed_form.per_rank=true", *LONE_OFF],
+        "model.closed_form.per_rank=true: with federation.num_rounds=0 there is no adapter to cut, "
+        "all ranks have one head; expected false",
+    ),
+    (
         ["dataset=on_device", CLOSED],
         f"{CLOSED}: dataset=on_device has no validation data; {BY_CLIENTS}",
     ),
