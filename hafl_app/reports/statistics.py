@@ -25,8 +25,9 @@ class Spread:
 
     @property
     def sd(self) -> float:
-        """Sample standard deviation; NaN of fewer than two."""
-        return statistics.stdev(self.each) if len(self.each) > 1 else math.nan
+        """Sample standard deviation; NaN of fewer than two, or if one is not finite."""
+        known = len(self.each) > 1 and all(map(math.isfinite, self.each))
+        return statistics.stdev(self.each) if known else math.nan
 
 
 @dataclass(frozen=True)

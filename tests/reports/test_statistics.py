@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from hafl_app.reports.statistics import Paired
+from hafl_app.reports.statistics import Paired, Spread
+
+
+@pytest.mark.parametrize("one", [math.nan, math.inf])
+def test_a_value_that_is_no_number_leaves_no_deviation(one):
+    # Python 3.11 raises an AttributeError at it: what a run could not measure is no number.
+    assert math.isnan(Spread((one, one)).sd)
+    assert math.isnan(Spread((0.5, one)).sd)
+    assert Spread((1.0, 3.0)).sd == pytest.approx(math.sqrt(2))
 
 
 def test_the_interval_is_students():
