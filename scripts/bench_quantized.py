@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from hafl_app.cli import run_script  # noqa: E402
 from hafl_app.lowrank.factors import initial_adapter  # noqa: E402
-from hafl_app.plan import ModulePlan, TrainPlan  # noqa: E402
+from hafl_app.plan import TrainPlan  # noqa: E402
+from hafl_app.plan_parts.module_plan import ModulePlan  # noqa: E402
 from hafl_app.training.batches import Batch  # noqa: E402
 from hafl_app.training.causal import CausalSpec  # noqa: E402
 from hafl_app.training.classifier import ClassifierSpec  # noqa: E402

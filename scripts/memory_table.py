@@ -29,7 +29,8 @@ from benchmarks.preset_shapes import CAUSAL, ENCODERS  # noqa: E402
 
 from hafl_app.cli import run_script  # noqa: E402
 from hafl_app.lowrank.factors import initial_adapter  # noqa: E402
-from hafl_app.plan import ModulePlan, TrainPlan  # noqa: E402
+from hafl_app.plan import TrainPlan  # noqa: E402
+from hafl_app.plan_parts.module_plan import ModulePlan  # noqa: E402
 from hafl_app.training.base_model import base_without_weights  # noqa: E402
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier  # noqa: E402
 from hafl_app.training.device import peak_memory_mb  # noqa: E402

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from hafl_app.config.compose import SettingsError
 from hafl_app.engines.in_process import server_identity
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.server import reply_validation as judge
 from hafl_app.wire.records import (
     METRICS,

@@ -1,149 +1,19 @@
 import json
-import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
+from plan_strategies import train_plans
 
-from hafl_app.component_choice import ComponentChoice
-from hafl_app.component_lists import (
-    BIT_LEVELS,
-    format_bits,
-    format_indices,
-    parse_bits,
-    parse_indices,
-)
-from hafl_app.own_weight import OwnWeight
-from hafl_app.plan import (
-    Alignment,
-    ModulePlan,
-    TailPruning,
-    TrainPlan,
-    component_bytes,
-    largest_code,
-)
-
-CHOICE = ComponentChoice("contribution", "module")
-
-
-@st.composite
-def module_plans(draw):
-    held = draw(st.lists(st.integers(0, 40), unique=True, max_size=9).map(tuple))
-    trainable = draw(st.lists(st.sampled_from(held), unique=True)) if held else []
-    scaling = draw(st.floats(1e-3, 1e3) | st.sampled_from([16 / 30, 1.0]))
-    factors = draw(st.sampled_from(["A", "B", "both"]))
-    gain, own = draw(st.sampled_from([1.0, 4.0])), factors == "both" and draw(st.booleans())
-    return ModulePlan(held, tuple(trainable), scaling, factors=factors, gain=gain, own_lora_B=own)
-
-
-@st.composite
-def with_bits(draw, plan):
-    """The same components, each with bits."""
-    count = len(plan.trainable)
-    bits = draw(st.lists(st.sampled_from(BIT_LEVELS), min_size=count, max_size=count))
-    return replace(plan, bits=tuple(sorted(bits, reverse=True)))
-
-
-uploads = st.sampled_from(
-    [{}, *({"upload": u, "error_feedback": f} for u in ("bf16", "int8") for f in (True, False))]
-)
-
-
-@st.composite
-def train_plans(draw):
-    tails = st.builds(
-        TailPruning,
-        decay=st.floats(0, 1),
-        weight=st.floats(0, 10),
-        min_rank=st.integers(1, 8),
-        prune=st.booleans(),
-    )
-    modules, upload = st.dictionaries(st.text(max_size=12), module_plans(), max_size=5), uploads
-    if draw(st.booleans()):
-        densities = st.sampled_from([0.1, 0.5])
-        upload = st.builds(lambda d: {"upload": "sparse", "density": d}, densities)
-    elif draw(st.booleans()):
-        upload = st.builds(lambda f: {"upload": "mixed", "error_feedback": f}, st.booleans())
-        mixed = module_plans().flatmap(with_bits)
-        modules = st.dictionaries(st.text(max_size=12), mixed, max_size=5)
-    return TrainPlan(
-        modules=draw(modules),
-        head=draw(st.sampled_from(["averaged", "frozen", "local"])),
-        importance=draw(st.sampled_from(["none", "sensitivity", "smoothed", "adalora"])),
-        importance_smoothing=draw(st.floats(0, 0.99)),
-        probe_batches=draw(st.integers(0, 9)),
-        tail=draw(st.none() | tails),
-        local_epochs=draw(st.integers(1, 9)),
-        max_steps=draw(st.integers(0, 99)),
-        proximal=draw(st.floats(0, 10) | st.just(0.0)),
-        logit_adjustment=draw(st.none() | st.floats(0, 2)),
-        rates=draw(st.just((1.0,)) | st.lists(st.floats(1e-6, 1), min_size=1).map(tuple)),
-        **draw(upload),
-    )
-
-
-class TestIndices:
-    @pytest.mark.parametrize(
-        ("indices", "text"),
-        [
-            ((), ""),
-            ((4,), "4"),
-            ((0, 1, 2, 5), "0-2,5"),
-            ((7, 3, 4), "7,3-4"),
-            ((2, 1, 0), "2,1,0"),  # only ascending runs are written short
-        ],
-    )
-    def test_are_written_compactly(self, indices, text):
-        assert format_indices(indices) == text
-        assert parse_indices(text) == indices
-
-    @given(st.lists(st.integers(0, 60), max_size=30).map(tuple))
-    def test_survive_writing_and_reading(self, indices):
-        assert parse_indices(format_indices(indices)) == indices
-
-    @pytest.mark.parametrize("text", ["a", "1,", "-1", "1-", "1-x", "4-2", "1,,2", "1.5"])
-    def test_other_text_is_refused(self, text):
-        with pytest.raises(ValueError, match=r"."):
-            parse_indices(text)
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.alignment import Alignment
+from hafl_app.plan_parts.component_choice import ComponentChoice
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.own_weight import OwnWeight
+from hafl_app.plan_parts.tail_pruning import TailPruning
 
 
 class TestBits:
-    @pytest.mark.parametrize(
-        ("bits", "text"),
-        [((), ""), ((8,), "8"), ((16, 16, 8, 0), "16x2,8,0"), ((2,) * 12, "2x12")],
-    )
-    def test_are_written_as_run_lengths(self, bits, text):
-        assert format_bits(bits) == text
-        assert parse_bits(text) == bits
-
-    @given(st.lists(st.sampled_from(BIT_LEVELS), max_size=30).map(tuple))
-    def test_survive_writing_and_reading(self, bits):
-        assert parse_bits(format_bits(bits)) == bits
-
-    @pytest.mark.parametrize(
-        "text", ["3", "8x0", "8x1", "8,8", "8x2,8", "08", "8x", "x2", "-8", "8 ", "8,", "2x99999"]
-    )
-    def test_other_text_is_refused(self, text):
-        with pytest.raises(ValueError, match="bits: "):
-            parse_bits(text)
-
-    def test_a_component_takes_two_whole_vectors_and_their_scales(self):
-        assert [component_bytes(b, 7, 5) for b in BIT_LEVELS] == [0, 2 + 2 + 4, 4 + 3 + 4, 16, 28]
-        assert [largest_code(b) for b in BIT_LEVELS[1:]] == [1, 7, 127, 32767]
-
-    @pytest.mark.parametrize(
-        ("bits", "message"),
-        [
-            ((8,), "bits of 1 components, expected one for each of the 2 trainable"),
-            ((8, 3), r"bits of 3 are not one of \(0, 2, 4, 8, 16\)"),
-            ((2, 8), "bits must be never rising, got '2,8'"),
-        ],
-    )
-    def test_impossible_bits_are_refused(self, bits, message):
-        with pytest.raises(ValueError, match=message):
-            ModulePlan((0, 1), (1, 0), bits=bits)
-
     def test_belong_to_mixed_uploads_and_to_no_others(self):
         with_bits, without = ModulePlan((0, 1), (1,), bits=(8,)), ModulePlan((0, 1), (1,))
         for module, upload, counts in ((with_bits, "int8", "1 .* 0"), (without, "mixed", "0 .* 1")):
@@ -156,68 +26,6 @@ class TestBits:
         assert json.loads(text)["modules"] == [["0-1", "1", 1.0, ["q"]]]
         mixed = TrainPlan({"q": ModulePlan((0, 1), (1,), bits=(8,))}, upload="mixed")
         assert json.loads(mixed.to_json())["modules"] == [["0-1", "1", 1.0, ["q"], "8"]]
-
-    def test_those_with_none_are_not_uploaded(self):
-        module = ModulePlan((0, 1, 2), (2, 1, 0), bits=(8, 0, 0))
-        assert module.num_uploaded == 1
-        assert ModulePlan((0, 1, 2), (2, 1)).num_uploaded == 2
-
-
-class TestModulePlan:
-    def test_slots_are_positions_among_the_held(self):
-        plan = ModulePlan(held=(9, 2, 5, 7), trainable=(5, 9))
-
-        assert plan.trainable_slots == (2, 0)
-        assert plan.frozen_slots == (1, 3)
-
-    @given(module_plans())
-    def test_every_slot_is_either_trainable_or_frozen(self, plan):
-        slots = plan.trainable_slots + plan.frozen_slots
-
-        assert sorted(slots) == list(range(len(plan.held)))
-        assert tuple(plan.held[slot] for slot in plan.trainable_slots) == plan.trainable
-
-    @pytest.mark.parametrize(
-        ("held", "trainable", "message"),
-        [
-            ((1, 1), (), "held components .* distinct"),
-            ((-1,), (), "held components .* not negative"),
-            ((0, 1), (2,), "among the held"),
-            ((0, 1), (1, 1), "trainable components .* distinct"),
-        ],
-    )
-    def test_impossible_components_are_refused(self, held, trainable, message):
-        with pytest.raises(ValueError, match=message):
-            ModulePlan(held, trainable)
-
-    @pytest.mark.parametrize("scaling", [0.0, -2.0, math.nan])
-    def test_impossible_scaling_is_refused(self, scaling):
-        with pytest.raises(ValueError, match="scaling must be above 0"):
-            ModulePlan((0,), (0,), scaling)
-
-
-class TestTailPruning:
-    @pytest.mark.parametrize(
-        ("decay", "min_rank", "rank", "start"),
-        [
-            (0.75, 1, 10, 7),  # floor(7.5)
-            (0.75, 2, 2, 2),  # the floor on the rank: nothing is left to be tail
-            (0.5, 4, 6, 4),  # min_rank above floor(3.0)
-            (0.5, 8, 6, 6),  # min_rank above the rank itself
-            (1.0, 1, 5, 5),
-            (0.0, 1, 5, 1),
-            (0.29, 1, 100, 29),  # 0.29 * 100 is 28.999...96 in binary
-        ],
-    )
-    def test_start(self, decay, min_rank, rank, start):
-        assert TailPruning(decay, weight=0.1, min_rank=min_rank).start(rank) == start
-
-    def test_uploads_the_whole_module_or_all_before_the_tail(self):
-        tail = TailPruning(0.75, weight=0.1, min_rank=2)
-
-        assert tail.uploads(10) == {10, 7}
-        assert tail.uploads(2) == {2}
-        assert replace(tail, prune=False).uploads(10) == {10}
 
 
 class TestFactors:
@@ -236,11 +44,6 @@ class TestFactors:
         module = ModulePlan((0, 1, 2), (2, 0), bits=(8, 2), factors=factors)
         plan = TrainPlan({"q": module}, upload="mixed")
         assert plan.upload_bytes({"q": (7, 5)}) == expected
-
-    @pytest.mark.parametrize("factors", ["a", "AB", "", None, ["A"]])
-    def test_another_word_is_refused(self, factors):
-        with pytest.raises(ValueError, match="factors must be one of A, B, both, got"):
-            ModulePlan((0, 1), (1,), factors=factors)
 
     def test_a_plan_of_both_is_written_as_before(self):
         text = TrainPlan({"q": ModulePlan((0, 1), (1,))}).to_json()

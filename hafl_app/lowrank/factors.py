@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hafl_app.plan import TrainedFactors
+from hafl_app.plan_parts.module_plan import TrainedFactors
 
 # PEFT draws lora_A from U(-1/sqrt(in), 1/sqrt(in)): a row's expected norm is 1/sqrt(3).
 INITIAL_ROW_NORM = 3**-0.5

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.quantize import dequantize, largest_of, rounded_up
-from hafl_app.plan import largest_code
+from hafl_app.plan_parts.number_formats import largest_code
 
 STOCHASTIC_BITS = 4
 """Up to so many bits codes are drawn at random between the two next to a number."""

@@ -4,7 +4,7 @@ import torch
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.lowrank.svd import WeightedStack, singular_values
-from hafl_app.own_weight import OwnWeight
+from hafl_app.plan_parts.own_weight import OwnWeight
 
 
 def product_norms(after: Adapter, sent: Adapter, rule: OwnWeight) -> dict[str, float]:

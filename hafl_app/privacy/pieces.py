@@ -1,8 +1,8 @@
 """Pieces of an upload: rows of lora_A, columns of lora_B and the head, each under a name.
 
-Where clients weigh themselves (`hafl_app.own_weight`) their weights are pieces too. The clients
-with one set of components share such a piece: the server learns the sum over each such group, from
-which the weight of every component follows, and of no smaller one.
+Where clients weigh themselves (`hafl_app.plan_parts.own_weight`) their weights are pieces too. The
+clients with one set of components share such a piece: the server learns the sum over each such
+group, from which the weight of every component follows, and of no smaller one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hafl_app.component_lists import format_indices
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_lists import format_indices
 from hafl_app.privacy.masking import Names, Values
 
 _HEAD = "head/"

@@ -8,7 +8,8 @@ import torch
 
 from hafl_app.config.schema import Settings
 from hafl_app.lowrank.factors import initial_adapter
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run import build
 from hafl_app.training.device import (
     describe_device,

@@ -6,7 +6,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import HeadPolicy, ModulePlan, TrainPlan
+from hafl_app.plan import HeadPolicy, TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.server.method import Method
 from hafl_app.server.participation import Participation
 from hafl_app.server.replies import all_replies, replies_in_order

@@ -61,13 +61,14 @@ class Traits:
         factors are averaged with zeros for the missing, so that a change also meets a factor that
         has shrunk by ``N_i / N``. None: the step is no such mean. See `hafl_app.server.influence`.
     trains_cores
-        Whether its plans train cores between frozen bases, see `hafl_app.trained_core.Core`: its
-        lora_B must then stay what cores make of a basis.
+        Whether its plans train cores between frozen bases, see `hafl_app.plan_parts.trained_core`:
+        its lora_B must then stay what cores make of a basis.
     sums_updates
         Whether its fold takes of the updates only weighted sums of each component over those who
         trained it, so that each of these may upload their mean: what secure aggregation needs. The
-        weights are the method's `planned_weight`, or the clients' own (`hafl_app.own_weight`).
-        Where clients choose, the sums are over all who could have chosen a component.
+        weights are the method's `planned_weight`, or the clients' own, see
+        `hafl_app.plan_parts.own_weight`. Where clients choose, the sums are over all who could have
+        chosen a component.
     sum_refusal
         Reason why ``sums_updates`` is false, and what would be accepted.
     breaks

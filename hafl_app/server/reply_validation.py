@@ -9,10 +9,11 @@ import numpy as np
 from flwr.app import Message, MetricRecord
 from numpy.typing import NDArray
 
-from hafl_app.component_lists import format_bits
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.metrics import ACCURACY, EXACT_MATCH, LOSS, MACRO_F1, ROUGE_L, TOKEN_ACCURACY
-from hafl_app.plan import NUMBER_BYTES, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_lists import format_bits
+from hafl_app.plan_parts.number_formats import NUMBER_BYTES
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.faults import one_line
 from hafl_app.wire.node_profile import NodeProfile

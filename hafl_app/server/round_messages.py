@@ -12,7 +12,8 @@ from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import NumberFormat, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.number_formats import NumberFormat
 from hafl_app.server.reply_validation import (
     ReplyError,
     check_finite,

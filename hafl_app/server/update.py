@@ -33,7 +33,7 @@ class ClientUpdate:
         Optimizer steps that it took, as it states them; 0 if it does not.
     own_weights
         Module name to the weight that clients gave themselves in a secure sum: the mean over those
-        with the same components, see `hafl_app.own_weight`. Empty: the method weighs.
+        with the same components, see `hafl_app.plan_parts.own_weight`. Empty: the method weighs.
     """
 
     partition_id: int

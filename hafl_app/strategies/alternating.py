@@ -1,6 +1,6 @@
 """The factor whose turn it is, in methods that train one factor in each round."""
 
-from hafl_app.plan import TrainedFactors
+from hafl_app.plan_parts.module_plan import TrainedFactors
 
 
 def factor_of_round(server_round: int) -> TrainedFactors:

@@ -21,7 +21,9 @@ from torch import Tensor
 from hafl_app.fields import number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.importance import magnitude_scores
-from hafl_app.plan import NUMBER_BYTES, ModulePlan, TrainedFactors, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan, TrainedFactors
+from hafl_app.plan_parts.number_formats import NUMBER_BYTES
 from hafl_app.server.compatibility import check_method, no_error_feedback
 from hafl_app.server.coordinator import Coordinator
 from hafl_app.server.method import Traits

@@ -17,7 +17,8 @@ import torch
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
 from hafl_app.lowrank.spectrum import Spectrum, sum_of
 from hafl_app.lowrank.thin_svd import size_of
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.strategies.product_mean import OF_PRODUCTS, ProductMean
 from hafl_app.wire.node_profile import NodeProfile

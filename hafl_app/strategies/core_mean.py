@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 from hafl_app.lowrank.cores import cores_of, frozen_bases, with_cores
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.trained_core import Core
 from hafl_app.server.method import Traits
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.component_mean import ComponentMean, Sums, over_contributors
-from hafl_app.trained_core import Core
 
 OF_CORES = Traits(
     trains_cores=True,

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.seeds import client_seed
 from hafl_app.server.method import Traits
 from hafl_app.strategies.component_mean import ComponentMean, Sums, over_contributors

@@ -14,7 +14,8 @@ from torch import Tensor
 from hafl_app.fields import choice, number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.selection import select_within
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.seeds import client_seed
 from hafl_app.server.aggregation import mean_over_clients
 from hafl_app.server.method import Traits

@@ -7,7 +7,8 @@ arXiv:2602.23638.
 from dataclasses import dataclass
 
 from hafl_app.fields import choice, number
-from hafl_app.plan import Alignment, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.alignment import Alignment
 from hafl_app.strategies.fedit import FedIt
 from hafl_app.wire.node_profile import NodeProfile
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from hafl_app.fields import number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.sparse import largest_entries
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.server.method import Traits
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.component_mean import ComponentMean, Sums, of_changes

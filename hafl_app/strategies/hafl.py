@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hafl_app.component_choice import ComponentChoice
 from hafl_app.fields import choice, number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_choice import ComponentChoice
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.seeds import client_seed
 from hafl_app.server.aggregation import mean_over_clients
 from hafl_app.server.method import Division, StrategyError, Traits

@@ -15,7 +15,9 @@ from torch import Tensor
 from hafl_app.fields import choice, number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.importance import product_change_scores
-from hafl_app.plan import Alignment, ModulePlan, TrainedFactors, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.alignment import Alignment
+from hafl_app.plan_parts.module_plan import ModulePlan, TrainedFactors
 from hafl_app.seeds import client_seed
 from hafl_app.server.method import StrategyError, Traits
 from hafl_app.server.update import ClientUpdate
@@ -68,7 +70,7 @@ class HaflPlus(ComponentMean):
     factors
         ``alternating`` or ``both``: then as many components as the rank says.
     rotation_weight
-        Of FedRot-LoRA's soft alignment, in [0, 1], see `hafl_app.plan.Alignment`; 0: none. A
+        Of FedRot-LoRA's soft alignment, in [0, 1], see `hafl_app.plan_parts.alignment`; 0: none. A
         rotation mixes components: only with ``selection=prefix``, ``fold=false``, ``factors=both``.
     """
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from hafl_app.component_lists import BIT_LEVELS
 from hafl_app.fields import choice, number
 from hafl_app.lowrank.bit_allocation import allocate_bits
-from hafl_app.plan import ModulePlan, component_bytes
+from hafl_app.plan_parts.component_lists import BIT_LEVELS
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.number_formats import component_bytes
 from hafl_app.server.method import Traits
 from hafl_app.server.radio_channel import PAPER_DISTANCES_M, Channel
 from hafl_app.strategies.hafl import Hafl

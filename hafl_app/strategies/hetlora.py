@@ -15,8 +15,9 @@ from hafl_app.fields import choice, number
 from hafl_app.lowrank.components import ComponentSums
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.product_norms import product_norms
-from hafl_app.own_weight import NORM_SCOPES, NORMS_OF, OwnWeight
-from hafl_app.plan import TailPruning, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.own_weight import NORM_SCOPES, NORMS_OF, OwnWeight
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.server.method import Traits
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.base import HeterogeneousLora

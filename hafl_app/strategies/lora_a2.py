@@ -7,10 +7,11 @@ Clients", ACL 2025, arXiv:2410.22815.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hafl_app.component_choice import MEASURES, SCOPES, ComponentChoice
 from hafl_app.fields import choice, number
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_choice import MEASURES, SCOPES, ComponentChoice
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.server.method import Traits
 from hafl_app.strategies.alternating import factor_of_round
 from hafl_app.strategies.component_mean import ComponentMean, Sums, of_changes

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hafl_app.fields import number
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.seeds import client_seed
 from hafl_app.server.method import StrategyError
 from hafl_app.strategies.core_mean import CoreMean

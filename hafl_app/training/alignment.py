@@ -2,7 +2,7 @@
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.lowrank.procrustes import rotated_toward
-from hafl_app.plan import Alignment
+from hafl_app.plan_parts.alignment import Alignment
 
 
 def aligned(trained: Adapter, received: Adapter, align: Alignment) -> Adapter:

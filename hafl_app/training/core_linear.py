@@ -1,4 +1,4 @@
-"""The lora_B of a plan's `hafl_app.trained_core.Core` in a PEFT layer."""
+"""The lora_B of a plan's `hafl_app.plan_parts.trained_core.Core` in a PEFT layer."""
 
 import torch
 from torch import Tensor, nn

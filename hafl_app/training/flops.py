@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hafl_app.kept import kept
-from hafl_app.plan import HeadPolicy, ModulePlan, TrainPlan
+from hafl_app.plan import HeadPolicy, TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training.lora_model import LoraModel, LoraSpec, with_quantization
 from hafl_app.training.quantization.precisions import NOT_QUANTIZED
 from hafl_app.training.step_memory import config_digest, replace_tensors, weightless

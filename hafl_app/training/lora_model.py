@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from hafl_app.lowrank.cores import frozen_bases, with_cores
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training.base_model import base_without_weights, load_base
 from hafl_app.training.batches import Batch, Examples, ImageBatch
 from hafl_app.training.core_linear import CoreLinear

@@ -7,8 +7,8 @@ from typing import cast
 
 import numpy as np
 
-from hafl_app.component_choice import ComponentChoice
 from hafl_app.plan import ImportanceMeasure, TrainPlan
+from hafl_app.plan_parts.component_choice import ComponentChoice
 from hafl_app.training.batches import training_batches
 from hafl_app.training.choosing import chosen_plan, contributions, probe_plan
 from hafl_app.training.epochs import Allowance, optimize

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import TailPruning
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.training.lora_model import Trainee
 
 

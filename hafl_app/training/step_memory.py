@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from hafl_app.kept import kept
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TrainedFactors, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan, TrainedFactors
 from hafl_app.training.device import resolve_precision
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.lora_model import LoraModel, LoraSpec

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import TailPruning, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.training.batches import Examples
 from hafl_app.training.lora_model import Trainee
 from hafl_app.training.own_classes import OwnClasses

@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 
-from hafl_app.plan import NumberFormat
+from hafl_app.plan_parts.number_formats import NumberFormat
 from hafl_app.wire.compression import CompressedTextError, compress, decompress
 
 DTYPES: Mapping[NumberFormat, str] = {"fp32": "float32", "bf16": "uint16", "int8": "int8"}

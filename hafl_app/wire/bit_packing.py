@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from hafl_app.component_lists import parse_bits
-from hafl_app.plan import largest_code
+from hafl_app.plan_parts.component_lists import parse_bits
+from hafl_app.plan_parts.number_formats import largest_code
 from hafl_app.wire.arrays import Numbers, RecordError, read_names, read_sizes
 
 Pair = tuple[Numbers, Numbers]

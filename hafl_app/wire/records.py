@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from hafl_app.component_lists import format_bits, format_indices, parse_indices
-from hafl_app.plan import NumberFormat, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_lists import format_bits, format_indices, parse_indices
+from hafl_app.plan_parts.number_formats import NumberFormat
 from hafl_app.wire.arrays import (
     DTYPES,
     SPARSE,

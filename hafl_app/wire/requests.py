@@ -7,7 +7,8 @@ from flwr.app import ConfigRecord, ConfigRecordValues, Message
 
 from hafl_app.data.labels import label_fault
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training.adapter_arrays import from_arrays
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.records import (

@@ -14,7 +14,8 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.mixed_bits import MixedFactors
 from hafl_app.lowrank.quantize import Int8Factors, RoundingErrors
 from hafl_app.lowrank.sparse import largest_entries
-from hafl_app.plan import NumberFormat, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.number_formats import NumberFormat
 from hafl_app.training.adapter_arrays import to_arrays
 from hafl_app.wire.arrays import Float32, Numbers
 from hafl_app.wire.records import AdapterArrays

@@ -14,7 +14,7 @@ from benchmarks.timing import DisagreementError
 from hafl_app.config.compose import compose
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
-from hafl_app.plan import NUMBER_BYTES, NumberFormat
+from hafl_app.plan_parts.number_formats import NUMBER_BYTES, NumberFormat
 from hafl_app.privacy.mechanism import trained_part
 from hafl_app.run import build
 from hafl_app.server.round_messages import RoundMessages

@@ -15,7 +15,8 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from hafl_app.config.schema import Settings
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run import build
 from hafl_app.training.lora_model import adapter_shapes
 from hafl_app.wire.node_profile import NodeProfile

@@ -7,7 +7,8 @@ from functools import cached_property
 import torch
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.server.influence import Influence, InfluenceMeter
 from hafl_app.server.update import ClientUpdate
 

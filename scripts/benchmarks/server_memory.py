@@ -24,7 +24,8 @@ from hafl_app.config.files import CONF
 from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.lowrank.svd import WeightedStack
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run.checks import check_settings
 from hafl_app.run.federation import run
 from hafl_app.training.adapter_arrays import from_arrays

@@ -15,7 +15,8 @@ from torch import Tensor
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape, initial_adapter
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run import build
 from hafl_app.seeds import client_seed
 from hafl_app.training.batches import Batch, Examples, make_batch, training_batches

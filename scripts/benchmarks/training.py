@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from benchmarks.timing import DisagreementError, Timing, time_in_turn
 from benchmarks.trainer import PlainPeft, is_installed, padded, rows_of, trainer_job
 from hafl_app.lowrank.factors import Adapter, LoraFactors, initial_adapter
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training.base_model import load_base
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.device import peak_memory_mb, reset_peak_memory

@@ -14,7 +14,8 @@ from hafl_app.client_app import app
 from hafl_app.config.compose import compose
 from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.lowrank.factors import initial_adapter
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run import build
 from hafl_app.training.adapter_arrays import to_arrays
 from hafl_app.training.answers import GenerationScores

@@ -18,7 +18,8 @@ from hafl_app.client import handlers
 from hafl_app.client.permissions import ERROR_DETAILS, own_machine
 from hafl_app.client_app import app
 from hafl_app.engines.in_process import InProcessGrid, server_identity
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run import build
 from hafl_app.training import locate as locate_module
 from hafl_app.training.base_model import load_tokenizer

@@ -12,7 +12,8 @@ from hafl_app.client.own_factors import keep_lora_B, with_own_lora_B
 from hafl_app.client_app import app
 from hafl_app.engines.in_process import InProcessGrid, server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run import build
 from hafl_app.training.lora_model import adapter_shapes
 from hafl_app.wire.records import (

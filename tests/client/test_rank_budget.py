@@ -14,7 +14,8 @@ from hafl_app.client.permissions import own_machine
 from hafl_app.client.rank_budget import NodeLimits, rank_budget
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.config.schema import RankTier
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run import build
 from hafl_app.training.settings import TrainOptions
 from hafl_app.training.step_memory import StepMemory

@@ -11,10 +11,11 @@ from hafl_app.client.node_config import NodeConfigError
 from hafl_app.client.permissions import NotAllowedError
 from hafl_app.client.terms import FIELDS, Terms
 from hafl_app.client_app import app
-from hafl_app.component_choice import ComponentChoice
 from hafl_app.config.compose import compose
 from hafl_app.engines.in_process import InProcessGrid, server_identity
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_choice import ComponentChoice
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run import build
 from hafl_app.training.lora_model import adapter_shapes
 from hafl_app.wire.faults import Fault, fault_of

@@ -23,7 +23,8 @@ from running import TINY
 
 from hafl_app.client.warm_worker import ray_runtime
 from hafl_app.engines.processes import free_port
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run import build
 from hafl_app.training.lora_model import adapter_shapes
 from hafl_app.wire.records import AdapterArrays, adapter_content, plan_record

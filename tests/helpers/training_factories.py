@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.settings import BaseSpec
 

@@ -18,7 +18,8 @@ from hafl_app.config.schema import Settings
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.cores import frozen_bases, with_cores
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
-from hafl_app.plan import HeadPolicy, ModulePlan, TrainedFactors, TrainPlan
+from hafl_app.plan import HeadPolicy, TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan, TrainedFactors
 from hafl_app.run import build
 from hafl_app.server.method import StrategyError
 from hafl_app.server.round_messages import Reply, RoundMessages

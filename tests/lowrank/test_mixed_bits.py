@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.mixed_bits import STOCHASTIC_BITS, MixedFactors, quantize_to
 from hafl_app.lowrank.quantize import RoundingErrors, dequantize, quantize
-from hafl_app.plan import largest_code
+from hafl_app.plan_parts.number_formats import largest_code
 
 OUT, IN = 7, 5  # never square
 LEVELS = (2, 4, 8, 16)

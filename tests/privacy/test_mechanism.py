@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hafl_app.component_choice import ComponentChoice
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_choice import ComponentChoice
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.privacy.mechanism import (
     NoiseSource,
     PrivacyError,

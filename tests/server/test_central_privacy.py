@@ -7,7 +7,8 @@ import torch
 from driving import MAX_RANK, Client, merge, noise, strategy_named, update_of
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.privacy.mechanism import NoiseSource, PrivacyError, PrivacyOptions
 from hafl_app.server.central_privacy import (
     next_adapter,

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layout_words import change_layout
 
-from hafl_app.component_choice import ComponentChoice
 from hafl_app.engines.in_process import server_identity
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_choice import ComponentChoice
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.server.reply_validation import ReplyError, executed_plan, read_update
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.records import AdapterArrays, adapter_content, read_adapter

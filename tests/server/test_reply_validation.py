@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from layout_words import change_layout, write_layout
 
 from hafl_app.engines.in_process import server_identity
-from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.server.outliers import importance_outliers, norm_outliers
 from hafl_app.server.reply_validation import (
     ReplyError,

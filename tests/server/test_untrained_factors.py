@@ -6,7 +6,8 @@ import pytest
 import torch
 from driving import Client, merge, noise, strategy_named, update_of
 
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.server.untrained_factors import UntrainedFactors
 
 CLIENTS = (Client(2, 10, 0), Client(3, 25, 1))

@@ -12,7 +12,7 @@ from training_factories import random_rows
 from training_law import OPTIONS, SPEC, profiles_for, strategy_on
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import Alignment
+from hafl_app.plan_parts.alignment import Alignment
 from hafl_app.training.alignment import aligned
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.local import train

@@ -9,7 +9,8 @@ import torch
 from driving import MAX_RANK, Client, merge, noise, strategy_named, update_of
 from training_factories import LABELS, TINY, random_adapter, random_rows
 
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 
 CLIENTS = [Client(rank, n, i) for i, (rank, n) in enumerate([(1, 10), (3, 25), (2, 7)])]

@@ -6,9 +6,10 @@ import torch
 from driving import MAX_RANK, Client, strategy_named
 from training_factories import LABELS, TINY, random_adapter, random_rows
 
-from hafl_app.component_choice import ComponentChoice
 from hafl_app.config.compose import compose
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_choice import ComponentChoice
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.run import build
 from hafl_app.server.compatibility import check_privacy
 from hafl_app.server.method import StrategyError

@@ -11,7 +11,7 @@ from driving import MAX_RANK, Client, advance, merge, noise, run_options, strate
 
 from hafl_app.config.compose import compose
 from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.plan import Alignment
+from hafl_app.plan_parts.alignment import Alignment
 from hafl_app.run import build
 from hafl_app.server.compatibility import private_division
 from hafl_app.server.method import StrategyError

@@ -8,11 +8,12 @@ import torch
 from driving import MAX_RANK, SHAPES, Client, merge, noise, nothing, run_options, strategy_named
 from flwr.app import Message, MessageType, MetricRecord
 
-from hafl_app.component_lists import BIT_LEVELS
 from hafl_app.config.compose import SettingsError, compose
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import TrainPlan, component_bytes
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_lists import BIT_LEVELS
+from hafl_app.plan_parts.number_formats import component_bytes
 from hafl_app.privacy.mechanism import PrivacyOptions, trained_part
 from hafl_app.run.checks import check_settings
 from hafl_app.server.compatibility import private_division

@@ -19,7 +19,8 @@ from running import run_tiny
 
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors, initial_adapter
-from hafl_app.plan import TailPruning, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.server.reply_validation import ReplyError, read_update
 from hafl_app.server.update import ClientUpdate
 from hafl_app.strategies.hetlora import HetLora

@@ -17,7 +17,8 @@ from training_factories import (
 )
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training import lora_model
 from hafl_app.training.base_model import load_base
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier, head_shapes

@@ -18,9 +18,10 @@ from training_factories import (
 from vision_factories import SPEC as IMAGES
 from vision_factories import random_images
 
-from hafl_app.component_choice import ComponentChoice
 from hafl_app.lowrank.factors import LoraFactors
-from hafl_app.plan import Alignment, TailPruning
+from hafl_app.plan_parts.alignment import Alignment
+from hafl_app.plan_parts.component_choice import ComponentChoice
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.training import cohort, cohort_choice
 from hafl_app.training.cohort import obstacle, obstacle_of, train_cohort
 from hafl_app.training.cohort_choice import choose, differ, steps_of, too_short

@@ -9,7 +9,8 @@ from training_law import OPTIONS, SPEC, strategy_on
 
 from hafl_app.lowrank.cores import with_cores
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.core_linear import CoreLinear
 from hafl_app.training.local import train

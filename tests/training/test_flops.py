@@ -10,8 +10,9 @@ from training_factories import QUERY, SPEC, WIDE, plan_for, random_adapter, rand
 from vision_factories import SPEC as IMAGES
 from vision_factories import random_images
 
-from hafl_app.component_choice import ComponentChoice
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_choice import ComponentChoice
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training.causal import CausalSpec
 from hafl_app.training.cohort import train_cohort
 from hafl_app.training.flops import FlopCounter, RowFlops, row_flops

@@ -20,7 +20,9 @@ from training_factories import (
 )
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.training import local
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.evaluate import evaluate

@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_factories import SPEC, plan_for, random_adapter, random_rows
 
-from hafl_app.plan import ModulePlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training.classifier import ClassifierSpec
 from hafl_app.training.local import train
 from hafl_app.training.settings import BaseSpec, TrainOptions

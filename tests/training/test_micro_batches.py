@@ -23,7 +23,7 @@ from training_factories import (
 )
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.plan import TailPruning
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.training.batches import MicroBatches, is_out_of_memory
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.local import train

@@ -6,7 +6,7 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hafl_app.plan import component_bytes, largest_code
+from hafl_app.plan_parts.number_formats import component_bytes, largest_code
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.bit_packing import (
     pack_pairs,

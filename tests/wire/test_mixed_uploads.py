@@ -10,7 +10,9 @@ from layout_words import change_layout, layout_of
 
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.server.reply_validation import (
     ReplyError,
     check_finite,

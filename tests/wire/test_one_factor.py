@@ -8,7 +8,8 @@ from training_law import factor_bytes
 
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.server.reply_validation import completed, read_update
 from hafl_app.training.adapter_arrays import from_arrays
 from hafl_app.wire.records import METRICS, adapter_content

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from layout_words import change_layout
 
 from hafl_app.engines.in_process import server_identity
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.records import (
     AdapterArrays,

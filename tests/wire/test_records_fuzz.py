@@ -23,10 +23,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layout_words import change_layout, layout_of, write_layout
 
-from hafl_app.component_lists import format_bits, parse_indices
 from hafl_app.data.labels import label_fault
 from hafl_app.engines.in_process import server_identity
-from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_lists import format_bits, parse_indices
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.compression import CompressedTextError, compress, decompress
 from hafl_app.wire.node_profile import PROFILE, NodeProfile

@@ -5,7 +5,8 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from hafl_app.engines.in_process import server_identity
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.records import (
     CONFIG,

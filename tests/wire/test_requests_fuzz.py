@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from hafl_app.data.labels import label_fault
 from hafl_app.engines.in_process import server_identity
-from hafl_app.plan import ModulePlan, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.records import (
     CONFIG,

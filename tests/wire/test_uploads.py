@@ -9,7 +9,9 @@ from flwr.app import Array, Message, MessageType, MetricRecord, RecordDict
 
 from hafl_app.engines.in_process import server_identity
 from hafl_app.lowrank.factors import Adapter, LoraFactors
-from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.server.reply_validation import (
     ReplyError,
     check_finite,

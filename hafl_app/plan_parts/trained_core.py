@@ -1,6 +1,6 @@
 """Core: a small square matrix that is trained between two frozen bases, in place of a factor.
 
-Part of a `hafl_app.plan.ModulePlan`, and standard library only as that is.
+Part of a `hafl_app.plan_parts.module_plan.ModulePlan`, and standard library only as that is.
 """
 
 from collections.abc import Sequence

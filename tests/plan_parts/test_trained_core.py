@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from hafl_app.plan import Alignment, ModulePlan, TailPruning, TrainPlan
-from hafl_app.trained_core import Core
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.alignment import Alignment
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.tail_pruning import TailPruning
+from hafl_app.plan_parts.trained_core import Core
 
 CORE = Core(size=2, rank=6, seed=7, scaled=True)
 MODULE = ModulePlan(tuple(range(6)), (4, 5, 0, 1), 2.0, factors="B", core=CORE)

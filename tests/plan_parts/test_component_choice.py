@@ -2,8 +2,10 @@
 
 import pytest
 
-from hafl_app.component_choice import ComponentChoice
-from hafl_app.plan import ModulePlan, TailPruning, TrainPlan
+from hafl_app.plan import TrainPlan
+from hafl_app.plan_parts.component_choice import ComponentChoice
+from hafl_app.plan_parts.module_plan import ModulePlan
+from hafl_app.plan_parts.tail_pruning import TailPruning
 
 RULE = ComponentChoice("contribution", "module")
 PLAN = TrainPlan(

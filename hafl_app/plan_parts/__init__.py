@@ -1,0 +1,1 @@
+"""Parts of a training plan, each checked as it is made; standard library only."""
