@@ -19,7 +19,8 @@ from hafl_app.data.sources import load_text
 from hafl_app.kept import cache_folder
 from hafl_app.metrics import TASKS, Task
 from hafl_app.privacy.mechanism import PrivacyOptions, new_noise_key
-from hafl_app.run.checks import check_settings, no_class_for
+from hafl_app.run.checks import check_settings
+from hafl_app.run.refusals.devices import no_class_for
 from hafl_app.run.tokenization import pair_tokenizer, tokenizing
 from hafl_app.server.held_out_clients import draw_unseen
 from hafl_app.server.node_directory import NodeDirectory

@@ -1,6 +1,6 @@
 """Settings that have no effect beside the others of a run: what was typed is not ignored silently.
 
-Combinations that would mislead are refused in `hafl_app.run.checks`. These are harmless, and in a
+Combinations that would mislead are refused in `hafl_app.run.refusals`. These are harmless, and in a
 sweep over another setting often meant: they are warned of.
 """
 

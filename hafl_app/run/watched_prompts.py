@@ -12,8 +12,8 @@ from hafl_app.config.compose import SettingsError
 from hafl_app.config.schema import Settings
 from hafl_app.data.conversations import typed_prompt
 from hafl_app.data.text import Prompt
+from hafl_app.metrics import CAUSAL_LM
 from hafl_app.run import build
-from hafl_app.run.checks import CAUSAL_LM
 from hafl_app.training.prompts import prompt_tokens
 
 _BY_ITSELF: Final = 3  # prompts that a run watches without being asked
@@ -47,7 +47,7 @@ def num_watched(settings: Settings, test_rows: int) -> int:
         Of the server.
     """
     federation, model = settings.federation, settings.model
-    if model.task != CAUSAL_LM or not federation.central_evaluation:
+    if model.task != CAUSAL_LM.name or not federation.central_evaluation:
         return 0
     if federation.watch_prompts is not None:
         return len(federation.watch_prompts)
