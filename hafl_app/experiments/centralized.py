@@ -22,7 +22,7 @@ from hafl_app.plan import TrainPlan
 from hafl_app.run import build
 from hafl_app.run.device_gains import device_gains
 from hafl_app.run.logs import show_log
-from hafl_app.run.reporting import plain_settings
+from hafl_app.run.plain_settings import plain_settings
 from hafl_app.run.setup import warn_of_weights
 from hafl_app.run.summary import model_facts
 from hafl_app.server.client_sampling import sample_size

@@ -22,7 +22,7 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.printable import printable
 from hafl_app.renames import renamed_settings
 from hafl_app.run.logs import output_to
-from hafl_app.run.reporting import plain_settings
+from hafl_app.run.plain_settings import plain_settings
 from hafl_app.run.run_folder import set_aside
 
 

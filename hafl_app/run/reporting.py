@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,41 +14,43 @@ from flwr.app import MetricRecord
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from hafl_app.config.compose import strategy_arguments
 from hafl_app.config.schema import Settings
-from hafl_app.data.conversations import prompt_facts
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.metrics import LOSS, TASKS, Choice, spread_of
+from hafl_app.metrics import TASKS, Choice
 from hafl_app.publishing.card import add_card
-from hafl_app.run import build
+from hafl_app.run.best_round import BestRound, is_best
+from hafl_app.run.client_records import (
+    client_record,
+    client_rows,
+    influence_entries,
+    score_records,
+    spread_of_clients,
+)
 from hafl_app.run.clients_file import ClientsFile
 from hafl_app.run.device_gains import device_gains
 from hafl_app.run.early_stopping import stop_reason
 from hafl_app.run.evaluation import CentralEvaluation
 from hafl_app.run.origin import origin
-from hafl_app.run.precisions import server_precision
+from hafl_app.run.plain_settings import plain_settings
 from hafl_app.run.progress import Progress
+from hafl_app.run.saved_adapters import save_of_round
 from hafl_app.run.simulated_time import time_facts
 from hafl_app.run.summary import (
     bytes_by_phase,
-    dataset_facts,
     device_facts,
-    machine_facts,
-    model_facts,
+    run_facts,
     versions,
 )
 from hafl_app.run.workload import CentralRows, client_texts, steps_of
 from hafl_app.server.influence import deciding
 from hafl_app.server.local_baseline import AloneResult
-from hafl_app.server.round_messages import STATED_EXAMPLES, Reply
+from hafl_app.server.round_messages import Reply
 from hafl_app.server.snapshot import adapter_of, adapter_tree
 from hafl_app.strategies.base import HeterogeneousLora
 from hafl_app.tracking.answers_page import AnswersPage
 from hafl_app.tracking.base import (
     FAILED,
     NO_HISTORY,
-    ClientRecord,
-    ClientRow,
     RoundRecord,
     Tracker,
     Trackers,
@@ -59,25 +61,12 @@ from hafl_app.tracking.details import (
     DetailsFile,
     answers_record,
     importance_record,
-    score_record,
 )
 from hafl_app.tracking.external import TrackedRun, external_trackers
 from hafl_app.tracking.jsonl import SUMMARY_FILE, JsonlTracker, read_history, replace_file
-from hafl_app.training.adapter_files import save_adapter
-from hafl_app.training.locate import weights_note
 from hafl_app.wire.node_profile import NodeProfile
-from hafl_app.wire.records import FLOPS
 
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Best:
-    """The best round so far: which, chosen on how many rows, and its global adapter."""
-
-    server_round: int
-    rows: int
-    adapter: Adapter
 
 
 class RunReport:
@@ -125,7 +114,7 @@ class RunReport:
         self._coordinator.watch = self.progress
         self._outcomes: list[Reply] = []
         self.rounds: list[RoundRecord] = []
-        self._best: _Best | None = None
+        self._best: BestRound | None = None
         self._has_warned = False  # of few clients that decide
         self._client_scores_before: Mapping[str, Any] = {}  # of the checkpoint
 
@@ -169,17 +158,7 @@ class RunReport:
 
     def clients(self, profiles: Sequence[NodeProfile]) -> None:
         """Start the trackers with the clients of the run, and write the resolved settings."""
-        rows = [
-            ClientRow(
-                p.partition_id,
-                p.node_id,
-                p.rank,
-                p.num_examples,
-                self._device_line(p),
-                *self._strategy.payload_bytes(p),
-            )
-            for p in profiles
-        ]
+        rows = client_rows(profiles, self._strategy)
         self._trackers.start(plain_settings(self._settings), rows, self._history)
         self._details.start(self.rounds[-1].server_round if self.rounds else -1)
         self._answers.start(self._details.records(ANSWERS))
@@ -198,10 +177,6 @@ class RunReport:
         texts = {p.node_id: client_texts(self._settings, p.num_examples) for p in profiles}
         self.progress.plan(steps, texts)
 
-    def _device_line(self, profile: NodeProfile) -> str:
-        clock = self._coordinator.clock
-        return f"{clock.fleet.name_of(profile)} (simulated)" if clock else profile.device_line
-
     def _write_settings(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         text = OmegaConf.to_yaml(OmegaConf.create(plain_settings(self._settings)))
@@ -209,11 +184,10 @@ class RunReport:
 
     def state(self) -> dict[str, Any]:
         """Return the report's part of a checkpoint, as plain values."""
-        best = self._best
         return {
             "run_id": self._run_id,
             "seconds": time.perf_counter() - self._started,
-            "best": {"round": best.server_round, "rows": best.rows} if best else None,
+            "best": self._best.state() if self._best else None,
             "client_scores": self._client_scores(),
         }
 
@@ -235,38 +209,18 @@ class RunReport:
         self._history = read_history(self._folder, last_round)
         self.rounds = list(self._history.rounds)
         if best := state["best"]:
-            self._best = _Best(best["round"], best.get("rows", 0), adapter_of(tensors["best"]))
+            adapter = adapter_of(tensors["best"])
+            self._best = BestRound(best["round"], best.get("rows", 0), adapter)
         self._client_scores_before = state.get("client_scores", {})
         self.clients(self._coordinator.directory.in_order())
 
     def on_reply(self, reply: Reply) -> None:
         """Record one client's reply to a training request."""
         self._outcomes.append(reply)
-        metrics, profile = reply.metrics, reply.profile
-        self.progress.trained(metrics.get("seconds", 0.0))
-        record = ClientRecord(
-            server_round=reply.server_round,
-            partition_id=profile.partition_id,
-            node_id=profile.node_id,
-            rank=profile.rank,
-            components_trained=reply.num_components,
-            num_examples=int(metrics.get("num-examples", 0)),
-            loss=metrics.get("loss", math.nan),
-            seconds=metrics.get("seconds", math.nan),
-            peak_memory_mb=metrics.get("peak-memory-mb", math.nan),
-            bytes_down=reply.request.bytes_down,
-            bytes_up=reply.bytes_up,
-            error=reply.error,
-            probe_seconds=metrics.get("probe-seconds", 0.0),
-            steps=int(metrics.get("steps", 0)),
-            out_of_time=bool(metrics.get("out-of-time", 0)),
-            stated_examples=int(metrics.get(STATED_EXAMPLES, 0)),
-            flops=metrics.get(FLOPS, math.nan),
-            simulated_seconds=reply.simulated_seconds,
-        )
+        self.progress.trained(reply.metrics.get("seconds", 0.0))
         # Under central privacy, who took part and with what result stays on this machine.
         hidden = self._strategy.options.privacy.kind == "central_dp"
-        self._trackers.log_client(record, external=not hidden)
+        self._trackers.log_client(client_record(reply), external=not hidden)
 
     def evaluate(self, server_round: int) -> MetricRecord:
         """Evaluate the global adapter on the server's data, if it is due, and log the round."""
@@ -314,11 +268,12 @@ class RunReport:
         self._log_details(server_round)
         if answers:
             self._log_answers(answers_record(server_round, answers))
-        if server_round and self._choice and self._is_best(record, self._choice):
-            central = self._choice.phase == "validation"
+        choice, best = self._choice, self._best
+        if server_round and choice and is_best(record, best, self.rounds, choice):
+            central = choice.phase == "validation"
             rows = len(self._evaluation.text.validation) if central else 0
             rows = rows or self._coordinator.scored_examples
-            self._best = _Best(server_round, rows, self._strategy.global_adapter)
+            self._best = BestRound(server_round, rows, self._strategy.global_adapter)
         return MetricRecord(dict(metrics))
 
     def _learning_rate(self, server_round: int) -> dict[str, float]:
@@ -331,17 +286,8 @@ class RunReport:
 
     def _log_details(self, server_round: int) -> None:
         """Record each client's scores, and the components' importance once there was training."""
-        scores = [
-            score_record(
-                server_round,
-                reply.profile.partition_id,
-                reply.profile.rank,
-                int(reply.metrics[STATED_EXAMPLES]),
-                self._task.of_clients([reply.metrics], STATED_EXAMPLES),
-            )
-            for reply in self._coordinator.scored
-        ]
-        self._details.write(scores)
+        scored = self._coordinator.scored
+        self._details.write(score_records(server_round, scored, self._task))
         if server_round:
             measure, modules = self._strategy.component_importance()
             values = {name: scores.tolist() for name, scores in modules.items()}
@@ -358,17 +304,7 @@ class RunReport:
         if (few := deciding(found)) and not self._has_warned:
             self._has_warned = True
             _LOGGER.warning("round %d: %s, see docs/methods.md#influence", server_round, few)
-        ranks = {p.partition_id: p.rank for p in self._coordinator.directory.in_order()}
-        return [
-            {
-                "partition_id": one.partition_id,
-                "rank": ranks.get(one.partition_id, 0),
-                "influence": one.share,
-                "examples": one.examples,
-                "components": one.components,
-            }
-            for one in found
-        ]
+        return influence_entries(found, self._coordinator.directory.in_order())
 
     def _splits(self, server_round: int) -> list[str]:
         """Return the server's data that the adapter after this round is scored on."""
@@ -376,16 +312,6 @@ class RunReport:
         every, last = options.federation.test_every, server_round == options.last_round
         splits = ["test"] if last or (every and server_round % every == 0) else []
         return [*splits, "validation"] if options.is_evaluated(server_round) else splits
-
-    def _is_best(self, record: RoundRecord, choice: Choice) -> bool:
-        """Say whether a round's score is known, and better than that of the best before it."""
-        merit = choice.merit(record.metrics)
-        if merit[0] == -math.inf:
-            return False
-        return self._best is None or merit > choice.merit(self._best_record(self._best).metrics)
-
-    def _best_record(self, best: "_Best") -> RoundRecord:
-        return next(r for r in self.rounds if r.server_round == best.server_round)
 
     def finish(
         self,
@@ -411,15 +337,13 @@ class RunReport:
         self._complete(self.rounds[-1], last, "test", "validation")
         categories = self._evaluation.categories(last)
         if self._best is not None:
-            self._complete(self._best_record(self._best), self._best.adapter, "test")
+            self._complete(self._best.record(self.rounds), self._best.adapter, "test")
         head = last.head or self._evaluation.initial_head
-        self._save(
-            *("adapter", last.with_head(head), self.rounds[-1]),
-            heads=self._coordinator.closed_form.by_rank,
-        )
+        heads = self._coordinator.closed_form.by_rank
+        self._save("adapter", last.with_head(head), self.rounds[-1], heads)
         if self._best is not None:
             adapter = self._best.adapter
-            record = self._best_record(self._best)
+            record = self._best.record(self.rounds)
             self._save("adapter-best", adapter.with_head(adapter.head or head), record)
         # Only now, because matplotlib takes its time to import.
         from hafl_app.reports.figures.curves import draw_curves  # noqa: PLC0415
@@ -467,17 +391,8 @@ class RunReport:
 
         Those of the checkpoint where no client has sent scores since.
         """
-        clients = [
-            self._task.of_clients([reply.metrics], STATED_EXAMPLES)
-            for reply in self._coordinator.scored
-        ]
-        if not clients:
-            return dict(self._client_scores_before)
-        return {"clients": len(clients)} | {
-            metric.name: spread_of([one[metric.name] for one in clients], metric)
-            for metric in (self._task.primary, self._task.second, LOSS)
-            if all(metric.name in one for one in clients)
-        }
+        found = spread_of_clients(self._coordinator.scored, self._task)
+        return found or dict(self._client_scores_before)
 
     def fail(self, reason: str, status: str = FAILED) -> None:
         """Report to the trackers that the run did not finish, with the reason.
@@ -502,40 +417,8 @@ class RunReport:
         record: RoundRecord,
         heads: Mapping[int, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        save_adapter(
-            self._folder / name,
-            adapter,
-            build.model_spec(self._settings, len(self._evaluation.text.label_names)),
-            label_names=self._evaluation.text.label_names,
-            max_length=self._settings.dataset.max_length,
-            heads_by_rank=heads,
-            facts={
-                "server_round": record.server_round,
-                "metrics": dict(record.metrics),
-                "head": self._settings.model.head,
-                "strategy": plain_settings(self._settings)["strategy"],
-                "seed": self._settings.seed,
-                **prompt_facts(self._settings.dataset),
-                "base_weights": weights_note(self._settings.model),
-            },
-        )
-
-    def _best_entry(self) -> dict[str, Any]:
-        """Return the best round's metrics, named by whose scores chose it; empty without one.
-
-        ``chosen_by`` names the metric, ``rows`` on how many rows it was measured, and
-        ``largest_class`` the share of the largest class in them, null where it is not known.
-        """
-        if self._best is None or self._choice is None:
-            return {}
-        entry = {
-            "round": self._best.server_round,
-            "chosen_by": self._choice.metric.name,
-            "rows": self._best.rows,
-            "largest_class": self._choice.largest_share or None,
-        }
-        metrics = self._best_record(self._best).metrics
-        return {f"best_{self._choice.phase}": {**entry, **metrics}}
+        names = self._evaluation.text.label_names
+        save_of_round(self._folder / name, adapter, record, self._settings, names, heads)
 
     def _scored_devices(self) -> Sequence[NodeProfile]:
         """Return the nodes whose slices of the last adapter are scored, alone trained or not."""
@@ -558,23 +441,14 @@ class RunReport:
     def _summary(self, alone: Sequence[AloneResult]) -> dict[str, Any]:
         ledger, profiles = self._coordinator.ledger, self._coordinator.directory.in_order()
         examples = sum(profile.num_examples for profile in profiles)
-        classes = len(self._evaluation.text.label_names)
+        classes, choice = len(self._evaluation.text.label_names), self._choice
         return {
             "status": "finished",
-            "name": self._settings.name,
-            "tags": list(self._settings.tags),
-            "command": self._origin.command,
-            "commit": self._origin.commit,
-            "machine": machine_facts(),
-            "strategy": plain_settings(self._settings)["strategy"],
-            "dataset": dataset_facts(self._settings.dataset, examples, classes),
-            "model": model_facts(self._settings.model),
-            "precision": server_precision(self._settings),
-            "seed": self._settings.seed,
+            **run_facts(self._settings, self._origin, examples, classes),
             "rounds": self.rounds[-1].server_round,
             **self._stopped_early(),
             "final": dict(self.rounds[-1].metrics),
-            **self._best_entry(),
+            **(self._best.entry(self.rounds, choice) if self._best and choice else {}),
             "device_ranks": device_gains(
                 self._strategy.global_adapter,
                 self.rounds[-1].metrics.get(self._metric.key("test"), math.nan),
@@ -593,21 +467,6 @@ class RunReport:
             },
             "versions": versions(),
         }
-
-
-def plain_settings(settings: Settings) -> dict[str, Any]:
-    """Return a run's settings as plain values, the strategy with its ``_target_``.
-
-    The comparison that the run may belong to is left out: it decides nothing in the run.
-    """
-    method = type(settings.strategy)
-    strategy = {
-        "_target_": f"{method.__module__}.{method.__qualname__}",
-        **strategy_arguments(settings),
-    }
-    rest = {k: v for k, v in vars(settings).items() if k not in {"strategy", "compare"}}
-    plain = {k: asdict(v) if hasattr(v, "__dataclass_fields__") else v for k, v in rest.items()}
-    return {"strategy": strategy, **plain}
 
 
 def _title(settings: Settings) -> str:

@@ -19,8 +19,9 @@ from flwr.serverapp import Grid
 from hafl_app.config.schema import Settings, resumable_settings
 from hafl_app.renames import renamed_overrides, renamed_settings
 from hafl_app.run import build
+from hafl_app.run.plain_settings import plain_settings
 from hafl_app.run.precisions import SETTING, changed_precision, precisions
-from hafl_app.run.reporting import RunReport, plain_settings
+from hafl_app.run.reporting import RunReport
 from hafl_app.run.resumable_run import ResumeError, require_checkpoint
 from hafl_app.server.checkpoint_store import Checkpoint, CheckpointStore
 from hafl_app.server.coordinator import Strategy

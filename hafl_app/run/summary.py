@@ -12,7 +12,11 @@ import psutil
 import torch
 
 from hafl_app.cgroups import usable_cpus
+from hafl_app.config.schema import Settings
 from hafl_app.data.settings import DatasetSettings
+from hafl_app.run.origin import Origin
+from hafl_app.run.plain_settings import plain_settings
+from hafl_app.run.precisions import server_precision
 from hafl_app.server.traffic import Ledger
 from hafl_app.training.locate import weights_note
 from hafl_app.training.settings import ModelSettings
@@ -31,6 +35,28 @@ _DEVICE_FACTS = (
     "precision",
 )
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "ray", "datasets")
+
+
+def run_facts(settings: Settings, origin: Origin, examples: int, classes: int) -> dict[str, Any]:
+    """Return what the run was: name, command, machine, method, data and model.
+
+    Parameters
+    ----------
+    examples, classes
+        See `dataset_facts`.
+    """
+    return {
+        "name": settings.name,
+        "tags": list(settings.tags),
+        "command": origin.command,
+        "commit": origin.commit,
+        "machine": machine_facts(),
+        "strategy": plain_settings(settings)["strategy"],
+        "dataset": dataset_facts(settings.dataset, examples, classes),
+        "model": model_facts(settings.model),
+        "precision": server_precision(settings),
+        "seed": settings.seed,
+    }
 
 
 def model_facts(model: ModelSettings) -> dict[str, Any]:

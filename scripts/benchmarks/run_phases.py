@@ -46,7 +46,7 @@ PHASES = {
     ),
     "files": (
         "hafl_app.run.resuming.RunCheckpoints.save",
-        "hafl_app.run.reporting.save_adapter",
+        "hafl_app.run.saved_adapters.save_adapter",
         "hafl_app.run.reporting.add_card",
         "hafl_app.reports.figures.curves.draw_curves",
     ),

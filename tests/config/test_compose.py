@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from hafl_app.config.compose import SettingsError, _merge, compose, merge_files, quoted
 from hafl_app.config.files import CONF
 from hafl_app.run import build
-from hafl_app.run.reporting import plain_settings
+from hafl_app.run.plain_settings import plain_settings
 from hafl_app.strategies.base import HeterogeneousLora
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))

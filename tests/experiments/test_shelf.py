@@ -12,7 +12,7 @@ from hafl_app.experiments import running
 from hafl_app.experiments.command import parse_command
 from hafl_app.experiments.compare import compare
 from hafl_app.experiments.comparison import Comparison, Rates
-from hafl_app.run.reporting import plain_settings
+from hafl_app.run.plain_settings import plain_settings
 
 TINY = (
     "experiment=shelf_banking77",
