@@ -3,20 +3,18 @@
 Each command imports what it does when it is called: a wrong name is answered at once.
 """
 
-import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from hafl_app.cli import INTERRUPTED, REFUSED
-from hafl_app.commands.completion import settings as complete_settings
+from hafl_app.commands.arguments import FOLDER, PASSED_ON, began, takes_settings
+from hafl_app.commands.command_group import CommandGroup
+from hafl_app.commands.figures import plots
 from hafl_app.printable import printable
-
-_PASSED_ON: Final = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
-_Command = Callable[..., Any]
 
 
 def main(arguments: Sequence[str] | None = None, program: Sequence[str] = ()) -> int:
@@ -49,28 +47,7 @@ def _asked_for_help(arguments: list[str]) -> list[str]:
     return [*(word for word in arguments if word != "help"), "--help"]
 
 
-class _Commands(click.Group):
-    """Commands in the order in which they are needed, and a hint for one that does not exist."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in self.commands and not args[0].startswith("-"):
-            raise click.UsageError(f"{args[0]}: no such command; {self._meant(args[0])}")
-        return super().resolve_command(ctx, args)
-
-    def _meant(self, name: str) -> str:
-        if "=" in name:
-            return f"settings come after one, as in hafl simulate {name}"
-        near = [known for known in self.commands if known.startswith(name)]
-        near = near or difflib.get_close_matches(name, self.commands, n=1)
-        return f"did you mean {near[0]}?" if near else f"there are {', '.join(self.commands)}"
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def hafl() -> None:
     """Federated LoRA fine-tuning when clients differ.
 
@@ -84,49 +61,8 @@ def hafl() -> None:
     """
 
 
-def _config_dir(context: click.Context, parameter: click.Parameter, folder: str | None) -> None:
-    del context, parameter
-    if folder is not None:
-        from hafl_app.config.files import ConfigFolderError, use_own_folder  # noqa: PLC0415
-
-        try:
-            use_own_folder(folder)
-        except ConfigFolderError as error:
-            raise click.UsageError(str(error)) from error
-
-
-def _takes_settings(command: _Command) -> _Command:
-    """Give a command the arguments of a run, and a folder with more files of settings."""
-    command = click.option(
-        "-cd",
-        "--config-dir",
-        metavar="DIR",
-        expose_value=False,
-        is_eager=True,
-        callback=_config_dir,
-        help="Folder of your own files of settings, laid out like conf/: DIR/experiment/mine.yaml "
-        "is experiment=mine.",
-    )(command)
-    return click.argument(
-        "arguments",
-        nargs=-1,
-        metavar="[SETTING=VALUE]...",
-        type=click.UNPROCESSED,
-        shell_complete=complete_settings,
-    )(command)
-
-
-def _began(context: click.Context) -> tuple[str, ...]:
-    """Return how this command began, to be typed again."""
-    from hafl_app.config.files import own_folder  # noqa: PLC0415
-
-    own = own_folder()
-    program = context.obj or ("hafl", context.info_name or "")
-    return (*program, *(("--config-dir", str(own)) if own else ()))
-
-
-@hafl.command(context_settings=_PASSED_ON)
-@_takes_settings
+@hafl.command(context_settings=PASSED_ON)
+@takes_settings
 @click.pass_context
 def simulate(context: click.Context, arguments: tuple[str, ...]) -> int:
     """Run a federation on this machine, or with -m a sweep of several.
@@ -154,11 +90,11 @@ def simulate(context: click.Context, arguments: tuple[str, ...]) -> int:
     """
     from hafl_app.commands.simulate import main as run  # noqa: PLC0415
 
-    return run(arguments, _began(context))
+    return run(arguments, began(context))
 
 
-@hafl.command(context_settings=_PASSED_ON)
-@_takes_settings
+@hafl.command(context_settings=PASSED_ON)
+@takes_settings
 @click.pass_context
 def compare(context: click.Context, arguments: tuple[str, ...]) -> int:
     """Compare methods on identical partitions and budgets.
@@ -185,11 +121,11 @@ def compare(context: click.Context, arguments: tuple[str, ...]) -> int:
     """
     from hafl_app.commands.compare import main as run  # noqa: PLC0415
 
-    return run(arguments, _began(context))
+    return run(arguments, began(context))
 
 
-@hafl.command(context_settings=_PASSED_ON)
-@_takes_settings
+@hafl.command(context_settings=PASSED_ON)
+@takes_settings
 def evaluate(arguments: tuple[str, ...]) -> int:
     """Score a saved adapter by itself, or a base model alone.
 
@@ -215,8 +151,8 @@ def evaluate(arguments: tuple[str, ...]) -> int:
     return run(arguments)
 
 
-@hafl.command(context_settings=_PASSED_ON)
-@_takes_settings
+@hafl.command(context_settings=PASSED_ON)
+@takes_settings
 def devices(arguments: tuple[str, ...]) -> int:
     """Measure this machine as a class of simulated devices.
 
@@ -232,27 +168,10 @@ def devices(arguments: tuple[str, ...]) -> int:
     return run(arguments)
 
 
-_FOLDER: Final = click.Path(path_type=Path)
-
-
-class _Figure(click.Path):
-    """Name of a figure's file, refused before anything is drawn if it has no known suffix."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(value)
-        if path.suffix.lower() not in _FORMATS:
-            self.fail(f"{path}: expected a name that ends in {', '.join(_FORMATS)}", param, ctx)
-        return path
-
-
-_FORMATS: Final = (".png", ".svg", ".pdf")
-_FIGURE: Final = _Figure()
-
-
 @hafl.command()
-@click.argument("source", metavar="RUN", type=_FOLDER)
+@click.argument("source", metavar="RUN", type=FOLDER)
 @click.argument("further_ranks", nargs=-1, metavar="", type=int)
-@click.option("--output", required=True, metavar="DIR", type=_FOLDER, help="New folder.")
+@click.option("--output", required=True, metavar="DIR", type=FOLDER, help="New folder.")
 @click.option("--rank", multiple=True, type=int, help="Cut to this rank; several: --rank 4 8.")
 @click.option("--merge", is_flag=True, help="Write a whole model, base and adapter in one.")
 @click.option("--gguf", is_flag=True, help="Write an adapter for llama.cpp.")
@@ -291,7 +210,7 @@ def export(
 
 
 @hafl.command()
-@click.argument("source", metavar="RUN", type=_FOLDER)
+@click.argument("source", metavar="RUN", type=FOLDER)
 @click.argument("prompt", required=False)
 @click.option(
     "--compare", metavar="WHO,...", help="Who answers: base, adapter, ranks to cut to (adapter)."
@@ -329,8 +248,8 @@ def chat(source: Path, prompt: str | None, compare: str | None, **how: Any) -> i
 
 
 @hafl.command()
-@click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=_FOLDER)
-@click.option("--output", default="report", metavar="DIR", type=_FOLDER, help="Folder (report).")
+@click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=FOLDER)
+@click.option("--output", default="report", metavar="DIR", type=FOLDER, help="Folder (report).")
 @click.option("--baseline", default="", metavar="NAME", help="Runs that others are compared with.")
 @click.option(
     "--figures",
@@ -356,7 +275,7 @@ def report(folders: tuple[Path, ...], output: Path, baseline: str, figures: str)
 
 
 @hafl.command()
-@click.argument("root", metavar="[FOLDER]", type=_FOLDER, default="outputs")
+@click.argument("root", metavar="[FOLDER]", type=FOLDER, default="outputs")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -367,7 +286,7 @@ def report(folders: tuple[Path, ...], output: Path, baseline: str, figures: str)
 )
 @click.option("--name", "names", multiple=True, help="Host name that browsers ask for, beside it.")
 @click.option(
-    "--fleet", metavar="FILE", type=_FOLDER, help="What the fence writes of the nodes (--fleet)."
+    "--fleet", metavar="FILE", type=FOLDER, help="What the fence writes of the nodes (--fleet)."
 )
 def dashboard(root: Path, host: str, port: int, names: tuple[str, ...], fleet: Path | None) -> int:
     """Look at runs in a browser, while they go and afterwards.
@@ -386,7 +305,7 @@ def dashboard(root: Path, host: str, port: int, names: tuple[str, ...], fleet: P
 
 
 @hafl.command()
-@click.argument("root", metavar="[DIR]", type=_FOLDER, default="outputs")
+@click.argument("root", metavar="[DIR]", type=FOLDER, default="outputs")
 @click.option("--name", default="", help="Part of their name.")
 @click.option("--tag", "tags", multiple=True, help="A tag that they have; several: all of them.")
 @click.option("--method", default="", metavar="NAME", help="Aggregation method.")
@@ -424,8 +343,8 @@ def runs(
     return run(root, RunFilter(name, tags, method, data, state or ""), last, paths)
 
 
-@hafl.command(context_settings=_PASSED_ON)
-@_takes_settings
+@hafl.command(context_settings=PASSED_ON)
+@takes_settings
 def doctor(arguments: tuple[str, ...]) -> int:
     """Check this machine and, for given settings, what a run takes on it.
 
@@ -443,83 +362,4 @@ def doctor(arguments: tuple[str, ...]) -> int:
     return run(arguments)
 
 
-@hafl.group(cls=_Commands)
-def plots() -> None:
-    """Draw figures of runs, beyond the one that every run draws.
-
-    \b
-      hafl plots curves outputs/first outputs/second
-      hafl plots importance outputs/first --output importance.svg
-
-    A figure is PNG, SVG or PDF, by the suffix of --output.
-    """
-
-
-def _takes_runs(name: str) -> Callable[[_Command], _Command]:
-    """Give a command the folders of runs, and the figure to write."""
-
-    def give(command: _Command) -> _Command:
-        command = click.option(
-            "--output", default=f"{name}.png", type=_FIGURE, help=f"Figure ({name}.png)."
-        )(command)
-        return click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=_FOLDER)(
-            command
-        )
-
-    return give
-
-
-@plots.command()
-@_takes_runs("curves")
-def curves(runs: tuple[Path, ...], output: Path) -> int:
-    """Scores of runs, by round, by MB and by simulated time."""
-    from hafl_app.commands.plots import curves as draw  # noqa: PLC0415
-
-    return draw(runs, output)
-
-
-@plots.command(context_settings=_PASSED_ON)
-@click.option("--output", default="labels.png", type=_FIGURE, help="Figure (labels.png).")
-@click.argument("arguments", nargs=-1, metavar="RUN | [SETTING=VALUE]...", type=click.UNPROCESSED)
-def labels(arguments: tuple[str, ...], output: Path) -> int:
-    """Training rows by class and client, of a run or before one.
-
-    \b
-      hafl plots labels outputs/first
-      hafl plots labels dataset=synthetic partition=dirichlet
-    """
-    from hafl_app.commands.plots import labels as draw  # noqa: PLC0415
-
-    return draw(arguments, output)
-
-
-def _plot_of_runs(kind: str, help_text: str) -> None:
-    def draw(runs: tuple[Path, ...], output: Path) -> int:
-        from hafl_app.commands.plots import of_runs  # noqa: PLC0415
-
-        return of_runs(kind, runs, output)
-
-    plots.command(kind, help=help_text)(_takes_runs(kind)(draw))
-
-
-_plot_of_runs("clients", "Last scores of the clients by rank, the worst tenth marked.")
-_plot_of_runs("importance", "Importance of a run's layers and components over rounds.")
-_plot_of_runs("ranks", "Ranks that clients trained over rounds.")
-_plot_of_runs("energy", "Energy of the last global update by singular value.")
-_plot_of_runs("bytes", "Bytes of training by client.")
-_plot_of_runs("influence", "Share of each rank in the adapter's step, and in the data.")
-
-
-@plots.command("rank-collapse", context_settings=_PASSED_ON)
-@_takes_settings
-def rank_collapse(arguments: tuple[str, ...]) -> int:
-    """Run methods, draw their energy above the smallest rank.
-
-    \b
-      hafl plots rank-collapse seeds=0,1 federation.num_rounds=20
-
-    The arguments are those of compare; experiment=rank_collapse is the default.
-    """
-    from hafl_app.commands.plots import rank_collapse as draw  # noqa: PLC0415
-
-    return draw(arguments)
+hafl.add_command(plots)
