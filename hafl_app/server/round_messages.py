@@ -2,18 +2,16 @@
 
 import logging
 import math
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
-from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from flwr.app import Message, Metadata
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
-from hafl_app.plan_parts.number_formats import NumberFormat
 from hafl_app.server.reply_validation import (
     ReplyError,
     check_finite,
@@ -23,39 +21,27 @@ from hafl_app.server.reply_validation import (
     read_metrics,
     read_update,
 )
+from hafl_app.server.request_contents import Dispatches, corrected, for_own_data, masked
 from hafl_app.server.secure_sum import SecureSum
 from hafl_app.server.traffic import Ledger, Traffic
 from hafl_app.server.update import ClientUpdate
 from hafl_app.server.weights import UNBOUNDED, ExampleBound
-from hafl_app.training.adapter_arrays import from_arrays, to_arrays
+from hafl_app.training.adapter_arrays import from_arrays
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.faults import Fault, fault_of
-from hafl_app.wire.message_size import content_size
 from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import (
-    CONFIG,
-    LABEL_NAMES,
     NUM_EXAMPLES,
-    PARTITION_ID,
-    PLAN,
-    SERVER_ROUND,
     STEPS,
-    AdapterArrays,
-    adapter_content,
     head_bytes,
     message_bytes,
-    plan_record,
-    with_correction,
 )
-from hafl_app.wire.secure_sum import SECURE, secure_record
 
 _LOGGER = logging.getLogger(__name__)
 Content = TypeVar("Content")
-Kept = TypeVar("Kept")
 Correction = Callable[[int, TrainPlan], Adapter | None]
 STATED_EXAMPLES = "stated-examples"
 """Metric of a reply beside ``num-examples``, its weight: how many the node states."""
-_KEPT_DISPATCHES = 16  # one a rank tier, as a rule; further ones are made again
 
 
 @dataclass(frozen=True)
@@ -127,71 +113,6 @@ class Reply:
         return sum(module.num_trained for module in self.request.plan.modules.values())
 
 
-@dataclass(frozen=True)
-class _Content:
-    """Content of a message, with its size, and the size of its head."""
-
-    records: RecordDict
-    num_bytes: int
-    head_bytes: int
-
-
-class _Dispatches:
-    """What a round sends: made once for all plans that hold the same components.
-
-    Only the last few are kept, so that what is for single clients does not pile up.
-    """
-
-    def __init__(self, dispatch: Callable[[TrainPlan], Adapter], server_round: int) -> None:
-        self._dispatch = dispatch
-        self._config = ConfigRecord({SERVER_ROUND: server_round})
-        self._sent: OrderedDict[object, Adapter] = OrderedDict()
-        self._contents: OrderedDict[object, RecordDict] = OrderedDict()
-        self._requests: deque[tuple[TrainPlan, _Content]] = deque(maxlen=_KEPT_DISPATCHES)
-
-    def sent(self, plan: TrainPlan) -> Adapter:
-        """Return the adapter that a plan's client receives."""
-        return _kept(self._sent, _held(plan), lambda: self._dispatch(plan))
-
-    def request(self, plan: TrainPlan) -> _Content:
-        """Return the content for a plan: written and counted once for equal plans."""
-        for known, made in self._requests:
-            if known == plan:
-                return made
-        shared = _kept(self._contents, _held(plan), lambda: self._content(plan))
-        content = RecordDict({**shared, PLAN: plan_record(plan)})
-        made = _Content(content, content_size(content), head_bytes(content))
-        self._requests.append((plan, made))
-        return made
-
-    def forget_contents(self) -> None:
-        """Free the contents, once all requests are made: replies are read beside `sent` alone."""
-        self._contents.clear()
-        self._requests.clear()
-
-    def _content(self, plan: TrainPlan) -> RecordDict:
-        """Return a content with everything but the plan."""
-        numbers: NumberFormat = "fp32" if plan.density == 1 else "sparse"
-        arrays = AdapterArrays(*to_arrays(self.sent(plan)), numbers=numbers)
-        return adapter_content(arrays, **{CONFIG: self._config})
-
-
-def _held(plan: TrainPlan) -> object:
-    """Return what decides the adapter that a plan's client receives."""
-    held = ((name, m.held, m.own_lora_B) for name, m in plan.modules.items())
-    return plan.head, plan.density, tuple(held)
-
-
-def _kept(cache: OrderedDict[object, Kept], key: object, make: Callable[[], Kept]) -> Kept:
-    """Return what is cached, or make it, and forget what was not asked for the longest."""
-    if key not in cache:
-        cache[key] = make()
-        if len(cache) > _KEPT_DISPATCHES:
-            cache.popitem(last=False)
-    cache.move_to_end(key)
-    return cache[key]
-
-
 class RoundMessages:
     """Requests and replies of one phase of a round; a node is asked once and answers at most once.
 
@@ -223,7 +144,7 @@ class RoundMessages:
         self._label_names = label_names
         self._bound = bound
         self._waiting: dict[int, Request] = {}
-        self._dispatches = _Dispatches(lambda _: Adapter({}), server_round)
+        self._dispatches = Dispatches(lambda _: Adapter({}), server_round)
         self._correction: Correction | None = None
         self._secure: SecureSum | None = None
 
@@ -266,15 +187,15 @@ class RoundMessages:
             Adapter to send for a plan; called again when the reply is read, so it must not change
             before.
         """
-        self._dispatches = _Dispatches(dispatch, self._server_round)
+        self._dispatches = Dispatches(dispatch, self._server_round)
         for profile, plan in zip(profiles, plans, strict=True):
             content = self._dispatches.request(plan)
             if profile.own_data:
-                content = self._for_own_data(content, profile)
+                content = for_own_data(content, profile, self._label_names)
             if self._correction is not None:
-                content = _corrected(content, self._correction(profile.partition_id, plan))
+                content = corrected(content, self._correction(profile.partition_id, plan))
             if self._secure is not None:
-                content = _masked(content, self._secure, profile.node_id)
+                content = masked(content, self._secure, profile.node_id)
             group = str(self._server_round)
             message = Message(content.records, profile.node_id, message_type, group_id=group)
             self._waiting[profile.node_id] = Request(
@@ -390,18 +311,6 @@ class RoundMessages:
             return Reply(request, bytes_up, heads, error=str(error), fault=fault)
         return Reply(request, bytes_up, heads, metrics, update)
 
-    def _for_own_data(self, content: _Content, profile: NodeProfile) -> _Content:
-        """Add the partition number and label names that a node with its own data cannot know."""
-        config = ConfigRecord(
-            {
-                **content.records.config_records[CONFIG],
-                PARTITION_ID: profile.partition_id,
-                LABEL_NAMES: list(self._label_names),
-            }
-        )
-        records = RecordDict({**content.records, CONFIG: config})
-        return replace(content, records=records, num_bytes=content_size(records))
-
     def settle(self, reply: Reply) -> Reply:
         """Enter one reply in the ledger, log it if it was rejected, and return it without update.
 
@@ -478,13 +387,6 @@ class RoundMessages:
         return metrics | {NUM_EXAMPLES: float(counted), STATED_EXAMPLES: float(stated)}
 
 
-def _masked(content: _Content, secure: SecureSum, node_id: int) -> _Content:
-    """Return a content with a client's part of a secure sum, and its size."""
-    record = secure_record(secure.record_for(node_id))
-    records = RecordDict({**content.records, SECURE: record})
-    return replace(content, records=records, num_bytes=content_size(records))
-
-
 def _masked_update(
     secure: SecureSum, reply: Message, request: Request, sent: Adapter
 ) -> ClientUpdate:
@@ -502,12 +404,3 @@ def _masked_update(
         sent=sent,
         adapter=Adapter(modules, sent.head if plan.uploads_head else {}),
     )
-
-
-def _corrected(content: _Content, correction: Adapter | None) -> _Content:
-    """Return a content with a correction, which is one client's, and its size."""
-    if correction is None:
-        return content
-    arrays = AdapterArrays(*to_arrays(correction))
-    records = with_correction(content.records, arrays)
-    return _Content(records, content_size(records), head_bytes(records))
