@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from hafl_app.metrics import EXACT_MATCH, ROUGE_L, weighted_mean, worst_tenth
 from hafl_app.server.coordinator import Strategy
-from hafl_app.server.replies import all_replies
+from hafl_app.server.final_exchange import final_exchange
 from hafl_app.server.reply_validation import ReplyError
 from hafl_app.server.round_messages import STATED_EXAMPLES
 from hafl_app.wire.message_types import EVALUATE_ANSWERS
@@ -42,14 +42,12 @@ def answers_of_clients(strategy: Strategy, grid: Grid, server_round: int) -> dic
         mean of the worst tenth of the clients, ``clients`` and ``num_examples``, and each client's
         scores as ``by_client``. Empty where none are asked.
     """
-    coordinator, federation = strategy.coordinator, strategy.options.federation
-    if not federation.generate_on_clients:
+    if not strategy.options.federation.generate_on_clients:
         return {}
-    participation = coordinator.participation
+    participation = strategy.coordinator.participation
     unseen = participation.held_out_present(grid)
     profiles = [*participation.select_for_evaluation(server_round, grid), *unseen]
     profiles.sort(key=lambda profile: profile.partition_id)
-    coordinator.watch.begin(PHASE, server_round + 1)
     scores = _ask(strategy, grid, profiles, server_round)
     held_out = participation.held_out
     parts = {
@@ -62,8 +60,7 @@ def answers_of_clients(strategy: Strategy, grid: Grid, server_round: int) -> dic
 def _ask(
     strategy: Strategy, grid: Grid, profiles: Sequence[NodeProfile], server_round: int
 ) -> list[tuple[NodeProfile, Mapping[str, float]]]:
-    federation = strategy.options.federation
-    most = federation.generate_on_clients
+    most = strategy.options.federation.generate_on_clients
 
     def read(_: Message, metrics: Mapping[str, float]) -> Mapping[str, float]:
         missing = [metric.name for metric in _METRICS if metric.name not in metrics]
@@ -75,11 +72,9 @@ def _ask(
             )
         return metrics
 
-    plans = [strategy.plan(profile, server_round) for profile in profiles]
-    exchange = strategy.coordinator.messages(server_round, PHASE)
-    messages = exchange.messages(profiles, plans, strategy.dispatch, EVALUATE_ANSWERS)
-    watch, timeout_s = strategy.coordinator.watch, federation.round_timeout_s
-    replies = all_replies(grid, messages, timeout_s, watch=watch)
+    exchange, replies = final_exchange(
+        strategy, grid, profiles, server_round, PHASE, EVALUATE_ANSWERS
+    )
     found = [
         (reply.profile, metrics)
         for reply, metrics in exchange.validate_by(replies, read, _MOST_BYTES, in_order=False)

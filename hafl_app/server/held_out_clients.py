@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from hafl_app.seeds import sample_positions
 from hafl_app.server.coordinator import Strategy
-from hafl_app.server.replies import all_replies
+from hafl_app.server.final_exchange import final_exchange
 from hafl_app.wire.records import NUM_EXAMPLES
 
 PHASE = "unseen"
@@ -51,13 +51,9 @@ def evaluate_unseen(strategy: Strategy, grid: Grid, server_round: int) -> dict[s
     if not participation.held_out:
         return {}
     profiles = participation.held_out_present(grid)
-    plans = [strategy.plan(profile, server_round) for profile in profiles]
-    exchange = strategy.coordinator.messages(server_round, PHASE)
-    messages = exchange.messages(profiles, plans, strategy.dispatch, MessageType.EVALUATE)
-    watch = strategy.coordinator.watch
-    watch.begin("unseen", server_round + 1)
-    timeout_s = strategy.options.federation.round_timeout_s
-    replies = all_replies(grid, messages, timeout_s, watch=watch)
+    exchange, replies = final_exchange(
+        strategy, grid, profiles, server_round, PHASE, MessageType.EVALUATE
+    )
     validated = exchange.validate_scores(replies)
     exchange.close(validated)
     counted = [reply for reply in validated if not reply.error]
