@@ -21,7 +21,7 @@ from hafl_app.run.logs import show_log
 from hafl_app.training.batches import is_out_of_memory
 from hafl_app.training.device import DeviceError
 from hafl_app.training.locate import ModelError
-from hafl_app.training.lora_model import AdapterFitError
+from hafl_app.training.lora_layers import AdapterFitError
 from hafl_app.training.task import DeviceMemoryError, LossNotFiniteError, TrainingError
 from hafl_app.wire.arrays import RecordError
 from hafl_app.wire.faults import Fault, error_reply, unexpected

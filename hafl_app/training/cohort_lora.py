@@ -26,7 +26,8 @@ from hafl_app.lowrank.factors import Adapter, LoraFactors
 from hafl_app.plan import TrainPlan
 from hafl_app.training.batches import Examples
 from hafl_app.training.fused_lora import dense_weight, is_quantized
-from hafl_app.training.lora_model import FROZEN, TRAINABLE, LoraModel, trained_adapter
+from hafl_app.training.lora_layers import FROZEN, TRAINABLE
+from hafl_app.training.lora_model import LoraModel, trained_adapter
 from hafl_app.training.quantization.linear import computing_type
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.training.lora_model import Trainee
+from hafl_app.training.trainee import Trainee
 
 
 class DriftCorrection:

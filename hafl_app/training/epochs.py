@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from hafl_app.training.batches import gathered, training_batches
 from hafl_app.training.drift_correction import DriftCorrection
 from hafl_app.training.importance_meter import ImportanceMeter
-from hafl_app.training.lora_model import Trainee
 from hafl_app.training.optimizer import Rates, build_optimizer, parameters, take_step
 from hafl_app.training.proximal import ProximalTerm
 from hafl_app.training.task import LossNotFiniteError, Task, Wanted
+from hafl_app.training.trainee import Trainee
 
 
 class Allowance:

@@ -6,7 +6,7 @@ from torch import Tensor
 from hafl_app.lowrank.factors import LoraFactors
 from hafl_app.lowrank.importance import SensitivityAverages, component_scores, sensitivity
 from hafl_app.plan import ImportanceMeasure
-from hafl_app.training.lora_model import Trainee
+from hafl_app.training.trainee import Trainee
 
 
 class ImportanceMeter:

@@ -16,7 +16,7 @@ from hafl_app.training.choosing import reduced
 from hafl_app.training.device import describe_device, peak_memory_mb, reset_peak_memory
 from hafl_app.training.epochs import Allowance, optimize
 from hafl_app.training.importance_meter import ImportanceMeter
-from hafl_app.training.lora_model import LoraModel, Trainee
+from hafl_app.training.lora_model import LoraModel
 from hafl_app.training.probe import probed_plan
 from hafl_app.training.rank_pruning import prune_tail, tail_norms, tail_penalty
 from hafl_app.training.settings import TrainOptions
@@ -29,6 +29,7 @@ from hafl_app.training.task import (
     TrainResult,
     Wanted,
 )
+from hafl_app.training.trainee import Trainee
 from hafl_app.training.work import Work
 
 _LOGGER = logging.getLogger(__name__)

@@ -4,14 +4,13 @@ import contextlib
 import functools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,14 +26,21 @@ from hafl_app.training.device import autocast, resolve_precision
 from hafl_app.training.fused_lora import fuse
 from hafl_app.training.half_precision import restore_weights, round_weights
 from hafl_app.training.locate import ModelError
+from hafl_app.training.lora_layers import (
+    FROZEN,
+    TRAINABLE,
+    AdapterFitError,
+    check_fit,
+    factors_of,
+    freeze_untrained,
+    inject,
+    put_components,
+    put_core,
+    trained_factors,
+)
 from hafl_app.training.own_classes import OwnClasses
 from hafl_app.training.settings import BaseSpec
-
-TRAINABLE, FROZEN = "trainable_components", "frozen_components"
-
-
-class AdapterFitError(ValueError):
-    """An adapter or a plan for other layers than the model's."""
+from hafl_app.training.target_modules import resolve_targets
 
 
 class LoraSpec(Protocol):
@@ -73,33 +79,6 @@ class LoraSpec(Protocol):
         """Return the part of a base model that is never adapted, whatever its layers are named."""
 
 
-class Trainee(Protocol):
-    """One client's factors and head where a model holds them: a `LoraModel`, or one of a cohort."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the tensors."""
-
-    @property
-    def head_module(self) -> nn.Module:
-        """The head; a module without parameters if there is none."""
-
-    def trainable_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """See `LoraModel.trainable_factors`."""
-
-    def trainable_scales(self) -> list[nn.Parameter]:
-        """See `LoraModel.trainable_scales`."""
-
-    def trained(self, plan: TrainPlan) -> Adapter:
-        """See `LoraModel.trained`."""
-
-    def num_targets(self, examples: Examples, rows: NDArray[np.int64]) -> int:
-        """See `LoraModel.num_targets`."""
-
-    def train(self) -> object:
-        """Enter training mode."""
-
-
 class LoraModel(nn.Module, ABC):
     """A model whose LoRA factors are replaced in place, whatever their ranks.
 
@@ -126,8 +105,8 @@ class LoraModel(nn.Module, ABC):
             self.base = load_base(spec.base, spec.num_labels)
             self.head_module = self._make_head(spec)
             targets = resolve_targets(self.base, spec.target_modules, spec.unadapted(self.base))
-            _inject(self.base, targets, TRAINABLE, spec.lora_dropout)
-            _inject(self.base, targets, FROZEN, 0.0)
+            inject(self.base, targets, TRAINABLE, spec.lora_dropout)
+            inject(self.base, targets, FROZEN, 0.0)
             fuse(self.base)
         self.layers: dict[str, LoraLayer] = {
             name: module
@@ -282,25 +261,16 @@ class LoraModel(nn.Module, ABC):
             if name not in adapter.modules or name not in plan.modules:
                 raise AdapterFitError(f"module {name!r} is missing in the adapter or in the plan")
             factors, module = adapter.modules[name], plan.modules[name]
-            _check_fit(name, layer, factors, module)
+            check_fit(name, layer, factors, module)
             if module.core is not None:
                 bases = self._bases(name, module)
                 cores, factors = factors, with_cores(factors, bases)
-            active = []
-            for adapter_name, slots in (
-                (TRAINABLE, module.trainable_slots),
-                (FROZEN, module.frozen_slots),
-            ):
-                part = factors.select(slots)
-                _put(layer, adapter_name, part, module.scaling, self.device, dtype)
-                layer.scaling[adapter_name] *= module.gain
-                if part.rank:
-                    active.append(adapter_name)
+            active = put_components(layer, factors, module, self.device, dtype)
             if module.core is not None:
                 slots = module.trainable_slots
-                _put_core(layer, cores.select(slots), bases.select(slots), module)
+                put_core(layer, cores.select(slots), bases.select(slots), module)
             layer.set_adapter(active)
-            _freeze_untrained(layer, module)
+            freeze_untrained(layer, module)
         self.head_module.load_state_dict(dict(adapter.head) or self.initial_head)
         self.head_module.requires_grad_(plan.trains_head)
         pairs = self.trainable_factors().values()
@@ -329,7 +299,7 @@ class LoraModel(nn.Module, ABC):
         A factor that the plan does not train is left out, see `LoraFactors.only`: folding the
         scaling in again would change its last bits. One that the client keeps is there.
         """
-        factors = {name: _trained(layer) for name, layer in self.layers.items()}
+        factors = {name: trained_factors(layer) for name, layer in self.layers.items()}
         return trained_adapter(factors, self.head_module, plan)
 
     def head_state(self) -> dict[str, Tensor]:
@@ -342,7 +312,7 @@ class LoraModel(nn.Module, ABC):
         Of the two, one that the plan does not train requires no gradient. In place of the lora_B of
         a core stand the cores, ``(size, rank)``.
         """
-        factors = {name: _parameters(layer, TRAINABLE) for name, layer in self.layers.items()}
+        factors = {name: factors_of(layer, TRAINABLE) for name, layer in self.layers.items()}
         return {name: pair for name, pair in factors.items() if pair[0].numel()}
 
     def trainable_scales(self) -> list[nn.Parameter]:
@@ -394,127 +364,6 @@ def mean_loss(logits: Tensor, targets: Tensor, own_classes: OwnClasses | None = 
     if own_classes is not None:
         wide = own_classes.adjust(wide)
     return nn.functional.cross_entropy(wide.flatten(0, -2), targets.flatten())
-
-
-def _inject(model: nn.Module, targets: list[str], name: str, dropout: float) -> None:
-    # Rank and scaling are only places to put a plan's factors into, see `_put`.
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=targets, lora_dropout=dropout)
-    with warnings.catch_warnings():
-        # PEFT doubts that a model is meant to have two adapters; this one is.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        inject_adapter_in_model(config, model, adapter_name=name)
-
-
-def resolve_targets(
-    model: nn.Module, target_modules: str | Iterable[str], head: nn.Module
-) -> list[str]:
-    """Return the full names of the layers to adapt.
-
-    Parameters
-    ----------
-    target_modules
-        ``all-linear`` (every linear layer but the head and the pooler), or ends of names, as in
-        PEFT: ``query`` matches ``encoder.layer.0.attention.self.query``.
-
-    Raises
-    ------
-    ModelError
-        If a name matches no linear layer; the message lists the names there are.
-    """
-    skip = {id(module) for module in head.modules()}
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in skip and "pooler" not in name
-    ]
-    if target_modules == "all-linear":
-        return linear
-    wanted = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    chosen: list[str] = []
-    for ending in wanted:
-        matches = [n for n in linear if n == ending or n.endswith(f".{ending}")]
-        if not matches:
-            endings = sorted({n.rsplit(".", 1)[-1] for n in linear})
-            raise ModelError(
-                f"lora.target_modules: no linear layer is named {ending!r}; there are "
-                f"{', '.join(endings)}, or all-linear"
-            )
-        chosen += [n for n in matches if n not in chosen]
-    return chosen
-
-
-def _parameters(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-    lora_A, lora_B = cast(Any, layer.lora_A[name]), cast(Any, layer.lora_B[name])
-    return lora_A.weight, lora_B.core if isinstance(lora_B, CoreLinear) else lora_B.weight
-
-
-def _trained(layer: LoraLayer) -> LoraFactors:
-    """Return a layer's trainable factors as they are; of a core the cores times their factors."""
-    lora_A, lora_B = (parameter.detach() for parameter in _parameters(layer, TRAINABLE))
-    linear_B = layer.lora_B[TRAINABLE]
-    if isinstance(linear_B, CoreLinear):
-        lora_B = linear_B.cores().detach()
-    return LoraFactors(lora_A, lora_B)
-
-
-def _put(
-    layer: LoraLayer,
-    name: str,
-    factors: LoraFactors,
-    scaling: float,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    if isinstance(layer.lora_B[name], CoreLinear):  # of the client before
-        layer.lora_B[name] = nn.Linear(1, int(layer.out_features or 0), bias=False)
-    linear_A: Any = layer.lora_A[name]
-    linear_B: Any = layer.lora_B[name]
-    # Parameters keep no link to the message's buffers, and may change rank from client to client.
-    linear_A.weight = nn.Parameter(factors.lora_A.to(device, dtype, copy=True))
-    linear_B.weight = nn.Parameter((factors.lora_B / scaling).to(device, dtype, copy=True))
-    linear_A.out_features = linear_B.in_features = layer.r[name] = factors.rank
-    layer.scaling[name] = scaling
-
-
-def _put_core(layer: LoraLayer, cores: LoraFactors, bases: LoraFactors, module: ModulePlan) -> None:
-    """Put trained cores in the place of the trainable lora_B, where `_put` has put their product.
-
-    Parameters
-    ----------
-    cores, bases
-        Of the trainable components, as they travel and as they are drawn.
-    """
-    like, _ = _parameters(layer, TRAINABLE)
-    basis = bases.lora_B.to(like.device, like.dtype, copy=True)
-    core = (cores.lora_B / module.scaling).to(like.device, like.dtype, copy=True)
-    scaled = module.core is not None and module.core.scaled
-    layer.lora_B[TRAINABLE] = CoreLinear(basis, core, scaled=scaled)
-
-
-def _freeze_untrained(layer: LoraLayer, module: ModulePlan) -> None:
-    # PEFT makes every active adapter trainable, and both its factors.
-    for parameter in _parameters(layer, FROZEN):
-        parameter.requires_grad_(False)
-    lora_A, lora_B = _parameters(layer, TRAINABLE)
-    if not module.trains_A:
-        lora_A.requires_grad_(False)
-    if not module.trains_B:
-        lora_B.requires_grad_(False)
-
-
-def _check_fit(name: str, layer: LoraLayer, factors: LoraFactors, module: ModulePlan) -> None:
-    expected = layer.out_features, layer.in_features
-    if module.core is not None:
-        expected = module.core.size, 0
-    if (factors.out_features, factors.in_features) != expected:
-        raise AdapterFitError(
-            f"module {name!r}: factors of a ({factors.out_features}, {factors.in_features}) weight "
-            f"for a layer of ({expected[0]}, {expected[1]})"
-        )
-    if factors.rank != len(module.held):
-        raise AdapterFitError(
-            f"module {name!r}: rank {factors.rank}, the plan holds {len(module.held)} components"
-        )
 
 
 def adapter_shapes(spec: LoraSpec) -> dict[str, ModuleShape]:

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from hafl_app.plan import TrainPlan
-from hafl_app.training.lora_model import Trainee
 from hafl_app.training.settings import TrainOptions
 from hafl_app.training.task import TrainingError
+from hafl_app.training.trainee import Trainee
 
 
 def build_optimizer(

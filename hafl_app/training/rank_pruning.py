@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan_parts.tail_pruning import TailPruning
-from hafl_app.training.lora_model import Trainee
+from hafl_app.training.trainee import Trainee
 
 
 def tail_norms(model: Trainee, tail: TailPruning | None) -> dict[str, float]:

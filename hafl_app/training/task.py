@@ -12,9 +12,9 @@ from hafl_app.lowrank.factors import Adapter
 from hafl_app.plan import TrainPlan
 from hafl_app.plan_parts.tail_pruning import TailPruning
 from hafl_app.training.batches import Examples
-from hafl_app.training.lora_model import Trainee
 from hafl_app.training.own_classes import OwnClasses
 from hafl_app.training.settings import TrainOptions
+from hafl_app.training.trainee import Trainee
 from hafl_app.training.work import Pass
 
 

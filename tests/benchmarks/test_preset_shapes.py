@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from hafl_app.config.compose import compose
 from hafl_app.config.files import CONF
 from hafl_app.training.base_model import base_without_weights
-from hafl_app.training.lora_model import resolve_targets
 from hafl_app.training.settings import BaseSpec
 from hafl_app.training.specs import lora_spec
+from hafl_app.training.target_modules import resolve_targets
 
 SHAPES = CAUSAL | ENCODERS
 FILES = {file.stem: file for file in sorted((CONF / "model").glob("*.yaml"))}

@@ -30,7 +30,7 @@ from hafl_app.training.adapter_arrays import from_arrays
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.core_linear import CoreLinear
 from hafl_app.training.local import train
-from hafl_app.training.lora_model import FROZEN, TRAINABLE
+from hafl_app.training.lora_layers import FROZEN, TRAINABLE
 from hafl_app.training.settings import TrainOptions
 from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import METRICS, NUM_EXAMPLES, adapter_content, read_adapter, read_plan

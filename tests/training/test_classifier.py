@@ -23,14 +23,10 @@ from hafl_app.training import lora_model
 from hafl_app.training.base_model import load_base
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier, head_shapes
 from hafl_app.training.locate import ModelError
-from hafl_app.training.lora_model import (
-    FROZEN,
-    TRAINABLE,
-    adapter_shapes,
-    resident_model,
-    resolve_targets,
-)
+from hafl_app.training.lora_layers import FROZEN, TRAINABLE
+from hafl_app.training.lora_model import adapter_shapes, resident_model
 from hafl_app.training.settings import BaseSpec
+from hafl_app.training.target_modules import resolve_targets
 
 IDS = torch.tensor([[5, 9, 2, 7], [3, 8, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])

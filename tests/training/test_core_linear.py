@@ -14,7 +14,7 @@ from hafl_app.plan_parts.module_plan import ModulePlan
 from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.core_linear import CoreLinear
 from hafl_app.training.local import train
-from hafl_app.training.lora_model import TRAINABLE, AdapterFitError
+from hafl_app.training.lora_layers import TRAINABLE, AdapterFitError
 from hafl_app.wire.node_profile import NodeProfile
 
 

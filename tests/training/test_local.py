@@ -28,7 +28,7 @@ from hafl_app.training.classifier import LoraClassifier
 from hafl_app.training.evaluate import evaluate
 from hafl_app.training.importance_meter import ImportanceMeter
 from hafl_app.training.local import train
-from hafl_app.training.lora_model import FROZEN, TRAINABLE
+from hafl_app.training.lora_layers import FROZEN, TRAINABLE
 from hafl_app.training.settings import TrainOptions
 from hafl_app.training.task import LossNotFiniteError, TrainingError
 

@@ -17,7 +17,8 @@ from hafl_app.training.base_model import load_base
 from hafl_app.training.fused_lora import FusedLoraLinear
 from hafl_app.training.local import train
 from hafl_app.training.locate import ModelError
-from hafl_app.training.lora_model import FROZEN, with_quantization
+from hafl_app.training.lora_layers import FROZEN
+from hafl_app.training.lora_model import with_quantization
 from hafl_app.training.quantization.blocks import block_bytes, dequantize, precisions_of
 from hafl_app.training.quantization.linear import QuantizedLinear, packed, packed_bytes
 from hafl_app.training.quantization.precisions import PRECISIONS, QuantizationError
