@@ -64,17 +64,8 @@ def own_file(settings: Settings, node_config: Mapping[str, Any]) -> OwnFile | No
     if not path:
         return None
     if dataset.source == ON_DEVICE:  # other data sets have columns of their own
-        _refuse_column(node_config, TEXT_COLUMN, "dataset.text_column", dataset.text_column)
-        if dataset.has_conversations:
-            _refuse_column(node_config, DATA_FORMAT, "dataset.format", dataset.format)
-        else:
-            _refuse_column(node_config, LABEL_COLUMN, "dataset.label_column", dataset.label_column)
-    limits = {
-        "max_labels": whole_number(node_config, MAX_LABELS, 1, MOST_LABELS),
-        "max_label_length": whole_number(node_config, MAX_LABEL_LENGTH, 1, LONGEST_LABEL),
-        "max_length": whole_number(node_config, MAX_LENGTH, 1, _MOST),
-        "max_megabytes": whole_number(node_config, MAX_DATA_MB, 1, _MOST),
-    }
+        _refuse_columns(node_config, dataset)
+    limits = _limits(node_config)
     return OwnFile(
         str(path),
         _column(node_config, TEXT_COLUMN),
@@ -82,8 +73,19 @@ def own_file(settings: Settings, node_config: Mapping[str, Any]) -> OwnFile | No
         dataset.max_examples,
         dataset.data_seed,
         format=_format(node_config),
-        **{name: limit for name, limit in limits.items() if limit is not None},
+        **limits,
     )
+
+
+def _limits(node_config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the limits that the operator has set, by field of `OwnFile`."""
+    limits = {
+        "max_labels": whole_number(node_config, MAX_LABELS, 1, MOST_LABELS),
+        "max_label_length": whole_number(node_config, MAX_LABEL_LENGTH, 1, LONGEST_LABEL),
+        "max_length": whole_number(node_config, MAX_LENGTH, 1, _MOST),
+        "max_megabytes": whole_number(node_config, MAX_DATA_MB, 1, _MOST),
+    }
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def _format(node_config: Mapping[str, Any]) -> str:
@@ -96,6 +98,15 @@ def _format(node_config: Mapping[str, Any]) -> str:
 
 def _column(node_config: Mapping[str, Any], key: str) -> str:
     return str(node_config.get(key, _COLUMNS[key]))
+
+
+def _refuse_columns(node_config: Mapping[str, Any], dataset: DatasetSettings) -> None:
+    """Refuse a run that names columns of the file, or a format, that the operator has not named."""
+    _refuse_column(node_config, TEXT_COLUMN, "dataset.text_column", dataset.text_column)
+    if dataset.has_conversations:
+        _refuse_column(node_config, DATA_FORMAT, "dataset.format", dataset.format)
+    else:
+        _refuse_column(node_config, LABEL_COLUMN, "dataset.label_column", dataset.label_column)
 
 
 def _refuse_column(node_config: Mapping[str, Any], key: str, setting: str, asked: str) -> None:

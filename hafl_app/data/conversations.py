@@ -98,14 +98,10 @@ def with_conversations(
         asked = [[message_of(USER, text)] for text in prompts(table, template, origin)]
         note = f"a user's message by dataset.template, answers in {answer_column}"
     else:
-        kind, columns = recognized(table.columns, kind, origin)
-        asked, answers = _rows(table, kind, columns, origin)
-        note = f"{kind}, by the columns {', '.join(columns.all)}"
-        others = [name for name in columns.all if name != label_column]
-        table, answer_column = table.drop(columns=others).assign(**{_ANSWER: answers}), _ANSWER
+        table, asked, note = _read(table, kind, label_column, origin)
+        answer_column = _ANSWER
     if system_prompt:
-        first = message_of(SYSTEM, system_prompt)
-        asked = [row if row[0]["role"] == SYSTEM else [first, *row] for row in asked]
+        asked = _with_system(asked, system_prompt)
     rows = table if label_column else table.assign(**{_ONE_CLASS_COLUMN: ONE_CLASS})
     label = label_column or _ONE_CLASS_COLUMN
     found = standardize(rows, answer_column, label, origin, listed=tuple(listed))
@@ -115,6 +111,23 @@ def with_conversations(
     made = made.drop(columns=[_ANSWER, _ONE_CLASS_COLUMN], errors="ignore")
     made.attrs[NOTES] = (*found.attrs[NOTES], f"conversations: {note}")
     return made
+
+
+def _read(
+    table: pd.DataFrame, kind: str, label_column: str, origin: str
+) -> tuple[pd.DataFrame, list[list[Message]], str]:
+    """Read conversations from their columns; return the table with answers alone, and a note."""
+    kind, columns = recognized(table.columns, kind, origin)
+    asked, answers = _rows(table, kind, columns, origin)
+    others = [name for name in columns.all if name != label_column]
+    rest = table.drop(columns=others).assign(**{_ANSWER: answers})
+    return rest, asked, f"{kind}, by the columns {', '.join(columns.all)}"
+
+
+def _with_system(asked: list[list[Message]], system_prompt: str) -> list[list[Message]]:
+    """Begin every conversation that has no system message with this one."""
+    first = message_of(SYSTEM, system_prompt)
+    return [row if row[0]["role"] == SYSTEM else [first, *row] for row in asked]
 
 
 def _rows(
