@@ -228,23 +228,43 @@ class RunReport:
             self.clients(self._coordinator.directory.in_order())
         self._clients_file.update(self._coordinator.directory)
         self.progress.begin("score", server_round)
+        metrics = self._scores(server_round)
+        due = self._strategy.options.is_evaluated(server_round)
+        answers = self._evaluation.answers(self._strategy.global_adapter) if due else []
+        record = self._round_record(server_round, metrics)
+        self._outcomes = []
+        self.rounds.append(record)
+        self.progress.end()
+        if self.stop_reason:
+            record = self._complete(record, self._strategy.global_adapter, "test")
+            self._plan_progress(self._coordinator.directory.in_order())
+        self.progress.was_printed()
+        self._trackers.log_round(record)
+        self._log_details(server_round)
+        if answers:
+            self._log_answers(answers_record(server_round, answers))
+        if server_round and self._choice:
+            self._keep_best(record, self._choice)
+        return MetricRecord(dict(metrics))
+
+    def _scores(self, server_round: int) -> dict[str, float]:
+        """Return what is measured after a round: by clients, server and accountant."""
         metrics = {f"clients/{k}": v for k, v in self._coordinator.client_scores.items()}
         splits = self._splits(server_round)
         if self._evaluation.of_rounds:
             metrics |= self._evaluation.metrics(self._strategy.global_adapter, splits)
         privacy = self._strategy.options.privacy
-        private = privacy.kind != "none"
-        if private:
+        if privacy.kind != "none":
             from hafl_app.privacy.accounting import epsilon_after  # noqa: PLC0415  takes a second
 
             rate = self._settings.federation.fraction_train
             metrics["privacy/epsilon"] = epsilon_after(privacy, server_round, rate)
-        metrics |= self._learning_rate(server_round)
-        traffic = self._coordinator.ledger.of_round(server_round)
-        clock = self._coordinator.clock
-        due = self._strategy.options.is_evaluated(server_round)
-        answers = self._evaluation.answers(self._strategy.global_adapter) if due else []
-        record = RoundRecord(
+        return metrics | self._learning_rate(server_round)
+
+    def _round_record(self, server_round: int, metrics: Mapping[str, float]) -> RoundRecord:
+        traffic, clock = self._coordinator.ledger.of_round(server_round), self._coordinator.clock
+        private = self._strategy.options.privacy.kind != "none"
+        return RoundRecord(
             server_round=server_round,
             seconds=time.perf_counter() - (self._coordinator.round_started or self._started),
             # A mean of losses carries no noise.
@@ -257,24 +277,15 @@ class RunReport:
             influence=self._influence(server_round),
             simulated_seconds=clock.take_round() if clock else math.nan,
         )
-        self._outcomes = []
-        self.rounds.append(record)
-        self.progress.end()
-        if self.stop_reason:
-            record = self._complete(record, self._strategy.global_adapter, "test")
-            self._plan_progress(self._coordinator.directory.in_order())
-        self.progress.was_printed()
-        self._trackers.log_round(record)
-        self._log_details(server_round)
-        if answers:
-            self._log_answers(answers_record(server_round, answers))
-        choice, best = self._choice, self._best
-        if server_round and choice and is_best(record, best, self.rounds, choice):
-            central = choice.phase == "validation"
-            rows = len(self._evaluation.text.validation) if central else 0
-            rows = rows or self._coordinator.scored_examples
-            self._best = BestRound(server_round, rows, self._strategy.global_adapter)
-        return MetricRecord(dict(metrics))
+
+    def _keep_best(self, record: RoundRecord, choice: Choice) -> None:
+        """Keep the global adapter if this round is the best so far."""
+        if not is_best(record, self._best, self.rounds, choice):
+            return
+        central = choice.phase == "validation"
+        rows = len(self._evaluation.text.validation) if central else 0
+        rows = rows or self._coordinator.scored_examples
+        self._best = BestRound(record.server_round, rows, self._strategy.global_adapter)
 
     def _learning_rate(self, server_round: int) -> dict[str, float]:
         """Return the learning rate of a round, if it is not that of every other."""
