@@ -24,6 +24,8 @@ ONE_ROUND = (
     "client.local_epochs=2",  # of about six steps
 )
 
+_OVER = threading.Event()  # the round, for the server
+
 PRIVATE = ("privacy=local_dp", "strategy=zero_padding")
 
 
@@ -57,6 +59,7 @@ class PunctualGrid(InProcessGrid):
             replies += (new := list(self.pull_messages(waiting)))
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
             time.sleep(0.02)
+        _OVER.set()  # whoever is late hurries now
         self._thread.shutdown()  # the next test has the same model
         return replies
 
@@ -75,11 +78,12 @@ class LimitedGrid(PunctualGrid):
 
 @pytest.fixture
 def slow_node(monkeypatch):
+    _OVER.clear()
     forward = LoraClassifier.forward
 
     def slow(classifier, *inputs):
         if threading.current_thread().name == f"node {SLOW_NODE}":
-            time.sleep(STEP_SECONDS)
+            _OVER.wait(STEP_SECONDS)
         return forward(classifier, *inputs)
 
     monkeypatch.setattr(LoraClassifier, "forward", slow)
