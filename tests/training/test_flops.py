@@ -1,6 +1,7 @@
 """Counted operations against torch's own counter around real steps and whole trainings."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from hafl_app.training.task import Task
 
 ROWS = random_rows(13)
 OPTIONS = TrainOptions(batch_size=5)
+row_of = cache(row_flops)  # a count takes a second, and is of the model alone
 
 
 def counted_step(model, rows, length):
@@ -42,7 +44,7 @@ def loaded(spec, rank, trainable=None, **settings):
 @pytest.mark.parametrize(("rank", "trainable"), [(1, None), (5, None), (5, (3, 0)), (3, (2,))])
 def test_a_step_is_what_torch_counts(spec, rank, trainable):
     model, plan = loaded(spec, rank, trainable)
-    row = row_flops(spec)
+    row = row_of(spec)
     for rows, length in ((1, 7), (6, 11)):
         assert rows * row.training(plan, length) == counted_step(model, rows, length)
 
@@ -55,7 +57,7 @@ def test_of_one_factor_only_its_gradient_counts(factors):
     plan = TrainPlan(dict.fromkeys(adapter.modules, ModulePlan(held, held[:3], factors=factors)))
     model.load(adapter, plan)
 
-    assert 3 * row_flops(SPEC).training(plan, 8) == counted_step(model.train(), 3, 8)
+    assert 3 * row_of(SPEC).training(plan, 8) == counted_step(model.train(), 3, 8)
 
 
 def test_modules_of_different_ranks_count_each_its_own():
@@ -64,26 +66,26 @@ def test_modules_of_different_ranks_count_each_its_own():
     plan = plan_for(adapter)
     model.load(adapter, plan)
 
-    assert 2 * row_flops(SPEC).training(plan, 9) == counted_step(model.train(), 2, 9)
+    assert 2 * row_of(SPEC).training(plan, 9) == counted_step(model.train(), 2, 9)
 
 
 def test_a_frozen_head_has_no_gradient():
     model, plan = loaded(SPEC, 3, head="frozen")
-    row = row_flops(SPEC, head="frozen")
+    row = row_of(SPEC, head="frozen")
 
     assert 4 * row.training(plan, 6) == counted_step(model, 4, 6)
-    assert row.training(plan, 6) < row_flops(SPEC).training(plan, 6)
+    assert row.training(plan, 6) < row_of(SPEC).training(plan, 6)
 
 
 @pytest.mark.parametrize("spec", [SPEC, CAUSAL])
 def test_checkpointing_computes_the_way_there_twice(spec):
     model, plan = loaded(spec, 3)
     model.checkpoint_gradients(True)
-    row = row_flops(spec, checkpointing=True)
+    row = row_of(spec, checkpointing=True)
 
     # Once all that is needed is there, the second time ends: a product before.
     assert 2 * row.training(plan, 6) == pytest.approx(counted_step(model, 2, 6), rel=0.03)
-    assert row.training(plan, 6) > 1.2 * row_flops(spec).training(plan, 6)
+    assert row.training(plan, 6) > 1.2 * row_of(spec).training(plan, 6)
 
 
 def test_scores_cost_the_way_there():
@@ -93,7 +95,7 @@ def test_scores_cost_the_way_there():
         for length in lengths:
             model(*model.blank_batch(1, length).inputs)
 
-    assert row_flops(SPEC).of_scores(plan, lengths) == counter.get_total_flops()
+    assert row_of(SPEC).of_scores(plan, lengths) == counter.get_total_flops()
 
 
 def counted_training(spec, plan_of, rows, options):
@@ -101,7 +103,7 @@ def counted_training(spec, plan_of, rows, options):
     adapter = random_adapter(model, 4)
     with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
         result = train(model, adapter, plan_of(adapter), rows, options, seed=3)
-    return row_flops(spec).of_passes(result.passes), counter.get_total_flops()
+    return row_of(spec).of_passes(result.passes), counter.get_total_flops()
 
 
 CHOICE = ComponentChoice("sensitivity", "module")
@@ -172,4 +174,4 @@ def test_counts_are_kept(tmp_path, monkeypatch):
 
 def test_quantized_weights_cost_the_same_products():
     spec = CausalSpec(replace(CAUSAL.base, quantization="int8"), seed=7)
-    assert row_flops(spec) == row_flops(CAUSAL)
+    assert row_flops(spec) == row_of(CAUSAL)
