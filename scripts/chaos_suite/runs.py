@@ -1,14 +1,16 @@
 """Run one federation under faults, whose server may be killed and resumed."""
 
 import contextlib
+import importlib
 import logging
-import multiprocessing
 import os
 import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,28 +97,29 @@ def run_with_kills(part: Part) -> list[dict[str, Any]]:
     RuntimeError
         If a server ends otherwise than by being killed or being done.
     """
+    # spawn: forked processes inherit torch's threads, which do not survive it.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_lives, part).result()
+
+
+def _lives(part: Part) -> list[dict[str, Any]]:
+    """Fork a process for each life: all has been imported, and nothing been computed yet."""
+    importlib.import_module("hafl_app.client.handlers")  # else with the first message of each life
     kills: list[dict[str, Any]] = []
     for life, kill_round in enumerate([*part.kill_rounds, None]):
-        exit_code = _in_a_process(part, life, kill_round)
-        if exit_code == 0:
+        server = get_context("fork").Process(target=run_part, args=(part, life, kill_round))
+        server.start()
+        try:
+            server.join()
+        finally:
+            server.terminate()  # of effect only if this process is interrupted
+        if server.exitcode == 0:
             break
-        if exit_code != -signal.SIGKILL:
-            raise RuntimeError(f"exit code {exit_code} after {len(kills)} kills; see {part.folder}")
+        if server.exitcode != -signal.SIGKILL:
+            after = f"after {len(kills)} kills; see {part.folder}"
+            raise RuntimeError(f"exit code {server.exitcode} {after}")
         kills.append(read_journal(part.folder)[-1])
     return kills
-
-
-def _in_a_process(part: Part, life: int, kill_round: int | None) -> int | None:
-    # spawn: forked processes inherit torch's threads, which do not survive it.
-    process = multiprocessing.get_context("spawn").Process(
-        target=run_part, args=(part, life, kill_round)
-    )
-    process.start()
-    try:
-        process.join()
-    finally:
-        process.terminate()  # of effect only if this process is interrupted
-    return process.exitcode
 
 
 def _killer(part: Part, life: int, kill_round: int | None) -> Callable[[int], None]:
