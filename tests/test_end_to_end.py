@@ -7,17 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
+from listening import LOOPBACK, call_ray, listening, stranger
 from running import LONE, TINY, records, run_tiny
 
+from hafl_app.cgroups import usable_cpus
 from hafl_app.engines import flower_run
+from hafl_app.engines.processes import processes_of
 from hafl_app.run.run_lock import RunLockedError, run_lock
 
 ROOT = Path(__file__).parents[1]
 MARK, MARKED = "HAFL_APP_TESTS_OF", str(os.getpid())
+# More than half of the processors for a client: one process trains, which is started sooner.
+ONE_AT_ONCE = f"federation.client_cpus={usable_cpus() // 2 + 1}"
 pytestmark = pytest.mark.slow
 
 
@@ -45,6 +51,15 @@ def flower_processes():
     return found
 
 
+def environment_of(pids):
+    """Return the environment that a run gives its processes; empty if none of them has it yet."""
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            if "HAFL_RUN_TOKEN" in (found := psutil.Process(pid).environ()):
+                return found
+    return {}
+
+
 def homes_of(pids):
     """The Flower homes of processes that were started for a run."""
     homes = set()
@@ -54,52 +69,106 @@ def homes_of(pids):
     return homes
 
 
+def newest_round(folder):
+    return max(int(file.stem.removeprefix("round-")) for file in folder.glob("checkpoints/round-*"))
+
+
+def wait_for_round_after(server_round, folder):
+    """Wait for a later checkpoint, which says that the run goes on."""
+    deadline = time.monotonic() + 60
+    while (newest := newest_round(folder)) <= server_round and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert newest > server_round
+
+
+def hold(pids):
+    """Suspend the server of a run; its lock stays, and only SIGKILL can end it."""
+    for pid in pids:
+        process = psutil.Process(pid)
+        if "flwr-simulation" in " ".join(process.cmdline()):
+            process.suspend()
+
+
+@dataclass
+class RayRun:
+    """A whole run on Ray: what it said and left, and what was seen of it meanwhile."""
+
+    folder: Path
+    returncode: int = -1
+    log: str = ""
+    left: set[int] = field(default_factory=set)
+    sockets: set[tuple[str, str, int]] = field(default_factory=set)
+    answers: list[str] = field(default_factory=list)
+
+    def look(self, pids):
+        """Note where its processes listen; once Ray is up, call it from within and without."""
+        inside = environment_of(pids)
+        now = listening(processes_of(inside["HAFL_RUN_TOKEN"])) if inside else set()
+        self.sockets |= now
+        ray = [port for name, _, port in now if name == "gcs_server"]
+        if ray and not self.answers:
+            self.answers += [call_ray(ray[0], inside), call_ray(ray[0], stranger())]
+
+
 @pytest.fixture(scope="module")
 def on_ray(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ray") / "out"
+    run = RayRun(tmp_path_factory.mktemp("ray") / "out")
     before = flower_processes()
-    result = subprocess.run(
-        command(f"output_dir={folder}"),
-        capture_output=True,
+    with subprocess.Popen(
+        command(f"output_dir={run.folder}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
-        check=False,
         cwd=tmp_path_factory.mktemp("cwd"),
-    )
-    return folder, result, flower_processes() - before
+    ) as process:
+        for line in process.stdout:
+            run.log += line
+            run.look(flower_processes() - before)
+    run.returncode, run.left = process.returncode, flower_processes() - before
+    return run
 
 
 class TestRun:
     def test_it_finishes_and_streams_its_log(self, on_ray):
-        folder, result, _ = on_ray
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "round 2/2" in result.stdout
-        assert "training, rank 2" in result.stdout
-        assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+        assert on_ray.returncode == 0, on_ray.log
+        assert "round 2/2" in on_ray.log
+        assert "training, rank 2" in on_ray.log
+        assert json.loads((on_ray.folder / "summary.json").read_text())["status"] == "finished"
 
     def test_nothing_is_left_running(self, on_ray):
-        _, _, left = on_ray
-        assert not left
+        assert not on_ray.left
+
+    def test_it_listens_on_the_loopback_alone(self, on_ray):
+        names = {name for name, _, _ in on_ray.sockets}
+        assert {"gcs_server", "raylet"} <= names
+        assert any(name.startswith("flwr-simulation") for name in names)
+        assert {address for _, address, _ in on_ray.sockets} <= LOOPBACK, on_ray.sockets
+
+    def test_its_ray_needs_its_token(self, on_ray):
+        inside, outside = on_ray.answers
+        assert "let in" in inside
+        assert "refused" in outside
 
     def test_same_numbers_as_in_process(self, on_ray, tmp_path):
-        folder, _, _ = on_ray
         run_tiny(tmp_path / "inprocess", LONE)
         for kind in ("round", "client"):
-            ray, inprocess = records(folder, kind), records(tmp_path / "inprocess", kind)
+            ray, inprocess = records(on_ray.folder, kind), records(tmp_path / "inprocess", kind)
             for line in (*ray, *inprocess):
                 line.pop("node_id", None)  # random under Flower
             assert ray == inprocess
 
     def test_a_worker_loads_the_base_model_once(self, on_ray):
-        folder, _, _ = on_ray
-        log = (folder / "flower.log").read_text()
+        log = (on_ray.folder / "flower.log").read_text()
         # One process serves, two at most train: 5 clients, 2 rounds, evaluations, lone clients.
         assert 1 <= log.count("loading the base model") <= 1 + (os.cpu_count() or 1)
 
 
 def test_a_failed_run_exits_non_zero(tmp_path):
     result = subprocess.run(
-        command("client.learning_rate=1e30", "client.max_grad_norm=0", f"output_dir={tmp_path}"),
+        command(
+            *(ONE_AT_ONCE, "client.learning_rate=1e30", "client.max_grad_norm=0"),
+            f"output_dir={tmp_path}",
+        ),
         capture_output=True,
         text=True,
         timeout=280,
@@ -117,7 +186,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(
-            command("federation.num_rounds=500", f"output_dir={tmp_path}"),
+            command(ONE_AT_ONCE, "federation.num_rounds=500", f"output_dir={tmp_path}"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -138,7 +207,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
 def test_a_killed_run_is_stopped_and_goes_on(tmp_path):
     before = flower_processes()
     with subprocess.Popen(
-        command("federation.num_rounds=500", f"output_dir={tmp_path / 'out'}"),
+        command(ONE_AT_ONCE, "federation.num_rounds=500", f"output_dir={tmp_path / 'out'}"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -153,13 +222,14 @@ def test_a_killed_run_is_stopped_and_goes_on(tmp_path):
     homes = homes_of(left)
     assert homes
 
-    newest = max((tmp_path / "out" / "checkpoints").glob("round-*"))
-    rounds = int(newest.stem.removeprefix("round-")) + 80  # it went on meanwhile
+    wait_for_round_after(newest_round(tmp_path / "out"), tmp_path / "out")
+    hold(left)  # or it would be some 80 rounds ahead when the next command has started
+    rounds = newest_round(tmp_path / "out") + 2
     result = subprocess.run(
         [
             *(sys.executable, str(ROOT / "scripts" / "simulate.py")),
             *(f"resume={tmp_path / 'out'}", f"federation.num_rounds={rounds}"),
-            "engine=inprocess",  # as the rounds that went on are many
+            "engine=inprocess",
         ],
         capture_output=True,
         text=True,
