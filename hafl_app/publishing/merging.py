@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -16,6 +15,7 @@ from hafl_app.training.locate import locate
 from hafl_app.training.peft_format import task_type
 from hafl_app.training.quantization.blocks import dequantize
 from hafl_app.training.settings import BaseSpec
+from hafl_app.training.tensor_files import write_tensors
 
 HEAD_FILE: Final = "head.safetensors"
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,7 +80,7 @@ def write_merged(folder: Path, stored: StoredAdapter, dtype: str) -> None:
     if not stored.spec.base.is_without_files:
         hub_tokenizer(stored.spec.base).save_pretrained(folder)
     if task_type(stored.spec.base) == "FEATURE_EXTRACTION":
-        save_file({k: v.contiguous() for k, v in stored.adapter.head.items()}, folder / HEAD_FILE)
+        write_tensors(folder / HEAD_FILE, stored.adapter.head)
 
 
 def require_whole_base(base: BaseSpec, num_labels: int) -> None:

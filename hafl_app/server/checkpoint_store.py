@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from hafl_app.disk import naming
 from hafl_app.server.checkpoint_files import checkpoint_file, newest_first
+from hafl_app.training.tensor_files import ready_to_write, write_tensors
 
 _LOGGER = logging.getLogger(__name__)
 _FORMAT, _VERSION = "hafl-checkpoint", 1
@@ -100,11 +102,12 @@ class CheckpointStore:
         OSError
             If it cannot be written, for instance because the disk is full.
         """
-        data = _encode(server_round, tensors, state)
+        content, header = _encode(server_round, tensors, state)
         path = checkpoint_file(self._folder, server_round)
         self._folder.mkdir(parents=True, exist_ok=True)
-        _remove(self._folder.glob(".round-*.tmp"))  # left by a process that was killed
-        _write_atomically(path, data)
+        for left in self._folder.glob(".round-*.tmp"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        _write_atomically(path, content, header)
         past = [file for number, file in newest_first(self._folder) if number <= server_round]
         _remove(past[self._keep :])
         return path
@@ -131,32 +134,32 @@ class CheckpointStore:
         return None
 
 
-def _encode(server_round: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> bytes:
+def _encode(
+    server_round: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what the file holds, and its header. A large model is not copied."""
     if server_round < 0:
         raise CheckpointError(f"server_round must be at least 0, got {server_round}")
     try:
         _check_json(state, "state")
         # With the names: safetensors puts tensors in an order of its own.
         text = bytearray(json.dumps([list(tensors), state]).encode())
-        content = {_STATE: torch.frombuffer(text, dtype=torch.uint8)}
-        for name, tensor in tensors.items():
-            # A copy: safetensors refuses tensors that share memory, as slices of one adapter do.
-            copy = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            content[_PREFIX + name] = copy
-        header = {
-            "format": _FORMAT,
-            "version": str(_VERSION),
-            "round": str(server_round),
-            "sha256": _digest(server_round, content),
-        }
-        data = save(content, metadata=header)
-        content.clear()  # large models: what is read again needs the memory
-        _decode(data)  # some dtypes can be written but not read
+        named = {_PREFIX + name: tensor for name, tensor in tensors.items()}
+        content = ready_to_write({_STATE: torch.frombuffer(text, dtype=torch.uint8), **named})
+        header = {"format": _FORMAT, "version": str(_VERSION), "round": str(server_round)}
+        _check_readable(content)
+        header["sha256"] = _digest(server_round, content)
     except _UNFIT as error:
         raise CheckpointError(
             f"round {server_round} cannot be a checkpoint: {_line(error)}"
         ) from error
-    return data
+    return content, header
+
+
+def _check_readable(content: Mapping[str, Tensor]) -> None:
+    """Refuse names and dtypes that can be written but not read, by tensors without a number."""
+    empty = {name: tensor.new_empty(0) for name, tensor in content.items()}
+    load(save(empty))
 
 
 def _decode(data: bytes) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
@@ -184,7 +187,7 @@ def _digest(server_round: int, content: Mapping[str, Tensor]) -> str:
     for name in sorted(content):
         tensor = content[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -219,25 +222,26 @@ def _line(error: Exception) -> str:
     return kind + textwrap.shorten(str(error), 300)
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+def _write_atomically(path: Path, content: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    # Readable by its owner alone: it may hold the key of a private run's noise. A folder, since
+    # safetensors writes to a name of its own first, which nobody would find after a kill.
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.mkdir(mode=0o700)
     try:
-        # Readable by its owner alone: it may hold the key of a private run's noise.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with naming(path), os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary = scratch / path.name
+        with naming(path):
+            write_tensors(temporary, content, header)
+        temporary.chmod(0o600)
+        _sync(temporary)
         temporary.replace(path)
-        _sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    # The file's own fsync does not cover its name: that is content of the folder.
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    # A file's fsync does not cover its name: that is content of its folder.
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hafl_app.lowrank.factors import Adapter, LoraFactors
@@ -30,6 +30,7 @@ from hafl_app.training.peft_format import (
 )
 from hafl_app.training.settings import BaseSpec
 from hafl_app.training.specs import lora_spec
+from hafl_app.training.tensor_files import write_tensors
 
 _HEAD = "head.safetensors"
 _HEADS_BY_RANK = "heads_by_rank.safetensors"
@@ -128,7 +129,7 @@ def save_adapter(
         _write(scratch, adapter, spec)
         if heads_by_rank:
             named = {f"{r}/{n}": t for r, head in heads_by_rank.items() for n, t in head.items()}
-            save_file({n: t.contiguous() for n, t in named.items()}, scratch / _HEADS_BY_RANK)
+            write_tensors(scratch / _HEADS_BY_RANK, named)
         card = {
             "format": 1,
             "base": _base_facts(spec.base),
@@ -152,12 +153,11 @@ def _write(folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
     cls = _has_stock_head(spec.base)
     peft_config(adapter, spec.base, [CLS_HEAD] if cls else None).save_pretrained(str(folder))
     tensors = factor_tensors(adapter)
-    head = {name: tensor.contiguous() for name, tensor in adapter.head.items()}
     if cls:
-        tensors |= {f"{PREFIX}{CLS_HEAD}.{name}": tensor for name, tensor in head.items()}
+        tensors |= {f"{PREFIX}{CLS_HEAD}.{name}": tensor for name, tensor in adapter.head.items()}
     elif _has_own_head(spec.base):
-        save_file(head, folder / _HEAD)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(folder / _HEAD, adapter.head)
+    write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
 
 
 def _has_stock_head(base: BaseSpec) -> bool:

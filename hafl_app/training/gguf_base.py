@@ -160,10 +160,10 @@ def _convert(file: Path, name: str, folder: Path) -> None:
 def _write_model(file: Path, name: str, folder: Path) -> None:
     # Torch and Transformers only here: a model that is not there is reported without them.
     import torch  # noqa: PLC0415
-    from safetensors.torch import save_file  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
     from hafl_app.training.quiet_transformers import quiet_transformers  # noqa: PLC0415
+    from hafl_app.training.tensor_files import write_tensors  # noqa: PLC0415
 
     # Its own bar goes to standard error whatever the log level. On the CPU: who asks for
     # shapes alone does so on the meta device.
@@ -174,8 +174,8 @@ def _write_model(file: Path, name: str, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # Not model.save_pretrained, which takes the model for a quantized one.
     tied = set(model.all_tied_weights_keys)
-    tensors = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
-    save_file(tensors, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+    tensors = {k: v for k, v in model.state_dict().items() if k not in tied}
+    write_tensors(folder / _WEIGHTS_FILE, tensors, {"format": "pt"})
     (folder / _WEIGHTS_FILE).chmod(0o644)  # the cache may be one of several users
     config = model.config
     del config.quantization_config

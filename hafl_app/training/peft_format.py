@@ -52,9 +52,9 @@ def factor_tensors(adapter: Adapter) -> dict[str, Tensor]:
     tensors = {}
     for name, factors in adapter.modules.items():
         key_A, key_B = factor_keys(name)
-        padded = factors.padded(rank)
-        tensors[key_A] = padded.lora_A.contiguous()
-        tensors[key_B] = padded.lora_B.contiguous()
+        # Not copied for nothing: a large adapter is a gigabyte.
+        padded = factors if factors.rank == rank else factors.padded(rank)
+        tensors[key_A], tensors[key_B] = padded.lora_A, padded.lora_B
     return tensors
 
 

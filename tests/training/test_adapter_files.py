@@ -32,6 +32,7 @@ from hafl_app.training.adapter_files import (
 from hafl_app.training.causal import CausalSpec, LoraCausalLM
 from hafl_app.training.classifier import ClassifierSpec, LoraClassifier
 from hafl_app.training.evaluate import predict_logits
+from hafl_app.training.peft_format import factor_tensors
 from hafl_app.training.settings import BaseSpec
 
 NAMES = ("sport", "world", "science")
@@ -304,13 +305,25 @@ class TestRefusals:
             load_adapter(folder)
 
 
+def test_modules_of_one_rank_are_written_from_where_they_lie(adapter):
+    rank = max(factors.rank for factors in adapter.modules.values())
+    largest = [f for f in adapter.modules.values() if f.rank == rank]
+
+    written = {tensor.data_ptr() for tensor in factor_tensors(adapter).values()}
+
+    assert largest
+    assert {f.lora_A.data_ptr() for f in largest} | {
+        f.lora_B.data_ptr() for f in largest
+    } <= written
+
+
 class TestInterruptedSave:
     @pytest.fixture
     def breaks(self, monkeypatch):
         def interrupted(*args, **kwargs):
             raise OSError("no space left on device")
 
-        monkeypatch.setattr(saved_module, "save_file", interrupted)
+        monkeypatch.setattr(saved_module, "write_tensors", interrupted)
 
     def test_leaves_no_half_folder(self, breaks, adapter, tmp_path):
         with pytest.raises(OSError, match="no space left"):
