@@ -1,7 +1,7 @@
 """Instruction data: tables of prompts and answers, from the folders that they come in."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ from hafl_app.data.decoding import read_text
 from hafl_app.data.errors import DataError
 from hafl_app.data.files import read_table
 from hafl_app.data.json_rows import parse
-from hafl_app.data.tables import standardize
+from hafl_app.data.tables import shuffled, standardize
 from hafl_app.data.template import prompts, refuse_answer_in
 
 CLIENT: Final = "client"
@@ -123,6 +123,26 @@ def read_tasks(folder: Path) -> pd.DataFrame:
     if not rows:
         raise DataError(f"dataset.path: no tasks of Natural Instructions (*.json) in {folder}")
     return pd.DataFrame(rows)
+
+
+def share_of_tasks(tasks: pd.DataFrame, fraction: float, seed: Sequence[int]) -> pd.DataFrame:
+    """Return a random share of each task's rows, in the order of the table.
+
+    Parameters
+    ----------
+    tasks
+        With a column `TASK`.
+    fraction
+        Above 0 and at most 1. Rounded to whole rows; no task loses all of its rows.
+    seed
+        Of the draw. The share of a smaller fraction is part of that of a larger one.
+    """
+    if fraction == 1:
+        return tasks
+    drawn = shuffled(tasks, None, seed).groupby(TASK, sort=False)
+    sizes = drawn[TASK].transform("size")
+    kept = drawn.cumcount() < (sizes * fraction).round().clip(lower=1)
+    return tasks[kept.reindex(tasks.index)]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -60,6 +60,9 @@ class DatasetSettings:
         Rows of the training set, drawn at random; null: all. ``on_device``: rows of each node.
     max_test_examples
         Rows of the test set, drawn at random; null: all.
+    task_fraction
+        ``natural_instructions``: share of each task's rows that is used, drawn by ``data_seed``; of
+        every task at least one row. The test set comes out of it.
     validation_fraction
         Share of the training data that no client gets, for choosing rounds and learning rates.
         ``on_device`` has none.
@@ -101,6 +104,7 @@ class DatasetSettings:
     max_length: int = number(64, at_least=4)
     max_examples: int | None = number(None, at_least=1)
     max_test_examples: int | None = number(None, at_least=1)
+    task_fraction: float = number(1.0, above=0, at_most=1)
     validation_fraction: float = number(0.1, at_least=0, below=1)
     holdout_fraction: float = number(0.1, at_least=0, below=1)
     num_train: int = number(4000, at_least=40)

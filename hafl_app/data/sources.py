@@ -17,7 +17,7 @@ from hafl_app.data.files import read_names, read_table
 from hafl_app.data.folders import both_files, find_split, resolve, train_file
 from hafl_app.data.hub import read_hub, read_hub_table
 from hafl_app.data.hub_tasks import read_hub_tasks
-from hafl_app.data.instructions import read_dolly, read_tasks, with_pairs
+from hafl_app.data.instructions import read_dolly, read_tasks, share_of_tasks, with_pairs
 from hafl_app.data.label_rules import class_fault, normal_name, sorted_label_names
 from hafl_app.data.labels import label_fault
 from hafl_app.data.settings import DatasetSettings
@@ -198,12 +198,14 @@ def _read_dolly(source: DatasetSettings) -> _Tables:
 def _read_natural_instructions(source: DatasetSettings) -> _Tables:
     if not source.path and source.hub:
         most = source.max_examples
-        # So many that as many are left for training once the test set is split off.
-        drawn = None if most is None else math.ceil(most / (1 - TEST_FRACTION))
+        # So many that as many are left for training of each task's share, without the test set.
+        share = (1 - TEST_FRACTION) * source.task_fraction
+        drawn = None if most is None else math.ceil(most / share)
         tasks = read_hub_tasks(source.hub, source.revision, drawn, source.data_seed)
         origin = source.hub
     else:
         tasks, origin = read_tasks(_folder(source)), str(source.path)
+    tasks = share_of_tasks(tasks, source.task_fraction, (source.data_seed, 2))
     return _split_test_off(_with_pairs(tasks, source, origin), source.data_seed)
 
 

@@ -52,6 +52,7 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "dataset.num_train": _GENERATED,
     "dataset.num_test": _GENERATED,
     "dataset.hub": ("dataset.source", ("banking77", "newsgroups", "natural_instructions", "local")),
+    "dataset.task_fraction": ("dataset.source", ("natural_instructions",)),
     "dataset.text_column": ("dataset.source", ("banking77", "local", "on_device")),
     "dataset.system_prompt": _TALKS,
     "model.chat_template": _TALKS,

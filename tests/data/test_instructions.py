@@ -11,7 +11,7 @@ import pytest
 
 from hafl_app.data.errors import DataError
 from hafl_app.data.federated import FederatedText
-from hafl_app.data.instructions import read_tasks
+from hafl_app.data.instructions import read_tasks, share_of_tasks
 from hafl_app.data.partition import Partitioning
 from hafl_app.data.settings import DatasetSettings, PartitionSettings
 from hafl_app.data.sources import load_text
@@ -235,6 +235,44 @@ class TestSources:
         assert (len(text.train), len(text.test)) == (27, 3)
         kept = {(r["text"], r["answer"]) for r in text.train}
         assert ("Do task2_rhyme.\n\n7\n", "yes 7") in kept or len(kept) == 27
+
+    def test_a_share_of_each_task_is_drawn_by_the_seed(self):
+        sizes = {"large": 60, "small": 3, "middle": 20}
+        tasks = pd.DataFrame(
+            [{"task": task, "input": i} for task, size in sizes.items() for i in range(size)]
+        )
+
+        def drawn(fraction: float, seed: int = 0) -> pd.DataFrame:
+            return share_of_tasks(tasks, fraction, (seed, 2))
+
+        tenth = drawn(0.1)
+        assert dict(tenth["task"].value_counts()) == {"large": 6, "middle": 2, "small": 1}
+        assert tenth.equals(drawn(0.1))
+        assert tenth.index.is_monotonic_increasing
+        assert not tenth.equals(drawn(0.1, seed=1))
+        assert set(tenth.index) < set(drawn(0.35).index)
+        assert drawn(1.0).equals(tasks)
+        assert sorted(tenth["input"]) != [0, 0, 0, 1, 1, 2, 3, 4, 5]  # not the first rows
+
+    def test_the_test_set_comes_out_of_the_share_of_each_task(self, tmp_path):
+        for number, size in enumerate((40, 100)):
+            instances = [{"input": f"{i}", "output": [f"yes {i}"]} for i in range(size)]
+            task = {"Definition": [f"Do {number}."], "Instances": instances}
+            (tmp_path / f"task{number}.json").write_text(json.dumps(task))
+        source = DatasetSettings(
+            "natural_instructions",
+            str(tmp_path),
+            template="{definition}\n\n{input}\n",
+            answer_column="output",
+            label_column="task",
+            task_fraction=0.5,
+        )
+
+        text = load_text(source)
+
+        rows = [*text.train["task"], *text.test["task"]]
+        assert (rows.count("task0"), rows.count("task1")) == (20, 50)
+        assert len(text.test) == 7
 
     def test_a_file_that_is_no_task_is_refused(self, tmp_path):
         (tmp_path / "task.json").write_text('{"Instances": [{"input": "a"}]}')
