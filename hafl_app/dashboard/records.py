@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from hafl_app.dashboard.folders import FolderError, Root
 from hafl_app.tracking.base import ClientRecord, RoundRecord
-from hafl_app.tracking.details import IMPORTANCE
+from hafl_app.tracking.details import ANSWERS, IMPORTANCE
 
 _MOST_FAULTS = 3
 Record = TypeVar("Record", RoundRecord, ClientRecord)
@@ -33,6 +33,23 @@ class Importance:
     modules: Mapping[str, Sequence[float]]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A watched prompt and its answer; ``expected`` is the data's own, empty if it has none."""
+
+    prompt: str
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to the watched prompts after a round."""
+
+    server_round: int
+    answers: Sequence[Answer]
+
+
 @dataclass
 class Records:
     """What has been read of one file so far.
@@ -41,6 +58,8 @@ class Records:
     ----------
     rounds, clients, importance
         Records in the order of the file.
+    answers
+        The last ones to the watched prompts; None before the first.
     faults
         A line for each of the first damaged ones.
     is_cut
@@ -50,6 +69,7 @@ class Records:
     rounds: list[RoundRecord] = field(default_factory=list)
     clients: list[ClientRecord] = field(default_factory=list)
     importance: list[Importance] = field(default_factory=list)
+    answers: Answers | None = None
     faults: list[str] = field(default_factory=list)
     is_cut: bool = False
     _inode: int = -1
@@ -70,6 +90,7 @@ class Records:
             status = os.fstat(opened.fileno())
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self.rounds, self.clients, self.importance, self.faults = [], [], [], []
+                self.answers = None
                 self._inode, self._offset, self._line = status.st_ino, 0, 0
             if status.st_size == self._offset:
                 return
@@ -92,6 +113,8 @@ class Records:
                 self.clients.append(_record(ClientRecord, read))
             elif kind == IMPORTANCE:
                 self.importance.append(_importance(read))
+            elif kind == ANSWERS:
+                self.answers = _answers(read)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if len(self.faults) < _MOST_FAULTS:
                 self.faults.append(f"{name}, line {self._line}: not a record, left out")
@@ -155,6 +178,12 @@ _READERS: dict[Any, Callable[[Any], Any]] = {
 def _importance(read: Mapping[str, Any]) -> Importance:
     modules = {str(name): [number(v) for v in each] for name, each in read["modules"].items()}
     return Importance(_whole(read["server_round"]), str(read["measure"]), modules)
+
+
+def _answers(read: Mapping[str, Any]) -> Answers:
+    texts = ("prompt", "expected", "answer")
+    found = tuple(Answer(*(str(one.get(text) or "") for text in texts)) for one in read["answers"])
+    return Answers(_whole(read["server_round"]), found)
 
 
 def _fields(kind: type) -> list[tuple[str, bool, Callable[[Any], Any]]]:

@@ -11,7 +11,8 @@ from typing import Any, Final
 import yaml
 
 from hafl_app.dashboard.folders import FolderError, Root
-from hafl_app.dashboard.records import Importance, Records, number, read_json
+from hafl_app.dashboard.outcome import ClientAnswers, answers_of_clients, stopped_early
+from hafl_app.dashboard.records import Answers, Importance, Records, number, read_json
 from hafl_app.metrics import Metric, task_of
 from hafl_app.run.run_list import CONFIG_FILE, RUNNING, state_of
 from hafl_app.run.run_lock import LOCK_FILE
@@ -44,6 +45,8 @@ class Run:
         Of its files; empty where there are none.
     rounds, trainings, importance
         Its records so far.
+    answers
+        The last ones to the prompts that it watches; None if there are none.
     faults
         A line for each file, or part of one, that could not be read.
     written
@@ -59,6 +62,7 @@ class Run:
     rounds: Sequence[RoundRecord] = ()
     trainings: Sequence[ClientRecord] = ()
     importance: Sequence[Importance] = ()
+    answers: Answers | None = None
     faults: Sequence[str] = ()
     written: float = 0.0
 
@@ -124,6 +128,16 @@ class Run:
                 if math.isfinite(value):
                     return f"{phase} {self.metric.text(value)}"
         return ""
+
+    @property
+    def stopped_early(self) -> str:
+        """That it ended before its last round, and why; empty if it did not."""
+        return stopped_early(self.summary)
+
+    @property
+    def answers_of_clients(self) -> list[ClientAnswers]:
+        """Scores of the answers that its clients wrote."""
+        return answers_of_clients(self.summary)
 
     def num_scores(self, phase: str) -> int:
         """Return of how many rounds a score is known."""
@@ -212,6 +226,7 @@ class RunReader:
             _completed(records.rounds, summary),
             tuple(records.clients),
             tuple(details.importance),
+            details.answers,
             (*faults, *records.faults, *details.faults),
             max(stamps.values(), default=0.0),
         )

@@ -166,6 +166,54 @@ class TestRun:
                 assert 'class="state running"' in text
 
 
+class TestAnswers:
+    def add(self, folder, **parts):
+        file = folder / "summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+
+    def test_neither_is_shown_of_a_run_without_them(self, ask):
+        text = ask("/run?run=day/one").text
+        assert "stopped early" not in text
+        assert "Answers" not in text
+
+    def test_an_early_end_is_a_line(self, ask, root):
+        why = {"round": 7, "of": 20, "reason": "no better loss for 3 rounds"}
+        self.add(root / "day/one", stopped_early=why)
+        line = "<p>stopped early after round 7 of 20: no better loss for 3 rounds</p>"
+        assert line in ask("/run?run=day/one").text
+
+    def test_the_last_answers_to_watched_prompts_are_there_to_open(self, ask, root):
+        for number, answer in enumerate(["I do not know", "", HOSTILE]):
+            said = [{"prompt": "Who?", "expected": "me", "category": "", "answer": answer}]
+            record = {"kind": "answers", "server_round": number, "answers": said}
+            with (root / "day/one/details.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            text = ask("/run?run=day/one").text
+            assert f"adapter after round {number}</summary>" in text
+            cells = re.findall(r"<td>(.*?)</td>", text[text.index("<details") :])[:3]
+            assert cells[:2] == ["Who?", "me"]
+            assert cells[2] == {"": "(nothing)"}.get(answer, answer) or "&lt;script&gt;" in cells[2]
+        assert "I do not know" not in text
+        assert "<img src=x" not in text
+
+    def test_scores_of_clients_answers_are_a_table(self, ask, root):
+        worst = {"rouge-l": 0.125, "exact-match": None}
+        seen = {"rouge-l": 0.5, "exact-match": 0.25, "worst_tenth": worst}
+        seen |= {"clients": 4, "num_examples": 8}
+        self.add(root / "day/one", client_generation={"seen": seen, "unseen": {"clients": HOSTILE}})
+        rows = re.findall(
+            r'<th scope="row">(\w+)</th>(.*?)</tr>', ask("/run?run=day/one").text, re.S
+        )
+        cells = {who: re.findall(r">([^<>]*)</td>", row) for who, row in rows}
+        assert cells["seen"] == ["4", "8", "50.0%", "12.5%", "25.0%", "-"]
+        assert cells["unseen"] == ["-"] * 6
+
+    @pytest.mark.parametrize("damage", [3, [], {"seen": 3}, {"seen": {"worst_tenth": []}}])
+    def test_a_summary_of_another_form_is_shown_without_them(self, ask, root, damage):
+        self.add(root / "day/one", stopped_early=damage, client_generation=damage)
+        assert ask("/run?run=day/one").status_code == 200
+
+
 class TestFleet:
     def nodes(self, text):
         rows = re.findall(r'<tr data-node="(\d+)">(.*?)</tr>', text, re.DOTALL)

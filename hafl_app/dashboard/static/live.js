@@ -14,6 +14,9 @@ function show(next) {
   for (const box of boxes(next)) {
     if (chosen.has(box.value)) box.checked = chosen.get(box.value);
   }
+  for (const part of next.querySelectorAll("details")) {
+    part.open = Boolean(document.getElementById(part.id)?.open);
+  }
   if (next.innerHTML === live.innerHTML) return;
   // An image that is the same stays where it is, so that it does not flicker.
   const drawn = new Map([...live.querySelectorAll("img")].map((image) => [image.src, image]));
