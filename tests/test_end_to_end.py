@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from listening import LOOPBACK, call_ray, listening, stranger
-from running import LONE, TINY, records, run_tiny
+from running import LONE, TINY, answering, records, run_tiny
 
 from hafl_app.cgroups import usable_cpus
 from hafl_app.engines import flower_run
@@ -111,11 +111,17 @@ class RayRun:
 
 
 @pytest.fixture(scope="module")
-def on_ray(tmp_path_factory):
+def language(tmp_path_factory):
+    """Settings of a language model: its clients exchange what others do, and write answers."""
+    return answering(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory, language):
     run = RayRun(tmp_path_factory.mktemp("ray") / "out")
     before = flower_processes()
     with subprocess.Popen(
-        command(f"output_dir={run.folder}"),
+        command(*language, f"output_dir={run.folder}"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -149,13 +155,16 @@ class TestRun:
         assert "let in" in inside
         assert "refused" in outside
 
-    def test_same_numbers_as_in_process(self, on_ray, tmp_path):
-        run_tiny(tmp_path / "inprocess", LONE)
+    def test_same_numbers_as_in_process(self, on_ray, language, tmp_path):
+        alone = run_tiny(tmp_path / "inprocess", *language, LONE)
         for kind in ("round", "client"):
             ray, inprocess = records(on_ray.folder, kind), records(tmp_path / "inprocess", kind)
             for line in (*ray, *inprocess):
                 line.pop("node_id", None)  # random under Flower
             assert ray == inprocess
+        answers = json.loads((on_ray.folder / "summary.json").read_text())["client_generation"]
+        assert answers == alone["client_generation"]
+        assert answers["seen"]["num_examples"] == 5 * 2
 
     def test_a_worker_loads_the_base_model_once(self, on_ray):
         log = (on_ray.folder / "flower.log").read_text()

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from deployment_factories import NODES
-from running import TINY, records, run_tiny
+from running import TINY, answering, records, run_tiny
 from safetensors.torch import load_file
 
 from hafl_app.engines.flower_run import FlowerRunError
@@ -90,7 +90,7 @@ class TestThreeNodes:
             run(online, tmp_path / "out", "client.learning_rate=1e30", "client.max_grad_norm=0")
 
 
-def test_a_node_killed_in_a_round_comes_back_and_the_run_goes_on(online, tmp_path):
+def test_a_node_killed_in_a_round_comes_back_and_answers_prompts_like_the_others(online, tmp_path):
     laptop, before = NODES[1], len(log_of(online, NODES[1]))
     killed = []
 
@@ -101,10 +101,17 @@ def test_a_node_killed_in_a_round_comes_back_and_the_run_goes_on(online, tmp_pat
             killed.append(online.processes[laptop.name].wait())
             restart(online, laptop, 1)
 
-    summary = run(online, tmp_path / "out", "federation.num_rounds=4", on_line=kill_and_restart)
+    settings = (*answering(tmp_path), "federation.num_rounds=4")
+    summary = run(online, tmp_path / "out", *settings, on_line=kill_and_restart)
 
     assert killed == [-signal.SIGKILL]
     assert summary["status"] == "finished"
     replies = [r["replies"] for r in records(tmp_path / "out", "round")]
     assert replies[1:3] == [3, 2]
     assert replies[4] == 3
+    answered = summary["client_generation"]["seen"]["by_client"]
+    assert [(one["partition_id"], one["num_examples"]) for one in answered] == [
+        (0, 2),
+        (1, 2),
+        (2, 2),
+    ]

@@ -36,6 +36,26 @@ TINY = (
 LONE = "federation.alone_clients_per_rank=1"
 
 
+def answering(folder: Path) -> tuple[str, ...]:
+    """Write a file of prompts; return settings by which a tiny language model's clients answer."""
+    file = folder / "prompts.jsonl"
+    rows = [
+        {"instruction": f"what is {i % 7}", "input": "", "output": f"it is {i % 7} of {i % 3}"}
+        for i in range(90)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return (
+        "model=tiny_random_causal",
+        "dataset=instructions",
+        f"dataset.path={file}",
+        "dataset.max_length=20",
+        "dataset.holdout_fraction=0.3",
+        "client.learning_rate=3e-2",
+        "federation.generate_on_clients=2",
+        "federation.generate_tokens=3",
+    )
+
+
 class ReorderedGrid(InProcessGrid):
     """Replies come in another order than they were asked for."""
 
