@@ -49,7 +49,8 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "trackers": (Trackers, "log_round", 3),
     # The sixth: one of metrics.jsonl, two of each checkpoint before, this one's file.
     "checkpoint": (os, "fsync", 6),
-    "rename": (checkpoint, "_sync_folder", 3),
+    # The sixth: of each checkpoint first the file, then, after the renaming, its folder.
+    "rename": (checkpoint, "_sync", 6),
     "results": (curves, "draw_curves", 1),
 }
 
