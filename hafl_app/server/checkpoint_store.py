@@ -231,8 +231,8 @@ def _write_atomically(path: Path, content: Mapping[str, Tensor], header: Mapping
         temporary = scratch / path.name
         with naming(path):
             write_tensors(temporary, content, header)
-        temporary.chmod(0o600)
-        _sync(temporary)
+            temporary.chmod(0o600)
+            _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
     finally:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,8 +51,13 @@ def ready_to_write(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Slices of one adapter share its memory, which safetensors refuses.
     owners = Counter(tensor.untyped_storage().data_ptr() for tensor in here.values())
     return {
-        name: tensor.contiguous()
-        if owners[tensor.untyped_storage().data_ptr()] == 1
-        else tensor.clone().contiguous()
+        name: tensor
+        if owners[tensor.untyped_storage().data_ptr()] == 1 and _lies_in_order(tensor)
+        else tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in here.items()
     }
+
+
+def _lies_in_order(tensor: Tensor) -> bool:
+    # Of one number any stride counts as contiguous, also 0, by which its bytes cannot be read.
+    return tensor.is_contiguous() and tensor.reshape(-1).stride(0) == 1

@@ -70,7 +70,7 @@ class TestItFails:
             check_law(model, strategy, train_round(model, strategy, one_module_per_choice))
 
     def test_when_an_untrained_factor_is_not_frozen(self, model, monkeypatch):
-        monkeypatch.setattr(lora_model, "_freeze_untrained", lambda *_: None)
+        monkeypatch.setattr(lora_model, "freeze_untrained", lambda *_: None)
         self.broken(model, "lora_B, trainable_components: a component moves")
 
     def test_when_frozen_components_are_trained(self, model, monkeypatch):

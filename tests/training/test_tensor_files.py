@@ -43,6 +43,11 @@ def test_what_shares_memory_or_lies_across_is_copied(tmp_path):
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
+def test_one_number_without_a_stride_has_its_bytes():
+    (ready,) = ready_to_write({"repeated": torch.tensor(3).expand(1)}).values()
+    assert ready.reshape(-1).view(torch.uint8).tolist() == [3, 0, 0, 0, 0, 0, 0, 0]
+
+
 def test_a_full_disk_is_an_error_of_the_system_with_the_files_name(tmp_path):
     path = tmp_path / "x.safetensors"
     with room_for(300), pytest.raises(OSError, match="too large") as caught:
