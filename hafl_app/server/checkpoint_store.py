@@ -224,7 +224,7 @@ def _line(error: Exception) -> str:
 
 def _write_atomically(path: Path, content: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     # Readable by its owner alone: it may hold the key of a private run's noise. A folder, since
-    # safetensors writes to a name of its own first, which nobody would find after a kill.
+    # safetensors writes to a name of its own first, which would be left after a kill.
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.mkdir(mode=0o700)
     try:
