@@ -1,6 +1,5 @@
 """Federations of causal language models in process: prompts, answers, perplexity."""
 
-import json
 import math
 from pathlib import Path
 from unittest.mock import Mock
@@ -8,7 +7,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from running import LONE, records, run_tiny
+from running import LONE, instructions, records, run_tiny
 
 from hafl_app.client import handlers
 from hafl_app.client.node import Node
@@ -38,7 +37,6 @@ REAL = (
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory) -> tuple[str, ...]:
     """Return settings of a federation on a file of 90 prompts, of which 5 are too long."""
-    file = tmp_path_factory.mktemp("data") / "mine.jsonl"
     rows = [
         {
             "instruction": f"which color comes after {COLORS[i % 3]}" + " now" * (30 * (i < 5)),
@@ -48,11 +46,8 @@ def causal(tmp_path_factory) -> tuple[str, ...]:
         }
         for i in range(90)
     ]
-    file.write_text("\n".join(map(json.dumps, rows)))
     return (
-        "model=tiny_random_causal",
-        "dataset=instructions",
-        f"dataset.path={file}",
+        *instructions(tmp_path_factory.mktemp("data"), rows),
         "dataset.label_column=kind",
         "dataset.max_length=24",
         "client.learning_rate=1e-2",

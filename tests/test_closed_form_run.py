@@ -252,6 +252,18 @@ class TestHeadOfEachRank:
         assert cuts == [[], [], [], *ranks[:-1]]
 
 
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_an_early_end_solves_for_each_rank_once(rounds, tmp_path):
+    # No score is better by more than 1: the second round is the last, of two as of three.
+    stopping = ("federation.early_stopping.patience=1", "federation.early_stopping.min_delta=1")
+    per_rank = (CLOSED, *FIXED, "model.closed_form.per_rank=true", *stopping)
+    summary = run_tiny(tmp_path / "a", *per_rank, f"federation.num_rounds={rounds}")
+
+    assert summary["rounds"] == 2
+    solved = [head["ranks"] for head in summary["heads"] if head["ranks"]]
+    assert solved == [[rank] for rank in read_adapter(tmp_path / "a" / "adapter").heads_by_rank]
+
+
 class TestBadSums:
     def lying(self, folder, change, *overrides, **rest):
         def changed(partition: int, reply: Message) -> Message:

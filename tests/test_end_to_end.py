@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,11 +83,11 @@ def wait_for_round_after(server_round, folder):
 
 
 def hold(pids):
-    """Suspend the server of a run; its lock stays, and only SIGKILL can end it."""
-    for pid in pids:
-        process = psutil.Process(pid)
-        if "flwr-simulation" in " ".join(process.cmdline()):
-            process.suspend()
+    """Suspend the processes that train; the server waits for them, and its lock stays."""
+    workers = [p for p in map(psutil.Process, pids) if "ray::" in " ".join(p.cmdline())]
+    assert workers
+    for process in workers:
+        process.suspend()
 
 
 @dataclass
@@ -127,9 +128,12 @@ def on_ray(tmp_path_factory, language):
         text=True,
         cwd=tmp_path_factory.mktemp("cwd"),
     ) as process:
+        limit = threading.Timer(280, process.terminate)
+        limit.start()
         for line in process.stdout:
             run.log += line
             run.look(flower_processes() - before)
+        limit.cancel()
     run.returncode, run.left = process.returncode, flower_processes() - before
     return run
 

@@ -1,11 +1,9 @@
 """Clients that never train, through whole runs in process."""
 
-import json
-
 import pytest
 from flwr.app import Message
 from flwr.clientapp import ClientApp
-from running import LONE, TINY, records, run_tiny
+from running import LONE, TINY, instructions, records, run_tiny
 
 from hafl_app.client_app import app as client_app
 from hafl_app.config.compose import SettingsError, compose
@@ -130,16 +128,12 @@ def test_min_replies_counts_only_those_that_train(tmp_path):
 class TestGeneration:
     @pytest.fixture
     def pairs(self, tmp_path_factory):
-        file = tmp_path_factory.mktemp("pairs") / "mine.jsonl"
         rows = [
             {"instruction": f"what is {i % 7}", "input": "", "output": f"it is {i % 7}"}
             for i in range(60)
         ]
-        file.write_text("\n".join(map(json.dumps, rows)))
         return (
-            "model=tiny_random_causal",
-            "dataset=instructions",
-            f"dataset.path={file}",
+            *instructions(tmp_path_factory.mktemp("pairs"), rows),
             "dataset.max_length=20",
             "federation.num_rounds=1",
             "federation.alone_clients_per_rank=0",

@@ -1,10 +1,9 @@
 """What the global adapter writes, through whole runs in process: watched, scored, by category."""
 
-import json
 import math
 
 import pytest
-from running import records, run_tiny
+from running import instructions, records, run_tiny
 
 from hafl_app.config.compose import SettingsError
 from hafl_app.experiments.evaluation import score, table
@@ -21,18 +20,14 @@ WATCHED = "federation.watch_prompts=['what is it\n#now','how?']"
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    file = tmp_path_factory.mktemp("pairs") / "mine.jsonl"
     rows = [
         {"instruction": f"{KINDS[i % 3]} is {i % 7}", "input": "", "output": f"it is {i % 7}"}
         for i in range(90)
     ]
     for row in rows:
         row["kind"] = row["instruction"].split()[0]
-    file.write_text("\n".join(map(json.dumps, rows)))
     return (
-        "model=tiny_random_causal",
-        "dataset=instructions",
-        f"dataset.path={file}",
+        *instructions(tmp_path_factory.mktemp("pairs"), rows),
         "dataset.label_column=kind",
         "dataset.max_length=20",
         "dataset.holdout_fraction=0.3",

@@ -175,6 +175,10 @@ class Adapter:
         """Return the adapter with another head."""
         return Adapter(self.modules, head)
 
+    def fits(self, rank_of: Callable[[str], int]) -> bool:
+        """Whether no module has more components than a budget gives it, by its name."""
+        return all(factors.rank <= rank_of(name) for name, factors in self.modules.items())
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name: ``head/NAME``, ``lora_A/MODULE`` and ``lora_B/MODULE``."""
         tensors = {f"head/{name}": tensor for name, tensor in self.head.items()}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hafl_app.lowrank.factors import Adapter
-from hafl_app.lowrank.svd import tail_energy, truncated_svd
+from hafl_app.lowrank.svd import tail_energy, truncated_adapter
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,9 @@ def truncate_adapter(adapter: Adapter, rank: int) -> Truncation:
     largest = max((factors.rank for factors in adapter.modules.values()), default=0)
     if not 1 <= rank <= largest:
         raise ValueError(f"rank {rank}: expected 1 to {largest}, the rank of the adapter")
-    modules = {
-        name: truncated_svd(factors, min(rank, factors.rank))
-        for name, factors in adapter.modules.items()
-    }
+    cut = truncated_adapter(adapter, lambda name: min(rank, adapter.modules[name].rank))
     shares = {name: float(tail_energy(f, rank)) for name, f in adapter.modules.items()}
     energies = {name: float(f.squared_norm()) for name, f in adapter.modules.items()}
     lost = sum(shares[name] * energies[name] for name in shares)
     total = sum(energies.values())
-    return Truncation(rank, Adapter(modules, adapter.head), shares, lost / total if total else 0.0)
+    return Truncation(rank, cut, shares, lost / total if total else 0.0)

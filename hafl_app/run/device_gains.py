@@ -66,7 +66,7 @@ def device_gains(
     budgets = {p.ranks: p for p in [*profiles, *(result.profile for result in alone)]}
     rows = []
     for ranks, profile in sorted(budgets.items(), key=lambda item: item[0]):
-        whole = all(f.rank <= profile.rank_of(n) for n, f in global_adapter.modules.items())
+        whole = global_adapter.fits(profile.rank_of)
         head = (heads or {}).get(ranks, global_adapter.head)
         federated = whole_score if whole else score_of(_cut(global_adapter, profile, head))
         row: dict[str, Any] = {"rank": ranks[0], "federated": federated}

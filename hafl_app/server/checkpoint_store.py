@@ -105,8 +105,7 @@ class CheckpointStore:
         content, header = _encode(server_round, tensors, state)
         path = checkpoint_file(self._folder, server_round)
         self._folder.mkdir(parents=True, exist_ok=True)
-        for left in self._folder.glob(".round-*.tmp"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        _remove_unfinished(self._folder)
         _write_atomically(path, content, header)
         past = [file for number, file in newest_first(self._folder) if number <= server_round]
         _remove(past[self._keep :])
@@ -237,6 +236,15 @@ def _write_atomically(path: Path, content: Mapping[str, Tensor], header: Mapping
         _sync(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed have left; files were an earlier version's."""
+    for left in folder.glob(".round-*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            _remove([left])
 
 
 def _sync(path: Path) -> None:

@@ -39,7 +39,6 @@ from hafl_app.server.reply_validation import ReplyError
 from hafl_app.server.round_messages import STATED_EXAMPLES, RoundMessages
 from hafl_app.wire.feature_sums import SumsFormat, read_losses, read_sums
 from hafl_app.wire.message_types import EVALUATE_TEMPERATURES, QUERY_FEATURE_SUMS
-from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import NUM_EXAMPLES
 
 _LOGGER = logging.getLogger(__name__)
@@ -78,16 +77,6 @@ class HeadRecord:
     ridge: float | None
     temperature: float
     ranks: tuple[int, ...] = ()
-
-
-def cutting_profiles(adapter: Adapter, profiles: Iterable[NodeProfile]) -> list[NodeProfile]:
-    """Return one profile of each budget that an adapter must be cut to, smallest first."""
-    budgets = {profile.ranks: profile for profile in profiles}
-    return [
-        profile
-        for _, profile in sorted(budgets.items())
-        if any(f.rank > profile.rank_of(name) for name, f in adapter.modules.items())
-    ]
 
 
 class ClosedFormHead:
@@ -139,14 +128,18 @@ class ClosedFormHead:
     def solve_for_ranks(self, server_round: int, grid: Grid) -> None:
         """Solve a head for each smaller budget of the clients, from the adapter cut to it.
 
-        A budget for which too few sums count is left out, which is logged.
+        A budget for which too few sums count is left out, which is logged. Nothing is asked where
+        it has been done after this round.
         """
+        if any(record.ranks and record.server_round == server_round for record in self.records):
+            return
         self.of_ranks = {}
         adapter = self._method.global_adapter
-        profiles = cutting_profiles(adapter, self._participation.trainable())
-        if not profiles:
+        budgets = {profile.ranks: profile for profile in self._participation.trainable()}
+        smaller = [p for _, p in sorted(budgets.items()) if not adapter.fits(p.rank_of)]
+        if not smaller:
             _LOGGER.warning("model.closed_form.per_rank: no client's rank is below the adapter's")
-        for profile in profiles:
+        for profile in smaller:
             cut = truncated_adapter(adapter, profile.rank_of)
             try:
                 head = self._solved(cut, server_round, grid, profile.ranks)

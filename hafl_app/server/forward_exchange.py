@@ -29,7 +29,7 @@ class ForwardExchange:
     Parameters
     ----------
     method
-        Whose global adapter is sent.
+        Of the run, by whose options clients are waited for.
     participation
         The run's nodes.
     new_exchange

@@ -62,6 +62,19 @@ def dolly(tmp_path) -> Path:
     return tmp_path
 
 
+def tasks_in(folder: Path, sizes: dict[str, int], **changes) -> DatasetSettings:
+    """Write tasks of these numbers of rows, a file each; return the settings that read them."""
+    for name, size in sizes.items():
+        instances = [{"input": f"{i}", "output": [f"yes {i}", "no"]} for i in range(size)]
+        task = {"Definition": [f"Do {name}."], "Instances": instances}
+        (folder / f"{name}.json").write_text(json.dumps(task))
+    columns = {"answer_column": "output", "label_column": "task"}
+    template = "{definition}\n\n{input}\n"
+    return DatasetSettings(
+        "natural_instructions", str(folder), template=template, **columns, **changes
+    )
+
+
 def federated(source: DatasetSettings, partitioning: Partitioning, **changes) -> FederatedText:
     options = {
         "tokenize": lambda texts: [[1] for _ in texts],
@@ -217,24 +230,15 @@ class TestSources:
         assert set(text.train.column_names) >= {"text", "answer", "label", "category"}
 
     def test_natural_instructions_are_a_task_a_file(self, tmp_path):
-        for name, number in (("task1_add", 10), ("task2_rhyme", 20)):
-            instances = [{"input": f"{i}", "output": [f"yes {i}", "no"]} for i in range(number)]
-            task = {"Definition": [f"Do {name}."], "Instances": instances}
-            (tmp_path / f"{name}.json").write_text(json.dumps(task))
-        source = DatasetSettings(
-            "natural_instructions",
-            str(tmp_path),
-            template="{definition}\n\n{input}\n",
-            answer_column="output",
-            label_column="task",
-        )
-
-        text = load_text(source)
+        sizes = {"task1_add": 10, "task2_rhyme": 20}
+        text = load_text(tasks_in(tmp_path, sizes))
 
         assert text.label_names == ("task1_add", "task2_rhyme")
         assert (len(text.train), len(text.test)) == (27, 3)
         kept = {(r["text"], r["answer"]) for r in text.train}
-        assert ("Do task2_rhyme.\n\n7\n", "yes 7") in kept or len(kept) == 27
+        assert len(kept) == 27
+        every = {(f"Do {name}.\n\n{i}\n", f"yes {i}") for name in sizes for i in range(sizes[name])}
+        assert kept < every
 
     def test_a_share_of_each_task_is_drawn_by_the_seed(self):
         sizes = {"large": 60, "small": 3, "middle": 20}
@@ -255,20 +259,7 @@ class TestSources:
         assert sorted(tenth["input"]) != [0, 0, 0, 1, 1, 2, 3, 4, 5]  # not the first rows
 
     def test_the_test_set_comes_out_of_the_share_of_each_task(self, tmp_path):
-        for number, size in enumerate((40, 100)):
-            instances = [{"input": f"{i}", "output": [f"yes {i}"]} for i in range(size)]
-            task = {"Definition": [f"Do {number}."], "Instances": instances}
-            (tmp_path / f"task{number}.json").write_text(json.dumps(task))
-        source = DatasetSettings(
-            "natural_instructions",
-            str(tmp_path),
-            template="{definition}\n\n{input}\n",
-            answer_column="output",
-            label_column="task",
-            task_fraction=0.5,
-        )
-
-        text = load_text(source)
+        text = load_text(tasks_in(tmp_path, {"task0": 40, "task1": 100}, task_fraction=0.5))
 
         rows = [*text.train["task"], *text.test["task"]]
         assert (rows.count("task0"), rows.count("task1")) == (20, 50)

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,21 @@ TINY = (
 LONE = "federation.alone_clients_per_rank=1"
 
 
-def answering(folder: Path) -> tuple[str, ...]:
-    """Write a file of prompts; return settings by which a tiny language model's clients answer."""
+def instructions(folder: Path, rows: Iterable[Mapping[str, str]]) -> tuple[str, ...]:
+    """Write prompts with answers to a file; return settings of a tiny language model on them."""
     file = folder / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return ("model=tiny_random_causal", "dataset=instructions", f"dataset.path={file}")
+
+
+def answering(folder: Path) -> tuple[str, ...]:
+    """Return settings by which a tiny language model's clients answer prompts."""
     rows = [
         {"instruction": f"what is {i % 7}", "input": "", "output": f"it is {i % 7} of {i % 3}"}
         for i in range(90)
     ]
-    file.write_text("\n".join(map(json.dumps, rows)))
     return (
-        "model=tiny_random_causal",
-        "dataset=instructions",
-        f"dataset.path={file}",
+        *instructions(folder, rows),
         "dataset.max_length=20",
         "dataset.holdout_fraction=0.3",
         "client.learning_rate=3e-2",

@@ -317,6 +317,14 @@ class TestInterrupted:
         store.save(9, {}, {})
         assert names_in(tmp_path) == ["round-00007.safetensors", "round-00009.safetensors"]
 
+    def test_what_an_earlier_version_left_of_a_killed_write_is_removed(self, store, tmp_path):
+        (tmp_path / ".round-00008.safetensors.tmp").write_bytes(b"half of it")
+
+        store.save(8, TENSORS, STATE)  # the same round, once more
+
+        assert names_in(tmp_path)[-1] == "round-00008.safetensors"
+        assert not any(name.startswith(".") for name in names_in(tmp_path))
+
     def test_an_old_one_that_cannot_be_removed_does_not_fail_the_save(
         self, store, monkeypatch, caplog
     ):
