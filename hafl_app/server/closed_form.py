@@ -128,11 +128,8 @@ class ClosedFormHead:
     def solve_for_ranks(self, server_round: int, grid: Grid) -> None:
         """Solve a head for each smaller budget of the clients, from the adapter cut to it.
 
-        A budget for which too few sums count is left out, which is logged. Nothing is asked where
-        it has been done after this round.
+        A budget for which too few sums count is left out, which is logged.
         """
-        if any(record.ranks and record.server_round == server_round for record in self.records):
-            return
         self.of_ranks = {}
         adapter = self._method.global_adapter
         budgets = {profile.ranks: profile for profile in self._participation.trainable()}
