@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -11,8 +12,9 @@ from hafl_app.config.compose import CONF, compose
 from hafl_app.experiments.budget import equal_mean_bytes_rank, homogeneous_rank, mean_bytes
 from hafl_app.experiments.command import parse_command
 from hafl_app.experiments.comparison import Comparison
+from hafl_app.experiments.lone_clients import alone_cells, beside_lone_clients
 from hafl_app.experiments.results import make_row
-from hafl_app.experiments.table import alone_cells, beside_lone_clients
+from hafl_app.experiments.table import Provenance, markdown, write_tables
 from hafl_app.lowrank.factors import Adapter, LoraFactors, ModuleShape
 from hafl_app.metrics import ACCURACY, PERPLEXITY
 from hafl_app.reports.curve import Curve, read_curve
@@ -183,6 +185,67 @@ class TestPerplexity:
         its = read_curve(tmp_path)
 
         assert (its.metric, its.test) == (PERPLEXITY, (9.0, 7.5))
+
+
+def sliced(whole, **slices):
+    at_rank = {int(name.lstrip("r")): score for name, score in slices.items()}
+    return Curve((0.1, whole), (0.1, whole), (0, 1), (0, 2), at_rank=at_rank)
+
+
+def provenance(seeds=(0, 1, 2), **more):
+    return Provenance("t", "base", "command", "hardware", seeds, "tuning", "versions", **more)
+
+
+SLICES = {
+    0: sliced(0.5, r2=0.40, r4=0.5),
+    1: sliced(0.5, r2=0.41, r4=0.5),
+    2: sliced(0.5, r2=0.42, r4=0.5),
+}
+OTHER_SLICES = {
+    2: sliced(0.6, r2=0.45, r4=0.6),
+    1: sliced(0.6, r2=0.43, r4=0.6),
+    0: sliced(0.6, r2=0.41, r4=math.nan),
+}
+
+
+class TestSlices:
+    def row(self, method, runs, ranks=(2, 4), baseline_ranks=(2, 4)):
+        return make_row(
+            "", method, 0.1, 4, runs, SLICES, ranks=ranks, baseline_ranks=baseline_ranks
+        )
+
+    def test_differences_are_paired_by_seed_at_each_rank(self):
+        found = self.row("other", OTHER_SLICES).at_rank_difference
+        # Differences 1, 2 and 3 points: mean 2, sd 1, and t of 2 degrees of freedom 4.3027.
+        assert sorted(found[2].each) == pytest.approx([0.01, 0.02, 0.03])
+        half = 4.302653 * 0.01 / math.sqrt(3)
+        assert found[2].interval == pytest.approx((0.02 - half, 0.02 + half))
+        assert found[4].each == pytest.approx((0.1, 0.1))  # a slice without a score is no pair
+
+    def test_stand_in_every_file(self, tmp_path):
+        rows = [self.row("base", SLICES), self.row("other", OTHER_SLICES)]
+
+        text = write_tables(tmp_path, rows, {}, provenance())
+
+        assert "| other  | +2.0 (-0.5 to +4.5), 3 |" in text
+        assert "at rank r: of the slice from that of base" in text
+        kept = json.loads((tmp_path / "results.json").read_text())["rows"][1]
+        assert kept["at_rank_2_difference_mean"] == pytest.approx(0.02)
+        assert kept["at_rank_2_difference_low"] < 0 < kept["at_rank_2_difference_high"]
+        assert kept["at_rank_4_each"] == [0.6, 0.6, None]  # JSON has no NaN
+        line = pd.read_csv(tmp_path / "table.csv").iloc[1]
+        assert line["at_rank_2_difference_high"] == kept["at_rank_2_difference_high"]
+
+    def test_one_rank_for_all_has_none(self):
+        assert self.row("one", OTHER_SLICES, ranks=(4, 4)).at_rank_difference == {}
+        beside = [
+            self.row("base", SLICES, (4, 4), (4, 4)),
+            self.row("other", OTHER_SLICES, baseline_ranks=(4, 4)),
+        ]
+        assert beside[1].at_rank_difference == {}
+        text = markdown(beside, {}, provenance())
+        assert "difference at rank" not in text
+        assert "all clients of the baseline train at one; compare.baseline= names another" in text
 
 
 class TestRows:

@@ -14,14 +14,10 @@ from hafl_app.config.compose import compose
 from hafl_app.experiments.command import Command, output_folder
 from hafl_app.experiments.comparison import Comparison, Job, Rates
 from hafl_app.experiments.fleets import check_fleets, fleet_line
+from hafl_app.experiments.lone_clients import alone_cells, beside_lone_clients
 from hafl_app.experiments.results import Row, make_row
 from hafl_app.experiments.running import Outcome, run_jobs
-from hafl_app.experiments.table import (
-    Provenance,
-    alone_cells,
-    beside_lone_clients,
-    write_tables,
-)
+from hafl_app.experiments.table import Provenance, write_tables
 from hafl_app.experiments.tuning import (
     TuningError,
     choose_rates,
@@ -192,8 +188,9 @@ def _write_results(comparison: Comparison, outcomes: Sequence[Outcome], source: 
             job = outcome.job
             curves[job.cell][job.method][job.seed] = read_curve(job.folder)
             jobs.setdefault((job.cell, job.method), []).append(job)
+    base = comparison.plan.baseline
     rows = [
-        _row(jobs[cell, method][0], runs, methods[comparison.plan.baseline])
+        _row(jobs[cell, method][0], runs, methods[base], _ranks(jobs.get((cell, base), [])))
         for cell, methods in curves.items()
         for method, runs in methods.items()
         if runs
@@ -211,7 +208,12 @@ def _write_results(comparison: Comparison, outcomes: Sequence[Outcome], source: 
     return write_tables(comparison.folder, rows, alone, source)
 
 
-def _row(job: Job, runs: Mapping[int, Curve], baseline: Mapping[int, Curve]) -> Row:
+def _row(
+    job: Job,
+    runs: Mapping[int, Curve],
+    baseline: Mapping[int, Curve],
+    baseline_ranks: Sequence[int],
+) -> Row:
     settings = compose(job.overrides)
     return make_row(
         job.cell,
@@ -221,10 +223,17 @@ def _row(job: Job, runs: Mapping[int, Curve], baseline: Mapping[int, Curve]) -> 
         runs,
         baseline,
         lora_B_lr_ratio=settings.client.lora_B_lr_ratio,
-        ranks=()
-        if job.centralized
-        else build.client_ranks(settings, settings.federation.num_clients),
+        ranks=_ranks([job]),
+        baseline_ranks=baseline_ranks,
     )
+
+
+def _ranks(jobs: Sequence[Job]) -> Sequence[int]:
+    """Return the rank budgets of a method's clients; none if it has no runs or is centralized."""
+    if not jobs or jobs[0].centralized:
+        return ()
+    settings = compose(jobs[0].overrides)
+    return build.client_ranks(settings, settings.federation.num_clients)
 
 
 def _alone_rows(jobs: Mapping[str, Sequence[Job]], comparison: Comparison) -> list[list[str]]:

@@ -37,6 +37,9 @@ class Row:
         CPU seconds of all rounds, of all clients and of the server.
     difference
         Of ``final`` from the baseline's on the same seeds.
+    at_rank_difference
+        Of the slices from the baseline's of the same rank on the same seeds, by rank; empty if
+        either of both trains all clients at one rank.
     """
 
     cell: str
@@ -59,11 +62,12 @@ class Row:
     seconds_to_baseline: Spread = field(default_factory=lambda: Spread(()))
     seconds_to_target: Spread = field(default_factory=lambda: Spread(()))
     difference: Paired = field(default_factory=lambda: Paired(()))
+    at_rank_difference: Mapping[int, Paired] = field(default_factory=dict)
 
     @property
     def has_one_rank(self) -> bool:
         """Whether all clients train at one rank."""
-        return len(self.ranks) == 1
+        return _is_one(self.ranks)
 
 
 def make_row(
@@ -76,6 +80,7 @@ def make_row(
     *,
     lora_B_lr_ratio: float = 1.0,
     ranks: Sequence[int] = (),
+    baseline_ranks: Sequence[int] = (),
 ) -> Row:
     """Sum up a method's runs.
 
@@ -83,6 +88,8 @@ def make_row(
     ----------
     curves, baseline
         Seed to the method's and to the baseline's run.
+    ranks, baseline_ranks
+        Rank budgets of the method's and of the baseline's clients.
     """
     reached = [
         (curve, at)
@@ -116,7 +123,19 @@ def make_row(
         seconds_to_baseline=_known(run.simulated[at] for run, at in reached if run.simulated),
         seconds_to_target=_known(run.seconds_to_target for run in runs),
         difference=Paired.of(last, {seed: run.test[-1] for seed, run in baseline.items()}),
+        at_rank_difference={}
+        if _is_one(ranks) or _is_one(baseline_ranks)
+        else {rank: Paired.of(_slices(curves, rank), _slices(baseline, rank)) for rank in at_rank},
     )
+
+
+def _is_one(ranks: Sequence[int]) -> bool:
+    return len(set(ranks)) == 1
+
+
+def _slices(curves: Mapping[int, Curve], rank: int) -> dict[int, float]:
+    """Return the scores at a rank by seed, where they were measured."""
+    return {seed: run.at_rank[rank] for seed, run in curves.items() if rank in run.at_rank}
 
 
 def _known(values: Iterable[float]) -> Spread:

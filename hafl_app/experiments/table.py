@@ -2,19 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from hafl_app.experiments.lone_clients import ALONE_COLUMNS
 from hafl_app.experiments.results import Row
 from hafl_app.metrics import ACCURACY, Metric
 from hafl_app.printable import markdown_code, markdown_text
-from hafl_app.reports.statistics import Spread
-from hafl_app.reports.tables import Table, difference_cells, score, size
+from hafl_app.reports.statistics import Paired, Spread
+from hafl_app.reports.tables import Table, difference_cells, difference_text, score, size
 
 _LONGEST_COMMAND = 4000
 _TO_BASELINE = ("rounds to baseline", "MB to baseline")
@@ -46,7 +46,8 @@ def markdown(
     """Return the tables of every cell, and the provenance.
 
     Scores and bytes of every method; its slices at the ranks of the devices and its seconds, and
-    what clients reach alone, as far as measured; differences from the baseline.
+    what clients reach alone, as far as measured; differences from the baseline, of the whole and
+    of each slice.
 
     Parameters
     ----------
@@ -65,66 +66,10 @@ def markdown(
             parts.append(Table("", ALONE_COLUMNS, alone[cell]).markdown())
         if differences := difference_rows(its, source):
             parts.append(Table("", DIFFERENCE_COLUMNS, differences).markdown())
-    parts.append(_footer(source))
+        if slices := slice_differences(its, source):
+            parts.append(_as_grid(slices))
+    parts.append(_footer(source, one_rank=_has_one_rank_baseline(rows, source)))
     return "\n\n".join(parts) + "\n"
-
-
-_OF_LONE_CLIENTS = ("alone", "alone_at_max_rank")
-ALONE_COLUMNS = ("method", "client rank", "federated", "alone, own rank", "alone, max rank")
-
-
-def alone_cells(
-    method: str, by_seed: Sequence[Sequence[Mapping[str, Any]]], metric: Metric = ACCURACY
-) -> list[list[str]]:
-    """Return rows of `ALONE_COLUMNS` from the ``device_ranks`` of a method's summaries."""
-    rows = []
-    known = [row for summary in by_seed for row in summary if "alone" in row]
-    for rank in sorted({row["rank"] for row in known}):
-        same = [row for row in known if row["rank"] == rank]
-        each = {
-            key: Spread(tuple(row[key] for row in same if row.get(key) is not None))
-            for key in ("federated", "alone", "alone_at_max_rank")
-        }
-        rows.append([method, str(rank), *(score(spread, metric) for spread in each.values())])
-    return rows
-
-
-def beside_lone_clients(
-    ranks: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]],
-) -> dict[str, list[list[dict[str, Any]]]]:
-    """Return every method's ``device_ranks``, a list a seed, beside clients that trained alone.
-
-    Who trains alone does not meet the method: where one method alone measured it, the others'
-    slices of the same seed and rank stand beside the same lone clients.
-
-    Parameters
-    ----------
-    ranks
-        Method to seed to the ``device_ranks`` of its summary.
-    """
-    own = {m: [[*map(dict, rows)] for rows in by_seed.values()] for m, by_seed in ranks.items()}
-    measured = [m for m, by_seed in ranks.items() if any("alone" in r for r in _all(by_seed))]
-    if len(measured) != 1:
-        return own
-    lone = {
-        (seed, row["rank"]): {key: row[key] for key in _OF_LONE_CLIENTS if key in row}
-        for seed, rows in ranks[measured[0]].items()
-        for row in rows
-        if "ranks" not in row
-    }
-    others = {
-        method: [
-            [{**row, **lone.get((seed, row["rank"]), {})} for row in rows if "ranks" not in row]
-            for seed, rows in by_seed.items()
-        ]
-        for method, by_seed in ranks.items()
-        if method not in measured
-    }
-    return {method: others.get(method, own[method]) for method in ranks}
-
-
-def _all(by_seed: Mapping[int, Sequence[Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
-    return chain.from_iterable(by_seed.values())
 
 
 def write_tables(
@@ -175,6 +120,28 @@ def difference_rows(rows: Sequence[Row], source: Provenance) -> list[list[str]]:
         [row.method, *difference_cells(row.difference, source.metric)]
         for row in rows
         if row.method != source.baseline and row.difference.each
+    ]
+
+
+def slice_differences(rows: Sequence[Row], source: Provenance) -> list[dict[str, str]]:
+    """Return a line a method, by column: its slices' differences from the baseline's.
+
+    For all methods but the baseline that have a slice of the rank of one of its devices.
+    """
+    others = [row for row in rows if row.method != source.baseline]
+    ranks = sorted({r for row in others for r, its in row.at_rank_difference.items() if its.each})
+    return [
+        {
+            "method": row.method,
+            **{
+                f"difference at rank {rank}": difference_text(
+                    row.at_rank_difference.get(rank, Paired(())), source.metric
+                )
+                for rank in ranks
+            },
+        }
+        for row in others
+        if any(its.each for its in row.at_rank_difference.values())
     ]
 
 
@@ -231,8 +198,19 @@ def _as_grid(lines: Sequence[Mapping[str, str]]) -> str:
     return Table("", columns, [[line[name] for name in columns] for line in lines]).markdown()
 
 
-def _footer(source: Provenance) -> str:
+def _has_one_rank_baseline(rows: Sequence[Row], source: Provenance) -> bool:
+    return any(row.has_one_rank for row in rows if row.method == source.baseline)
+
+
+def _footer(source: Provenance, *, one_rank: bool) -> str:
     name = source.metric.title
+    of_slices = (
+        "none at the devices' ranks, since all clients of the baseline train at one; "
+        "compare.baseline= names another"
+        if one_rank
+        else f"at rank r: of the slice from that of {source.baseline}, with the 95 % interval and "
+        "the number of pairs"
+    )
     unit = " in percent" if source.metric.is_share else ""
     return "\n".join(
         [
@@ -245,7 +223,8 @@ def _footer(source: Provenance) -> str:
             "clients train at one rank; beside methods for mixed ranks it is the largest that "
             "costs no more bytes on average). CPU seconds: of all clients and of the server, all "
             f"rounds, evaluation left out. Difference: from {source.baseline} in the last round, "
-            "paired by seed, with Student's interval of the mean (one pair has none).",
+            "paired by seed, with Student's interval of the mean (one pair has none); "
+            f"{of_slices}.",
             "",
             f"- command: {markdown_code(source.command, _LONGEST_COMMAND)}",
             *([f"- model: {markdown_text(', '.join(source.models))}"] if source.models else []),
@@ -266,20 +245,38 @@ def _plain(row: Row) -> dict[str, Any]:
         "max_rank": row.max_rank,
         "learning_rate": row.learning_rate,
         "lora_B_lr_ratio": row.lora_B_lr_ratio,
+        "num_seeds": len(row.seeds),
         "seeds": list(row.seeds),
         "ranks": list(row.ranks),
     }
     for name, value in vars(row).items():
         if isinstance(value, Spread) and (value.each or name not in _OF_DEVICES):
-            plain[f"{name}_mean"] = value.mean if math.isfinite(value.mean) else None
-            plain[f"{name}_sd"] = value.sd if math.isfinite(value.sd) else None
-            plain[f"{name}_each"] = [one if math.isfinite(one) else None for one in value.each]
+            plain |= _plain_spread(name, value)
     for rank, spread in row.at_rank.items():
-        plain[f"at_rank_{rank}_mean"] = spread.mean if math.isfinite(spread.mean) else None
-        plain[f"at_rank_{rank}_each"] = list(spread.each)
-    ends = row.difference.interval or (None, None)
-    mean = row.difference.mean
-    plain["difference_mean"] = mean if math.isfinite(mean) else None
-    plain["difference_low"], plain["difference_high"] = ends
-    plain["difference_each"] = list(row.difference.each)
-    return plain
+        plain |= _plain_spread(f"at_rank_{rank}", spread)
+    for rank, paired in row.at_rank_difference.items():
+        plain |= _plain_difference(f"at_rank_{rank}_difference", paired)
+    return plain | _plain_difference("difference", row.difference)
+
+
+def _plain_spread(name: str, spread: Spread) -> dict[str, Any]:
+    """Return mean, deviation and values; None, as JSON has no NaN, where one is not finite."""
+    return {
+        f"{name}_mean": _finite(spread.mean),
+        f"{name}_sd": _finite(spread.sd),
+        f"{name}_each": [_finite(value) for value in spread.each],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plain_difference(name: str, paired: Paired) -> dict[str, Any]:
+    low, high = paired.interval or (None, None)
+    return {
+        f"{name}_mean": _finite(paired.mean),
+        f"{name}_low": low,
+        f"{name}_high": high,
+        f"{name}_each": list(paired.each),
+    }

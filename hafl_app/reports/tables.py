@@ -103,6 +103,12 @@ def difference_cells(paired: Paired, metric: Metric) -> list[str]:
     return [signed(paired.mean), interval, str(len(paired.each))]
 
 
+def difference_text(paired: Paired, metric: Metric) -> str:
+    """Return the cells of paired differences as one: ``+1.2 (-0.3 to +2.7), 3``; ``-`` of none."""
+    mean, interval, pairs = difference_cells(paired, metric)
+    return f"{mean} ({interval}), {pairs}" if paired.interval else mean
+
+
 def _scale(metric: Metric) -> tuple[int, int]:
     """Return the factor and the decimals of a metric's values."""
     return (100, 1) if metric.is_share else (1, 2)
