@@ -50,6 +50,13 @@ def number(
     return _field(default, {"limits": given}, resumable)
 
 
+def numbers(*, at_least: float | None = None, above: float | None = None) -> Any:
+    """Field of a list of numbers, empty by default, each of which has a range."""
+    limits = {"at_least": at_least, "above": above}
+    given = {kind: limit for kind, limit in limits.items() if limit is not None}
+    return field(default_factory=list, metadata={"limits": given, "resumable": False})
+
+
 def choice(default: Any, *values: str, resumable: bool = False) -> Any:
     """Field that takes one of a few words. See `setting` for ``resumable``."""
     return _field(default, {"choices": values}, resumable)

@@ -1,6 +1,10 @@
 """Seeds and draws derived from names: the same on every machine and in every engine."""
 
 import random
+from typing import Final
+
+LARGEST_SEED: Final = 10**18
+"""Every generator takes it, PyTorch's of 64 bits too."""
 
 
 def client_seed(seed: int, server_round: int, partition_id: int) -> int:

@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 import yaml
+from compare_arguments import overruled
 from matplotlib import image
 
 from hafl_app.client import handlers
@@ -43,7 +44,7 @@ SEEDS = (0, 1)
 
 def run(folder, *more):
     lines = []
-    command = parse_command([*TINY, "seeds=0,1", *more, f"output_dir={folder}"])
+    command = parse_command(overruled(*TINY, "seeds=0,1", *more, f"output_dir={folder}"))
     failed = compare(command, "the command line", lines.append)
     return failed, lines
 
@@ -79,7 +80,9 @@ class TestOutput:
     def test_everything_is_there(self, finished):
         folder, lines = finished
         files = {path.name for path in folder.iterdir() if path.is_file()}
-        assert files == {"table.md", "table.csv", "results.json", "comparison.png", "tuning.json"}
+        assert files - {".comparison.lock"} == {
+            *("table.md", "table.csv", "results.json", "comparison.png", "tuning.json")
+        }
         for method in METHODS:
             for seed in SEEDS:
                 summary = json.loads((folder / method / f"seed{seed}/summary.json").read_text())
@@ -314,6 +317,9 @@ class TestBadInput:
             ([*TINY, "methods=fedti"], "did you mean fedit?"),
             ([*TINY, "methods=fedit"], "not among the methods compared"),
             ([*TINY, "cells=x"], "cells=x"),
+            ([*TINY, "resume=x"], "goes on where it stopped with output_dir="),
+            ([*TINY, "seeds="], "seeds=: expected a value"),
+            ([*TINY, "methods=fedit,fedit"], "fedit comes twice"),
             ([*TINY, "engine=ray"], "in process"),
             ([*TINY, "client.learning_rate=1e-3"], "tune=false"),
             ([*TINY, "strategy.scheme=freezing"], "set by the method freezing-adaptive"),
@@ -325,7 +331,7 @@ class TestBadInput:
     def test_is_refused_in_one_line(self, arguments, message, monkeypatch, capsys, tmp_path):
         monkeypatch.setattr("signal.signal", lambda *_: None)
         monkeypatch.setattr(
-            script.sys, "argv", ["compare.py", *arguments, f"output_dir={tmp_path}"]
+            script.sys, "argv", ["compare.py", *overruled(*arguments), f"output_dir={tmp_path}"]
         )
         assert script.main() != 0
         said = capsys.readouterr().err

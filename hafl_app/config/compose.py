@@ -285,8 +285,9 @@ def _out_of_range(settings: Any, prefix: str) -> Iterator[str]:
         choices = setting.metadata.get("choices")
         if choices and value not in choices:
             yield f"{name}={value}: expected {_or_list(choices)}{nearest(str(value), choices)}"
+        each = value if isinstance(value, list) else [value]
         for kind, limit in setting.metadata.get("limits", {}).items():
-            if not _HOLDS[kind](value, limit):
+            if not all(_HOLDS[kind](one, limit) for one in each):
                 yield f"{name}={value}: must be {LIMIT_WORDS[kind]} {limit}"
 
 

@@ -176,6 +176,8 @@ def _value(row: _Row) -> str:
     signs = ", ".join(
         f"{_LIMIT_SIGNS[kind]} {limits[kind]:g}" for kind in LIMIT_WORDS if kind in limits
     )
+    if signs and typing.get_origin(row.type) is list:
+        words = "list of numbers"
     return f"{words}{f' {signs}' if signs else ''}{', or null' if optional else ''}"
 
 

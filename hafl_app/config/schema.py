@@ -13,8 +13,9 @@ from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
 from hafl_app.data.settings import DatasetSettings, PartitionSettings
-from hafl_app.fields import REQUIRED, choice, is_resumable, number, setting
+from hafl_app.fields import REQUIRED, choice, is_resumable, number, numbers, setting
 from hafl_app.privacy.settings import PrivacySettings
+from hafl_app.seeds import LARGEST_SEED
 from hafl_app.server.devices import DevicesSettings
 from hafl_app.server.settings import FederationSettings
 from hafl_app.tracking.settings import TrackingSettings
@@ -117,9 +118,9 @@ class TuningSettings:
         Whether every cell searches; otherwise the first one does, for all.
     """
 
-    learning_rates: list[float] = field(default_factory=list)
-    lora_B_lr_ratios: list[float] = field(default_factory=list)
-    seed: int = number(1000, at_least=0)
+    learning_rates: list[float] = numbers(above=0)
+    lora_B_lr_ratios: list[float] = numbers(above=0)
+    seed: int = number(1000, at_least=0, at_most=LARGEST_SEED)
     num_rounds: int | None = number(None, at_least=1)
     per_cell: bool = False
 
@@ -203,7 +204,7 @@ class Settings:
     devices: DevicesSettings = field(default_factory=DevicesSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     compare: CompareSettings = field(default_factory=CompareSettings)
-    seed: int = number(0, at_least=0)
+    seed: int = number(0, at_least=0, at_most=LARGEST_SEED)
     engine: str = choice("ray", "ray", "inprocess", resumable=True)
     name: str | None = setting(None, resumable=True)
     tags: list[str] = field(default_factory=list, metadata={"resumable": True})

@@ -81,6 +81,11 @@ def parse_command(arguments: Sequence[str], experiment: str | None = None) -> Co
             raise SettingsError(f"{override}: a comparison takes {near[0]}=")
         if key == "engine":
             raise SettingsError(f"{override}: the runs of a comparison are in process")
+        if key == "resume":
+            raise SettingsError(
+                f"{override}: resumes one run; a comparison goes on where it stopped with "
+                "output_dir= and its folder"
+            )
     chosen = own.pop("experiment", experiment) or ""
     if not chosen and "methods" not in own:
         there_are = ", ".join(groups()["experiment"])
@@ -122,6 +127,10 @@ def split_arguments(
         if argument.startswith("-") or not equals:
             raise SettingsError(f"{argument}: expected key=value, e.g. {example}")
         if key in readers:
+            if not text:
+                raise SettingsError(f"{key}=: expected a value, or leave it out")
+            if key in own:
+                raise SettingsError(f"{argument}: {key}= is given twice, expected once")
             own[key] = readers[key](key, text)
         else:
             overrides.append(argument)
@@ -167,9 +176,12 @@ def _seeds(key: str, text: str) -> tuple[int, ...]:
 
 
 def _names(key: str, text: str) -> tuple[str, ...]:
-    if not all(text.split(",")):
+    names = tuple(word.strip() for word in text.split(","))
+    if not all(names):
         raise SettingsError(f"{key}={text}: expected names, e.g. {key}=first,second")
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SettingsError(f"{key}={text}: {twice[0]} comes twice")
+    return names
 
 
 def _switch(key: str, text: str) -> bool:

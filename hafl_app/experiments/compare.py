@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from hafl_app.config.compose import compose
+from hafl_app.config.schema import Settings
 from hafl_app.experiments.command import Command, output_folder
 from hafl_app.experiments.comparison import Comparison, Job, Rates
+from hafl_app.experiments.comparison_folder import check_folder, comparison_lock
+from hafl_app.experiments.comparison_refusals import ignored
 from hafl_app.experiments.fleets import check_fleets, fleet_line
 from hafl_app.experiments.lone_clients import alone_cells, beside_lone_clients
 from hafl_app.experiments.results import Row, make_row
@@ -26,6 +29,7 @@ from hafl_app.experiments.tuning import (
     write_tuning,
 )
 from hafl_app.metrics import Metric, metric_named
+from hafl_app.printable import printable
 from hafl_app.reports.curve import Curve, read_curve
 from hafl_app.reports.figures.curves import draw_comparison
 from hafl_app.run import build, preflight
@@ -52,10 +56,20 @@ def compare(command: Command, command_line: str, say: Say) -> int:
         In one line, before anything runs.
     """
     folder = output_folder(command.output_dir, command.folder_name)
+    check_folder(folder, command.experiment)
     comparison = Comparison.of(command, folder)
     comparison.require_baseline()
-    _check(comparison)
-    say(f"Output folder: {folder}")
+    runs = _check(comparison)
+    for line in ignored(comparison, runs):
+        say(f"warning: {printable(line)}")
+    with comparison_lock(folder):
+        say(f"Output folder: {folder}")
+        return _run_methods(comparison, command_line, say)
+
+
+def _run_methods(comparison: Comparison, command_line: str, say: Say) -> int:
+    """Tune and run method by method, with all results so far after each; count the failures."""
+    command, folder = comparison.command, comparison.folder
     outcomes: list[Outcome] = []
     record: list[dict[str, Any]] = []
     failed, table = 0, ""
@@ -81,8 +95,14 @@ def compare(command: Command, command_line: str, say: Say) -> int:
     return failed + sum(bool(outcome.error) for outcome in outcomes)
 
 
-def _check(comparison: Comparison) -> None:
-    """Refuse a comparison of which a run cannot work; all values, but data and model once each."""
+def _check(comparison: Comparison) -> dict[tuple[str, str, int], Settings]:
+    """Refuse a comparison of which a run cannot work; all values, but data and model once each.
+
+    Returns
+    -------
+    dict
+        Settings by cell, method and seed.
+    """
     trials = comparison.tuning_jobs() if comparison.searches else []
     jobs = [*trials, *comparison.jobs(comparison.first_rates())]
     composed = {(job.cell, job.method, job.seed): compose(job.overrides) for job in jobs}
@@ -92,6 +112,7 @@ def _check(comparison: Comparison) -> None:
         if job.centralized:
             check_centralized(composed[job.cell, job.method, job.seed])
     check_fleets(composed)
+    return composed
 
 
 def _rates(
@@ -120,6 +141,7 @@ def _source(
         tuning = _tuning_line(comparison, metric_named(record[0]["metric"]))
     return Provenance(
         title=comparison.title,
+        experiment=comparison.command.experiment,
         baseline=comparison.plan.baseline,
         command=command_line,
         hardware=hardware(),
@@ -149,6 +171,8 @@ def _run_all(
     for number, outcome in enumerate(found, start=1):
         outcomes.append(outcome)
         say(f"[{number}/{len(jobs)}] {name(outcome.job)}: {_outcome_line(outcome)}")
+        if outcome.before:
+            say(f"a finished run of other settings was there; it is kept as {outcome.before}")
     say(f"{len(jobs)} runs in {time.perf_counter() - started:.0f} s")
     return outcomes
 

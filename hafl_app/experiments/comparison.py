@@ -2,13 +2,20 @@
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hafl_app.config.compose import SettingsError, compose, quoted
-from hafl_app.config.schema import CompareSettings, MethodSettings, Settings
+from hafl_app.config.schema import CompareSettings, MethodSettings
 from hafl_app.experiments.command import Command, choose
+from hafl_app.experiments.comparison_refusals import (
+    LEARNING_RATE,
+    NO_ROUNDS,
+    RATIO,
+    key_of,
+    refusals,
+)
 from hafl_app.experiments.named_methods import named_methods
 from hafl_app.metrics import ACCURACY, TASKS, Metric
 from hafl_app.run import preflight
@@ -16,8 +23,6 @@ from hafl_app.run.checks import check_comparison
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _NAMES_IN_TITLE = 4
-_LEARNING_RATE, _RATIO = "client.learning_rate", "client.lora_B_lr_ratio"
-_NO_ROUNDS = "federation.num_rounds=0"
 _NOT_IN_A_SEARCH = (
     "federation.alone_clients_per_rank=0",
     "federation.test_every=0",
@@ -40,8 +45,8 @@ class Rates:
     @property
     def overrides(self) -> list[str]:
         """The settings of a run."""
-        ratio = [] if self.ratio is None else [f"{_RATIO}={self.ratio}"]
-        return [f"{_LEARNING_RATE}={self.learning_rate}", *ratio]
+        ratio = [] if self.ratio is None else [f"{RATIO}={self.ratio}"]
+        return [f"{LEARNING_RATE}={self.learning_rate}", *ratio]
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,9 @@ class Comparison:
             {name: cells[name] for name in choose("cells", command.cells, [*cells])},
             TASKS[settings.model.task].primary,
         )
-        comparison._check(settings)
+        for problem in refusals(comparison):
+            raise SettingsError(problem)
+        check_comparison(settings, comparison.searches)
         return comparison
 
     @property
@@ -145,7 +152,7 @@ class Comparison:
         return searches and any(map(self._trains, self.methods))
 
     def _trains(self, method: str) -> bool:
-        return _NO_ROUNDS not in self.plan.methods[method].overrides
+        return NO_ROUNDS not in self.plan.methods[method].overrides
 
     def overrides_of(self, cell: str, method: str, *more: str) -> list[str]:
         """Return the overrides of a run: the command line's, the cell's, then the method's."""
@@ -234,43 +241,10 @@ class Comparison:
     def _fixed(self, cell: str, method: str) -> Rates:
         given = set(map(key_of, self.command.overrides))
         its = self.methods[method]
-        rate = None if _LEARNING_RATE in given else its.learning_rate
+        rate = None if LEARNING_RATE in given else its.learning_rate
         if rate is None:
             rate = compose(self.overrides_of(cell, method)).client.learning_rate
-        return Rates(rate, None if _RATIO in given else its.lora_B_lr_ratio)
-
-    def _check(self, settings: Settings) -> None:
-        tuning = self.plan.tuning
-        for name, method in self.methods.items():
-            reference = method.equal_mean_bytes
-            if reference and (
-                reference not in self.plan.methods or self.plan.methods[reference].equal_mean_bytes
-            ):
-                raise SettingsError(
-                    f"compare.methods.{name}.equal_mean_bytes={reference}: no "
-                    "method with ranks of its own"
-                )
-        check_comparison(settings, self.searches)
-        if self.searches and tuning.seed in self.command.seeds:
-            raise SettingsError(
-                f"seeds: {tuning.seed} is the seed of the tuning, see compare.tuning.seed"
-            )
-        for key, owner in self._owned():
-            if key in map(key_of, self.command.overrides):
-                raise SettingsError(f"{key}: set by {owner}, so it cannot be given for all runs")
-
-    def _owned(self) -> Iterator[tuple[str, str]]:
-        """Yield the settings that may not be given for all runs, and what sets them."""
-        for name, overrides in self.cells.items():
-            yield from ((key_of(o), f"the cell {name}") for o in overrides)
-        for name, method in self.methods.items():
-            # A method without rounds has none, however many the others have.
-            own = [override for override in method.overrides if override != _NO_ROUNDS]
-            yield from ((key_of(o), f"the method {name}") for o in own)
-        if self.searches:
-            yield _LEARNING_RATE, "the tuning (tune=false leaves it out)"
-            if self.plan.tuning.lora_B_lr_ratios:
-                yield _RATIO, "the tuning (tune=false leaves it out)"
+        return Rates(rate, None if RATIO in given else its.lora_B_lr_ratio)
 
 
 def check_first(command: Command) -> Comparison:
@@ -311,11 +285,6 @@ def _with_named_methods(command: Command, plan: CompareSettings) -> tuple[Comman
 def _place(cell: str, method: str, rates: Rates) -> Path:
     name = f"lr{rates}".replace(" ratio ", "-ratio")
     return Path("tuning") / cell / method / name
-
-
-def key_of(override: str) -> str:
-    """Return the key that an override sets."""
-    return override.partition("=")[0].lstrip("+~")
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """Jobs of a comparison: run one after another in this process, or in a few worker processes."""
 
-import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
@@ -21,6 +21,8 @@ from hafl_app.fields import default_of
 from hafl_app.lowrank.factors import Adapter
 from hafl_app.printable import printable
 from hafl_app.renames import renamed_settings
+from hafl_app.reports.curve import read_curve
+from hafl_app.reports.records import read_summary
 from hafl_app.run.logs import output_to
 from hafl_app.run.plain_settings import plain_settings
 from hafl_app.run.run_folder import set_aside
@@ -28,12 +30,16 @@ from hafl_app.run.run_folder import set_aside
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a job: `error` is empty if its results are there."""
+    """Outcome of a job: `error` is empty if its results are there.
+
+    `before`: where a finished run of other settings is kept now that was in its folder.
+    """
 
     job: Job
     seconds: float
     resumed: bool = False
     error: str = ""
+    before: Path | None = None
 
 
 def is_finished(
@@ -50,11 +56,12 @@ def is_finished(
         setting whose default changed what a run does would be overlooked.
     """
     try:
-        summary = json.loads((folder / "summary.json").read_text())
+        read_curve(folder)
         saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
         saved = renamed_settings(saved)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, YAMLError):  # damaged: it runs again
         return False
+    summary = read_summary(folder)
     wanted: Any = OmegaConf.to_container(OmegaConf.create(plain_settings(settings)))
     if older:
         _add_defaults(saved, wanted, settings)
@@ -73,9 +80,9 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
     on_round
         Called with every round and its global adapter.
     """
-    started = time.perf_counter()
+    started, before = time.perf_counter(), None
     try:
-        set_aside(job.folder)
+        before = set_aside(job.folder)
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / "run.log").open("w", encoding="utf-8") as log, output_to(log):
             if job.centralized:
@@ -84,8 +91,8 @@ def run_job(job: Job, on_round: Callable[[int, Adapter], None] | None = None) ->
                 run_federation(job.overrides, on_round)
     except Exception as error:  # the other runs of the comparison go on
         reason = f"{type(error).__name__}: {printable(error)}"
-        return Outcome(job, time.perf_counter() - started, error=reason)
-    return Outcome(job, time.perf_counter() - started)
+        return Outcome(job, time.perf_counter() - started, error=reason, before=before)
+    return Outcome(job, time.perf_counter() - started, before=before)
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, *, older: bool = False) -> Iterator[Outcome]:

@@ -38,6 +38,7 @@ class Provenance:
     models: tuple[str, ...] = ()
     precision: str = ""
     devices: str = ""
+    experiment: str = ""
 
 
 def markdown(

@@ -89,7 +89,9 @@ A star is the name of an entry; ``tracking`` has the trackers that are switched 
 """
 
 
-def without_effect(jobs: Sequence[Settings], typed: Sequence[str]) -> Iterator[str]:
+def without_effect(
+    jobs: Sequence[Settings], typed: Sequence[str], *, compared: bool = False
+) -> Iterator[str]:
     """Yield a line for every typed setting that changes nothing.
 
     Parameters
@@ -98,6 +100,8 @@ def without_effect(jobs: Sequence[Settings], typed: Sequence[str]) -> Iterator[s
         Settings of a run, or of all jobs of a sweep: what counts in one of them is not named.
     typed
         Overrides, as they were typed.
+    compared
+        Whether the jobs are those of a comparison.
     """
     last: dict[str, str] = {}
     for override in parse_overrides(typed):
@@ -106,7 +110,7 @@ def without_effect(jobs: Sequence[Settings], typed: Sequence[str]) -> Iterator[s
             yield f"{last[name]} has no effect: {line} comes after it"
         last[name] = line
     for name, line in last.items():
-        if name.startswith("compare."):
+        if name.startswith("compare.") and not compared:
             yield f"{line} has no effect: only a comparison reads it"
         known = next((key for key in NEEDS if fnmatchcase(name, key)), None)
         if known is None:

@@ -83,13 +83,25 @@ def check_new(folder: Path) -> None:
         )
 
 
-def set_aside(folder: Path) -> None:
-    """Make room for a run: rename the folder of a finished one, drop an unfinished one's rounds."""
+def set_aside(folder: Path) -> Path | None:
+    """Make room for a run: rename the folder of a finished one, drop an unfinished one's rounds.
+
+    Returns
+    -------
+    Path
+        The new name of the finished one; None if there is none.
+
+    Raises
+    ------
+    hafl_app.run.run_lock.RunLockedError
+        If a run is going on in it.
+    """
+    check_unlocked(folder)
     if status(folder) == FINISHED:
-        folder.rename(unused(folder.with_name(f"{folder.name}-before")))
-        return
+        return folder.rename(unused(folder.with_name(f"{folder.name}-before")))
     for path in (folder / "checkpoints").glob("round-*.safetensors"):
         path.unlink()
+    return None
 
 
 def status(folder: Path) -> str | None:

@@ -22,8 +22,13 @@ class RunLockedError(RuntimeError):
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, name: str = LOCK_FILE) -> Iterator[None]:
     """Lock the folder of a run; the system unlocks it when the process ends, even by a kill.
+
+    Parameters
+    ----------
+    name
+        Of the file of the lock.
 
     Raises
     ------
@@ -31,7 +36,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         If another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a+", encoding="ascii") as file:
+    with (folder / name).open("a+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

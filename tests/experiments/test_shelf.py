@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from compare_arguments import overruled
 from omegaconf import OmegaConf
 
 from hafl_app.config.compose import SettingsError, compose
@@ -13,6 +14,7 @@ from hafl_app.experiments.command import parse_command
 from hafl_app.experiments.compare import compare
 from hafl_app.experiments.comparison import Comparison, Rates
 from hafl_app.run.plain_settings import plain_settings
+from hafl_app.run.run_lock import run_lock
 
 TINY = (
     "experiment=shelf_banking77",
@@ -74,7 +76,8 @@ def federations(monkeypatch):
 
 def run(folder, *more):
     lines = []
-    command = parse_command([*TINY, METHODS, "seeds=0,1", *more, f"output_dir={folder}"])
+    arguments = overruled(*TINY, METHODS, "seeds=0,1", *more, f"output_dir={folder}")
+    command = parse_command(arguments)
     return compare(command, "as typed", lines.append), lines
 
 
@@ -194,6 +197,58 @@ class TestGoingOn:
         diverged = [place for place in ran if place.name == "lr0.1-ratio5"]
         run(folder)
         assert federations.ran == diverged
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("metrics.jsonl", ""),
+            ("metrics.jsonl", "half a li"),
+            ("config.yaml", "seed: [0"),
+            ("config.yaml", "- seed"),
+            ("summary.json", '{"status": "fini'),
+            ("summary.json", "[]"),
+        ],
+    )
+    def test_a_damaged_run_runs_again(self, name, text, finished, federations, monkeypatch):
+        folder, *_ = finished
+        place = folder / "dirichlet-0.1/rbla/seed0"
+        kept = {path: path.read_text() for path in place.iterdir() if path.is_file()}
+        monkeypatch.setattr(running, "set_aside", lambda folder: None)
+        (place / name).write_text(text)
+        try:
+            run(folder)
+            assert place in federations.ran
+        finally:
+            for path, content in kept.items():
+                path.write_text(content)
+
+    def test_a_finished_run_of_other_settings_is_kept_and_named(self, federations, tmp_path):
+        few = ("methods=fedit", "seeds=0", "tune=false", "client.learning_rate=0.01")
+        few = (*few, "client.lora_B_lr_ratio=5")
+        run(tmp_path, *few)
+        _, lines = run(tmp_path, *few, "federation.num_rounds=1")
+        place = tmp_path / "dirichlet-0.1/fedit/seed0-before"
+        assert f"a finished run of other settings was there; it is kept as {place}" in lines
+        assert (place / "summary.json").exists()
+
+    def test_a_run_that_goes_on_elsewhere_is_left_as_it_is(self, federations, tmp_path):
+        few = ("methods=fedit", "seeds=0", "tune=false")
+        place = tmp_path / "dirichlet-0.1/fedit/seed0"
+        place.mkdir(parents=True)
+        (place / "run.log").write_text("of the other process")
+        (place / "checkpoints").mkdir()
+        (place / "checkpoints/round-00001.safetensors").write_text("")
+        with run_lock(place):
+            failed, lines = run(tmp_path, *few)
+        assert failed == 1
+        assert "is still running this" in " ".join(lines)
+        assert (place / "run.log").read_text() == "of the other process"
+        assert (place / "checkpoints/round-00001.safetensors").exists()
+
+    def test_warns_of_what_was_typed_without_effect(self, federations, tmp_path):
+        few = ("methods=fedit", "seeds=0", "client.schedule.final=0.1")
+        _, lines = run(tmp_path, *few)
+        assert lines[0].startswith("warning: client.schedule.final=0.1 has no effect with")
 
     def test_runs_of_an_older_version_are_kept_if_asked(self, finished, federations):
         folder, *_ = finished
