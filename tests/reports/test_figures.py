@@ -27,12 +27,18 @@ def gray(color):
 class TestStyle:
     def test_lines_of_a_figure_differ_without_color(self):
         axes = Figure().subplots()
-        names = [f"m{i}" for i in range(2 * len(style.COLORS))]
+        names = [f"m{i}" for i in range(5 * len(style.COLORS))]
         draw_lines(axes, {n: Line([0, 1], [[0.1, 0.2]]) for n in names}, names, ACCURACY)
         looks = {(line.get_marker(), str(line.get_linestyle())) for line in axes.lines}
         dashed = {(line.get_marker(), str(line._dash_pattern)) for line in axes.lines}
         assert len(looks | dashed) >= len(names)
         assert len(dashed) == len(names)
+
+    def test_no_two_lines_share_color_and_marker(self):
+        axes = Figure().subplots()
+        names = [f"m{i}" for i in range(36)]
+        draw_lines(axes, {n: Line([0, 1], [[0.1, 0.2]]) for n in names}, names, ACCURACY)
+        assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == len(names)
 
     def test_heat_goes_from_dark_to_light(self):
         shades = [gray(colormaps[style.HEAT](x)) for x in np.linspace(0, 1, 20)]

@@ -228,14 +228,16 @@ def draw_line(
 ) -> None:
     """Draw one line and its band; `values` has shape (seeds, points)."""
     color = style.COLORS[place % len(style.COLORS)]
+    # Beyond the seven colors none comes with the same marker, nor a marker with the same dashes.
+    shift = place // len(style.COLORS)
     marked = len(xs) <= _POINTS_WITH_MARKERS
     axes.plot(
         xs,
         values.mean(axis=0),
         color=color,
-        marker=style.MARKERS[place % len(style.MARKERS)] if marked else None,
+        marker=style.MARKERS[(place + shift) % len(style.MARKERS)] if marked else None,
         markersize=4.5,
-        linestyle=style.DASHES[(place + place // len(style.COLORS)) % len(style.DASHES)],
+        linestyle=style.DASHES[(place + 2 * shift) % len(style.DASHES)],
         label=figure_text(name),
     )
     if len(values) > 1:
