@@ -16,6 +16,7 @@ from hafl_app.reports.section_tables import (
     differences_table,
     scores_table,
     settings_table,
+    slices_tables,
 )
 from hafl_app.reports.tables import Table
 
@@ -97,6 +98,7 @@ def _chapter(section: Section, number: int) -> Chapter:
         *settings_table(section),
         scores_table(section),
         *differences_table(section),
+        *slices_tables(section),
         *clients_table(section, missing),
         *answer_tables(section),
     ]

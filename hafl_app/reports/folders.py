@@ -5,6 +5,7 @@ Standard library only, so that a wrong folder is answered before pandas is impor
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from hafl_app.tracking.jsonl import METRICS_FILE, SUMMARY_FILE
 
 COMPARISON_FILE: Final = "results.json"
 _OF_A_RUN = (METRICS_FILE, SUMMARY_FILE, "config.yaml")
+_RUN = re.compile(r"seed\d+")
 _MOST_FOLDERS = 20_000
 
 
@@ -58,7 +60,8 @@ class Place:
 def find_runs(folders: Sequence[Path]) -> list[Place]:
     """Find all runs in and under these folders, each once.
 
-    The search runs of a comparison, and what a run saved beside its records, do not count.
+    The search runs of a comparison, its earlier ones of other settings, and what a run saved beside
+    its records, do not count.
 
     Raises
     ------
@@ -98,6 +101,8 @@ def _places(top: Path) -> Iterator[Place]:
         if any(name in files for name in _OF_A_RUN):
             names.clear()  # what lies in a run is its own
             owner = next((c for c in folder.parents if c in comparisons), None)
+            if owner and not _RUN.fullmatch(folder.name):
+                continue  # a run that gave way to one of other settings
             baseline = str(comparisons[owner]["baseline"]) if owner else ""
             yield Place(folder, owner, baseline)
             continue

@@ -5,9 +5,9 @@ from typing import Final
 
 from hafl_app.reports.client_scores import by_rank
 from hafl_app.reports.curve import MEGABYTE
-from hafl_app.reports.groups import Section, differing, setting_text
+from hafl_app.reports.groups import Group, Section, differing, setting_text
 from hafl_app.reports.statistics import Paired, Spread
-from hafl_app.reports.tables import NONE, Table, difference_cells, score, size
+from hafl_app.reports.tables import NONE, Table, difference_cells, difference_text, score, size
 
 _OF_SEEDS: Final = "Mean ± standard deviation over n seeds; one seed has no spread."
 _OF_CLIENTS: Final = ("worst", "worst tenth", "mean", "best")
@@ -72,6 +72,51 @@ def differences_table(section: Section) -> list[Table]:
     )
     columns = ("runs", "difference", "95 % interval", "n")
     return [Table(f"Difference from {baseline.name}", columns, rows, note)]
+
+
+def slices_tables(section: Section) -> list[Table]:
+    """Return the scores of the groups' slices by rank of device, and differences paired by seed.
+
+    None where no run has scored slices; a group that trains all clients at one rank has none.
+    """
+    slices = {group.name: _slices(group) for group in section.groups}
+    ranks = sorted({rank for its in slices.values() for rank in its})
+    if not ranks:
+        return []
+    metric, columns = section.metric, ["runs", *(f"rank {rank}" for rank in ranks)]
+    rows = [
+        [name, *(score(Spread(tuple(its.get(rank, {}).values())), metric) for rank in ranks)]
+        for name, its in slices.items()
+    ]
+    unit = f"{metric.title} in percent" if metric.is_share else metric.title
+    note = "The last round's adapter, cut to its best approximation of the rank of each device."
+    tables = [Table(f"Test {unit} by rank of device", columns, rows, f"{note} {_OF_SEEDS}")]
+    base = slices.pop(section.baseline)
+    differences = [
+        [
+            name,
+            *(
+                difference_text(Paired.of(its.get(rank, {}), base.get(rank, {})), metric)
+                for rank in ranks
+            ),
+        ]
+        for name, its in slices.items()
+        if its
+    ]
+    if base and differences:
+        title = f"Difference from {section.baseline} by rank of device"
+        note = "As above: mean, Student's 95 % interval and number of seeds; of one no interval."
+        tables.append(Table(title, columns, differences, note))
+    return tables
+
+
+def _slices(group: Group) -> dict[int, dict[int, float]]:
+    """Return the scores of a group's slices by rank and seed."""
+    found: dict[int, dict[int, float]] = {}
+    for seed, run in sorted(group.runs.items()):
+        for rank, value in run.curve.at_rank.items():
+            found.setdefault(rank, {})[seed] = value
+    return found if len(found) > 1 else {}
 
 
 def clients_table(section: Section, missing: list[str]) -> list[Table]:

@@ -1,7 +1,7 @@
 """Folders as runs leave them, written without a run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def write_run(
     labels: Sequence[str] = LABELS,
     simulated: float | None = None,
     influence: bool = False,
+    slices: Mapping[int, float] | None = None,
     **settings: Any,
 ) -> Path:
     """Write a run's folder: a score a round from round 0, each round 3 MB down and 1 MB up.
@@ -39,6 +40,8 @@ def write_run(
         Seconds of each round on simulated devices.
     influence
         Whether each round has the clients' influence: all alike.
+    slices
+        Test scores of the last round's adapter by rank of device.
     settings
         Beside those of every run, by name of the group.
     """
@@ -77,7 +80,13 @@ def write_run(
     ]
     _lines(folder / "metrics.jsonl", records)
     _lines(folder / DETAILS_FILE, details)
-    summary = {"status": status, "metric": metric, "cpu_seconds": {"clients": 8.0, "server": 2.0}}
+    summary: dict[str, Any] = {
+        "status": status,
+        "metric": metric,
+        "cpu_seconds": {"clients": 8.0, "server": 2.0},
+    }
+    ranks = [{"rank": rank, "federated": score} for rank, score in (slices or {}).items()]
+    summary["device_ranks"] = ranks
     (folder / "summary.json").write_text(json.dumps(summary))
     rows = [{"train": 5, "holdout": 1, "labels": {labels[0]: 3, labels[1]: 2}} for _ in RANKS]
     (folder / "data.json").write_text(json.dumps({"label_names": labels, "clients": rows}))

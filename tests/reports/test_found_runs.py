@@ -45,6 +45,12 @@ def test_a_comparison_has_cells_methods_and_a_baseline_and_its_search_does_not_c
     ]
 
 
+def test_a_run_that_gave_way_does_not_count_unless_it_is_named(comparison):
+    before = write_run(comparison / "iid/hafl/seed0-before", test=(0.1, 0.9))
+    assert before not in [place.folder for place in find_runs([comparison])]
+    assert [place.folder for place in find_runs([before])] == [before]
+
+
 def test_what_lies_in_a_run_and_hidden_folders_do_not_count(tmp_path):
     run = write_run(tmp_path / "run")
     write_run(run / "adapter")

@@ -64,6 +64,26 @@ class TestNumbers:
         assert (row["difference"], row["n"]) == ("+20.0", "3")
         assert table(report, "Test accuracy in percent")[1]["n"] == "4"
 
+    def test_slices_have_scores_and_paired_differences(self, tmp_path):
+        for seed, phone in enumerate((0.41, 0.42, 0.43)):
+            write_run(tmp_path / f"a{seed}", seed=seed, strategy="hafl", slices={2: 0.4, 8: 0.5})
+            write_run(
+                tmp_path / f"b{seed}", seed=seed, strategy="hetlora", slices={2: phone, 8: 0.6}
+            )
+        write_run(tmp_path / "c", strategy="fedit", slices={4: 0.5})
+        report = report_on([tmp_path], "hafl")
+        hafl, hetlora, fedit = table(report, "Test accuracy in percent by rank of device")
+        assert hafl == {"runs": "hafl", "rank 2": "40.0 ± 0.0", "rank 8": "50.0 ± 0.0"}
+        assert hetlora["rank 2"] == "42.0 ± 1.0"
+        assert fedit == {"runs": "fedit", "rank 2": "-", "rank 8": "-"}  # one rank for all
+        (row,) = table(report, "Difference from hafl by rank of device")
+        # 1, 2 and 3 points: 2 +- 4.3027 / sqrt(3).
+        assert row["rank 2"] == "+2.0 (-0.5 to +4.5), 3"
+        beside = table(report_on([tmp_path], "fedit"), "Test accuracy in percent by rank of device")
+        assert len(beside) == 3
+        titles = [t.title for t in report_on([tmp_path], "fedit").chapters[0].tables]
+        assert "Difference from fedit by rank of device" not in titles
+
     def test_worst_mean_and_best_client_by_rank(self, tmp_path):
         # Ranks 2, 2, 4 and 8.
         write_run(tmp_path / "a", clients=(0.2, 0.4, 0.6, 0.8))
