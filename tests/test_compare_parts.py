@@ -1,5 +1,6 @@
 """The parts of a comparison, each against numbers worked out by hand."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -23,6 +24,7 @@ from hafl_app.reports.tables import score, size
 from hafl_app.run import build
 from hafl_app.strategies.hafl import Hafl
 from hafl_app.strategies.zero_padding import ZeroPadding
+from hafl_app.tracking import jsonl
 from hafl_app.wire.node_profile import NodeProfile
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -235,6 +237,16 @@ class TestSlices:
         assert kept["at_rank_4_each"] == [0.6, 0.6, None]  # JSON has no NaN
         line = pd.read_csv(tmp_path / "table.csv").iloc[1]
         assert line["at_rank_2_difference_high"] == kept["at_rank_2_difference_high"]
+
+    def test_a_full_disk_leaves_the_table_of_before(self, tmp_path, monkeypatch):
+        def full(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        text = write_tables(tmp_path, [self.row("base", SLICES)], {}, provenance())
+        monkeypatch.setattr(jsonl.os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*table.md'"):
+            write_tables(tmp_path, [self.row("other", OTHER_SLICES)], {}, provenance())
+        assert (tmp_path / "table.md").read_text() == text
 
     def test_one_rank_for_all_has_none(self):
         assert self.row("one", OTHER_SLICES, ranks=(4, 4)).at_rank_difference == {}

@@ -29,6 +29,7 @@ from hafl_app.renames import refusal
 
 __all__ = ["SettingsError", "compose", "quoted"]
 
+_NO_LIST = "is not a ListConfig, list or tuple"
 _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "at_least": operator.ge,
     "above": operator.gt,
@@ -311,6 +312,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if old := refusal(name or ""):
         return old
     text = _first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+    if _NO_LIST in text:
+        text = "expected a list, as in [first,second]"
     return f"{name}: {text}" if name and name not in text else text
 
 

@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import Settings
 from hafl_app.experiments.command import Command, output_folder
-from hafl_app.experiments.comparison import Comparison, Job, Rates
+from hafl_app.experiments.comparison import Comparison, Job, Rates, composed, named
 from hafl_app.experiments.comparison_folder import check_folder, comparison_lock
 from hafl_app.experiments.comparison_refusals import ignored
 from hafl_app.experiments.fleets import check_fleets, fleet_line
@@ -23,6 +24,7 @@ from hafl_app.experiments.running import Outcome, run_jobs
 from hafl_app.experiments.table import Provenance, write_tables
 from hafl_app.experiments.tuning import (
     TuningError,
+    at_edge,
     choose_rates,
     describe,
     tuned_line,
@@ -72,7 +74,8 @@ def _run_methods(comparison: Comparison, command_line: str, say: Say) -> int:
     command, folder = comparison.command, comparison.folder
     outcomes: list[Outcome] = []
     record: list[dict[str, Any]] = []
-    failed, table = 0, ""
+    failed: list[str] = []
+    table = ""
     # Method by method, so that one that is interrupted has whole rows.
     for method in comparison.methods:
         part = comparison.only(method)
@@ -80,19 +83,22 @@ def _run_methods(comparison: Comparison, command_line: str, say: Say) -> int:
             rates, found = _rates(part, command, say)
         except TuningError as error:
             say(f"FAILED: {error}")
-            failed += 1
-            continue
-        record += found
-        outcomes += _run_all(part.jobs(rates), command, say, lambda job: job.name)
+            failed.append(str(error))
+        else:
+            record += found
+            its = _run_all(part.jobs(rates), command, say, lambda job: job.name)
+            failed += [f"{one.job.name}: {one.error}" for one in its if one.error]
+            outcomes += its
         if comparison.searches:
             write_tuning(folder / "tuning.json", record)
         if not all(outcome.error for outcome in outcomes):
             source = _source(comparison, command_line, record, outcomes)
+            source = replace(source, failed=tuple(failed))
             table = _write_results(comparison, outcomes, source)
     if table:
         say("\n" + table)
         say(f"Written: table.md, table.csv, results.json and comparison.png in {folder}")
-    return failed + sum(bool(outcome.error) for outcome in outcomes)
+    return len(failed)
 
 
 def _check(comparison: Comparison) -> dict[tuple[str, str, int], Settings]:
@@ -105,14 +111,17 @@ def _check(comparison: Comparison) -> dict[tuple[str, str, int], Settings]:
     """
     trials = comparison.tuning_jobs() if comparison.searches else []
     jobs = [*trials, *comparison.jobs(comparison.first_rates())]
-    composed = {(job.cell, job.method, job.seed): compose(job.overrides) for job in jobs}
-    for settings in composed.values():
+    runs: dict[tuple[str, str, int], Settings] = {}
+    for job in jobs:
+        where = named(job.cell, job.method)
+        runs[job.cell, job.method, job.seed] = composed(where, job.overrides)
+    for settings in runs.values():
         preflight.check(settings)
     for job in jobs:
         if job.centralized:
-            check_centralized(composed[job.cell, job.method, job.seed])
-    check_fleets(composed)
-    return composed
+            check_centralized(runs[job.cell, job.method, job.seed])
+    check_fleets(runs)
+    return runs
 
 
 def _rates(
@@ -147,6 +156,7 @@ def _source(
         hardware=hardware(),
         seeds=comparison.command.seeds,
         tuning=tuning,
+        at_edge=at_edge(record),
         versions=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
         metric=comparison.metric,
         models=tuple(dict.fromkeys(one.model.title for one in settings)),

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hafl_app.config.compose import SettingsError, compose, quoted
-from hafl_app.config.schema import CompareSettings, MethodSettings
+from hafl_app.config.hints import nearest
+from hafl_app.config.schema import CompareSettings, MethodSettings, Settings
 from hafl_app.experiments.command import Command, choose
 from hafl_app.experiments.comparison_refusals import (
     LEARNING_RATE,
@@ -67,7 +68,7 @@ class Job:
     @property
     def name(self) -> str:
         """Name of the run in a line of progress."""
-        return " ".join(part for part in (self.cell, self.method, f"seed {self.seed}") if part)
+        return f"{named(self.cell, self.method)} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Comparison:
         if self.plan.baseline not in self.methods:
             raise SettingsError(
                 f"compare.baseline={self.plan.baseline}: not among the methods compared; add it, "
-                f"or choose {', '.join(self.methods)}"
+                f"or choose {', '.join(self.methods)}{nearest(self.plan.baseline, [*self.methods])}"
             )
 
     @property
@@ -243,7 +244,8 @@ class Comparison:
         its = self.methods[method]
         rate = None if LEARNING_RATE in given else its.learning_rate
         if rate is None:
-            rate = compose(self.overrides_of(cell, method)).client.learning_rate
+            overrides = self.overrides_of(cell, method)
+            rate = composed(named(cell, method), overrides).client.learning_rate
         return Rates(rate, None if RATIO in given else its.lora_B_lr_ratio)
 
 
@@ -285,6 +287,25 @@ def _with_named_methods(command: Command, plan: CompareSettings) -> tuple[Comman
 def _place(cell: str, method: str, rates: Rates) -> Path:
     name = f"lr{rates}".replace(" ratio ", "-ratio")
     return Path("tuning") / cell / method / name
+
+
+def named(cell: str, method: str) -> str:
+    """Name a method in a cell, of a comparison that may have none."""
+    return " ".join(filter(None, (cell, method)))
+
+
+def composed(where: str, overrides: Sequence[str]) -> Settings:
+    """Compose the settings of a method in a cell, whose faults are then theirs.
+
+    Raises
+    ------
+    SettingsError
+        In one line that begins with the place.
+    """
+    try:
+        return compose(overrides)
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from error
 
 
 @functools.cache

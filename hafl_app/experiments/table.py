@@ -15,11 +15,14 @@ from hafl_app.metrics import ACCURACY, Metric
 from hafl_app.printable import markdown_code, markdown_text
 from hafl_app.reports.statistics import Paired, Spread
 from hafl_app.reports.tables import Table, difference_cells, difference_text, score, size
+from hafl_app.tracking.jsonl import replace_file
 
-_LONGEST_COMMAND = 4000
+_LONGEST_COMMAND = _LONGEST_LIST = 4000
+_SEEDS = "seeds"
 _TO_BASELINE = ("rounds to baseline", "MB to baseline")
 _OF_DEVICES = ("simulated_seconds", "seconds_to_baseline", "seconds_to_target")
 _SIMULATED = ("simulated s", "simulated s to baseline", "simulated s to target")
+_IF_KNOWN = (_SEEDS, *_TO_BASELINE, *_SIMULATED)
 DIFFERENCE_COLUMNS = ("method", "difference", "95 % interval", "pairs")
 
 
@@ -39,6 +42,8 @@ class Provenance:
     precision: str = ""
     devices: str = ""
     experiment: str = ""
+    at_edge: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
 
 def markdown(
@@ -60,7 +65,7 @@ def markdown(
         if cell:
             parts.append(f"## {markdown_text(cell)}")
         its = [row for row in rows if row.cell == cell]
-        parts.append(_as_grid([_scores(row, source.metric) for row in its]))
+        parts.append(_as_grid([_scores(row, source) for row in its]))
         if any(row.at_rank or math.isfinite(row.client_seconds.mean) for row in its):
             parts.append(_as_grid(device_cells(its, source.metric)))
         if alone.get(cell):
@@ -81,14 +86,15 @@ def write_tables(
 ) -> str:
     """Write ``table.md``, ``table.csv`` and ``results.json``; return the Markdown."""
     text = markdown(rows, alone, source)
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    replace_file(folder / "table.md", text)
     plain = [_plain(row) for row in rows]
     # Not every method has every slice; what has a value a seed stands in the JSON alone.
     frame = pd.DataFrame(plain)
     several = [name for name in frame if frame[name].map(lambda cell: isinstance(cell, list)).any()]
-    frame.drop(columns=several).to_csv(folder / "table.csv", index=False, lineterminator="\n")
+    csv = frame.drop(columns=several).to_csv(index=False, lineterminator="\n")
+    replace_file(folder / "table.csv", csv)
     results = {**asdict(source), "metric": source.metric.name, "rows": plain}
-    (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    replace_file(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     return text
 
 
@@ -146,13 +152,15 @@ def slice_differences(rows: Sequence[Row], source: Provenance) -> list[dict[str,
     ]
 
 
-def _scores(row: Row, metric: Metric) -> dict[str, str]:
+def _scores(row: Row, source: Provenance) -> dict[str, str]:
     """Return a method's line of the first table, by column."""
+    metric, scored = source.metric, sum(map(math.isfinite, row.final.each))
     return {
         "method": row.method,
         "rank": _ranks(row),
         "learning rate": f"{row.learning_rate:g}",
         "lr ratio": f"{row.lora_B_lr_ratio:g}",
+        _SEEDS: f"{scored} of {len(source.seeds)}" if scored < len(source.seeds) else "-",
         "test, last round": score(row.final, metric),
         "test, best validation": score(row.best, metric),
         **dict(zip(_TO_BASELINE, (_rounds(row), size(row.mb_to_baseline.mean)), strict=True)),
@@ -190,11 +198,11 @@ def _some(reached: Spread, row: Row) -> str:
 
 
 def _as_grid(lines: Sequence[Mapping[str, str]]) -> str:
-    """Return the Markdown of lines by column, without columns of what was not measured."""
+    """Return the Markdown of lines by column, without those that may be empty and are."""
     columns = [
         column
         for column in lines[0]
-        if column not in (*_TO_BASELINE, *_SIMULATED) or any(line[column] != "-" for line in lines)
+        if column not in _IF_KNOWN or any(line[column] != "-" for line in lines)
     ]
     return Table("", columns, [[line[name] for name in columns] for line in lines]).markdown()
 
@@ -215,7 +223,8 @@ def _footer(source: Provenance, *, one_rank: bool) -> str:
     unit = " in percent" if source.metric.is_share else ""
     return "\n".join(
         [
-            f"Test {name}{unit}: mean ± standard deviation over the seeds. To baseline: until the "
+            f"Test {name}{unit}: mean ± standard deviation over the seeds, or over as many "
+            "as the column seeds says, whose run finished with a score. To baseline: until the "
             f"test {name} of {source.baseline}'s last round on the same seed is reached, mean over "
             "the seeds that reach it (-: none, or unknown without federation.test_every=1). MB of "
             "10^6 bytes: all messages of training, evaluation and heads, over all clients and "
@@ -233,10 +242,16 @@ def _footer(source: Provenance, *, one_rank: bool) -> str:
             *([f"- precision: {source.precision}"] if source.precision else []),
             *([f"- simulated seconds: {source.devices}"] if source.devices else []),
             f"- learning rates: {markdown_text(source.tuning)}",
+            *_listed("at the edge of the grid, so that a wider one may be better", source.at_edge),
+            *_listed("failed, and not in the tables", source.failed),
             f"- hardware: {markdown_text(source.hardware)}",
             f"- versions: {markdown_text(source.versions)}",
         ]
     )
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    return [f"- {what}: {markdown_text('; '.join(names), _LONGEST_LIST)}"] if names else []
 
 
 def _plain(row: Row) -> dict[str, Any]:

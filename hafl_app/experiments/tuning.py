@@ -2,15 +2,16 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hafl_app.experiments.comparison import Comparison, Job, Rates
+from hafl_app.experiments.comparison import Comparison, Job, Rates, named
 from hafl_app.experiments.running import Outcome
 from hafl_app.metrics import Metric, metric_named
 from hafl_app.reports.curve import best_entry, last_validation
 from hafl_app.reports.records import read_summary
+from hafl_app.tracking.jsonl import replace_file
 
 
 class TuningError(RuntimeError):
@@ -55,7 +56,8 @@ def choose_rates(
         known = {rates: value for rates, value in by_rate.items() if math.isfinite(value)}
         if not known:
             tried = ", ".join(map(str, by_rate))
-            raise TuningError(f"{method}: no learning rate of {tried} works; see run.log")
+            name = named(cell, method)
+            raise TuningError(f"{name}: no learning rate of {tried} works; see run.log")
         best[cell, method] = max(known, key=lambda rates: metric.merit(known[rates]))
     record = [
         _record(cell, method, best[cell, method], by_rate, comparison, metric)
@@ -73,7 +75,7 @@ def choose_rates(
 def write_tuning(path: Path, record: Sequence[dict[str, Any]]) -> None:
     """Write the search as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    replace_file(path, json.dumps(record, indent=2) + "\n")
 
 
 def tuned_line(record: dict[str, Any]) -> str:
@@ -83,17 +85,29 @@ def tuned_line(record: dict[str, Any]) -> str:
         f"{rate} {'failed' if value is None else metric.text(value)}"
         for rate, value in record["validation"].items()
     )
-    edge = "; at the edge of the grid" if record["at_edge"] else ""
-    name = " ".join(part for part in (record["cell"], record["method"]) if part)
-    ratio = record["lora_B_lr_ratio"]
-    best = Rates(record["learning_rate"], ratio)
-    return f"{name}: learning rate {best} ({tried}{edge})"
+    edge = f"; at the edge of the grid: {edges}" if (edges := _edges(record)) else ""
+    best = Rates(record["learning_rate"], record["lora_B_lr_ratio"])
+    return f"{named(record['cell'], record['method'])}: learning rate {best} ({tried}{edge})"
+
+
+def at_edge(records: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return cell, method and what of its best rates is the smallest or largest that was tried."""
+    return tuple(
+        f"{named(record['cell'], record['method'])} ({edges})"
+        for record in records
+        if (edges := _edges(record))
+    )
 
 
 def describe(job: Job) -> str:
     """Name a run of the search for a line of progress."""
-    name = " ".join(part for part in (job.cell, job.method) if part)
-    return f"{name} lr {job.rates}"
+    return f"{named(job.cell, job.method)} lr {job.rates}"
+
+
+def _edges(record: Mapping[str, Any]) -> str:
+    rate, ratio = record["learning_rate"], record["lora_B_lr_ratio"]
+    edges = [f"learning rate {rate:g}"] if record["at_edge"] else []
+    return ", ".join([*edges, f"ratio {ratio:g}"] if record["ratio_at_edge"] else edges)
 
 
 def _record(
@@ -105,6 +119,7 @@ def _record(
     metric: Metric,
 ) -> dict[str, Any]:
     grid = sorted({rates.learning_rate for rates in by_rate})
+    ratios = sorted({rates.ratio for rates in by_rate if rates.ratio is not None})
     return {
         "cell": cell,
         "method": method,
@@ -115,6 +130,8 @@ def _record(
             str(rates): value if math.isfinite(value) else None for rates, value in by_rate.items()
         },
         "at_edge": len(grid) > 1 and best.learning_rate in {grid[0], grid[-1]},
+        # Of two ratios, with and without a faster lora_B, either is an edge: that says nothing.
+        "ratio_at_edge": len(ratios) > 2 and best.ratio in {ratios[0], ratios[-1]},
         "seed": comparison.plan.tuning.seed,
         "num_rounds": comparison.plan.tuning.num_rounds,
     }

@@ -178,6 +178,38 @@ class TestTable:
         assert paired["zero_padding"] == ["+6.0", "-6.7 to +18.7", "2"]
         assert list(paired)[2:] == ["zero_padding", "rbla"]  # no row of the baseline's
 
+    def test_says_whose_best_rate_is_at_the_edge_of_the_grid(self, finished):
+        names = "; ".join(
+            f"dirichlet-0.1 {method} (learning rate 0.01)"
+            for method in ("fedit", "zero_padding", "rbla")
+        )
+        text = (finished[0] / "table.md").read_text()
+        assert f"- at the edge of the grid, so that a wider one may be better: {names}\n" in text
+
+    def test_a_ratio_is_at_the_edge_of_three(self, federations, tmp_path):
+        few = ("methods=fedit", "seeds=0", "compare.tuning.learning_rates=[0.01]")
+        _, lines = run(tmp_path, *few, "compare.tuning.lora_B_lr_ratios=[0.2,1,5]")
+        assert any("at the edge of the grid: ratio 5)" in line for line in lines)
+        assert "(ratio 5)" in (tmp_path / "table.md").read_text()
+
+    def test_a_seed_that_failed_is_missing_by_name(self, federations, tmp_path, monkeypatch):
+        def fail(overrides, on_round=None):
+            if "strategy=rbla" in overrides and "seed=1" in overrides:
+                raise RuntimeError("out of luck")
+            federations(overrides)
+
+        monkeypatch.setattr(running, "run_federation", fail)
+        few = ("tune=false", "client.learning_rate=0.01", "client.lora_B_lr_ratio=5")
+        failed, _ = run(tmp_path, "methods=fedit,rbla", *few)
+        assert failed == 1
+        scores = grids(tmp_path)[0]
+        assert scores["method"][3] == "seeds"
+        assert (scores["fedit"][3], scores["rbla"][3]) == ("-", "1 of 2")
+        line = (
+            "- failed, and not in the tables: dirichlet-0.1 rbla seed 1: RuntimeError: out of luck"
+        )
+        assert f"{line}\n" in (tmp_path / "table.md").read_text()
+
     def test_says_the_precision_and_the_number_of_seeds(self, finished):
         text = (finished[0] / "table.md").read_text()
         assert "- precision: bf16" in text
@@ -292,7 +324,7 @@ class TestGoingOn:
         one = ("methods=fedit,rbla", "seeds=0", "compare.tuning.learning_rates=[0.01]")
         failed, lines = run(tmp_path, *one)
         assert failed == 1
-        assert "FAILED: rbla: no learning rate of 0.01 ratio 1, 0.01 ratio 5 works" in " ".join(
-            lines
-        )
+        line = "dirichlet-0.1 rbla: no learning rate of 0.01 ratio 1, 0.01 ratio 5 works"
+        assert f"FAILED: {line}" in " ".join(lines)
+        assert f"- failed, and not in the tables: {line}" in (tmp_path / "table.md").read_text()
         assert list(results(tmp_path)) == ["fedit"]
