@@ -62,16 +62,16 @@ class Ridge:
         """Return the score of generalized cross-validation: the lowest is the best.
 
         ``(RSS / n) / (1 - df / n)^2`` with the residual sum of squares of all classes and
-        ``df = 1 + sum_i v_i / (v_i + strength)``, v the eigenvalues; infinite where df reaches n.
+        ``df = 1 + sum_i v_i / (v_i + strength)``, v the eigenvalues; infinite where df reaches n or
+        rounding has eaten the RSS: nothing would be better than a fit that cannot be.
         """
         shrunk = self._values + strength
         freedom = 1 - (1 + float((self._values / shrunk).sum())) / self._n
-        if freedom <= 0:
-            return float("inf")
         fit = (self._projected**2).sum(1)
         explained = 2 * fit / shrunk - self._values * fit / shrunk**2
         total = 1 - float((self._shares**2).sum())
-        return max(total - float(explained.sum()), 0.0) / freedom**2
+        left = total - float(explained.sum())
+        return left / freedom**2 if freedom > 0 and left > 0 else float("inf")
 
     def best_by_gcv(self) -> float:
         """Return the strength of `STRENGTHS` with the lowest score; the largest among equals."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hafl_app.heads.feature_sums import FeatureSums
 from hafl_app.heads.linear_head import feature_width, with_output_layer
-from hafl_app.heads.plausibility import implausible
+from hafl_app.heads.plausibility import ImplausibleSumsError, plausible
 from hafl_app.heads.projection import random_projection
 from hafl_app.heads.settings import ClosedFormSettings
 from hafl_app.heads.solve import (
@@ -216,8 +216,10 @@ class ClosedFormHead:
                 raise ReplyError(
                     f"class counts add up to {sums.num_examples:.0f}, {NUM_EXAMPLES} is {stated}"
                 )
-            if reason := implausible(sums, most_norm):
-                raise ReplyError(reason)
+            try:
+                sums = plausible(sums, most_norm)
+            except ImplausibleSumsError as error:
+                raise ReplyError(str(error)) from error
             weight = metrics[NUM_EXAMPLES] / stated  # of an example
             return sums.scaled(weight), weight**2 * stated
 

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hafl_app.heads.feature_sums import FeatureSums
+from hafl_app.heads.plausibility import plausible
 from hafl_app.heads.solve import solve
 from hafl_app.wire.feature_sums import SUMS, SumsFormat, read_sums, write_sums
 
 EXAMPLES, WIDTH, CLASSES = 211, 13, 5
 STRENGTH = 1e-3
+MOST = 100.0  # L2 norm of no example's features
 
 
 def features_and_labels(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,9 +29,10 @@ def features_and_labels(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def uploaded(sums: FeatureSums, numbers: str) -> FeatureSums:
-    """Return sums as the server reads them."""
+    """Return sums as the server reads and accepts them."""
     content = RecordDict({SUMS: write_sums(sums, numbers)})
-    return read_sums(content, SumsFormat(WIDTH, CLASSES, sums.moments is not None, numbers))
+    read = read_sums(content, SumsFormat(WIDTH, CLASSES, sums.moments is not None, numbers))
+    return plausible(read, MOST)
 
 
 def total(parts: list[np.ndarray], seed: int, numbers: str, rule: str) -> FeatureSums:

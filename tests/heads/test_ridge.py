@@ -1,5 +1,7 @@
 """Ridge regression from sums, beside scikit-learn on the examples themselves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from sklearn.linear_model import Ridge as DenseRidge
 from sklearn.preprocessing import StandardScaler
 
 from hafl_app.heads.feature_sums import FeatureSums
+from hafl_app.heads.plausibility import plausible
 from hafl_app.heads.ridge import STRENGTHS, Ridge
 
 EXAMPLES, WIDTH, CLASSES = 60, 11, 4
@@ -84,3 +87,39 @@ def test_without_moments_it_is_refused():
     features, labels = map(torch.from_numpy, data())
     with pytest.raises(ValueError, match="moments"):
         Ridge(FeatureSums.of(features, labels, CLASSES, moments=False))
+
+
+def test_a_fit_that_cannot_be_is_not_the_best():
+    features, labels = data()
+    sums = sums_of(features, labels)
+    mean = sums.feature_sum / EXAMPLES
+    within = sums.moments - EXAMPLES * torch.outer(mean, mean)
+    believed = replace(sums, moments=sums.moments - 0.999 * within)  # less than classes explain
+    ridge = Ridge(believed)
+    assert ridge.gcv(STRENGTHS[0]) == float("inf")
+    assert ridge.gcv(ridge.best_by_gcv()) > 0
+
+
+def test_one_client_cannot_take_from_what_varies_little():
+    # Within what rounding explains, it subtracts in directions where features hardly vary.
+    width, most = 40, 4 * 40**0.5
+    rng = np.random.default_rng(0)
+    turned, _ = np.linalg.qr(rng.normal(size=(width, width)))
+    labels = torch.from_numpy(rng.integers(0, CLASSES, 400))
+    drawn = rng.normal(size=(400, width)) * np.where(np.arange(width) < 20, 1.0, 0.01)
+    drawn[np.arange(400), labels.numpy()] += 3.0
+    features = torch.from_numpy(drawn @ turned)
+    honest = FeatureSums.of(features, labels, CLASSES)
+    moments = torch.zeros(width, width, dtype=torch.float64)
+    moments[0, 0] = 200 * most**2
+    moments -= 0.9e-6 * 200 * most**2 * torch.eye(width) * (torch.arange(width) > 0)
+    counts = torch.full((CLASSES,), 200 / CLASSES, dtype=torch.float64)
+    lie = FeatureSums(counts, torch.zeros(width, CLASSES, dtype=torch.float64), moments)
+
+    def accuracy(sums: FeatureSums) -> float:
+        ridge = Ridge(sums)
+        guesses = ridge.solve(ridge.best_by_gcv()).logits(features).argmax(1)
+        return float((guesses == labels).double().mean())
+
+    assert accuracy(honest + plausible(lie, most)) > accuracy(honest) - 0.05
+    assert accuracy(honest + lie) < accuracy(honest) - 0.2
