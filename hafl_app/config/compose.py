@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import operator
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -290,6 +291,8 @@ def _out_of_range(settings: Any, prefix: str) -> Iterator[str]:
         for kind, limit in setting.metadata.get("limits", {}).items():
             if not all(_HOLDS[kind](one, limit) for one in each):
                 yield f"{name}={value}: must be {LIMIT_WORDS[kind]} {limit}"
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name}={value}: must be a finite number"
 
 
 def _groups_in(value: Any) -> Iterator[tuple[str, Any]]:

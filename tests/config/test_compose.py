@@ -114,6 +114,8 @@ class TestRefusals:
             ("num_rounds=3", ["num_rounds", "did you mean federation.num_rounds?"]),
             ("federation.num_rounds=many", ["federation.num_rounds", "many", "Integer"]),
             ("federation.num_rounds=-1", ["federation.num_rounds=-1", "at least 0"]),
+            ("client.proximal=inf", ["client.proximal=inf", "a finite number"]),
+            ("strategy.smoothing=nan", ["strategy.smoothing=nan", "at least 0"]),
             ("federation.fraction_train=1.5", ["federation.fraction_train=1.5", "at most 1"]),
             ("client.optimizer=adam", ["client.optimizer=adam", "adamw or sgd", "mean adamw?"]),
             ("strategy.smoothing=high", ["strategy.smoothing", "high", "Float"]),
