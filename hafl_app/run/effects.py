@@ -32,6 +32,8 @@ _WITH_PROJECTS: Final = ("tracking", ("mlflow", "trackio", "wandb"))
 _GENERATED: Final = ("dataset.source", ("synthetic",))
 _FROM_MEMORY: Final = ("ranks.source", ("memory",))
 _CLOSED_FORM: Final = ("model.head", (CLOSED_FORM,))
+_RIDGE: Final = ("model.closed_form.rule", ("ridge",))
+_ROUNDS: Final = ("federation.num_rounds", _ANY)
 _RAY: Final = ("engine", ("ray",))
 _CHANGE: Final = ("strategy.aggregation", ("change",))
 
@@ -88,6 +90,14 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
 A star is the name of an entry; ``tracking`` has the trackers that are switched on.
 """
 
+THEN: Final[Mapping[str, tuple[tuple[str, tuple[Any, ...]], ...]]] = {
+    "model.closed_form.ridge": (_RIDGE,),
+    "model.closed_form.ridge_by": (_RIDGE, ("model.closed_form.ridge", (None,))),
+    "model.closed_form.temperature_by": (("model.closed_form.temperature", (None,)),),
+    "model.closed_form.trained": (_ROUNDS,),
+}
+"""What some of these need beside that: each must hold."""
+
 
 def without_effect(
     jobs: Sequence[Settings], typed: Sequence[str], *, compared: bool = False
@@ -112,18 +122,40 @@ def without_effect(
     for name, line in last.items():
         if name.startswith("compare.") and not compared:
             yield f"{line} has no effect: only a comparison reads it"
-        known = next((key for key in NEEDS if fnmatchcase(name, key)), None)
-        if known is None:
-            continue
-        condition, accepted = NEEDS[known]
-        names = condition.split(OR)
-        values = [[_value(job, name) for name in names] for job in jobs]
-        if any(_NO_SUCH in of_job for of_job in values):  # a strategy without the condition
-            continue
-        if not any(_counts(value, accepted) for of_job in values for value in of_job):
-            given = [f"{name}={_word(v)}" for name, v in zip(names, values[0], strict=True)]
-            expected = " or ".join(map(_word, accepted)) or "above 0"
-            yield f"{line} has no effect with {' and '.join(given)}, only with {expected}"
+        reasons = (_lacking(jobs, *need) for need in _needs(name))
+        reason = next(filter(None, reasons), "") or _never_due(jobs, name)
+        if reason:
+            yield f"{line} has no effect {reason}"
+
+
+def _needs(name: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield what a setting needs, in the order in which it is to be named."""
+    if known := next((key for key in NEEDS if fnmatchcase(name, key)), None):
+        yield NEEDS[known]
+        yield from THEN.get(known, ())
+
+
+def _lacking(jobs: Sequence[Settings], condition: str, accepted: tuple[Any, ...]) -> str:
+    """Say which other setting has another value than one of these in all jobs; empty if none."""
+    names = condition.split(OR)
+    values = [[_value(job, name) for name in names] for job in jobs]
+    if any(_NO_SUCH in of_job for of_job in values):  # a strategy without the condition
+        return ""
+    if any(_counts(value, accepted) for of_job in values for value in of_job):
+        return ""
+    given = [f"{name}={_word(v)}" for name, v in zip(names, values[0], strict=True)]
+    expected = " or ".join(map(_word, accepted)) or "above 0"
+    return f"with {' and '.join(given)}, only with {expected}"
+
+
+def _never_due(jobs: Sequence[Settings], name: str) -> str:
+    """Say that no job has as many rounds as lie between two refreshes; empty if one has."""
+    if name != "model.head_refresh_every":
+        return ""
+    most = max(job.federation.num_rounds for job in jobs)
+    if any(job.model.head_refresh_every <= job.federation.num_rounds for job in jobs):
+        return ""
+    return f"with federation.num_rounds={most}: the head is solved before round 1 alone"
 
 
 def _counts(value: Any, accepted: tuple[Any, ...]) -> bool:
@@ -140,4 +172,6 @@ def _value(settings: Settings, name: str) -> Any:
 
 
 def _word(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

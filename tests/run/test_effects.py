@@ -6,7 +6,7 @@ import pytest
 
 from hafl_app.config.compose import compose
 from hafl_app.config.schema import declared_settings
-from hafl_app.run.effects import NEEDS, OR, without_effect
+from hafl_app.run.effects import NEEDS, OR, THEN, without_effect
 from hafl_app.server.devices import DeviceClass
 from hafl_app.strategies.hafl import Hafl
 
@@ -54,7 +54,47 @@ def test_what_has_no_effect_is_named_with_what_would_give_it_one(typed, line):
     assert line in said
 
 
+CLOSED, HEAD = "model.head=closed_form", "model.closed_form"
+
+
+@pytest.mark.parametrize(
+    ("beside", "typed", "line"),
+    [
+        ((), f"{HEAD}.ridge=0.1", "model.head=averaged, only with closed_form"),
+        ((CLOSED, f"{HEAD}.rule=class_means"), f"{HEAD}.ridge=0.1", "rule=class_means, only with"),
+        ((CLOSED, f"{HEAD}.rule=class_means"), f"{HEAD}.ridge_by=gcv", "only with ridge"),
+        ((CLOSED, f"{HEAD}.ridge=0.1"), f"{HEAD}.ridge_by=validation", "ridge=0.1, only with null"),
+        (
+            (CLOSED, f"{HEAD}.temperature=0.1"),
+            f"{HEAD}.temperature_by=clients",
+            "temperature=0.1, only with null",
+        ),
+        (
+            (CLOSED, "federation.num_rounds=0"),
+            f"{HEAD}.trained=true",
+            "federation.num_rounds=0, only with above 0",
+        ),
+        (
+            (CLOSED, "federation.num_rounds=3"),
+            "model.head_refresh_every=4",
+            "federation.num_rounds=3: the head is solved before round 1 alone",
+        ),
+        (
+            (CLOSED, "federation.num_rounds=0"),
+            "model.head_refresh_every=1",
+            "federation.num_rounds=0: the head is solved before round 1 alone",
+        ),
+    ],
+)
+def test_what_a_solved_head_does_not_read_is_named(beside, typed, line):
+    (said,) = lines(*beside, typed)
+    assert said.startswith(f"{typed} has no effect with ")
+    assert line in said
+
+
 def test_what_has_an_effect_is_not_named():
+    refreshed = ("federation.num_rounds=3", "model.head_refresh_every=3")
+    assert not lines(CLOSED, *refreshed, f"{HEAD}.ridge_by=validation", f"{HEAD}.trained=true")
     assert not lines("partition=dirichlet", "partition.dirichlet_alpha=0.1")
     assert not lines("tracking=[tensorboard,wandb]", "tracking.project=x", "tracking.mode=offline")
     assert not lines("federation.generate_examples=2", "federation.generate_tokens=4")
@@ -77,5 +117,7 @@ def test_what_counts_in_one_job_of_a_sweep_is_not_named():
 
 
 def test_the_table_names_settings_that_exist():
-    conditions = {name for condition, _ in NEEDS.values() for name in condition.split(OR)}
+    needs = [*NEEDS.values(), *(need for others in THEN.values() for need in others)]
+    conditions = {name for condition, _ in needs for name in condition.split(OR)}
     assert {*NEEDS, *conditions} <= KNOWN | {"tracking"}
+    assert {*THEN} <= {*NEEDS}
