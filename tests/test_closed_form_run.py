@@ -150,6 +150,15 @@ def test_class_means_cost_one_vector_a_class(tmp_path):
     assert 4 * 20 * WIDTH < each < 4 * 20 * WIDTH + 2000
 
 
+def test_what_changes_nothing_with_model_and_clients_is_said_before_round_1(tmp_path, caplog):
+    in_vain = (f"model.closed_form.projection={WIDTH}", "model.closed_form.per_rank=true")
+    same = ("ranks=homogeneous", "federation.num_rounds=1", "federation.fraction_evaluate=0")
+    run_tiny(tmp_path / "a", CLOSED, *FIXED, *in_vain, *same)
+    before, _ = caplog.text.split("closed-form head after round 0")
+    assert f"projection={WIDTH} has no effect: the encoder has {WIDTH} features" in before
+    assert "per_rank has no effect: no client's rank is below the adapter's" in before
+
+
 class TestRounds:
     def test_the_head_is_solved_when_it_is_due_and_stays_between(self, refreshed):
         _, summary, heads = refreshed

@@ -39,9 +39,13 @@ from hafl_app.server.reply_validation import ReplyError
 from hafl_app.server.round_messages import STATED_EXAMPLES, RoundMessages
 from hafl_app.wire.feature_sums import SumsFormat, read_losses, read_sums
 from hafl_app.wire.message_types import EVALUATE_TEMPERATURES, QUERY_FEATURE_SUMS
+from hafl_app.wire.node_profile import NodeProfile
 from hafl_app.wire.records import NUM_EXAMPLES
 
 _LOGGER = logging.getLogger(__name__)
+_NO_SMALLER_RANK = (
+    "model.closed_form.per_rank has no effect: no client's rank is below the adapter's"
+)
 
 
 class TooFewSumsError(RuntimeError):
@@ -114,6 +118,18 @@ class ClosedFormHead:
         self.records: list[HeadRecord] = []
         self.of_ranks: dict[tuple[int, ...], Mapping[str, Tensor]] = {}
 
+    def warn_of_no_effect(self) -> None:
+        """Log settings that change nothing with this model and these clients, before round 1."""
+        settings, width = self._settings, self._width
+        if settings.projection is not None and not settings.projects(width):
+            _LOGGER.warning(
+                "model.closed_form.projection=%d has no effect: the encoder has %d features",
+                *(settings.projection, width),
+            )
+        grows = not self._method.traits.keeps_components  # by stacking, above what it begins with
+        if settings.per_rank and not grows and not self._smaller_budgets():
+            _LOGGER.warning(_NO_SMALLER_RANK)
+
     def solve(self, server_round: int, grid: Grid) -> None:
         """Give the global adapter a head that is solved from the sums of all reachable clients.
 
@@ -132,10 +148,8 @@ class ClosedFormHead:
         """
         self.of_ranks = {}
         adapter = self._method.global_adapter
-        budgets = {profile.ranks: profile for profile in self._participation.trainable()}
-        smaller = [p for _, p in sorted(budgets.items()) if not adapter.fits(p.rank_of)]
-        if not smaller:
-            _LOGGER.warning("model.closed_form.per_rank: no client's rank is below the adapter's")
+        if not (smaller := self._smaller_budgets()):
+            _LOGGER.warning(_NO_SMALLER_RANK)
         for profile in smaller:
             cut = truncated_adapter(adapter, profile.rank_of)
             try:
@@ -145,6 +159,12 @@ class ClosedFormHead:
                 _LOGGER.warning("%s; rank %s uses the whole adapter's", error, rank)
             else:
                 self.of_ranks[profile.ranks] = head
+
+    def _smaller_budgets(self) -> list[NodeProfile]:
+        """Return a client of each budget that the global adapter does not fit."""
+        budgets = {profile.ranks: profile for profile in self._participation.trainable()}
+        fits = self._method.global_adapter.fits
+        return [profile for _, profile in sorted(budgets.items()) if not fits(profile.rank_of)]
 
     def _solved(
         self, adapter: Adapter, server_round: int, grid: Grid, ranks: tuple[int, ...] = ()

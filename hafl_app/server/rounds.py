@@ -91,6 +91,8 @@ def solve_head(strategy: Strategy, grid: Grid, server_round: int) -> None:
     """
     if not strategy.options.is_head_due(server_round):
         return
+    if server_round == 0:
+        strategy.coordinator.closed_form.warn_of_no_effect()
     attempts = 1 + strategy.options.federation.max_retries
     for attempt in range(1, attempts + 1):
         try:

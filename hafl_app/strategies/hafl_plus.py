@@ -88,7 +88,10 @@ class HaflPlus(ComponentMean):
         self.traits = Traits(
             not_robust="it weighs a component by all participants",
             dp_refusal="privacy=central_dp does not cover components that are assigned by "
-            "uploads without noise: use strategy=hafl strategy.selection=random",
+            "uploads without noise: use strategy=hafl strategy.selection=random"
+            if self._scores_clients
+            else "privacy=central_dp has no denominators for a mean of changes: use strategy=hafl "
+            f"strategy.selection={self.selection}",
             coverage_exponent=self.coverage_exponent,
             sums_updates=not self._scores_clients,
             sum_refusal="its server assigns components by what single updates contributed: use "

@@ -269,3 +269,17 @@ def test_it_is_built_from_its_file():
     settings = compose(["strategy=hafl_plus", "strategy.fold=false"])
     strategy = build.strategy(settings)
     assert replace(strategy).fold is False
+
+
+@pytest.mark.parametrize(
+    ("selection", "reason", "instead"),
+    [
+        ("balanced", "assigned by uploads without noise", "random"),
+        ("random", "no denominators for a mean of changes", "random"),
+        ("prefix", "no denominators for a mean of changes", "prefix"),
+    ],
+)
+def test_why_central_privacy_does_not_cover_it_depends_on_the_selection(selection, reason, instead):
+    refused = plus(f"selection={selection}").traits.dp_refusal
+    assert reason in refused
+    assert refused.endswith(f"use strategy=hafl strategy.selection={instead}")
