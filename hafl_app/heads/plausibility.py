@@ -94,4 +94,5 @@ def _missing(sums: FeatureSums, moments: Tensor, most_norm: float) -> Tensor:
             f"eigenvalue of {lowest:.4g} beside a trace of {trace:.4g})"
         )
     negative = vectors[:, values < 0]
-    return (negative * -values[values < 0]) @ negative.T
+    missing: Tensor = (negative * -values[values < 0]) @ negative.T
+    return missing
