@@ -2,8 +2,10 @@
 
 Block h of an adapter is ``B_h R_h A_h`` with frozen ``B_h`` (out_features, size), its columns
 orthonormal, and ``A_h`` (size, in_features). As LoRA factors, lora_A is ``A`` and lora_B is
-``B_h R_h``, block by block; a core follows from them as ``R_h = B_h^T lora_B_h``. Cores travel as
-`LoraFactors` of the same rank whose lora_B has ``size`` rows, and whose lora_A has no columns.
+``B_h R_h``, block by block; a core follows from them as ``R_h = B_h^T lora_B_h``. Where there are
+more components than a weight has outputs, columns are not all orthonormal, and the pseudo-inverse
+stands for ``B_h^T``. Cores travel as `LoraFactors` of the same rank whose lora_B has ``size`` rows,
+and whose lora_A has no columns.
 """
 
 from collections.abc import Mapping
@@ -85,7 +87,7 @@ def with_cores(cores: LoraFactors, bases: LoraFactors) -> LoraFactors:
 
 
 def cores_of(factors: LoraFactors, bases: LoraFactors, size: int) -> LoraFactors:
-    """Return the cores of factors, as they travel: ``R_h = B_h^T lora_B_h``.
+    """Return the cores of factors, as they travel: the smallest with ``B_h R_h = lora_B_h``.
 
     What of lora_B lies outside the span of its block's basis is left out.
 
@@ -96,6 +98,9 @@ def cores_of(factors: LoraFactors, bases: LoraFactors, size: int) -> LoraFactors
     """
     out_features, rank = factors.lora_B.shape
     blocks = bases.lora_B.reshape(out_features, rank // size, size)
+    if rank > out_features:  # the transpose of orthonormal columns is their inverse, not of these
+        inverses = torch.linalg.pinv(blocks.double().movedim(1, 0))  # (blocks, size, out_features)
+        blocks = inverses.permute(2, 0, 1).to(blocks.dtype)
     of_blocks = factors.lora_B.reshape(out_features, rank // size, size)
     cores = torch.einsum("ohs,oht->sht", blocks, of_blocks).reshape(size, rank)
     return LoraFactors(factors.lora_A[:, :0], cores)
