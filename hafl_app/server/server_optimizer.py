@@ -44,7 +44,8 @@ class ServerOptimizer:
     - ``yogi``: as adam, with ``v <- v - (1 - beta2) d^2 sign(v - d^2)``
 
     There is no bias correction, as in the paper. What a round did not train takes no step and its
-    moments wait: it is as the method leaves it.
+    moments wait: it is as the method leaves it. So is a component that the method has pruned in
+    this round, its lora_B set to 0.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class ServerOptimizer:
             return merged
         before, after = previous.tensors(), merged.tensors()
         moments = dict(self._moments)
-        for name, mask in trained.items():
+        for name, mask in _without_pruned(trained, before, after).items():
             old = moments.get(name) or _start(settings, before[name])
             change = after[name].double() - before[name].double()
             new = _advanced(settings, old, change)
@@ -92,6 +93,20 @@ class ServerOptimizer:
         second = memory.get("second", {})
         first = memory.get("first", {})
         self._moments = {name: _Moments(m, second.get(name)) for name, m in first.items()}
+
+
+def _without_pruned(
+    trained: Mapping[str, Tensor], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the masks without components whose lora_B has become 0 altogether."""
+    masks = dict(trained)
+    for name in trained:
+        kind, _, module = name.partition("/")
+        if kind == "lora_B":
+            kept = after[name].any(0) | ~before[name].any(0)  # (rank,)
+            masks[name] = trained[name] & kept
+            masks[f"lora_A/{module}"] = trained[f"lora_A/{module}"] & kept[:, None]
+    return masks
 
 
 def _start(settings: ServerOptimizerSettings, like: Tensor) -> _Moments:

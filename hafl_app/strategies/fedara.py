@@ -118,7 +118,9 @@ class FedAra(ScoredMean):
         return {name: self._without_pruned(name, factors) for name, factors in merged.items()}
 
     def _prune(self, previous: Adapter) -> None:
-        left, budget = self.left(), self.budget(self.rounds + 1)
+        # After the last round nobody trains with less: the adapter stays as it was trained.
+        next_round = min(self.rounds + 1, self.options.federation.num_rounds)
+        left, budget = self.left(), self.budget(next_round)
         if budget >= sum(map(len, left.values())):
             return
         kept = self._best(left, self.scores.of(previous), budget, self.options.seed)

@@ -66,17 +66,20 @@ class ImportanceScores:
     def of(self, adapter: Adapter) -> dict[str, Tensor]:
         """Return a finite score for every component of the global adapter.
 
-        One without a measurement counts as the highest of its module, so that it gets a turn.
+        One without a measurement counts as the highest of its module, so that it gets a turn; in a
+        module without any, as the highest of the model.
         """
         if self.measure == "magnitude":
             return {name: magnitude_scores(f) for name, f in adapter.modules.items()}
-        known = {}
-        for name, factors in adapter.modules.items():
-            scores = self.values.get(name, torch.full((factors.rank,), torch.nan))
-            measured = scores[scores.isfinite()]
-            highest = measured.max().item() if len(measured) else 0.0
-            known[name] = scores.double().nan_to_num(nan=highest)
-        return known
+        known = {
+            name: self.values.get(name, torch.full((factors.rank,), torch.nan)).double()
+            for name, factors in adapter.modules.items()
+        }
+        of_model = max((_highest(scores, 0.0) for scores in known.values()), default=0.0)
+        return {
+            name: scores.nan_to_num(nan=_highest(scores, of_model))
+            for name, scores in known.items()
+        }
 
     # ---- a round ---------------------------------------------------------------------------
 
@@ -173,6 +176,12 @@ class ImportanceScores:
             name: SensitivityAverages.from_tensors(tensors, self.smoothing, self.smoothing)
             for name, tensors in memory.get("averages", {}).items()
         }
+
+
+def _highest(scores: Tensor, if_none: float) -> float:
+    """Return the highest of the scores that were measured; ``if_none`` where none was."""
+    measured = scores[scores.isfinite()]
+    return measured.max().item() if len(measured) else if_none
 
 
 def _uploaded_scores(update: ClientUpdate, module: str) -> Scored:

@@ -7,6 +7,10 @@ import pytest
 import torch
 from driving import MAX_RANK, Client, merge, noise, run_options, strategy_named, update_of
 
+from hafl_app.server import aggregation
+from hafl_app.server.server_optimizer import ServerOptimizer
+from hafl_app.server.settings import ServerOptimizerSettings
+
 CLIENTS = [Client(rank, n, i) for i, (rank, n) in enumerate([(1, 10), (4, 25), (2, 7)])]
 SCORES = {"query": [0.9, 0.1, 0.8, 0.2], "dense": [0.3, 0.05, 0.4, 0.01]}
 
@@ -78,6 +82,41 @@ def test_a_component_is_the_mean_over_those_who_trained_it():
             expected = np.average(columns, axis=0, weights=weights)
             np.testing.assert_allclose(after.lora_B[:, i], expected, rtol=1e-5)
     assert before is not strategy.global_adapter
+
+
+def test_a_module_that_no_client_has_measured_gets_a_turn():
+    strategy = fedara(warmup_rounds=3)
+    alone = Client(1, 10, 0)  # two of eight components a round, which one module may have
+    strategy.scores.values = {"query": torch.tensor(SCORES["query"], dtype=torch.float64)}
+    plan = strategy.plan(alone.profile, 2)
+    assert len(plan.modules["dense"].trainable) >= 1
+
+
+@pytest.mark.parametrize(("rounds", "left"), [(3, 8), (4, 2)])
+def test_nothing_is_pruned_behind_the_last_round(rounds, left):
+    strategy = fedara(rounds=rounds, warmup_rounds=3, target_rank=1)
+    for server_round in range(1, rounds + 1):
+        played(strategy, server_round)
+    assert sum(map(len, strategy.left().values())) == left
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam", "yogi"])
+def test_a_server_optimizer_does_not_bring_back_what_was_pruned(kind):
+    strategy = fedara(rounds=4, warmup_rounds=1, target_rank=1)
+    strategy.options = run_options(
+        strategy.options, server_optimizer=ServerOptimizerSettings(kind=kind)
+    )
+    optimizer, counts = ServerOptimizer(), []
+    for server_round in (1, 2, 3):
+        updates = [update_of(strategy, client, noise, server_round) for client in CLIENTS]
+        strategy.global_adapter = aggregation.merge(
+            strategy, strategy.global_adapter, updates, optimizer=optimizer
+        )
+        for name, left in strategy.left().items():
+            acting = strategy.global_adapter.modules[name].lora_B.any(0).nonzero().flatten()
+            assert acting.tolist() == left
+        counts.append(sum(map(len, strategy.left().values())))
+    assert counts[-1] < counts[0] < 2 * MAX_RANK
 
 
 @pytest.mark.parametrize("upto", [1, 4])
