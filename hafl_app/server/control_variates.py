@@ -33,7 +33,8 @@ class ControlVariates:
     own
         By partition, and by the names of `Adapter.tensors`: the client's variate in the shape of
         the global adapter, NaN where it has trained nothing yet. That of lora_B is of the gradient
-        without PEFT's scaling, as the client's optimizer sees it.
+        without PEFT's scaling, as the client's optimizer sees it; both without a plan's ``gain``,
+        which differs between clients and is in their gradients alike.
     """
 
     def __init__(self, own: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
@@ -47,7 +48,7 @@ class ControlVariates:
         return {n: torch.stack([own[n].double() for own in clients]).nanmean(0) for n in names}
 
     def correction(self, partition_id: int, plan: TrainPlan) -> Adapter | None:
-        """Return ``c - c_i`` for what a plan trains; None for a client without a variate.
+        """Return ``c - c_i`` for what a plan trains, with its gain; None without a variate.
 
         Returns
         -------
@@ -60,10 +61,11 @@ class ControlVariates:
             return None
         difference = {n: (c - own[n].double()).nan_to_num(nan=0.0) for n, c in self._mean.items()}
         whole = Adapter.from_tensors({n: part.float() for n, part in difference.items()})
-        modules = {
-            name: factors.select(plan.modules[name].trainable).only(plan.modules[name].uploads)
-            for name, factors in whole.modules.items()
-        }
+        modules = {}
+        for name, factors in whole.modules.items():
+            module = plan.modules[name]
+            part = factors.select(module.trainable).only(module.uploads)
+            modules[name] = LoraFactors(module.gain * part.lora_A, module.gain * part.lora_B)
         return Adapter(modules, whole.head if plan.uploads_head else {})
 
     def after(
@@ -94,13 +96,13 @@ class ControlVariates:
             if module.uploads != "B":
                 steps = (start.lora_A.double() - after.lora_A.double()) / rate
                 lora_A = own[f"lora_A/{name}"].clone()
-                lora_A[components] = (steps - added.lora_A).to(lora_A.dtype)
+                lora_A[components] = ((steps - added.lora_A) / module.gain).to(lora_A.dtype)
                 own[f"lora_A/{name}"] = lora_A
             if module.uploads != "A":
                 rate_B = rate * client.lora_B_lr_ratio * module.scaling
                 steps = (start.lora_B.double() - after.lora_B.double()) / rate_B
                 lora_B = own[f"lora_B/{name}"].clone()
-                lora_B[:, components] = (steps - added.lora_B).to(lora_B.dtype)
+                lora_B[:, components] = ((steps - added.lora_B) / module.gain).to(lora_B.dtype)
                 own[f"lora_B/{name}"] = lora_B
         for name, tensor in update.adapter.head.items():
             steps = (before.head[name].double() - tensor.double()) / rate

@@ -14,6 +14,7 @@ from hafl_app.server.compatibility import check_scaffold
 from hafl_app.server.control_variates import ControlVariates
 from hafl_app.server.method import StrategyError
 from hafl_app.server.snapshot import Snapshot, flatten, restore, take_snapshot, unflatten
+from hafl_app.server.update import ClientUpdate
 from hafl_app.training.settings import ClientSettings
 
 SGD = ClientSettings(learning_rate=0.1, lora_B_lr_ratio=3.0, optimizer="sgd", max_grad_norm=0.0)
@@ -311,3 +312,62 @@ def test_a_factor_that_the_client_keeps_has_none():
     for factors in correction.modules.values():
         assert factors.lora_B.shape == (0, 3)
         assert factors.lora_A.shape[0] == 3
+
+
+class TestAmplifiedSketches:
+    """FSLoRA's clients have the gradients of the global adapter times a gain of their rank."""
+
+    CLIENTS = (Client(2, 10, 0), Client(MAX_RANK, 25, 1))
+
+    def after_a_round(self, gradients):
+        """Return strategy, plans and variates after steps along ``gain * gradients[client]``."""
+        strategy = with_scaffold("fslora")
+        start, own, plans = strategy.global_adapter, {}, {}
+        for client in self.CLIENTS:
+            k = client.partition_id
+            plan = plans[k] = strategy.plan(client.profile, 1)
+            modules = {}
+            for name, module in plan.modules.items():
+                before, of_A, of_B = start.modules[name].select(module.held), *gradients[k][name]
+                held = list(module.held)
+                way_A = STEPS[k] * rate_of("lora_A") * module.gain
+                way_B = STEPS[k] * rate_of("lora_B") * module.gain * SCALING
+                modules[name] = LoraFactors(
+                    before.lora_A - way_A * of_A[held], before.lora_B - way_B * of_B[:, held]
+                )
+            sent = strategy.dispatch(plan)
+            update = ClientUpdate(k, 9, plan, sent, Adapter(modules, sent.head), steps=STEPS[k])
+            own[k] = ControlVariates().after(update, start, SGD)
+        return plans, ControlVariates(own)
+
+    def gradients(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: tuple(torch.randn(*s, generator=generator) for s in ((MAX_RANK, n), (m, MAX_RANK)))
+            for name, (m, n) in {"query": (7, 5), "dense": (6, 9)}.items()
+        }
+
+    def test_clients_that_see_the_same_are_not_corrected(self):
+        same = self.gradients(1)
+        plans, variates = self.after_a_round({0: same, 1: same})
+        assert len({m.gain for plan in plans.values() for m in plan.modules.values()}) == 2
+        for k, plan in plans.items():
+            for factors in variates.correction(k, plan).modules.values():
+                torch.testing.assert_close(
+                    factors.lora_A, torch.zeros_like(factors.lora_A), atol=1e-4, rtol=0
+                )
+                torch.testing.assert_close(
+                    factors.lora_B, torch.zeros_like(factors.lora_B), atol=1e-4, rtol=0
+                )
+
+    def test_others_are_corrected_by_what_they_lack_times_their_gain(self):
+        seen = {0: self.gradients(1), 1: self.gradients(2)}
+        plans, variates = self.after_a_round(seen)
+        correction = variates.correction(0, plans[0])
+        for name, module in plans[0].modules.items():
+            held = list(module.held)
+            lacks = (seen[1][name][0] - seen[0][name][0])[held] / 2
+            assert module.gain == 2
+            torch.testing.assert_close(
+                correction.modules[name].lora_A, 2 * lacks, atol=1e-4, rtol=1e-4
+            )
