@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GENERATED = {"docs/settings.md"}
+_STRATEGIES = ROOT / "hafl_app" / "strategies"
 PAGES = sorted(
     str(page.relative_to(ROOT)) for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 )
@@ -111,6 +112,19 @@ def test_every_method_has_a_page():
     methods = {file.stem for file in (ROOT / "conf" / "strategy").glob("*.yaml")}
     missing = ", ".join(sorted(methods - pages))
     assert not missing, f"no page for {missing}: write docs/methods/NAME.md"
+
+
+def test_a_reconstruction_is_called_one_in_docstring_page_and_row():
+    rows = dict(re.findall(r"^\| `(\w+)` (\|.*)$", _text("docs/methods.md"), re.MULTILINE))
+    pages = {Path(page).stem: page for page in PAGES}
+    methods = {file.stem: f"hafl_app/strategies/{file.name}" for file in _STRATEGIES.glob("*.py")}
+    called = {
+        name: {"econstruct" in text for text in (rows[name], _text(pages[name]), _text(path))}
+        for name, path in methods.items()
+        if name in rows
+    }
+    assert len(called) > 25
+    assert [name for name, places in sorted(called.items()) if len(places) > 1] == []
 
 
 def test_every_quoted_error_is_one_of_the_code():

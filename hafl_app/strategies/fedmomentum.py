@@ -30,8 +30,9 @@ class FedMomentum(BaseChange, ProductMean):
     Reconstruction: the paper was read in its abstract, in reviews and in a re-implementation, which
     has tau = 0.9999. There ranks are equal, which is asked for here too. That re-implementation
     merges the residual without LoRA's scaling, and drops a component for good where a singular
-    value is 0, as its square root in both factors has no gradient. Here lora_B has the scaling
-    folded in, and a component without content keeps a unit row in lora_A. The SVD is exact where
+    value is 0, as its square root in both factors has no gradient. Here lora_B has the scaling s
+    folded in, so that the split is even for ``s = 1`` and what a client trains as its lora_B is
+    smaller by s; and a component without content keeps a unit row in lora_A. The SVD is exact where
     the paper's is randomized. The residual of all rounds travels with every request.
 
     Parameters

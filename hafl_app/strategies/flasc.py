@@ -40,7 +40,8 @@ class Flasc(ComponentMean):
     Differs from the paper: its server gives the mean change to Adam, here it is added. Weights are
     ``num_examples``, where the code's are equal. Masks are over the factors alone: the head is
     dense both ways, where the authors' upload mask covers it. The density of a client follows from
-    its rank; ranks of 1, 4 and 16 are the paper's densities of 1/16, 1/4 and 1.
+    its rank, by layer type from the mean of its ranks; ranks of 1, 4 and 16 are the paper's
+    densities of 1/16, 1/4 and 1.
 
     Parameters
     ----------

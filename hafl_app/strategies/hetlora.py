@@ -57,7 +57,7 @@ class HetLora(HeterogeneousLora):
     mean of raw factors would be another method: see `ZeroPadding` for why it is not this one. The
     tail's norms alone are of the factors that a client trains, where its loss has them.
 
-    Differs from the paper: its body was not available to us, so the form is that of accounts and
+    Reconstruction: the paper's body was not available to us, so the form is that of accounts and
     re-implementations of it. Each module prunes for itself, where the paper has one rank
     per client. The server remembers the ranks, by partition. Components from the round's
     largest dispatched rank on keep their value, where the paper's global rank shrinks to it.

@@ -23,7 +23,8 @@ class HLora(ProductMean):
     completes the orthonormal basis, so that the component can learn.
 
     Reconstruction: the paper was read in accounts of it, so the split is second-hand. The SVD
-    works on the stacked factors in float64; lora_B has each client's own scaling folded in.
+    works on the stacked factors in float64; lora_B has each client's own scaling s folded in, so
+    that what a client trains as its lora_B starts as ``U / s``.
     """
 
     def finish(self, state: ProductSums, previous: Adapter) -> Mapping[str, LoraFactors]:

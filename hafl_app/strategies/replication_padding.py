@@ -40,7 +40,8 @@ class ReplicationPadding(HeterogeneousLora):
 
     Reconstruction: the paper was read in its abstract and in accounts of it. It has two ranks, the
     higher one for the tenth of the clients that validates best after round 1; here ranks are the
-    devices' own, and its rule is carried over to any number of them.
+    devices' own, and its rule is carried over to any number of them. Where scalings differ, lora_B
+    has each client's own folded in, see `ZeroPadding`, and so has the pad.
     """
 
     traits = Traits(

@@ -23,11 +23,11 @@ class RoLora(ComponentMean):
     ``w_k ~ num_examples``. As in FFA-LoRA the mean of products is the product of means in every
     round, and here both factors learn. An upload has one factor, half of a square layer's bytes.
 
-    Differs from the paper: it has one rank for all. Here a client of rank r holds and trains the
-    first r components, and a component is averaged over the clients that hold it; at equal ranks
-    that is the paper's mean. Both factors travel down, since a node keeps nothing, where the paper
-    sends the one that has changed. Only the abstract could be read: which factor begins is our
-    choice, lora_B, since lora_A has no gradient while lora_B is 0.
+    Reconstruction: the paper was read in its abstract. Which factor begins is our choice, lora_B,
+    since lora_A has no gradient while lora_B is 0. The paper has one rank for all. Here a client of
+    rank r holds and trains the first r components, and a component is averaged over the clients
+    that hold it; at equal ranks that is the paper's mean. Both factors travel down, since a node
+    keeps nothing, where the paper sends the one that has changed.
     """
 
     traits = Traits(

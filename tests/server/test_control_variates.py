@@ -343,7 +343,9 @@ class TestAmplifiedSketches:
     def gradients(self, seed):
         generator = torch.Generator().manual_seed(seed)
         return {
-            name: tuple(torch.randn(*s, generator=generator) for s in ((MAX_RANK, n), (m, MAX_RANK)))
+            name: tuple(
+                torch.randn(*s, generator=generator) for s in ((MAX_RANK, n), (m, MAX_RANK))
+            )
             for name, (m, n) in {"query": (7, 5), "dense": (6, 9)}.items()
         }
 
