@@ -36,6 +36,11 @@ _RIDGE: Final = ("model.closed_form.rule", ("ridge",))
 _ROUNDS: Final = ("federation.num_rounds", _ANY)
 _RAY: Final = ("engine", ("ray",))
 _CHANGE: Final = ("strategy.aggregation", ("change",))
+_TAIL: Final = (f"strategy.pruning{OR}strategy.regularizer", (True,))
+_BY_NORM: Final = ("strategy.weighting", ("norm",))
+_BY_IMPORTANCE: Final = ("strategy.selection", ("importance",))
+_GRADIENTS: Final = ("sensitivity", "smoothed", "adalora")
+_MIXED: Final = ("federation.upload", ("mixed",))
 
 NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "partition.dirichlet_alpha": ("partition.kind", ("dirichlet",)),
@@ -80,6 +85,25 @@ NEEDS: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
     "federation.quarantine.rounds": ("federation.quarantine.after", _ANY),
     "strategy.coverage_exponent": _CHANGE,
     "strategy.server_step": _CHANGE,
+    "strategy.decay": _TAIL,
+    "strategy.min_rank": _TAIL,
+    "strategy.tail_weight": ("strategy.regularizer", (True,)),
+    "strategy.norm_scope": _BY_NORM,
+    "strategy.norm_of": _BY_NORM,
+    "strategy.importance": _BY_IMPORTANCE,
+    "strategy.exploration": _BY_IMPORTANCE,
+    "strategy.scope": ("strategy.selection", ("importance", "random")),
+    "strategy.source": ("strategy.importance", _GRADIENTS),
+    "strategy.smoothing": ("strategy.importance", ("smoothed", "adalora", "contribution")),
+    "strategy.align": ("strategy.rotation_weight", _ANY),
+    "strategy.upgrade": _MIXED,
+    "strategy.upload_seconds": _MIXED,
+    "strategy.bandwidth_hz": _MIXED,
+    "strategy.transmit_power_dbm": _MIXED,
+    "strategy.noise_dbm_per_hz": _MIXED,
+    "strategy.path_loss_db_at_1km": _MIXED,
+    "strategy.path_loss_exponent": _MIXED,
+    "strategy.distances_m": _MIXED,
     "devices.classes.*.share": ("devices.assign", ("share",)),
     "devices.classes.*.up_to_rank": ("devices.assign", ("rank",)),
     "federation.client_cpus": _RAY,

@@ -8,9 +8,13 @@ from hafl_app.config.compose import compose
 from hafl_app.config.schema import declared_settings
 from hafl_app.run.effects import NEEDS, OR, THEN, without_effect
 from hafl_app.server.devices import DeviceClass
-from hafl_app.strategies.hafl import Hafl
+from hafl_app.strategies.fedrot_lora import FedRotLora
+from hafl_app.strategies.haflq import Haflq
+from hafl_app.strategies.hetlora import HetLora
 
-KNOWN = {found.name for found in declared_settings()} | {f"strategy.{f.name}" for f in fields(Hafl)}
+KNOWN = {found.name for found in declared_settings()} | {
+    f"strategy.{field.name}" for method in (Haflq, HetLora, FedRotLora) for field in fields(method)
+}
 
 
 KNOWN |= {f"devices.classes.*.{field.name}" for field in fields(DeviceClass)}
@@ -90,6 +94,38 @@ def test_what_a_solved_head_does_not_read_is_named(beside, typed, line):
     (said,) = lines(*beside, typed)
     assert said.startswith(f"{typed} has no effect with ")
     assert line in said
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (
+            ["hetlora", "regularizer=false", "tail_weight=1"],
+            "strategy.regularizer=false, only with",
+        ),
+        (["hetlora", "weighting=examples", "norm_of=change"], "weighting=examples, only with norm"),
+        (
+            ["hetlora", "pruning=false", "regularizer=false", "decay=0.5"],
+            "strategy.pruning=false and strategy.regularizer=false, only with true",
+        ),
+        (["hafl", "selection=random", "importance=adalora"], "selection=random, only with import"),
+        (["hafl", "selection=prefix", "scope=model"], "prefix, only with importance or random"),
+        (["hafl", "importance=magnitude", "source=server"], "magnitude, only with sensitivity"),
+        (["fedara", "importance=sensitivity", "smoothing=0.5"], "sensitivity, only with smoothed"),
+        (["fedrot_lora", "rotation_weight=0", "align=A"], "rotation_weight=0.0, only with above 0"),
+        (["haflq", "../federation.upload=int8", "path_loss_exponent=3"], "int8, only with mixed"),
+    ],
+)
+def test_settings_of_a_method_that_others_of_its_switch_off_are_named(typed, line):
+    method, *others = typed
+    overrides = [
+        f"strategy={method}",
+        *(f"strategy.{o}".replace("strategy.../", "") for o in others),
+    ]
+    (said,) = lines(*overrides)
+    assert said.startswith(overrides[-1])
+    assert line in said
+    assert not lines(overrides[0], overrides[-1])  # and with the method's own
 
 
 def test_what_has_an_effect_is_not_named():
