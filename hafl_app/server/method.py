@@ -55,6 +55,9 @@ class Traits:
     uploads_sparsely
         Whether its plans upload the largest numbers alone (``upload=sparse``), so that
         ``federation.upload`` must leave them as they are.
+    trains_global_rank
+        Whether every client trains ``max_rank`` components, in a probe or all along, whatever its
+        own rank: a rank that a node derives from its memory would then mean nothing.
     coverage_exponent
         ``e``, if a component's divisor in the mean of the clients' changes is ``N_i^(1-e) N^e``:
         1 over all participants, as in a mean of products; 0 over those who trained it; 2 where both
@@ -88,6 +91,7 @@ class Traits:
     changes_base: bool = False
     uploads_importance: bool = False
     uploads_sparsely: bool = False
+    trains_global_rank: bool = False
     coverage_exponent: float | None = 1.0
     trains_cores: bool = False
     sums_updates: bool = False

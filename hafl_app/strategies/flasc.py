@@ -55,6 +55,7 @@ class Flasc(ComponentMean):
         dp_refusal="privacy=central_dp has zero padding in expectation, and no sparse changes: use "
         "strategy=zero_padding",
         uploads_sparsely=True,
+        trains_global_rank=True,
         sum_refusal="where its uploads have numbers is not masked, and without it they are as "
         "large as all factors: use strategy=zero_padding",
     )

@@ -142,6 +142,7 @@ class Hafl(ScoredMean):
         return replace(
             self.traits,
             uploads_importance=self.scores.from_gradients or self._by_client,
+            trains_global_rank=self._by_client,  # in its probe
             not_robust=_NOT_ROBUST[self.aggregation],
             coverage_exponent={"adaptive": 0.0, "zero_padding": 2.0}.get(
                 self.aggregation, self.coverage_exponent

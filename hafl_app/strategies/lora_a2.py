@@ -58,6 +58,7 @@ class LoraA2(ComponentMean):
         dp_refusal="privacy=central_dp does not cover components that clients choose by their "
         "data: use strategy=ffa_lora",
         uploads_importance=True,
+        trains_global_rank=True,  # in its probe
         sums_updates=True,
     )
 

@@ -19,7 +19,8 @@ class ZeroPadding(ComponentMean):
     """A client of rank r holds the first r components; a missing component counts as zero.
 
     Each factor of component i shrinks by its coverage ``f_i = sum_{r_k >= i} w_k`` a round, the
-    product by ``f_i^2``: high components are diluted.
+    product by ``f_i^2``: high components are diluted. Where that is 0, ``b_i`` becomes 0 and
+    ``a_i`` stays, so that the component can still learn.
 
     Where scalings differ (``lora.scaling=per_rank`` or ``rslora``) the padded lora_B is
     ``s_k B_k``. The papers write ``Delta W_k = B_k A_k`` without a scaling, and FLoRA's code

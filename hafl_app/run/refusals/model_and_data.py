@@ -13,6 +13,7 @@ from hafl_app.config.schema import Settings
 from hafl_app.data.combinations import IMAGES, ON_DEVICE, check_choices, check_sharing
 from hafl_app.data.errors import DataError, nearest
 from hafl_app.metrics import CAUSAL_LM, IMAGE_CLASSIFICATION
+from hafl_app.run.refusals.wording import method_name
 from hafl_app.training.chat_templates import CHAT_TEMPLATES
 
 _PINS: Final = ("revision", "sha256", "package_path", "package_sha256")
@@ -23,6 +24,7 @@ def refusals(settings: Settings) -> Iterator[str]:
     """Yield a line for each combination that is refused."""
     yield from _pinned_base(settings)
     yield from _images(settings)
+    yield from _ranks(settings)
     yield from _answers(settings)
     yield from _chat_template(settings)
     yield from _data(settings)
@@ -73,6 +75,14 @@ def _images(settings: Settings) -> Iterator[str]:
         yield (
             "ranks=from_memory: the memory of a training step is not counted for images; take "
             "ranks with tiers"
+        )
+
+
+def _ranks(settings: Settings) -> Iterator[str]:
+    if settings.ranks.source == "memory" and settings.strategy.traits.trains_global_rank:
+        yield (
+            f"ranks=from_memory: strategy={method_name(settings)} trains lora.max_rank on every "
+            "client, whatever its rank; take ranks with tiers"
         )
 
 

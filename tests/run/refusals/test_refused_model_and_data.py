@@ -28,6 +28,18 @@ REFUSED = [
         "ranks=from_memory: the memory of a training step is not counted for images; take ranks "
         "with tiers",
     ),
+    *(
+        (
+            ["ranks=from_memory", *strategy],
+            f"ranks=from_memory: {strategy[0]} trains lora.max_rank on every client, whatever its "
+            "rank; take ranks with tiers",
+        )
+        for strategy in (
+            ["strategy=flasc"],
+            ["strategy=lora_a2"],
+            ["strategy=hafl", "strategy.selection_by=client"],
+        )
+    ),
     (["model=tiny_random_causal"], NO_ANSWERS),
     (
         ["model=tiny_random_causal", "dataset=on_device"],
