@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from lowrank_factories import IN, OUT, assert_same_bits, copy, dense, random_factors, seeded
 from torch import nn
@@ -93,6 +93,8 @@ class TestWeightedStack:
 
 
 class TestTruncatedSvd:
+    # Multiplied out in float32, one row of this is off by 1.2e-6.
+    @example(pieces=[(2, 1.0), (2, 1.0), (2, 1.0)], target=6, seed=10928)
     @given(pieces=PIECES, target=st.integers(1, 12), seed=SEEDS)
     def test_is_the_best_approximation_of_the_dense_sum(self, pieces, target, seed):
         stack = stack_of(pieces, seed, dtype=torch.float32)
