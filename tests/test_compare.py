@@ -80,8 +80,9 @@ class TestOutput:
     def test_everything_is_there(self, finished):
         folder, lines = finished
         files = {path.name for path in folder.iterdir() if path.is_file()}
-        assert files - {".comparison.lock"} == {
-            *("table.md", "table.csv", "results.json", "comparison.png", "tuning.json")
+        assert files == {
+            *("table.md", "table.csv", "results.json", "comparison.png", "tuning.json"),
+            ".comparison.lock",
         }
         for method in METHODS:
             for seed in SEEDS:

@@ -223,8 +223,9 @@ def _write_results(comparison: Comparison, outcomes: Sequence[Outcome], source: 
             curves[job.cell][job.method][job.seed] = read_curve(job.folder)
             jobs.setdefault((job.cell, job.method), []).append(job)
     base = comparison.plan.baseline
+    base_ranks = {cell: _ranks(jobs.get((cell, base), [])) for cell in curves}
     rows = [
-        _row(jobs[cell, method][0], runs, methods[base], _ranks(jobs.get((cell, base), [])))
+        _row(jobs[cell, method][0], runs, methods[base], base_ranks[cell])
         for cell, methods in curves.items()
         for method, runs in methods.items()
         if runs

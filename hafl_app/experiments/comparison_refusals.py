@@ -113,10 +113,10 @@ def _searched_settings(comparison: "Comparison") -> Iterator[str]:
     rates = {LEARNING_RATE: "learning_rate"}
     if comparison.plan.tuning.lora_B_lr_ratios:
         rates[RATIO] = "lora_B_lr_ratio"
+    typed = {key_of(override): override for override in comparison.command.overrides}
     for name, method in comparison.methods.items():
         if NO_ROUNDS in method.overrides:
             continue
-        typed = {key_of(override): override for override in comparison.command.overrides}
         for key, field in rates.items():
             if key in map(key_of, method.overrides):
                 yield f"{key} of the method {name}: set by {_BY_THE_SEARCH}"

@@ -19,7 +19,7 @@ _ORTHONORMAL = 1e-9
 # How much cancellation may enlarge the rounding of float32: in the product, to some 1e-6 of its
 # norm, and in a single row of V^T, to some 1e-5.
 _CANCELLATION, _ROW_CANCELLATION = 16.0, 512.0
-# Factors of so few numbers are multiplied out in float64, which costs next to nothing there.
+# Factors of so few numbers a matrix are multiplied out in float64, which costs next to nothing.
 _FEW_NUMBERS = 2**14
 # Rows converted to float64 at a time: they stay in the cache.
 _ROWS_AT_ONCE = 512
@@ -37,7 +37,7 @@ def leading_triplets(
     of both factors (or the dense matrix), and an SVD of the small core.
 
     Everything is decided in float64. The second route multiplies its result out in the factors'
-    own dtype where so little cancels that float32 is as good.
+    own dtype where they are large and so little cancels that float32 is as good.
 
     Returns
     -------
@@ -99,7 +99,7 @@ def _by_gram(
     error = _GRAM_ERROR * size
     good = (failed == 0) & _is_above_error(energy, kept, error)
     good &= _is_identity(to_right.mT @ gram_A @ to_right)
-    few = lora_A.numel() + lora_B.numel() <= _FEW_NUMBERS
+    few = lora_A[0].numel() + lora_B[0].numel() <= _FEW_NUMBERS
     if few or lora_A.dtype != torch.float32 or _cancels(gram_A, size, energy, to_right).any():
         lora_A, lora_B = lora_A.double(), lora_B.double()
     return lora_B @ to_left.to(lora_B), to_right.to(lora_A).mT @ lora_A, good

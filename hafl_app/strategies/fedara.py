@@ -118,7 +118,7 @@ class FedAra(ScoredMean):
         return {name: self._without_pruned(name, factors) for name, factors in merged.items()}
 
     def _prune(self, previous: Adapter) -> None:
-        # After the last round nobody trains with less: the adapter stays as it was trained.
+        # After the last round no client trains with less: the adapter stays as it was trained.
         next_round = min(self.rounds + 1, self.options.federation.num_rounds)
         left, budget = self.left(), self.budget(next_round)
         if budget >= sum(map(len, left.values())):

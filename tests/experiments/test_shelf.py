@@ -13,8 +13,9 @@ from hafl_app.experiments import running
 from hafl_app.experiments.command import parse_command
 from hafl_app.experiments.compare import compare
 from hafl_app.experiments.comparison import Comparison, Rates
+from hafl_app.experiments.comparison_folder import comparison_lock
 from hafl_app.run.plain_settings import plain_settings
-from hafl_app.run.run_lock import run_lock
+from hafl_app.run.run_lock import RunLockedError, run_lock
 
 TINY = (
     "experiment=shelf_banking77",
@@ -276,6 +277,23 @@ class TestGoingOn:
         assert "is still running this" in " ".join(lines)
         assert (place / "run.log").read_text() == "of the other process"
         assert (place / "checkpoints/round-00001.safetensors").exists()
+
+    def test_a_folder_that_another_process_writes_is_left_as_it_is(self, federations, tmp_path):
+        with comparison_lock(tmp_path), pytest.raises(RunLockedError, match="still running this"):
+            run(tmp_path, "methods=fedit", "seeds=0", "tune=false")
+        assert federations.ran == []
+        assert [path.name for path in tmp_path.iterdir()] == [".comparison.lock"]
+
+    def test_a_folder_of_another_experiment_is_left_as_it_is(self, federations, tmp_path):
+        (tmp_path / "results.json").write_text('{"experiment": "digits"}')
+        with pytest.raises(SettingsError, match="a comparison of experiment=digits"):
+            run(tmp_path, "methods=fedit", "seeds=0", "tune=false")
+        assert federations.ran == []
+        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+    def test_says_of_which_experiment_it_is(self, finished):
+        written = json.loads((finished[0] / "results.json").read_text())
+        assert written["experiment"] == "shelf_banking77"
 
     def test_warns_of_what_was_typed_without_effect(self, federations, tmp_path):
         few = ("methods=fedit", "seeds=0", "client.schedule.final=0.1")
